@@ -1,0 +1,43 @@
+# `make` lists the targets. Everything runs in .venv, which `make setup` makes from the project's own files.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# build isolation asks PyPI for setuptools and pybind11; nothing here needs a GPU, nvcc or root
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build quickstart test test-fast lint format kernels gpu bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: $(STAMP)  ## make .venv and install titok with every extra that development needs
+
+build:  ## compile csrc/ again into titok/_C (incremental)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+quickstart: $(STAMP)  ## train a small TiTok and a MaskGIT on real digits, generate; about three minutes on two cores
+	$(BIN)/titok quickstart
+
+test: $(STAMP)  ## every test
+	$(BIN)/python -m pytest -q
+
+test-fast: $(STAMP)  ## the tests that take a second or less each
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the sources in the one format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built (keeps .venv and runs/)
+	rm -rf build dist *.egg-info titok/_C*.so

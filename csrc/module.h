@@ -1,0 +1,6 @@
+// Declarations of the bind_<op> functions that module.cpp calls.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace titok {}

@@ -1,0 +1,9 @@
+"""Fused ops of titok, for others to import: each one public function, registered as `torch.ops.titok.<op>`.
+
+Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which faster ones are there and why not.
+"""
+
+from titok.ops._extension import backends
+from titok.ops._registry import last_backend
+
+__all__ = ["backends", "last_backend"]

@@ -1,0 +1,84 @@
+"""What every op shares: registration with PyTorch, choice of a back end, the fast path around the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("titok", "DEF")
+_LAST_BACKEND: dict[str, str] = {}
+
+
+def register(
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Any:
+    """Defines `titok::<name>` for CPU and CUDA and returns its overload.
+
+    Args:
+        schema: as `torch.library` takes it, e.g. ``"nearest_codebook(Tensor x, Tensor codebook) -> Tensor"``.
+        impl: called with real tensors; returns new tensors that alias no input.
+        fake: the same on shapes alone, for `torch.compile` and `torch.export`.
+        backward, setup_context: as `torch.library.register_autograd` takes them; None where no gradient exists.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, impl, "CPU")
+    _LIBRARY.impl(name, impl, "CUDA")
+    torch.library.register_fake(f"titok::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"titok::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.titok, name).default
+
+
+def runs_eagerly(*tensors: torch.Tensor) -> bool:
+    """Whether nothing watches these tensors (no tracing, no gradient, no subclass, no mode), so that an op may
+    call its implementation directly and save the microseconds of PyTorch's dispatcher."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    ):
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        type(t) in (torch.Tensor, torch.nn.Parameter) and not (grad and t.requires_grad) for t in tensors
+    )
+
+
+def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[], str | None]]) -> str:
+    """The name of the back end that is to run.
+
+    Args:
+        requested: a name, which then is used or raises with the cause; None or "auto": the first that can run.
+        candidates: name -> function that returns None where it can run, else why not; fastest first.
+
+    Raises:
+        ValueError: `requested` is no back end of this op.
+        RuntimeError: `requested` can't run here, with the cause.
+    """
+    if requested is None or requested == "auto":
+        name = next(name for name, why_not in candidates.items() if why_not() is None)
+    elif requested not in candidates:
+        raise ValueError(
+            f"backend: expected 'auto' or one of {sorted(candidates)} for {op}, got {requested!r}"
+        )
+    else:
+        name = requested
+        if (reason := candidates[name]()) is not None:
+            raise RuntimeError(f"{op}: backend {name!r} cannot run: {reason}")
+    _LAST_BACKEND[op] = name
+    return name
+
+
+def last_backend(op: str) -> str | None:
+    """The back end that the latest call of `op` ran on (in this process), or None before the first call."""
+    return _LAST_BACKEND.get(op)
