@@ -49,9 +49,7 @@ def runs_eagerly(*tensors: torch.Tensor) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     grad = torch.is_grad_enabled()
-    return all(
-        type(t) in (torch.Tensor, torch.nn.Parameter) and not (grad and t.requires_grad) for t in tensors
-    )
+    return all(type(t) in (torch.Tensor, torch.nn.Parameter) and not (grad and t.requires_grad) for t in tensors)
 
 
 def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[], str | None]]) -> str:
@@ -68,9 +66,7 @@ def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[],
     if requested is None or requested == "auto":
         name = next(name for name, why_not in candidates.items() if why_not() is None)
     elif requested not in candidates:
-        raise ValueError(
-            f"backend: expected 'auto' or one of {sorted(candidates)} for {op}, got {requested!r}"
-        )
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(candidates)} for {op}, got {requested!r}")
     else:
         name = requested
         if (reason := candidates[name]()) is not None:
