@@ -5,5 +5,7 @@ Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which f
 
 from titok.ops._extension import backends
 from titok.ops._registry import last_backend
+from titok.ops.nearest_codebook import nearest_codebook
+from titok.ops.quantize import Quantized, quantize
 
-__all__ = ["backends", "last_backend"]
+__all__ = ["Quantized", "backends", "last_backend", "nearest_codebook", "quantize"]
