@@ -8,3 +8,7 @@ from titok.ops._registry import last_backend
 from titok.ops.maskgit_decode_step import maskgit_decode_step
 
 __all__ = ["backends", "last_backend", "maskgit_decode_step"]
+from titok.ops.nearest_codebook import nearest_codebook
+from titok.ops.quantize import Quantized, quantize
+
+__all__ = ["Quantized", "backends", "last_backend", "nearest_codebook", "quantize"]
