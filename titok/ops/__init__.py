@@ -12,3 +12,6 @@ from titok.ops.nearest_codebook import nearest_codebook
 from titok.ops.quantize import Quantized, quantize
 
 __all__ = ["Quantized", "backends", "last_backend", "nearest_codebook", "quantize"]
+from titok.ops.masked_attention import masked_attention
+
+__all__ = ["backends", "last_backend", "masked_attention"]
