@@ -15,4 +15,6 @@ class AotVariant(NamedTuple):
     num_stages: int
     label: str  # what the table shows, e.g. "forward bf16 L-32"
     expects_tensor_cores: bool  # whether its dots must become tensor-core instructions
-    unaligned: frozenset[str] = frozenset()  # arguments that are no multiple of 16; pointers and `stride_*` else are
+    unaligned: frozenset[str] = (
+        frozenset()
+    )  # arguments that are no multiple of 16; pointers and `stride_*` else are

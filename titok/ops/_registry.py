@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,9 +50,15 @@ def runs_eagerly(*tensors: torch.Tensor) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     grad = torch.is_grad_enabled()
-    return all(
-        type(t) in (torch.Tensor, torch.nn.Parameter) and not (grad and t.requires_grad) for t in tensors
-    )
+    return all(type(t) in (torch.Tensor, torch.nn.Parameter) and not (grad and t.requires_grad) for t in tensors)
+
+
+def no_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context in which PyTorch's ops keep the dtypes they are given; next to free outside autocast."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[], str | None]]) -> str:
@@ -68,9 +75,7 @@ def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[],
     if requested is None or requested == "auto":
         name = next(name for name, why_not in candidates.items() if why_not() is None)
     elif requested not in candidates:
-        raise ValueError(
-            f"backend: expected 'auto' or one of {sorted(candidates)} for {op}, got {requested!r}"
-        )
+        raise ValueError(f"backend: expected 'auto' or one of {sorted(candidates)} for {op}, got {requested!r}")
     else:
         name = requested
         if (reason := candidates[name]()) is not None:
