@@ -5,13 +5,23 @@ Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which f
 
 from titok.ops._extension import backends
 from titok.ops._registry import last_backend
+from titok.ops.add_layer_norm import add_layer_norm
+from titok.ops.code_mixture import code_mixture
+from titok.ops.group_norm_silu import group_norm_silu
 from titok.ops.maskgit_decode_step import maskgit_decode_step
-
-__all__ = ["backends", "last_backend", "maskgit_decode_step"]
+from titok.ops.masked_attention import masked_attention
 from titok.ops.nearest_codebook import nearest_codebook
 from titok.ops.quantize import Quantized, quantize
 
-__all__ = ["Quantized", "backends", "last_backend", "nearest_codebook", "quantize"]
-from titok.ops.masked_attention import masked_attention
-
-__all__ = ["backends", "last_backend", "masked_attention"]
+__all__ = [
+    "Quantized",
+    "add_layer_norm",
+    "backends",
+    "code_mixture",
+    "group_norm_silu",
+    "last_backend",
+    "masked_attention",
+    "maskgit_decode_step",
+    "nearest_codebook",
+    "quantize",
+]

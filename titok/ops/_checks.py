@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def check_tensor(
     name: str,

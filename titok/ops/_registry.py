@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ def runs_eagerly(*tensors: torch.Tensor) -> bool:
         return False
     grad = torch.is_grad_enabled()
     return all(type(t) in (torch.Tensor, torch.nn.Parameter) and not (grad and t.requires_grad) for t in tensors)
+
+
+def no_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context in which PyTorch's ops keep the dtypes they are given; next to free outside autocast."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[], str | None]]) -> str:

@@ -1,0 +1,169 @@
+"""Residual add and LayerNorm in one pass over the rows, as transformer blocks have them side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from titok.ops import _registry
+from titok.ops._checks import FLOAT_DTYPES, check_tensor
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + residual, LayerNorm(x + residual)) over the last axis.
+
+    Pre-norm blocks read the sum as the stream and the normalised rows as the next layer's input; post-norm blocks
+    read the normalised rows alone. Where there is nothing to add, `torch.nn.functional.layer_norm` is the op.
+
+    Args:
+        x, residual: (..., D) of one shape, float16, bfloat16, float32 or float64. The dtypes may differ: a float32
+            stream stays float32 when a bfloat16 branch is added.
+        weight, bias: (D,), any of these dtypes.
+        eps: added to the variance.
+        out_dtype: dtype of the normalised rows; None: that of the sum. The dtype of the next layer saves a cast.
+        backend: "triton", "plain", or None for the fastest that can run.
+
+    Returns:
+        The sum, in torch's promotion of the two dtypes, rounded to it before it is normalised; and the normalised
+        rows. Autocast changes neither dtype. Statistics are float32 (float64 for float64). A row that holds inf or
+        NaN is NaN throughout when normalised.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device, or a back end of no such name.
+        RuntimeError: the named back end can't run here.
+    """
+    check_tensor("x", x, shape=("...", "D"), dtypes=FLOAT_DTYPES)
+    check_tensor("residual", residual, shape=tuple(x.shape), dtypes=FLOAT_DTYPES, device=x.device)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_tensor(name, parameter, shape=(x.shape[-1],), dtypes=FLOAT_DTYPES, device=x.device)
+    if x.shape[-1] == 0:
+        raise ValueError(f"x: expected at least one channel, got {tuple(x.shape)}")
+    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype: expected a floating dtype, got {out_dtype}")
+    if _registry.runs_eagerly(x, residual, weight, bias):
+        return _forward(x, residual, weight, bias, eps, out_dtype, backend)
+    return _OP(x, residual, weight, bias, eps, out_dtype, backend)
+
+
+def _choose(backend: str | None, total: torch.Tensor) -> str:
+    return _registry.choose("add_layer_norm", backend, {"plain": lambda: None})
+
+
+def _forward(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x, residual = x.contiguous(), residual.contiguous()
+    _choose(backend, x)
+    with _registry.no_autocast(x):
+        total = x + residual
+        # torch's own op keeps float32 statistics, but mixes dtypes only on some devices
+        mixed = {weight.dtype, bias.dtype, total.dtype, out_dtype or total.dtype} != {total.dtype}
+        rows = total.to(_wide(total)) if mixed else total
+        normalised = F.layer_norm(rows, rows.shape[-1:], weight.to(rows.dtype), bias.to(rows.dtype), eps)
+        return total, normalised.to(out_dtype or total.dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _fake(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return total, total.new_empty(x.shape, dtype=out_dtype or total.dtype)
+
+
+def _backward(
+    grad_total: torch.Tensor | None,
+    grad_normalised: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of (sum, weight, bias). The statistics are computed again from the sum, which is read anyway."""
+    _choose(backend, total)
+    with _registry.no_autocast(total):
+        wide, shape = _wide(total), [total.shape[-1]]
+        rows, scale = total.to(wide), weight.to(wide)
+        _, mean, rstd = torch.native_layer_norm(rows, shape, scale, None, eps)
+        grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad_normalised.to(wide), rows, shape, mean, rstd, scale, scale, [True, True, True]
+        )
+        if grad_total is not None:
+            grad = grad.add_(grad_total)
+        return grad.to(total.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _backward_fake(
+    grad_total: torch.Tensor | None,
+    grad_normalised: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, residual, weight, bias, ctx.eps, _, ctx.backend = inputs
+    ctx.dtypes = (x.dtype, residual.dtype, weight.dtype, bias.dtype)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0], weight)
+
+
+def _autograd(
+    ctx: Any, grad_total: torch.Tensor | None, grad_normalised: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    total, weight = ctx.saved_tensors
+    grad: torch.Tensor | None = grad_total
+    grad_weight: torch.Tensor | None = None
+    grad_bias: torch.Tensor | None = None
+    if grad_normalised is not None:
+        grad, grad_weight, grad_bias = _BACKWARD_OP(
+            grad_total, grad_normalised, total, weight, ctx.eps, ctx.backend
+        )
+    grads = (grad, grad, grad_weight, grad_bias)
+    wanted = zip(grads, ctx.dtypes, ctx.needs_input_grad[:4], strict=True)
+    return (*(g.to(dtype) if g is not None and need else None for g, dtype, need in wanted), None, None, None)
+
+
+_BACKWARD_OP = _registry.register(
+    "add_layer_norm_backward(Tensor? grad_total, Tensor grad_normalised, Tensor total, Tensor weight, float eps, "
+    "str? backend=None) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_OP = _registry.register(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, ScalarType? out_dtype=None, "
+    "str? backend=None) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
