@@ -5,5 +5,6 @@ Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which f
 
 from titok.ops._extension import backends
 from titok.ops._registry import last_backend
+from titok.ops.group_norm_silu import group_norm_silu
 
-__all__ = ["backends", "last_backend"]
+__all__ = ["backends", "group_norm_silu", "last_backend"]
