@@ -25,6 +25,3 @@ __all__ = [
     "nearest_codebook",
     "quantize",
 ]
-from titok.ops.group_norm_silu import group_norm_silu
-
-__all__ = ["backends", "group_norm_silu", "last_backend"]
