@@ -271,7 +271,14 @@ TOKENIZER_PRESETS: dict[str, TokenizerConfig] = {
     "titok-b-128-512": _two_stage("base", 128, image_size=512, patch=32, legacy=False),
 }
 
-_UVIT: dict[str, Any] = {"architecture": "uvit", "width": 1024, "layers": 20, "heads": 16, "mlp_width": 4096}
+_UVIT: dict[str, Any] = {
+    "architecture": "uvit",
+    "width": 1024,
+    "layers": 20,
+    "heads": 16,
+    "mlp_width": 4096,
+    "dropout": 0.0,
+}
 _UVIT_SAMPLING = SamplingConfig(steps=64, guidance_scale=6.9, guidance_schedule="power-cosine", temperature=2.8)
 
 GENERATOR_PRESETS: dict[str, GeneratorConfig] = {
