@@ -80,7 +80,7 @@ class BuildExtension(build_ext):
                 "the CUDA half of titok._C", "TITOK_BUILD=cpu" if mode == "cpu" else "no nvcc found"
             )
         try:
-            self._compile(Path(self.get_ext_fullpath(ext.name)), nvcc)
+            self._compile(Path(self.get_ext_fullpath(ext.name)).resolve(), nvcc)
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
             if mode == "strict":
                 raise
