@@ -95,7 +95,9 @@ class VQGANConfig(_Config):
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         self._check_counts("channels", "hidden_channels", "blocks_per_level", "codebook_size", "code_dim")
-        self._check("hidden_channels", self.hidden_channels % 32 == 0, "a multiple of 32 (the groups of its norms)")
+        self._check(
+            "hidden_channels", self.hidden_channels % 32 == 0, "a multiple of 32 (the groups of its norms)"
+        )
         multipliers = self.channel_multipliers
         self._check("channel_multipliers", len(multipliers) > 0 and min(multipliers) >= 1, "ints >= 1")
 
@@ -234,7 +236,9 @@ class GeneratorConfig(_Config):
         return _lookup("generator", name, GENERATOR_PRESETS)
 
 
-def _two_stage(size: str, tokens: int, *, image_size: int = 256, patch: int = 16, legacy: bool = True) -> TokenizerConfig:
+def _two_stage(
+    size: str, tokens: int, *, image_size: int = 256, patch: int = 16, legacy: bool = True
+) -> TokenizerConfig:
     vit = ViTConfig.named(size, patch)
     return TokenizerConfig(
         image_size=(image_size, image_size), encoder=vit, decoder=vit, num_latent_tokens=tokens, code_dim=12,

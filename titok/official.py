@@ -60,7 +60,9 @@ def tokenizer_config(config: Mapping[str, Any]) -> TokenizerConfig:
     bottleneck = vq.get("quantize_mode", "vq")
     two_stage, legacy = vq.get("finetune_decoder", True), vq.get("is_legacy", True)
     if bottleneck == "vae" and two_stage:
-        raise ValueError("config.json: quantize_mode 'vae' does not go with finetune_decoder (the default is true)")
+        raise ValueError(
+            "config.json: quantize_mode 'vae' does not go with finetune_decoder (the default is true)"
+        )
     proxy = legacy or two_stage
     where = "model.vq_model"
     return TokenizerConfig(
