@@ -7,4 +7,5 @@ namespace titok {
 
 void bind_maskgit_decode(pybind11::module_& m);
 
+void bind_nearest_codebook(pybind11::module_& m);
 }  // namespace titok
