@@ -8,9 +8,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # read when a kernel is decorated: before any import of one
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated: before any import of one
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,3 +1,55 @@
-"""TiTok: images as short 1D token sequences, and MaskGIT to generate them."""
+"""TiTok: images as short 1D token sequences, and MaskGIT to generate them.
+
+Names are imported on first use, so that `import titok` costs next to nothing and needs no optional package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
+    from titok.generator import MaskGIT
+    from titok.pipeline import Pipeline
+    from titok.sampling import sample_tokens
+    from titok.tokenizer import TiTok
+    from titok.vqgan import MaskGITVQGAN
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "GeneratorConfig": "titok.config",
+    "MaskGIT": "titok.generator",
+    "MaskGITVQGAN": "titok.vqgan",
+    "Pipeline": "titok.pipeline",
+    "SamplingConfig": "titok.config",
+    "TiTok": "titok.tokenizer",
+    "TokenizerConfig": "titok.config",
+    "VQGANConfig": "titok.config",
+    "ViTConfig": "titok.config",
+    "sample_tokens": "titok.sampling",
+}
+
+__all__ = [
+    "GeneratorConfig",
+    "MaskGIT",
+    "MaskGITVQGAN",
+    "Pipeline",
+    "SamplingConfig",
+    "TiTok",
+    "TokenizerConfig",
+    "VQGANConfig",
+    "ViTConfig",
+    "sample_tokens",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'titok' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

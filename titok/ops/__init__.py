@@ -7,5 +7,21 @@ from titok.ops._extension import backends
 from titok.ops._registry import last_backend
 from titok.ops.add_layer_norm import add_layer_norm
 from titok.ops.code_mixture import code_mixture
+from titok.ops.group_norm_silu import group_norm_silu
+from titok.ops.masked_attention import masked_attention
+from titok.ops.maskgit_decode_step import maskgit_decode_step
+from titok.ops.nearest_codebook import nearest_codebook
+from titok.ops.quantize import Quantized, quantize
 
-__all__ = ["add_layer_norm", "backends", "code_mixture", "last_backend"]
+__all__ = [
+    "Quantized",
+    "add_layer_norm",
+    "backends",
+    "code_mixture",
+    "group_norm_silu",
+    "last_backend",
+    "masked_attention",
+    "maskgit_decode_step",
+    "nearest_codebook",
+    "quantize",
+]

@@ -1,0 +1,295 @@
+"""GroupNorm and SiLU in one op, with the residual sum in front of it and the cast behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titok.ops._checks import check_tensor
+from titok.ops._registry import choose, register, runs_eagerly
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`silu(group_norm(x))`, or with `residual` the pair `(x + residual, silu(group_norm(x + residual)))`.
+
+    The pair is what a chain of residual blocks needs: the first ends one block and is the skip of the next, the
+    second feeds the next convolution. The statistics are those of the sum as stored, rounded to x's dtype.
+
+    Statistics and arithmetic are float32 (float64 for float64 input), stable for a mean far from zero. Outputs
+    have x's memory format: channels-last (`torch.channels_last`) is the fast one and the only one that the C++ and
+    Triton kernels take; everything else that is not channels-last is treated as contiguous. Gradients reach x,
+    residual, weight and bias, once: the backward pass is not itself differentiable.
+
+    Args:
+        x: (B, C, H, W), float32, bfloat16, float16 or float64; B, H, W may be 0.
+        num_groups: divides C.
+        weight, bias: (C,), both in float32 or both in x's dtype.
+        eps: added to the variance, above 0.
+        residual: same shape, dtype and device as x.
+        out_dtype: dtype of the normalised output, that of the next convolution; None for x's.
+        backend: "plain", "cpp", "triton"; None or "auto" for the fastest that can run.
+
+    Returns:
+        (B, C, H, W) in `out_dtype`; with `residual` the sum, in x's dtype, comes first.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, by name.
+        RuntimeError: `backend` names one that cannot run here, with the cause.
+
+    Source: Wu and He, "Group Normalization", ECCV 2018, eq. 1-3; the residual block of MaskGIT's VQGAN.
+    """
+    _check(x, num_groups, weight, bias, eps, residual, out_dtype)
+    if residual is None:
+        op = _forward if runs_eagerly(x, weight, bias) else _OP
+        return cast(Tensor, op(x, num_groups, weight, bias, eps, out_dtype, backend)[0])
+    op = _add_forward if runs_eagerly(x, residual, weight, bias) else _ADD_OP
+    total, normalised, _, _ = op(x, residual, num_groups, weight, bias, eps, out_dtype, backend)
+    return total, normalised
+
+
+def _check(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> None:
+    check_tensor("x", x, shape=("B", "C", "H", "W"), dtypes=_DTYPES)
+    channels = x.shape[1]
+    if not isinstance(num_groups, int) or isinstance(num_groups, bool):
+        raise TypeError(f"num_groups: expected an int, got {type(num_groups).__name__}")
+    if num_groups < 1 or channels < 1 or channels % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of x's {channels} channels, got {num_groups}")
+    affine = (torch.float32, x.dtype) if x.dtype != torch.float64 else (torch.float64,)
+    check_tensor("weight", weight, shape=(channels,), dtypes=affine, device=x.device)
+    check_tensor("bias", bias, shape=(channels,), dtypes=(weight.dtype,), device=x.device)
+    if not eps > 0:
+        raise ValueError(f"eps: expected a number above 0, got {eps}")
+    if residual is not None:
+        check_tensor("residual", residual, shape=x.shape, dtypes=(x.dtype,), device=x.device)
+    if out_dtype is not None and out_dtype not in _DTYPES:
+        raise TypeError(f"out_dtype: expected one of the floating dtypes of x, got {out_dtype}")
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _candidates(x: Tensor) -> dict[str, Callable[[], str | None]]:
+    return {"plain": lambda: None}
+
+
+def _allocate(x: Tensor, num_groups: int, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of the forward pass: normalised, and mean and rstd (B, G), which the backward pass needs."""
+    normalised = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=_memory_format(x))
+    mean = x.new_empty((x.shape[0], num_groups), dtype=_statistics_dtype(x))
+    return normalised, mean, torch.empty_like(mean)
+
+
+def _forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalised, mean, rstd)"""
+    x = x.contiguous(memory_format=_memory_format(x))
+    choose("group_norm_silu", backend, _candidates(x))
+    if x.numel() == 0:
+        normalised, mean, rstd = _allocate(x, num_groups, out_dtype)
+        return normalised, mean.zero_(), rstd.zero_()
+    return _plain_forward(x, num_groups, weight, bias, eps, out_dtype)
+
+
+def _add_forward(
+    x: Tensor,
+    residual: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(sum, normalised, mean, rstd)"""
+    memory_format = _memory_format(x)
+    total = (x + residual).contiguous(memory_format=memory_format)
+    return (total, *_forward(total, num_groups, weight, bias, eps, out_dtype, backend))
+
+
+def _plain_forward(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Not torch.native_group_norm: on channels-last CPU maps it takes the variance as E[x^2] - E[x]^2, in float32.
+    grouped = x.to(_statistics_dtype(x)).unflatten(1, (num_groups, -1))
+    var, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)
+    rstd = torch.rsqrt(var + eps)
+    normalised = F.silu(_affine(_standardise(x, mean, rstd), weight, bias)).to(out_dtype or x.dtype)
+    return normalised.contiguous(memory_format=_memory_format(x)), mean, rstd
+
+
+def _standardise(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """(x - mean) * rstd, (B, C, H, W) in the dtype of the statistics."""
+    grouped = x.to(mean.dtype).unflatten(1, (mean.shape[1], -1))
+    return ((grouped - mean[:, :, None, None, None]) * rstd[:, :, None, None, None]).flatten(1, 2)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x * weight.to(x.dtype)[:, None, None] + bias.to(x.dtype)[:, None, None]
+
+
+def _backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (with `grad_sum`, that of the returned sum, added), weight and bias."""
+    memory_format = _memory_format(x)
+    x = x.contiguous(memory_format=memory_format)
+    grad = grad.contiguous(memory_format=memory_format)
+    choose("group_norm_silu_backward", backend, _candidates(x))
+    if x.numel() == 0:
+        return x.clone(), torch.zeros_like(weight), torch.zeros_like(bias)
+    return _plain_backward(grad, grad_sum, x, weight, bias, mean, rstd)
+
+
+def _plain_backward(
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_groups = mean.shape[1]
+    standard = _standardise(x, mean, rstd)
+    affine = _affine(standard, weight, bias)
+    sigmoid = torch.sigmoid(affine)
+    grad_affine = grad.to(mean.dtype) * sigmoid * (1 + affine * (1 - sigmoid))
+    grad_bias = grad_affine.sum((2, 3))
+    grad_weight = (grad_affine * standard).sum((2, 3))
+    # dx = rstd * (g - mean(g) - standard * mean(g * standard)), g = grad_affine * weight, means over a group
+    scale = weight.to(mean.dtype)
+    size = x[0].numel() // num_groups
+    mean_g = (grad_bias * scale).unflatten(1, (num_groups, -1)).sum(2) / size
+    mean_gs = (grad_weight * scale).unflatten(1, (num_groups, -1)).sum(2) / size
+    grouped = (grad_affine * scale[:, None, None]).unflatten(1, (num_groups, -1))
+    grouped = grouped - mean_g[:, :, None, None, None]
+    grouped = grouped - standard.unflatten(1, (num_groups, -1)) * mean_gs[:, :, None, None, None]
+    grad_x = (grouped * rstd[:, :, None, None, None]).flatten(1, 2)
+    if grad_sum is not None:
+        grad_x = grad_x + grad_sum
+    grad_x = grad_x.to(x.dtype).contiguous(memory_format=_memory_format(x))
+    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
+
+
+def _fake(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, out_dtype: Any, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate(x, num_groups, out_dtype)
+
+
+def _add_fake(
+    x: Tensor,
+    residual: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: Any,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return (total, *_allocate(x, num_groups, out_dtype))
+
+
+def _backward_fake(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return grad_x, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, _, weight, bias, _, _, backend = inputs
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+    ctx.backend = backend
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 7
+    grad_x, grad_weight, grad_bias = _BACKWARD_OP(grad, None, *ctx.saved_tensors, ctx.backend)
+    return grad_x, None, grad_weight, grad_bias, None, None, None
+
+
+def _add_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, _, _, weight, bias, _, _, backend = inputs
+    total, _, mean, rstd = output
+    ctx.save_for_backward(total, weight, bias, mean, rstd)
+    ctx.backend = backend
+    ctx.set_materialize_grads(False)
+
+
+def _add_autograd(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return grad_sum, grad_sum, *(None,) * 6
+    grad_x, grad_weight, grad_bias = _BACKWARD_OP(grad, grad_sum, *ctx.saved_tensors, ctx.backend)
+    return grad_x, grad_x, None, grad_weight, grad_bias, None, None, None
+
+
+_BACKWARD_OP = register(
+    "group_norm_silu_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
+    "Tensor rstd, str? backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_OP = register(
+    "group_norm_silu(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, ScalarType? out_dtype, "
+    "str? backend) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    backward=_autograd,
+    setup_context=_save,
+)
+_ADD_OP = register(
+    "add_group_norm_silu(Tensor x, Tensor residual, int num_groups, Tensor weight, Tensor bias, float eps, "
+    "ScalarType? out_dtype, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _add_forward,
+    _add_fake,
+    backward=_add_autograd,
+    setup_context=_add_save,
+)

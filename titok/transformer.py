@@ -1,0 +1,172 @@
+"""The one transformer of the project: attention, MLP, blocks before or after which the norms stand, and the trunk.
+
+All heavy work is in `titok.ops`: attention reads the packed projection as the linear layer wrote it, and every
+residual sum is fused with the norm that follows it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from titok.ops import add_layer_norm, masked_attention
+
+Rows = tuple[int, int]  # the half-open range of tokens that somebody reads; None: all
+
+
+class Attention(nn.Module):
+    """Bidirectional multi-head attention. `dropout` acts on the attention weights, in training only."""
+
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)  # rows: queries, keys, values; heads within each
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D), or (B, stop - start, D) for `rows` = (start, stop)."""
+        qkv = self.qkv(x)
+        if self.training and self.dropout > 0:
+            # The op has no dropout (its noise would have to be stored for the backward): PyTorch's own has.
+            q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+            q = q if rows is None else q[:, :, rows[0] : rows[1]]
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout)
+            return self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
+        return self.proj(masked_attention(qkv, self.heads, query_range=rows))
+
+
+class MLP(nn.Module):
+    """Two linear layers around the exact (erf) GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """The parts of one layer, and the two orders in which the trunks below run them."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, *, eps: float, qkv_bias: bool = True, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads, qkv_bias=qkv_bias, dropout=dropout)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, mlp_width)
+        self.dropout = nn.Dropout(dropout)
+
+    def attend(self, x: Tensor, h: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+        """Residual stream x and h = norm1(x) -> the stream after attention, and norm2 of it."""
+        attended = self.attn(h, rows)
+        return add_norm(x if rows is None else x[:, rows[0] : rows[1]], attended, self.norm2)
+
+    def post_norm(self, x: Tensor) -> Tensor:
+        """x = norm1(x + attention(x)), then norm2(x + MLP(x)), as in BERT."""
+        _, x = add_norm(x, self.dropout(self.attn(x)), self.norm1)
+        _, x = add_norm(x, self.dropout(self.mlp(x)), self.norm2)
+        return x
+
+
+def add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """(x + residual, norm of it) in one pass."""
+    return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+
+
+class Transformer(nn.Module):
+    """norm_pre, pre-norm blocks, norm_post: the trunk of both sides of the tokenizer."""
+
+    def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm_pre = nn.LayerNorm(width, eps=eps)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps=eps) for _ in range(layers))
+        self.norm_post = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """x (B, N, D) -> norm_post of the tokens in `rows` (B, stop - start, D).
+
+        Only those rows of the last layer are computed: nobody reads the others (exact, not an approximation).
+        """
+        x = self.norm_pre(x)
+        h = self.blocks[0].norm1(x)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            after = self.norm_post if i == last else self.blocks[i + 1].norm1
+            x, h = block.attend(x, h, rows if i == last else None)
+            x, h = add_norm(x, block.mlp(h), after)
+        return h
+
+
+class PostNormTrunk(nn.Module):
+    """BERT's encoder, the published generators' "ViT": embedding norm, then post-norm blocks. Its eps is 1e-12."""
+
+    def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, dropout: float) -> None:
+        super().__init__()
+        eps = 1e-12
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_width, eps=eps, dropout=dropout) for _ in range(layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.norm(x))
+        for block in self.blocks:
+            x = block.post_norm(x)
+        return x
+
+
+class UViTTrunk(nn.Module):
+    """U-ViT (Bao et al. 2023): layers/2 blocks, one in the middle, layers/2 that each first mix in the output of
+    their mirror image by a linear layer on [x, skip]; then a norm."""
+
+    def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+
+        def block() -> Block:
+            return Block(width, heads, mlp_width, eps=eps, qkv_bias=False)
+
+        self.in_blocks = nn.ModuleList(block() for _ in range(layers // 2))
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList(block() for _ in range(layers // 2))
+        self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers // 2))
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stack = []
+        for block in self.in_blocks:
+            x = self._run(block, x)
+            stack.append(x)
+        x = self._run(self.mid_block, x)
+        for block, skip in zip(self.out_blocks, self.skips, strict=True):
+            x = self._run(block, skip(torch.cat([x, stack.pop()], dim=-1)))
+        return self.norm(x)
+
+    @staticmethod
+    def _run(block: Block, x: Tensor) -> Tensor:
+        x, h = block.attend(x, block.norm1(x))
+        return x + block.mlp(h)
+
+
+def init_weights(module: nn.Module, scheme: Literal["xavier", "trunc_normal"]) -> None:
+    """Fresh weights: linear layers by Xavier (tokenizers) or a normal of 0.02 cut at two deviations (generators),
+    biases 0, norms 1 and 0. Embedding tables are drawn by their owners."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            if scheme == "xavier":
+                nn.init.xavier_uniform_(m.weight)
+            else:
+                nn.init.trunc_normal_(m.weight, std=0.02, a=-0.04, b=0.04)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.LayerNorm):
+            nn.init.ones_(m.weight)
+            nn.init.zeros_(m.bias)
