@@ -70,7 +70,7 @@ def add_layer_norm_backward(
     grad_weight = tl.zeros((BLOCK_D,), tl.float32)
     grad_bias = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(program * BLOCK_M, M, programs * BLOCK_M):
-        rows = start.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+        rows = start + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
         mask = (rows < M) & (channels < D)
         offsets = rows * D + channels
         x = tl.load(total_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

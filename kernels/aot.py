@@ -72,7 +72,9 @@ def examine(module: str, index: int, arch: int) -> Report:
         compiled = _compile(kernel, variant, arch)
     except Exception as error:  # whatever a compiler may raise is a finding about this variant, not the end
         cause = str(error).strip().splitlines() or [""]
-        return Report(arch, f"{start} does not compile | | | | |", [f"{where}: {type(error).__name__}: {cause[-1]}"])
+        return Report(
+            arch, f"{start} does not compile | | | | |", [f"{where}: {type(error).__name__}: {cause[-1]}"]
+        )
     usage, sass = _disassemble(compiled.asm["cubin"])
 
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
@@ -137,7 +139,9 @@ def table(reports: list[Report]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m titok.kernels.aot", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m titok.kernels.aot", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("modules", nargs="*", help="kernel modules; all by default")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMITS), help="all by default")
     parser.add_argument("--write", action="store_true", help=f"write the table to {TABLE.name}")
@@ -160,7 +164,10 @@ def main() -> int:
     failures = [failure for report in reports for failure in report.failures]
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
-    print(f"{len(reports)} variants compiled with Triton {triton.__version__}, {len(failures)} failures", file=sys.stderr)
+    print(
+        f"{len(reports)} variants compiled with Triton {triton.__version__}, {len(failures)} failures",
+        file=sys.stderr,
+    )
     return 1 if failures else 0
 
 

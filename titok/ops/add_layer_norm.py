@@ -77,17 +77,16 @@ def _forward(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x, residual = x.contiguous(), residual.contiguous()
     if _choose(backend, x, residual, weight, bias) == "triton" and out_dtype != torch.float64:
         from titok.kernels import add_layer_norm as kernels
 
         total, normalised = _fake(x, residual, weight, bias, eps, out_dtype)
         if total.numel():
-            rows = [t.view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
+            rows = [t.contiguous().view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
             kernels.forward(*rows[:2], weight.contiguous(), bias.contiguous(), eps, *rows[2:])
         return total, normalised
     with _registry.no_autocast(x):
-        total = x + residual
+        total = (x + residual).contiguous()  # as the fake implementation promises
         # torch's own op keeps float32 statistics, but mixes dtypes only on some devices
         mixed = {weight.dtype, bias.dtype, total.dtype, out_dtype or total.dtype} != {total.dtype}
         rows = total.to(_wide(total)) if mixed else total

@@ -121,7 +121,9 @@ def _backward_triton(
             partial = lse.new_empty(kernels.splits(len(rows)), num_codes, channels)
             kernels.dcodebook(grad, rows, lse, partial)
             grad_codebook = partial.sum(0).to(codebook.dtype)
-    return grad_logits if need_logits else logits.new_empty(0), grad_codebook if need_codebook else codebook.new_empty(0)
+    return grad_logits if need_logits else logits.new_empty(
+        0
+    ), grad_codebook if need_codebook else codebook.new_empty(0)
 
 
 def _backward_fake(
