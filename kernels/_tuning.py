@@ -19,9 +19,9 @@ class Tile(NamedTuple):
 
 # code_mixture: not yet measured. Chosen from the resource table: no spills, two programs or more on an SM.
 # 16-bit dots run on tensor cores, float32 ones as exact FMAs, which need smaller tiles.
-CODE_MIXTURE_FORWARD = {2: Tile(64, 64, 4, 3), 4: Tile(32, 32, 8, 2)}  # by bytes per logit; columns are codes
-CODE_MIXTURE_DLOGITS = {2: Tile(64, 64, 4, 3), 4: Tile(32, 32, 8, 2)}
-CODE_MIXTURE_DCODEBOOK = {2: Tile(64, 64, 4, 3), 4: Tile(32, 32, 8, 2)}
+CODE_MIXTURE_FORWARD = {2: Tile(64, 64, 4, 2), 4: Tile(32, 32, 8, 2)}  # by bytes per logit; columns are codes
+CODE_MIXTURE_DLOGITS = {2: Tile(64, 64, 4, 2), 4: Tile(32, 32, 8, 2)}
+CODE_MIXTURE_DCODEBOOK = {2: Tile(64, 64, 4, 2), 4: Tile(16, 32, 4, 2)}
 CODE_MIXTURE_SPLITS = 8  # of the rows in d codebook: 16 tiles of codes times 8 fill 132 SMs once
 
 # add_layer_norm: not yet measured. Rows to 1,024 channels fit one warp, which then needs no barrier to reduce them.

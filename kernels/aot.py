@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from titok.kernels._aot import AotVariant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from titok.kernels._aot import AotVariant
 
 TABLE = Path(__file__).parent / "RESOURCES.md"
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one block, CUDA programming guide
@@ -59,9 +58,13 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"titok.kernels.{name}")
 
 
-def examine(module: str, index: int, arch: int) -> Report:
-    """Compiles variant `index` of a module for one compute capability and reads its machine code."""
-    variant: AotVariant = _module(module).aot_variants()[index]
+def _examine_by_name(module: str, index: int, arch: int) -> Report:
+    """`examine` for another process, to which a kernel can't be sent."""
+    return examine(_module(module).aot_variants()[index], arch)
+
+
+def examine(variant: AotVariant, arch: int) -> Report:
+    """Compiles a variant for one compute capability and reads its machine code."""
     kernel = variant.kernel
     while not isinstance(kernel, triton.JITFunction):  # under @triton.autotune or @triton.heuristics
         kernel = kernel.fn
@@ -155,7 +158,7 @@ def main() -> int:
     counts = {name: len(_module(name).aot_variants()) for name in modules(args.modules)}
     jobs = [(m, i, arch) for arch in args.arch or SHARED_LIMITS for m, n in counts.items() for i in range(n)]
     with ProcessPoolExecutor(args.jobs) as pool:
-        reports = list(pool.map(examine, *zip(*jobs, strict=True))) if jobs else []
+        reports = list(pool.map(_examine_by_name, *zip(*jobs, strict=True))) if jobs else []
     text = table(reports)
     if args.write:
         TABLE.write_text(text)

@@ -57,9 +57,9 @@ def add_layer_norm(
     return _OP(x, residual, weight, bias, eps, out_dtype, backend)
 
 
-def _choose(backend: str | None, *tensors: torch.Tensor) -> str:
+def _choose(backend: str | None, *tensors: torch.Tensor, out_dtype: torch.dtype | None = None) -> str:
     def triton() -> str | None:
-        if any(t.dtype == torch.float64 for t in tensors):
+        if torch.float64 in (out_dtype, *(t.dtype for t in tensors)):
             return "it has no float64 kernel"
         if tensors[0].shape[-1] > 8192:
             return f"it holds a row of at most 8192 channels, got {tensors[0].shape[-1]}"
@@ -77,13 +77,13 @@ def _forward(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if _choose(backend, x, residual, weight, bias) == "triton" and out_dtype != torch.float64:
+    if _choose(backend, x, residual, weight, bias, out_dtype=out_dtype) == "triton":
         from titok.kernels import add_layer_norm as kernels
 
         total, normalised = _fake(x, residual, weight, bias, eps, out_dtype)
         if total.numel():
-            rows = [t.contiguous().view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
-            kernels.forward(*rows[:2], weight.contiguous(), bias.contiguous(), eps, *rows[2:])
+            flat = [t.contiguous().view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
+            kernels.forward(flat[0], flat[1], weight.contiguous(), bias.contiguous(), eps, flat[2], flat[3])
         return total, normalised
     with _registry.no_autocast(x):
         total = (x + residual).contiguous()  # as the fake implementation promises
@@ -119,7 +119,10 @@ def _backward(
     eps: float,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of the sum, and those of weight and bias as (2, D), float32 or wider. The statistics are computed again from the sum, which is read anyway."""
+    """Gradient of the sum, and those of weight and bias as (2, D), float32 or wider.
+
+    The statistics are computed again from the sum, which is read anyway.
+    """
     if _choose(backend, total, weight) == "triton":
         return _backward_triton(grad_total, grad_normalised, total, weight, eps)
     with _registry.no_autocast(total):
