@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from titok.ops._extension import interpreting
+
 _LIBRARY = torch.library.Library("titok", "DEF")
 _LAST_BACKEND: dict[str, str] = {}
 
@@ -69,7 +71,8 @@ def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[],
     """The name of the back end that is to run.
 
     Args:
-        requested: a name, which then is used or raises with the cause; None or "auto": the first that can run.
+        requested: a name, which then is used or raises with the cause; None or "auto": the first that can run,
+            but never Triton's interpreter, which is there for tests.
         candidates: name -> function that returns None where it can run, else why not; fastest first.
 
     Raises:
@@ -77,7 +80,8 @@ def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[],
         RuntimeError: `requested` can't run here, with the cause.
     """
     if requested is None or requested == "auto":
-        name = next(name for name, why_not in candidates.items() if why_not() is None)
+        skipped = "triton" if interpreting() else None
+        name = next(name for name, why_not in candidates.items() if name != skipped and why_not() is None)
     elif requested not in candidates:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(candidates)} for {op}, got {requested!r}")
     else:
