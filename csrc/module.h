@@ -3,4 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
-namespace titok {}
+namespace titok {
+
+void bind_group_norm_silu(pybind11::module_& m);
+
+}  // namespace titok
