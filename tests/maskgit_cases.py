@@ -47,16 +47,16 @@ def random_case(
                 cond[torch.rand(cond.shape, generator=g) < 0.1] = value
     known = torch.rand(b, n, generator=g) < pick((0.0, 0.3, 0.7, 1.0))
     tokens = torch.where(known, torch.randint(v, (b, n), generator=g), v)
-    arguments = dict(
-        step=number % 8,
-        steps=9,
-        num_masked=pick((0, 1, n // 2, n - 1, n, n + 5)),
-        mask_token=v,
-        guidance=pick((1.0, 0.0, 2.5, 5.5, -3.0)),
-        softmax_temperature=pick((1.0, 0.5, 1.2)),
-        noise_temperature=pick((0.0, 0.0, 1e-38, 1e-3, 1.0, 9.5, 3e38)),
-        confidence=pick(("titok", "maskgit")),
-        seed=pick((0, 1, 1 << 63, (1 << 64) - 1)),
-        first_sample=pick((0, 3, 1 << 40)),
-    )
+    arguments = {
+        "step": number % 8,
+        "steps": 9,
+        "num_masked": pick((0, 1, n // 2, n - 1, n, n + 5)),
+        "mask_token": v,
+        "guidance": pick((1.0, 0.0, 2.5, 5.5, -3.0)),
+        "softmax_temperature": pick((1.0, 0.5, 1.2)),
+        "noise_temperature": pick((0.0, 0.0, 1e-38, 1e-3, 1.0, 9.5, 3e38)),
+        "confidence": pick(("titok", "maskgit")),
+        "seed": pick((0, 1, 1 << 63, (1 << 64) - 1)),
+        "first_sample": pick((0, 3, 1 << 40)),
+    }
     return Case((tokens, cond.to(dtype), pick((None, uncond.to(dtype)))), arguments)
