@@ -77,9 +77,7 @@ class BuildExtension(build_ext):
             return self._left_out("titok._C", "TITOK_BUILD=none")
         nvcc = None if mode == "cpu" else find_nvcc()
         if nvcc is None:
-            self._left_out(
-                "the CUDA half of titok._C", "TITOK_BUILD=cpu" if mode == "cpu" else "no nvcc found"
-            )
+            self._left_out("the CUDA half of titok._C", "TITOK_BUILD=cpu" if mode == "cpu" else "no nvcc found")
         try:
             self._compile(Path(self.get_ext_fullpath(ext.name)).resolve(), nvcc)  # ninja runs elsewhere
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
@@ -122,9 +120,7 @@ class BuildExtension(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = [str(obj) for obj, _, _ in jobs]
         # nvcc links where it is there, because it alone knows where its static runtime lies.
-        linker = (
-            [nvcc, "-shared", "-ccbin", cxx, "-Xcompiler=-fopenmp"] if nvcc else [cxx, "-shared", "-fopenmp"]
-        )
+        linker = [nvcc, "-shared", "-ccbin", cxx, "-Xcompiler=-fopenmp"] if nvcc else [cxx, "-shared", "-fopenmp"]
         link = [*linker, "-o", str(target), *objects]
         ninja = shutil.which("ninja")
         if ninja is None:

@@ -31,7 +31,9 @@ def check_images(images: Any, channels: int, size: tuple[int, int]) -> None:
     """images (B, C, H, W), a floating dtype, every value in [0, 1] (NaN is not)."""
     if isinstance(images, Tensor) and not images.is_floating_point():
         kind = str(images.dtype).removeprefix("torch.")
-        raise TypeError(f"images: expected a floating dtype with values in [0, 1], got {kind} (divide uint8 by 255)")
+        raise TypeError(
+            f"images: expected a floating dtype with values in [0, 1], got {kind} (divide uint8 by 255)"
+        )
     check_tensor("images", images, shape=("B", channels, *size), dtypes=_FLOATS)
     _check_values("images", images, (images >= 0) & (images <= 1), "values in [0, 1]")
 
@@ -51,4 +53,4 @@ def check_latents(latents: Any, length: int, dim: int) -> None:
 def check_labels(labels: Any, num_classes: int) -> None:
     """labels (B,) int64 in [0, num_classes]; num_classes itself stands for "class dropped"."""
     check_tensor("labels", labels, shape=("B",), dtypes=(torch.int64,))
-    _check_values("labels", labels, (labels >= 0) & (labels <= num_classes), f"classes in [0, {num_classes})")
+    _check_values("labels", labels, (labels >= 0) & (labels <= num_classes), f"classes in [0, {num_classes}]")

@@ -65,7 +65,9 @@ class MaskGIT(Pretrained, nn.Module):
             labels = tokens.new_full((tokens.shape[0],), self.no_class)
         check_labels(labels, self.config.num_classes)
         if labels.shape[0] != tokens.shape[0]:
-            raise ValueError(f"labels: expected one for each of {tokens.shape[0]} rows of tokens, got {labels.shape[0]}")
+            raise ValueError(
+                f"labels: expected one for each of {tokens.shape[0]} rows of tokens, got {labels.shape[0]}"
+            )
         ids = torch.cat([(self.mask_token + 1 + labels)[:, None], tokens], dim=1)
         return self.trunk(F.embedding(ids, self.embedding.weight) + self.positions)[:, 1:]
 

@@ -26,9 +26,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, latents: Tensor) -> Quantized:
         """latents (B, K, C) -> straight-through vectors, indices, losses and code counts; for training."""
-        return quantize(
-            latents, self.codebook, normalize=self.l2_normalize, commitment_cost=self.commitment_cost
-        )
+        return quantize(latents, self.codebook, normalize=self.l2_normalize, commitment_cost=self.commitment_cost)
 
     def indices(self, latents: Tensor) -> Tensor:
         """latents (..., C) -> indices of the nearest codes (...), int64."""

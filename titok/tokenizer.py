@@ -180,7 +180,9 @@ class TiTok(Pretrained, nn.Module):
         x = self.decoder(latents.to(self.dtype))
         if self.config.head == "proxy":
             if self.pixel_decoder is None:
-                raise ValueError("decode: this tokenizer has no pixel decoder; use decode_logits and a MaskGITVQGAN")
+                raise ValueError(
+                    "decode: this tokenizer has no pixel decoder; use decode_logits and a MaskGITVQGAN"
+                )
             # The expectation of the code vectors under the predicted distribution: no arg max, so gradients pass.
             x = self.pixel_decoder(rearrange(code_mixture(x, self.pixel_codebook), "b h w c -> b c h w"))
         return 0.5 * x + 0.5 if self.config.signed_pixels else x

@@ -6,6 +6,8 @@ channels lie together, which is what convolutions, norms and the code lookup all
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -59,8 +61,7 @@ class Level(nn.Module):
     def __init__(self, widths: list[int], *, upsample: bool, shortcut_of_result: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(a, b, shortcut_of_result=shortcut_of_result)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            ResidualBlock(a, b, shortcut_of_result=shortcut_of_result) for a, b in itertools.pairwise(widths)
         )
         self.upsample = _conv(widths[-1], widths[-1], bias=True) if upsample else None
 
@@ -84,7 +85,9 @@ class VQGANEncoder(nn.Module):
             Level([before] + [w] * config.blocks_per_level, upsample=False, shortcut_of_result=accident)
             for before, w in zip([config.hidden_channels, *widths[:-1]], widths, strict=True)
         )
-        self.mid = nn.ModuleList(ResidualBlock(widths[-1], widths[-1], shortcut_of_result=accident) for _ in range(2))
+        self.mid = nn.ModuleList(
+            ResidualBlock(widths[-1], widths[-1], shortcut_of_result=accident) for _ in range(2)
+        )
         self.norm_out = nn.GroupNorm(_GROUPS, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
 
@@ -107,7 +110,9 @@ class VQGANDecoder(nn.Module):
         widths = [config.hidden_channels * m for m in config.channel_multipliers]
         accident = config.shortcut_of_result
         self.conv_in = _conv(config.code_dim, widths[-1], bias=True)
-        self.mid = nn.ModuleList(ResidualBlock(widths[-1], widths[-1], shortcut_of_result=accident) for _ in range(2))
+        self.mid = nn.ModuleList(
+            ResidualBlock(widths[-1], widths[-1], shortcut_of_result=accident) for _ in range(2)
+        )
         self.levels = nn.ModuleList(  # stored from the finest to the coarsest, run the other way round
             Level([before] + [w] * config.blocks_per_level, upsample=i > 0, shortcut_of_result=accident)
             for i, (before, w) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
@@ -140,8 +145,12 @@ class MaskGITVQGAN(Pretrained, nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1], sides multiples of `config.factor` -> codes (B, h, w) int64."""
         factor = self.config.factor
-        if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[2] % factor or images.shape[3] % factor):
-            raise ValueError(f"images: expected (B, C, H, W), H and W multiples of {factor}, got {tuple(images.shape)}")
+        if isinstance(images, Tensor) and (
+            images.ndim != 4 or images.shape[2] % factor or images.shape[3] % factor
+        ):
+            raise ValueError(
+                f"images: expected (B, C, H, W), H and W multiples of {factor}, got {tuple(images.shape)}"
+            )
         check_images(images, self.config.channels, (images.shape[2], images.shape[3]))
         features = self.encoder(images.to(self.codebook.dtype))
         return nearest_codebook(rearrange(features, "b c h w -> b h w c"), self.codebook)

@@ -1,0 +1,72 @@
+"""Labels to pictures: a generator and the tokenizer whose tokens it was trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from titok.config import SamplingConfig
+from titok.generator import MaskGIT
+from titok.images import to_uint8
+from titok.sampling import sample_tokens
+from titok.tokenizer import TiTok
+
+
+class Pipeline:
+    """`Pipeline(tokenizer, generator)(labels)` generates pictures.
+
+    Raises:
+        ValueError: tokenizer and generator do not share token count, codebook size and device.
+    """
+
+    def __init__(self, tokenizer: TiTok, generator: MaskGIT) -> None:
+        t, g = tokenizer.config, generator.config
+        if t.bottleneck != "vq":
+            raise ValueError("tokenizer: expected a vector-quantised one, got a VAE: MaskGIT generates codes")
+        ours, theirs = (t.num_latent_tokens, t.codebook_size), (g.num_latent_tokens, g.codebook_size)
+        if ours != theirs:
+            wanted = f"{theirs[0]} tokens of {theirs[1]} codes, as the generator"
+            raise ValueError(f"tokenizer: expected {wanted}, got {ours[0]} of {ours[1]}")
+        if tokenizer.device != generator.device:
+            raise ValueError(
+                f"tokenizer: expected on {generator.device}, as the generator, got {tokenizer.device}"
+            )
+        self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        tokenizer: str | os.PathLike[str],
+        generator: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Pipeline:
+        """Both models from folders, files or repository ids; see `TiTok.from_pretrained` for what is raised."""
+        return cls(
+            TiTok.from_pretrained(tokenizer, dtype=dtype, device=device),
+            MaskGIT.from_pretrained(generator, dtype=dtype, device=device),
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: Tensor | Sequence[int],
+        *,
+        seed: int = 0,
+        first_sample: int = 0,
+        sampling: SamplingConfig | None = None,
+        rounding: Literal["nearest", "truncate"] = "nearest",
+    ) -> Tensor:
+        """One picture for each label, uint8 (B, H, W, channels) on the models' device.
+
+        Args:
+            labels, seed, first_sample, sampling: as `sample_tokens` takes them; what is raised too.
+            rounding: to 8 bits; "truncate" as the published FID script does.
+        """
+        tokens = sample_tokens(self.generator, labels, sampling, seed=seed, first_sample=first_sample)
+        return to_uint8(self.tokenizer.decode(tokens), rounding)
