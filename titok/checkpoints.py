@@ -121,11 +121,13 @@ def _umask() -> int:
     return mask
 
 
-def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Writes tensors (made contiguous, on the CPU) so that a reader sees the old file or the whole new one."""
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(ready, temporary)
+        safetensors.torch.save_file(ready, temporary, metadata)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
