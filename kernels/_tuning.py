@@ -1,0 +1,30 @@
+"""Tile sizes, warps and pipeline stages of every kernel, in one place, with where they were measured.
+
+A change here changes speed only: no result depends on it but in the order of float sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """A kernel's launch: rows and columns of its tile, warps, software-pipeline stages."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# code_mixture: not yet measured. Chosen from the resource table: no spills, two programs or more on an SM.
+# 16-bit dots run on tensor cores, float32 ones as exact FMAs, which need smaller tiles.
+CODE_MIXTURE_FORWARD = {2: Tile(64, 64, 4, 2), 4: Tile(32, 32, 8, 2)}  # by bytes per logit; columns are codes
+CODE_MIXTURE_DLOGITS = {2: Tile(64, 64, 4, 2), 4: Tile(32, 32, 8, 2)}
+CODE_MIXTURE_DCODEBOOK = {2: Tile(64, 64, 4, 2), 4: Tile(16, 32, 4, 2)}
+CODE_MIXTURE_SPLITS = 8  # of the rows in d codebook: 16 tiles of codes times 8 fill 132 SMs once
+
+# add_layer_norm: not yet measured. Rows to 1,024 channels fit one warp, which then needs no barrier to reduce them.
+ADD_LAYER_NORM_CHANNELS_PER_WARP = 1024
+ADD_LAYER_NORM_BACKWARD_VALUES = 4096  # in a tile of whole rows
+ADD_LAYER_NORM_PROGRAMS = 512  # of the backward pass, each with its own partial d weight and d bias
