@@ -165,7 +165,7 @@ def vqgan_decoder(config: VQGANConfig, batch: int, h: int, w: int, *, folded: bo
 
 
 def vae_decoder(batch: int, size: int, channels: tuple[int, ...] = (128, 256, 512, 512), latent: int = 4) -> Work:
-    """Stable Diffusion's `AutoencoderKL`: latents (batch, latent, size, size) to pixels; x2 after all levels but one."""
+    """Stable Diffusion's `AutoencoderKL`: latents (batch, latent, size, size) to pixels, 8 times as many a side."""
     top, pixels = channels[-1], size * size
     parts = [conv(batch, size, size, latent, latent, 1), conv(batch, size, size, latent, top)]
     parts += [_residual(batch, size, size, top, top)] * 2

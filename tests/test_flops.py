@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks import flops
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import flops
 from titok import GeneratorConfig, MaskGIT, SamplingConfig, TiTok, TokenizerConfig, sample_tokens
 from titok.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, VQGANConfig
 from titok.ops import code_mixture, masked_attention, nearest_codebook

@@ -12,10 +12,12 @@ from torch import Tensor
 from titok.ops._checks import check_tensor
 from titok.ops._extension import extension, why_no_cpp
 from titok.ops._registry import choose, register, runs_eagerly
+from titok.profiling import ranged
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@ranged("group_norm_silu")
 def group_norm_silu(
     x: Tensor,
     num_groups: int,

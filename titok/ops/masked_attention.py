@@ -13,11 +13,13 @@ from torch.autograd.function import once_differentiable
 
 from titok.ops._checks import check_tensor
 from titok.ops._registry import choose, register, runs_eagerly
+from titok.profiling import ranged
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SCORES_AT_ONCE = 1 << 21  # of the plain path: 8 MiB in float32, so that the passes over them stay in the cache
 
 
+@ranged("masked_attention")
 def masked_attention(
     qkv: Tensor,
     num_heads: int,

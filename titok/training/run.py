@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from titok.checkpoints import Pretrained, read_weights, write_safetensors
+from titok.profiling import annotate, each
 from titok.training.config import TrainingConfig
 from titok.training.optim import learning_rate, make_optimizer
 
@@ -150,11 +151,13 @@ class Run(Generic[M]):
         if self.history:
             bar.set_postfix(_shown(self.history[-1]), refresh=False)
         with bar, torch.random.fork_rng(cuda):
-            for batch in itertools.islice(batches, config.steps - self.step):
+            for batch in each("train step", itertools.islice(batches, config.steps - self.step)):
                 torch.manual_seed(seed_of(config.seed, 0, self.step))
-                figures = compute(batch)
+                with annotate("forward"):
+                    figures = compute(batch)
                 self.optimizer.zero_grad()
-                figures["loss"].backward()
+                with annotate("backward"):
+                    figures["loss"].backward()
                 torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(
@@ -164,7 +167,8 @@ class Run(Generic[M]):
                         warmup=config.warmup_steps,
                         total=config.steps,
                     )
-                self.optimizer.step()
+                with annotate("optimizer"):
+                    self.optimizer.step()
                 if after_step is not None:
                     after_step()
                 self.step += 1
