@@ -61,7 +61,7 @@ def of(rows: Sequence[dict[str, Any]], bench: str, **case: Any) -> list[dict[str
 def number(value: float | None, digits: int = 3) -> str:
     """Short, in plain notation: 410, 4.1, 0.041."""
     if value is None:
-        return "–"
+        return "-"
     if value == 0:
         return "0"
     text = f"{value:.{digits}g}"
@@ -75,7 +75,7 @@ def speedup_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
     ceiling = ceilings(rows)
     sides = of(rows, "speedup")
     rivals = [r for r in sides if r["case"]["family"] == "dit"]
-    header = ["", "px", "dtype", "batch", "tokens", "steps", "M params", "GFLOP/img", "counted", "img/s", "20–80%"]
+    header = ["", "px", "dtype", "batch", "tokens", "steps", "M params", "GFLOP/img", "counted", "img/s", "20-80%"]
     header += ["img/s, no pixels", "TFLOP/s", "of mm", "peak GB"]
     header += [f"x {r['case']['name'].removeprefix('DiT-XL/2 ')} ({r['case']['steps']})" for r in rivals]
     header += ["paper, A100", "timed"]
@@ -88,12 +88,12 @@ def speedup_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
         line = [
             case["name"], str(case["resolution"]), case["dtype"], str(case["batch"]), str(case["tokens"]),
             str(case["steps"]), number(case["parameters"] / 1e6), number(row["flops"] / 1e9, 4),
-            number(row["flops_counted"] / 1e9, 4), number(median), f"{number(low)}–{number(high)}",
+            number(row["flops_counted"] / 1e9, 4), number(median), f"{number(low)}-{number(high)}",
             number(rate(row, "bare")[0]), number(achieved(row) / 1e12),
-            f"{achieved(row) / mm:.0%}" if mm else "–", number(peak / 1e9) if peak else "–",
+            f"{achieved(row) / mm:.0%}" if mm else "-", number(peak / 1e9) if peak else "-",
         ]  # fmt: skip
         same = (case["resolution"],)
-        line += [number(median / rate(r)[0]) if same == (r["case"]["resolution"],) else "–" for r in rivals]
+        line += [number(median / rate(r)[0]) if same == (r["case"]["resolution"],) else "-" for r in rivals]
         line += [number(case["paper"]), case["note"] or "whole images"]
         cells.append(line)
     return header, cells
@@ -124,10 +124,10 @@ def ladder_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
     for row in rungs:
         median, low, high = rate(row)
         mm = ceiling.get(f"mm {row['case']['dtype']}")
-        share = f"{achieved(row) / mm:.0%}" if mm else "–"
+        share = f"{achieved(row) / mm:.0%}" if mm else "-"
         speedup = median / rate(rungs[0])[0]
         case = row["case"]
         cells.append(
-            [case["name"], case["dtype"], number(median), f"{number(low)}–{number(high)}", number(speedup), share]
+            [case["name"], case["dtype"], number(median), f"{number(low)}-{number(high)}", number(speedup), share]
         )
-    return ["rung", "dtype", "img/s", "20–80%", "x", "of mm"], cells
+    return ["rung", "dtype", "img/s", "20-80%", "x", "of mm"], cells
