@@ -11,7 +11,8 @@
 namespace titok {
 namespace {
 
-constexpr int kRowsAtOnce = 4;  // rows that a thread takes at a time
+constexpr int kRowsAtOnce = 4;            // rows that a thread takes at a time
+constexpr int64_t kCodesAThread = 32768;  // some 30 us of work: less is not worth waking a thread for
 
 auto row_kernel() {
   switch (cpu_isa()) {
@@ -79,7 +80,7 @@ DecodeError maskgit_decode_cpu(const DecodeArgs& args, int threads) {
     }
   }
   const int64_t rows = static_cast<int64_t>(masked.size());
-  const int team = static_cast<int>(std::clamp<int64_t>((rows + kRowsAtOnce - 1) / kRowsAtOnce, 1, threads));
+  const int team = static_cast<int>(std::clamp<int64_t>(rows * args.codes / kCodesAThread, 1, threads));
 
 #pragma omp parallel num_threads(team)
   {
