@@ -83,9 +83,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     arguments = parser.parse_args()
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    device = (
+        torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    )
     print(f"N={TOKENS} V={CODES} {arguments.dtype} on {device}; medians of one interleaved run")
-    print(f"{'batch':>5} {'step':>4} {'masked':>6} {'official ms':>12} {'titok ms':>9} {'ratio':>6} {'GB/s':>6} {'calls':>5}")
+    print(
+        f"{'batch':>5} {'step':>4} {'masked':>6} {'official ms':>12} {'titok ms':>9} {'ratio':>6} {'GB/s':>6} {'calls':>5}"
+    )
     for batch in BATCHES:
         for step in (0, 4):
             inputs = case(batch, step, getattr(torch, arguments.dtype), arguments.device)
