@@ -161,18 +161,29 @@ def test_five_million_draws_follow_the_softmax(confidence: str, noise: float, so
     assert isinstance(new, Tensor)
     temperature = noise if confidence == "titok" else 1.0
     _, probability = oracles.decode_distribution(cond.numpy(), uncond.numpy(), 1.8, softmax, temperature)
-    draws = new.flatten()
-    assert tail(*oracles.chi_square(draws.bincount(minlength=codes).numpy(), probability)) > 1e-3
-    # Neighbouring positions, and the same position of neighbouring samples, are independent.
-    new = new[:200]
-    coarse, group = (new * 7) // codes, np.array([(v * 7) // codes for v in range(codes)])
-    share = np.bincount(group, weights=probability)
-    for pairs in (
-        coarse[:, ::2] * 7 + coarse[:, 1::2],
-        coarse[::2] * 7 + coarse[1::2],
-    ):  # no pair overlaps another
-        counts = pairs.flatten().bincount(minlength=49).numpy()
-        assert tail(*oracles.chi_square(counts, np.outer(share, share).flatten())) > 1e-3
+    counts = new.flatten().bincount(minlength=codes).numpy()
+    assert tail(*oracles.chi_square(counts, probability)) > 1e-3
+
+
+@pytest.mark.skipif(bool(why_no_cpp()), reason=str(why_no_cpp()))
+def test_draws_are_independent() -> None:
+    """Neighbouring positions, samples, steps and seeds: pairs that share no draw, against the product law."""
+    batch, length, codes = 100, 1024, 7
+    logits = torch.randn(codes)
+    arguments = {"steps": 9, "num_masked": 0, "mask_token": codes, "noise_temperature": 1.3, "final": True}
+    tokens = torch.full((batch, length), codes)
+
+    def draw(step: int, seed: int) -> Tensor:
+        return run(tokens, logits.expand(batch, length, codes), **arguments, step=step, seed=seed, backend="cpp")[
+            0
+        ]
+
+    _, p = oracles.decode_distribution(logits.numpy(), None, 1.0, 1.0, 1.3)
+    new = draw(0, 0)
+    pairs = ((new[:, ::2], new[:, 1::2]), (new[::2], new[1::2]), (new, draw(1, 0)), (new, draw(0, 1)))
+    for left, right in (*pairs, (new, draw(0, 1 << 32))):
+        counts = (left * codes + right).flatten().bincount(minlength=codes**2).numpy()
+        assert tail(*oracles.chi_square(counts, np.outer(p, p).flatten())) > 1e-3
 
 
 def tail(statistic: float, freedom: int) -> float:
