@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles import squared_distances
 
+from oracles import squared_distances
 from titok.ops import last_backend, nearest_codebook
 
 

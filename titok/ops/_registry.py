@@ -40,9 +40,13 @@ def register(
     return getattr(torch.ops.titok, name).default
 
 
-def runs_eagerly(*tensors: torch.Tensor) -> bool:
+def runs_eagerly(*tensors: torch.Tensor, gradients: bool = False) -> bool:
     """Whether nothing watches these tensors (no tracing, no gradient, no subclass, no mode), so that an op may
-    call its implementation directly and save the microseconds of PyTorch's dispatcher."""
+    call its implementation directly and save the microseconds of PyTorch's dispatcher.
+
+    Args:
+        gradients: accept tensors that want a gradient, for an op with an `autograd.Function` of its own.
+    """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -51,7 +55,7 @@ def runs_eagerly(*tensors: torch.Tensor) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    grad = torch.is_grad_enabled()
+    grad = torch.is_grad_enabled() and not gradients
     return all(type(t) in (torch.Tensor, torch.nn.Parameter) and not (grad and t.requires_grad) for t in tensors)
 
 
