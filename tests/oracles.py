@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 
 def squared_distances(latents: np.ndarray, codebook: np.ndarray, normalize: bool) -> np.ndarray:
@@ -12,3 +13,18 @@ def squared_distances(latents: np.ndarray, codebook: np.ndarray, normalize: bool
         z = z / np.maximum(np.sqrt((z * z).sum(1, keepdims=True)), 1e-12)
         e = e / np.maximum(np.sqrt((e * e).sum(1, keepdims=True)), 1e-12)
     return np.stack([((z - code) ** 2).sum(1) for code in e], axis=1)
+
+
+def code_mixture(logits: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """(..., K), (K, C) -> (..., C): sum over codes of exp(logit) * code, over the sum of exp(logit), in float64."""
+    logits, codebook = logits.double(), codebook.double()
+    weights = (logits - logits.max(-1, keepdim=True).values).exp()
+    return (weights[..., None] * codebook).sum(-2) / weights.sum(-1, keepdim=True)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm over the last axis, by its definition, in float64."""
+    x = x.double()
+    centred = x - x.mean(-1, keepdim=True)
+    deviation = ((centred * centred).mean(-1, keepdim=True) + eps).sqrt()
+    return centred / deviation * weight.double() + bias.double()

@@ -21,7 +21,7 @@ class _Config:
     """JSON form and checks shared by the configurations below."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
@@ -145,13 +145,15 @@ class TokenizerConfig(_Config):
             p = side.patch_size
             fits = len(size) == 2 and all(isinstance(s, int) and s >= 1 and s % p == 0 for s in size)
             self._check("image_size", fits, f"(height, width), multiples of the patch size {p}")
-        if self.head == "proxy":
-            self._check("proxy", self.proxy is not None, "a VQGANConfig, because head is 'proxy'")
-            factor = self.proxy.factor  # type: ignore[union-attr]
-            self._check("decoder", self.decoder.patch_size % factor == 0, f"a patch size that {factor} divides")
-            self._check("channels", self.channels == self.proxy.channels, f"the proxy's {self.proxy.channels}")
-        else:
+        proxy = self.proxy
+        if self.head == "pixels":
             self._check("pixel_decoder", not self.pixel_decoder, "False, because head is 'pixels'")
+        elif proxy is None:
+            self._check("proxy", False, "a VQGANConfig, because head is 'proxy'")
+        else:
+            fits = self.decoder.patch_size % proxy.factor == 0
+            self._check("decoder", fits, f"a patch size that the proxy's {proxy.factor} divides")
+            self._check("channels", self.channels == proxy.channels, f"the proxy's {proxy.channels}")
         if self.bottleneck == "vae":
             self._check("head", self.head == "pixels", "'pixels', because bottleneck is 'vae'")
 
@@ -248,7 +250,7 @@ def _two_stage(
 
 
 def _single_stage(encoder: str, decoder: str, tokens: int, **bottleneck: Any) -> TokenizerConfig:
-    sides = {"encoder": ViTConfig.named(encoder, 16), "decoder": ViTConfig.named(decoder, 16)}
+    sides: dict[str, Any] = {"encoder": ViTConfig.named(encoder, 16), "decoder": ViTConfig.named(decoder, 16)}
     return TokenizerConfig(image_size=(256, 256), num_latent_tokens=tokens, **sides, **bottleneck)
 
 
@@ -271,7 +273,14 @@ TOKENIZER_PRESETS: dict[str, TokenizerConfig] = {
     "titok-b-128-512": _two_stage("base", 128, image_size=512, patch=32, legacy=False),
 }
 
-_UVIT: dict[str, Any] = {"architecture": "uvit", "width": 1024, "layers": 20, "heads": 16, "mlp_width": 4096}
+_UVIT: dict[str, Any] = {
+    "architecture": "uvit",
+    "width": 1024,
+    "layers": 20,
+    "heads": 16,
+    "mlp_width": 4096,
+    "dropout": 0.0,
+}
 _UVIT_SAMPLING = SamplingConfig(steps=64, guidance_scale=6.9, guidance_schedule="power-cosine", temperature=2.8)
 
 GENERATOR_PRESETS: dict[str, GeneratorConfig] = {
