@@ -17,6 +17,13 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+# nearest_codebook: not yet measured. Exact float32 FMAs; each thread keeps a score, the best score and its tile for
+# every element, which bounds the tile. From the resource table: no spills. Columns are codes.
+NEAREST_CODEBOOK = Tile(64, 64, 4, 2)
+NEAREST_CODEBOOK_SLICED = Tile(64, 64, 4, 1)  # more channels than a slice: prefetching as well would spill
+NEAREST_CODEBOOK_CHANNELS = 64  # in a slice
+NEAREST_CODEBOOK_PROGRAMS = 4  # per multiprocessor that splitting the codes aims at when latents are few
+
 # code_mixture: not yet measured. Chosen from the resource table: no spills, two programs or more on an SM.
 # 16-bit dots run on tensor cores, float32 ones as exact FMAs, which need smaller tiles.
 CODE_MIXTURE_FORWARD = {2: Tile(64, 64, 4, 2), 4: Tile(32, 32, 8, 2)}  # by bytes per logit; columns are codes
