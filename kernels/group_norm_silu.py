@@ -355,7 +355,18 @@ def backward_input(
     tile = _tile(channels)
     grid = (triton.cdiv(height * width, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]), batch)
     group_norm_silu_backward_input[grid](
-        *(grad, grad if grad_sum is None else grad_sum, x, weight, bias, mean, rstd, means, grad_x, height * width),
+        *(
+            grad,
+            grad if grad_sum is None else grad_sum,
+            x,
+            weight,
+            bias,
+            mean,
+            rstd,
+            means,
+            grad_x,
+            height * width,
+        ),
         WIDTH=channels // mean.shape[1],
         HAS_GRAD_SUM=grad_sum is not None,
         **tile,
