@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,34 @@ from titok.ops._extension import extension, why_no_cpp, why_no_triton
 from titok.ops._registry import choose, register, runs_eagerly
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@overload
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: Tensor,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def group_norm_silu(
@@ -58,7 +86,8 @@ def group_norm_silu(
     _check(x, num_groups, weight, bias, eps, residual, out_dtype)
     if residual is None:
         op = _forward if runs_eagerly(x, weight, bias) else _OP
-        return cast(Tensor, op(x, num_groups, weight, bias, eps, out_dtype, backend)[0])
+        normalised: Tensor = op(x, num_groups, weight, bias, eps, out_dtype, backend)[0]
+        return normalised
     op = _add_forward if runs_eagerly(x, residual, weight, bias) else _ADD_OP
     total, normalised, _, _ = op(x, residual, num_groups, weight, bias, eps, out_dtype, backend)
     return total, normalised
