@@ -35,3 +35,9 @@ CODE_MIXTURE_SPLITS = 8  # of the rows in d codebook: 16 tiles of codes times 8 
 ADD_LAYER_NORM_CHANNELS_PER_WARP = 1024
 ADD_LAYER_NORM_BACKWARD_VALUES = 4096  # in a tile of whole rows
 ADD_LAYER_NORM_PROGRAMS = 512  # of the backward pass, each with its own partial d weight and d bias
+
+# group_norm_silu: not yet measured. Rows are pixels. 2,048 values leave a thread's share of a tile and of its two sums
+# under 128 registers; 128 channels make a row of a tile 256 bytes or more.
+GROUP_NORM_SILU = Tile(16, 128, 4, 2)
+GROUP_NORM_SILU_CHUNK = 128  # pixels to a partial sum: 32 programs for one 64 x 64 map, 512 for one 256 x 256
+GROUP_NORM_SILU_ONE_PASS_VALUES = 16384  # of a map that a program of 8 warps keeps in registers

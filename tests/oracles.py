@@ -28,3 +28,26 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     centred = x - x.mean(-1, keepdim=True)
     deviation = ((centred * centred).mean(-1, keepdim=True) + eps).sqrt()
     return centred / deviation * weight.double() + bias.double()
+
+
+def group_norm_silu(
+    x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """GroupNorm of (B, C, H, W) group by group, then z / (1 + exp(-z)), in float64; differentiable."""
+    width = x.shape[1] // num_groups
+    images = []
+    for image in x.double():
+        groups = []
+        for first in range(0, x.shape[1], width):
+            group = image[first : first + width]
+            centred = group - group.sum() / group.numel()
+            deviation = ((centred * centred).sum() / group.numel() + eps).sqrt()
+            affine = torch.stack(
+                [
+                    c / deviation * weight[first + i].double() + bias[first + i].double()
+                    for i, c in enumerate(centred)
+                ]
+            )
+            groups.append(affine / (1 + torch.exp(-affine)))
+        images.append(torch.cat(groups))
+    return torch.stack(images)
