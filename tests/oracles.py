@@ -51,3 +51,29 @@ def group_norm_silu(
             groups.append(affine / (1 + torch.exp(-affine)))
         images.append(torch.cat(groups))
     return torch.stack(images)
+def attention(
+    qkv: torch.Tensor,
+    num_heads: int,
+    key_mask: torch.Tensor | None = None,
+    query_range: tuple[int, int] | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """(B, N, 3*H*D) -> (B, Nq, H*D) by the definition, one sample and head at a time, in float64; differentiable."""
+    width = qkv.shape[2] // 3
+    head_dim = width // num_heads
+    start, stop = query_range or (0, qkv.shape[1])
+    samples = []
+    for i, sample in enumerate(qkv.double()):
+        seen = torch.arange(len(sample)) if key_mask is None else torch.nonzero(key_mask[i])[:, 0]
+        heads = []
+        for h in range(num_heads):
+            q, k, v = (sample[:, part * width + h * head_dim :][:, :head_dim] for part in range(3))
+            q, k, v = q[start:stop], k[seen], v[seen]
+            if len(seen) == 0:
+                heads.append(q * 0)
+                continue
+            scores = torch.einsum("id,jd->ij", q, k) * (head_dim**-0.5 if scale is None else scale)
+            weights = torch.exp(scores - scores.detach().max(1, keepdim=True).values)
+            heads.append(torch.einsum("ij,jd->id", weights / weights.sum(1, keepdim=True), v))
+        samples.append(torch.cat(heads, 1))
+    return torch.stack(samples)
