@@ -8,4 +8,6 @@ namespace titok {
 void bind_maskgit_decode(pybind11::module_& m);
 
 void bind_nearest_codebook(pybind11::module_& m);
+void bind_group_norm_silu(pybind11::module_& m);
+
 }  // namespace titok

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.ops._checks import check_tensor
+from titok.ops._extension import extension, why_no_cpp
 from titok.ops._registry import choose, register, runs_eagerly
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -97,8 +98,21 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _candidates(x: Tensor) -> dict[str, Callable[[], str | None]]:
-    return {"plain": lambda: None}
+def _why_no_cpp(x: Tensor, out_dtype: torch.dtype) -> str | None:
+    if (reason := why_no_cpp(x)) is not None:
+        return reason
+    for dtype in (x.dtype, out_dtype):
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"the C++ kernel takes float32 and bfloat16, not {dtype}"
+    return _why_not_channels_last(x)
+
+
+def _why_not_channels_last(x: Tensor) -> str | None:
+    return None if x.is_contiguous(memory_format=torch.channels_last) else "the kernels take channels-last maps"
+
+
+def _candidates(x: Tensor, out_dtype: torch.dtype) -> dict[str, Callable[[], str | None]]:
+    return {"cpp": lambda: _why_no_cpp(x, out_dtype), "plain": lambda: None}
 
 
 def _allocate(x: Tensor, num_groups: int, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,17 +132,12 @@ def _forward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(normalised, mean, rstd)"""
-    x = x.contiguous(memory_format=_memory_format(x))
-    choose("group_norm_silu", backend, _candidates(x))
-    if x.numel() == 0:
-        normalised, mean, rstd = _allocate(x, num_groups, out_dtype)
-        return normalised, mean.zero_(), rstd.zero_()
-    return _plain_forward(x, num_groups, weight, bias, eps, out_dtype)
+    return _add_forward(x, None, num_groups, weight, bias, eps, out_dtype, backend)[1:]
 
 
 def _add_forward(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     num_groups: int,
     weight: Tensor,
     bias: Tensor,
@@ -136,10 +145,53 @@ def _add_forward(
     out_dtype: torch.dtype | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sum, normalised, mean, rstd)"""
+    """(sum, normalised, mean, rstd); the sum is x itself where there is no residual."""
     memory_format = _memory_format(x)
-    total = (x + residual).contiguous(memory_format=memory_format)
-    return (total, *_forward(total, num_groups, weight, bias, eps, out_dtype, backend))
+    x = x.contiguous(memory_format=memory_format)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format)
+    chosen = choose("group_norm_silu", backend, _candidates(x, out_dtype or x.dtype))
+    total = x if residual is None else torch.empty_like(x)
+    normalised, mean, rstd = _allocate(x, num_groups, out_dtype)
+    if x.numel() == 0:
+        return total, normalised, mean.zero_(), rstd.zero_()
+    if chosen == "cpp":
+        _cpp_forward(x, residual, weight, bias, eps, total, normalised, mean, rstd)
+        return total, normalised, mean, rstd
+    total = x if residual is None else x + residual
+    return (total, *_plain_forward(total, num_groups, weight, bias, eps, out_dtype))
+
+
+def _cpp_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    total: Tensor,
+    normalised: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    batch, channels, height, width = x.shape
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    extension().group_norm_silu(
+        x=x.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        sum=0 if residual is None else total.data_ptr(),
+        out=normalised.data_ptr(),
+        x_is_bf16=x.dtype == torch.bfloat16,
+        out_is_bf16=normalised.dtype == torch.bfloat16,
+        weight=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        batch=batch,
+        pixels=height * width,
+        channels=channels,
+        groups=mean.shape[1],
+        eps=eps,
+    )
 
 
 def _plain_forward(
@@ -177,7 +229,7 @@ def _backward(
     memory_format = _memory_format(x)
     x = x.contiguous(memory_format=memory_format)
     grad = grad.contiguous(memory_format=memory_format)
-    choose("group_norm_silu_backward", backend, _candidates(x))
+    choose("group_norm_silu_backward", None, {"plain": lambda: None})
     if x.numel() == 0:
         return x.clone(), torch.zeros_like(weight), torch.zeros_like(bias)
     return _plain_backward(grad, grad_sum, x, weight, bias, mean, rstd)
