@@ -65,3 +65,50 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, in
     expected = np.append(expected[~rare], expected[rare].sum())
     counts, expected = counts[expected > 0], expected[expected > 0]
     return float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
+def group_norm_silu(
+    x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """GroupNorm of (B, C, H, W) group by group, then z / (1 + exp(-z)), in float64; differentiable."""
+    width = x.shape[1] // num_groups
+    images = []
+    for image in x.double():
+        groups = []
+        for first in range(0, x.shape[1], width):
+            group = image[first : first + width]
+            centred = group - group.sum() / group.numel()
+            deviation = ((centred * centred).sum() / group.numel() + eps).sqrt()
+            affine = torch.stack(
+                [
+                    c / deviation * weight[first + i].double() + bias[first + i].double()
+                    for i, c in enumerate(centred)
+                ]
+            )
+            groups.append(affine / (1 + torch.exp(-affine)))
+        images.append(torch.cat(groups))
+    return torch.stack(images)
+def attention(
+    qkv: torch.Tensor,
+    num_heads: int,
+    key_mask: torch.Tensor | None = None,
+    query_range: tuple[int, int] | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """(B, N, 3*H*D) -> (B, Nq, H*D) by the definition, one sample and head at a time, in float64; differentiable."""
+    width = qkv.shape[2] // 3
+    head_dim = width // num_heads
+    start, stop = query_range or (0, qkv.shape[1])
+    samples = []
+    for i, sample in enumerate(qkv.double()):
+        seen = torch.arange(len(sample)) if key_mask is None else torch.nonzero(key_mask[i])[:, 0]
+        heads = []
+        for h in range(num_heads):
+            q, k, v = (sample[:, part * width + h * head_dim :][:, :head_dim] for part in range(3))
+            q, k, v = q[start:stop], k[seen], v[seen]
+            if len(seen) == 0:
+                heads.append(q * 0)
+                continue
+            scores = torch.einsum("id,jd->ij", q, k) * (head_dim**-0.5 if scale is None else scale)
+            weights = torch.exp(scores - scores.detach().max(1, keepdim=True).values)
+            heads.append(torch.einsum("ij,jd->id", weights / weights.sum(1, keepdim=True), v))
+        samples.append(torch.cat(heads, 1))
+    return torch.stack(samples)
