@@ -48,9 +48,9 @@ def extra_megabytes(name: str, sizes: tuple[int, int, int], device: str) -> floa
     inputs = case(*sizes, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         CANDIDATES[name](*inputs)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = _resident("VmRSS")
     CANDIDATES[name](*inputs)
@@ -64,8 +64,8 @@ def _resident(field: str) -> float:
 
 def differences(latents: Tensor, codebook: Tensor) -> tuple[int, float]:
     """How many indices differ from the official ones, and the largest relative excess of ours in float64."""
-    ours, theirs = nearest_codebook(latents, codebook), official(latents, codebook)
-    where = (ours != theirs).nonzero()[:, 0]
+    ours, theirs = (CANDIDATES[name](latents, codebook) for name in ("titok", "official"))
+    where = torch.ne(ours, theirs).nonzero()[:, 0]
     if not len(where):
         return 0, 0.0
     z, e = latents[where].double(), codebook.double()
