@@ -17,6 +17,7 @@ template <>
 struct Lanes<float> {
   using Int = int32_t;
   static TITOK_HD Int truncate(float x) { return static_cast<Int>(x); }
+  static TITOK_HD float convert(uint32_t x) { return static_cast<float>(x); }
 };
 
 constexpr int kWeightBits = 30;

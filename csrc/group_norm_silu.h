@@ -25,7 +25,7 @@ struct GroupNormSiluArgs {
 };
 
 // Pixels are summed in chunks of a size that depends on the shape alone, so that results do not depend on the
-// number of threads. `scratch` is double[group_norm_silu_scratch(args)].
+// number of threads. `scratch` is double[threads * group_norm_silu_scratch(args)].
 inline int64_t group_norm_silu_chunk(const GroupNormSiluArgs& a) {
   const int64_t pixels = (int64_t{1} << 15) / a.channels;
   return pixels < 8 ? 8 : pixels;
@@ -40,13 +40,13 @@ inline int64_t group_norm_silu_scratch(const GroupNormSiluArgs& a) {
 void launch_group_norm_silu(const GroupNormSiluArgs& args);
 
 namespace generic {
-void group_norm_silu(const GroupNormSiluArgs& args, double* scratch);
+void group_norm_silu(const GroupNormSiluArgs& args, double* scratch, int threads);
 }
 namespace avx2 {
-void group_norm_silu(const GroupNormSiluArgs& args, double* scratch);
+void group_norm_silu(const GroupNormSiluArgs& args, double* scratch, int threads);
 }
 namespace avx512 {
-void group_norm_silu(const GroupNormSiluArgs& args, double* scratch);
+void group_norm_silu(const GroupNormSiluArgs& args, double* scratch, int threads);
 }
 
 }  // namespace titok

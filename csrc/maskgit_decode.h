@@ -109,10 +109,7 @@ enum class DecodeError : int32_t { kNone = 0, kTokens, kRows, kUncondRows, kKeep
 
 DecodeError maskgit_decode_cpu(const DecodeArgs& args, int threads);
 
-#if defined(TITOK_WITH_CUDA)
-// One launch, no allocation, no synchronisation. Returns cudaError_t; `stream` is a cudaStream_t.
-int launch_maskgit_decode(const DecodeArgs& args, void* stream);
-const char* maskgit_decode_error_text(int error);
-#endif
+// Launches the step on a cudaStream_t; returns null, or CUDA's text for what went wrong.
+const char* maskgit_decode_cuda(const DecodeArgs& args, void* stream);
 
 }  // namespace titok

@@ -63,8 +63,8 @@ void bind_maskgit_decode(py::module_& m) {
   m.def("maskgit_decode_cuda", [](DecodeArgs args, uintptr_t drawn, uintptr_t arrivals, uintptr_t stream) {
     args.drawn = pointer<int32_t>(drawn);
     args.arrivals = pointer<uint32_t>(arrivals);
-    if (const int error = launch_maskgit_decode(args, pointer<void>(stream))) {
-      throw std::runtime_error(std::string("maskgit_decode_step: CUDA error: ") + maskgit_decode_error_text(error));
+    if (const char* error = maskgit_decode_cuda(args, pointer<void>(stream))) {
+      throw std::runtime_error(std::string("maskgit_decode_step: CUDA error: ") + error);
     }
   });
 #endif

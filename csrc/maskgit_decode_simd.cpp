@@ -2,6 +2,8 @@
 // templates run on as many lanes as the set has, and integer sums make the order of the lanes irrelevant.
 #include "maskgit_decode_simd.h"
 
+#include "float16.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -25,6 +27,7 @@ template <>
 struct Lanes<Floats> {
   using Int = Ints;
   static TITOK_HD Int truncate(Floats x) { return __builtin_convertvector(x, Ints); }
+  static TITOK_HD Floats convert(Words x) { return __builtin_convertvector(bit_cast<Ints>(x), Floats); }
 };
 
 namespace TITOK_ISA {
@@ -33,13 +36,6 @@ namespace {
 constexpr int kLanes = TITOK_LANES;
 constexpr int kBlock = 512;  // codes whose maximum and sum are remembered, so that the last search stays short
 constexpr int kBlocks = kMaxCodes / kBlock;
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 template <class To>
 TITOK_HD To load(const void* from) {
@@ -60,15 +56,7 @@ TITOK_HD Floats load_floats(const Float16* from) {
 #elif defined(TITOK_ISA_AVX2)
   return _mm256_cvtph_ps(load<__m128i>(from));
 #else
-  // Subnormals by integers and one exact product, so that a flush-to-zero mode changes nothing.
-  const Words half = __builtin_convertvector(load<Halves>(from), Words);
-  const Words sign = (half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
-  const Words normal = (magnitude << 13) + (112u << 23);
-  const Words special = (magnitude << 13) | 0x7F800000u;  // infinities and NaN
-  const Words tiny = bit_cast<Words>(__builtin_convertvector(bit_cast<Ints>(magnitude), Floats) *
-                                     5.9604644775390625e-8f);
-  const Words wide = magnitude > 0x7BFFu ? special : normal;
-  return bit_cast<Floats>(sign | (magnitude < 0x0400u ? tiny : wide));
+  return widen_float16<Floats>(__builtin_convertvector(load<Halves>(from), Words));
 #endif
 }
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import oracles
 import pytest
 import torch
 
+import oracles
 from titok.ops import add_layer_norm, last_backend
 
 OP = torch.ops.titok.add_layer_norm.default

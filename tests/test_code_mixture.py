@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import oracles
 import pytest
 import torch
 
+import oracles
 from titok.ops import code_mixture, last_backend
 
 OP = torch.ops.titok.code_mixture.default
@@ -37,7 +37,9 @@ def check_against_oracle(logits: torch.Tensor, codebook: torch.Tensor, grad: tor
     tolerance = TOLERANCE[logits.dtype]
     assert_close(result, expected, tolerance)
     wanted = torch.autograd.grad(expected, (logits, codebook), grad.double())
-    for got, want, leaf in zip(torch.autograd.grad(result, (logits, codebook), grad), wanted, (logits, codebook)):
+    for got, want, leaf in zip(
+        torch.autograd.grad(result, (logits, codebook), grad), wanted, (logits, codebook), strict=True
+    ):
         assert got.dtype == leaf.dtype
         assert_close(got, want.double(), tolerance)
 

@@ -19,7 +19,7 @@ from titok import MaskGIT, MaskGITVQGAN, SamplingConfig, TiTok, sample_tokens
 from titok.config import GENERATOR_PRESETS, TOKENIZER_PRESETS
 from titok.images import to_uint8
 from titok.quantizer import DiagonalGaussian
-from titok.sampling import schedule
+from titok.schedules import schedule
 
 DTYPES = [torch.float64, torch.float32]
 TOKENIZERS = ["tokenizer_s_legacy_vq", "tokenizer_s_stage1", "tokenizer_s_pixel_vq", "tokenizer_s_vae"]

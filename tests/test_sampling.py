@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from titok import GeneratorConfig, MaskGIT, SamplingConfig, sample_tokens
-from titok.sampling import mask_ratio, schedule
+from titok.schedules import mask_ratio, schedule
 
 K, V, CLASSES = 16, 64, 10
 RULES = ["titok", "maskgit"]

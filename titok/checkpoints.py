@@ -93,7 +93,6 @@ class Pretrained:
         """Writes `config.json` and `model.safetensors` into `directory`, making it where needed."""
         assert isinstance(self, nn.Module)
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         config = {"format": FORMAT, "model": type(self).__name__, "config": self.config.to_dict()}
         write_safetensors(directory / "model.safetensors", self.state_dict())
         with atomic_path(directory / "config.json") as temporary:
@@ -102,8 +101,10 @@ class Pretrained:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not."""
+    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not. Parent
+    folders are made."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -121,11 +122,13 @@ def _umask() -> int:
     return mask
 
 
-def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Writes tensors (made contiguous, on the CPU) so that a reader sees the old file or the whole new one."""
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(ready, temporary)
+        safetensors.torch.save_file(ready, temporary, metadata)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

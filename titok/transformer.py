@@ -53,7 +53,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: pre-norm by `forward` (or, when a trunk fuses its sums with the next norm, by `attend`), or post-norm."""
+    """One layer: pre-norm by `forward` (or `attend`, where a trunk fuses its sums with the next norm), or post-norm."""
 
     def __init__(
         self, width: int, heads: int, mlp_width: int, *, eps: float, qkv_bias: bool = True, dropout: float = 0.0

@@ -1,0 +1,110 @@
+"""The generator's masked-token loop (MaskGIT, Chang et al. 2022), on tokens made beforehand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from titok._validate import check_labels, check_tokens
+from titok.data import Images, read_batches, shifted
+from titok.generator import MaskGIT
+from titok.tokenizer import TiTok
+from titok.training.config import GeneratorTraining
+from titok.training.masking import drop_classes, masked_token_loss, random_mask
+from titok.training.run import Run, seed_of, shuffled_batches
+
+
+@torch.no_grad()
+def tokenize_images(
+    tokenizer: TiTok,
+    images: Images | Tensor,
+    *,
+    batch_size: int = 64,
+    flip: bool = False,
+    shifts: Sequence[tuple[int, int]] = ((0, 0),),
+) -> Tensor:
+    """Tokens (n, copies, K) int64, on the CPU, of all images and their augmented copies.
+
+    Args:
+        tokenizer: vector-quantised.
+        images: as `train_tokenizer` takes them.
+        flip: also mirror every image left to right.
+        shifts: one copy for each (down, right), in pixels.
+    """
+    if tokenizer.quantizer is None:
+        raise ValueError("tokenizer: expected a vector-quantised one, got a VAE: MaskGIT generates codes")
+    rows = []
+    for batch in read_batches(images, torch.arange(len(images)).split(batch_size)):
+        batch = batch.to(tokenizer.device)
+        copies = []
+        for mirrored in (batch, batch.flip(-1)) if flip else (batch,):
+            for down, right in shifts:
+                moved = shifted(mirrored, torch.full((len(batch),), down), torch.full((len(batch),), right))
+                copies.append(tokenizer.encode(moved).cpu())
+        rows.append(torch.stack(copies, dim=1))
+    if not rows:
+        raise ValueError("images: expected at least one, got none")
+    return torch.cat(rows)
+
+
+def train_generator(
+    tokens: Tensor,
+    labels: Tensor,
+    config: GeneratorTraining,
+    out_dir: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    device: str | torch.device = "cpu",
+) -> MaskGIT:
+    """Trains a generator from scratch and leaves it in `out_dir` as `MaskGIT.save_pretrained` does.
+
+    Args:
+        tokens: (n, K) int64, or (n, copies, K): copies of a sample are drawn as often as other samples.
+        labels: (n,) int64 classes.
+        config: the model and the schedule.
+        out_dir, resume, device: as `train_tokenizer` takes them.
+        progress: show a progress bar: loss, and the share of masked tokens predicted right.
+
+    Returns:
+        the model, in eval mode.
+
+    Raises:
+        FileExistsError, FloatingPointError: as `train_tokenizer`.
+        TypeError, ValueError: tokens or labels that do not fit the model or each other, or a run in `out_dir` that
+            was another one.
+    """
+    length, codes = config.model.num_latent_tokens, config.model.codebook_size
+    copies = tokens.shape[1] if tokens.ndim == 3 else 1
+    flat = tokens.flatten(0, 1) if tokens.ndim == 3 else tokens
+    check_tokens(flat, length, codes)
+    check_labels(labels, config.model.num_classes)
+    if not len(tokens) == len(labels) > 0:
+        raise ValueError(f"labels: expected one for each of {len(tokens)} samples, at least one, got {len(labels)}")
+    flat, labels = flat.to(device), labels.repeat_interleave(copies).to(device)
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed_of(config.seed))
+        model = MaskGIT(config.model).to(device)
+    run = Run(model, config, out_dir, resume=resume, data={"samples": len(flat)})
+
+    def losses(indices: Tensor) -> dict[str, Tensor]:
+        draws = torch.rand(len(indices), length + 2).to(device)
+        targets, classes = flat[indices.to(device)], labels[indices.to(device)]
+        classes = drop_classes(classes, model.no_class, draws[:, 0], config.class_dropout)
+        mask = random_mask(draws[:, 1], draws[:, 2:])
+        logits = model(targets.masked_fill(mask, model.mask_token), classes)
+        loss, accuracy = masked_token_loss(
+            logits,
+            targets,
+            mask,
+            label_smoothing=config.label_smoothing,
+            unmasked_weight=config.unmasked_weight,
+        )
+        return {"loss": loss, "accuracy": accuracy}
+
+    order = shuffled_batches(len(flat), config.batch_size, config.seed, run.step)
+    return run.train(order, losses, name="generator", progress=progress)
