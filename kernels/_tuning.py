@@ -54,11 +54,11 @@ MASKED_ATTENTION_FORWARD_WHOLE = {
 MASKED_ATTENTION_FORWARD = {
     (2, 64): Tile(64, 64, 4, 3),
     (2, 128): Tile(64, 64, 4, 2),
-    (4, 64): Tile(32, 32, 4, 2),
-    (4, 128): Tile(32, 32, 4, 2),
+    (4, 64): Tile(16, 32, 4, 2),
+    (4, 128): Tile(16, 32, 8, 2),
 }
 MASKED_ATTENTION_BACKWARD_WHOLE = {
-    (2, 64): ((80, Tile(32, 0, 4, 1)), (144, Tile(32, 0, 8, 1))),
+    (2, 64): ((80, Tile(32, 0, 4, 1)), (144, Tile(16, 0, 8, 1))),
     (2, 128): ((80, Tile(32, 0, 8, 1)),),
     (4, 64): (),
     (4, 128): (),
@@ -66,8 +66,8 @@ MASKED_ATTENTION_BACKWARD_WHOLE = {
 MASKED_ATTENTION_BACKWARD_QUERIES = {
     (2, 64): Tile(64, 64, 4, 2),
     (2, 128): Tile(64, 32, 4, 2),
-    (4, 64): Tile(32, 32, 4, 1),
-    (4, 128): Tile(32, 32, 8, 1),
+    (4, 64): Tile(16, 32, 8, 1),
+    (4, 128): Tile(16, 32, 8, 1),
 }
 MASKED_ATTENTION_BACKWARD_KEYS = {
     (2, 64): Tile(32, 64, 4, 2),

@@ -213,7 +213,7 @@ def _triton_backward(
     stop: int,
     scale: float,
 ) -> Tensor:
-    from titok.kernels import masked_attention as kernels
+    from titok.kernels import masked_attention_backward as kernels
 
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _zero_unused_queries(dqkv, start, stop)
