@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "float16.h"
 #include "nearest_codebook.h"
 
 #if defined(TITOK_ISA_AVX512) || defined(TITOK_ISA_AVX2)
@@ -36,7 +37,6 @@ inline Floats load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 // The build forbids the compiler to contract a * b + c, so that the fused product is asked for by name.
 inline Floats fma(Floats a, Floats b, Floats c) {
@@ -49,34 +49,17 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline float from_bfloat16(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
-
-inline float from_float16(uint16_t x) {
-  const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fff) << 13;
-  const float finite = from_bits(magnitude) * 0x1p112f;  // moves the exponent's bias from 15 to 127
-  uint32_t bits;
-  std::memcpy(&bits, &finite, sizeof bits);
-  if (magnitude >= 0x0f800000) bits |= 0x7f800000;  // infinity or NaN
-  return from_bits(bits | static_cast<uint32_t>(x & 0x8000) << 16);
+template <class T>
+void widen_row(const T* from, int width, float* to) {
+  for (int c = 0; c < width; ++c) to[c] = to_float(from[c]);
 }
 
 void read_row(const RowMatrix& m, int64_t row, int width, float* to) {
   const int64_t offset = row * m.stride;
-  if (m.type == FloatType::kFloat32) {
-    std::memcpy(to, static_cast<const float*>(m.data) + offset, width * sizeof(float));
-    return;
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(m.data) + offset;
-  if (m.type == FloatType::kBFloat16) {
-    for (int c = 0; c < width; ++c) to[c] = from_bfloat16(from[c]);
-  } else {
-    for (int c = 0; c < width; ++c) to[c] = from_float16(from[c]);
+  switch (m.type) {
+    case FloatType::kFloat32: return widen_row(static_cast<const float*>(m.data) + offset, width, to);
+    case FloatType::kBFloat16: return widen_row(static_cast<const BFloat16*>(m.data) + offset, width, to);
+    case FloatType::kFloat16: return widen_row(static_cast<const Float16*>(m.data) + offset, width, to);
   }
 }
 

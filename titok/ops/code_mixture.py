@@ -64,7 +64,7 @@ def _forward(logits: torch.Tensor, codebook: torch.Tensor, backend: str | None =
             kernels.forward(rows, codebook.to(logits.dtype).contiguous(), out.view(-1, out.shape[-1]))
         return out
     with _registry.no_autocast(logits):
-        return _weights(logits).to(logits.dtype) @ codebook.to(logits.dtype)
+        return torch.softmax(logits, -1) @ codebook.to(logits.dtype)  # softmax accumulates in float32
 
 
 def _weights(logits: torch.Tensor) -> torch.Tensor:

@@ -86,9 +86,13 @@ def _check(latents: Tensor, codebook: Tensor) -> None:
     check_tensor("latents", latents, shape=("...", width), dtypes=_FLOATS, device=codebook.device)
 
 
-def _run(
-    latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto", out: Tensor | None = None
-) -> Tensor:
+def _registered(latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto") -> Tensor:
+    """What the dispatcher calls, also for those who call `torch.ops.titok.nearest_codebook` without any check."""
+    _check(latents, codebook)
+    return _run(latents, codebook, normalize, backend, None)
+
+
+def _run(latents: Tensor, codebook: Tensor, normalize: bool, backend: str, out: Tensor | None) -> Tensor:
     """The op on real tensors: picks a back end and gives it flat rows and an output."""
     name = choose("nearest_codebook", backend, _candidates(latents, codebook))
     rows = latents.detach().reshape(-1, latents.shape[-1])
@@ -166,9 +170,14 @@ def _cpp(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> Non
 
 
 def _triton(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
-    from titok.kernels.nearest_codebook import launch_nearest_codebook
+    from titok.kernels.nearest_codebook import count_splits, launch_nearest_codebook
 
-    launch_nearest_codebook(_unit_stride(latents), _unit_stride(codebook), normalize, out)
+    splits = count_splits(latents.shape[0], *codebook.shape, latents.device)
+    scratch = None, None
+    if splits > 1:
+        scores = torch.empty((splits, latents.shape[0]), dtype=torch.float32, device=latents.device)
+        scratch = scores, torch.empty_like(scores, dtype=torch.int32)
+    launch_nearest_codebook(latents.float().contiguous(), codebook.float().contiguous(), normalize, out, *scratch)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -179,11 +188,12 @@ _LAUNCH = {"plain": _plain, "cpp": _cpp, "triton": _triton}
 
 
 def _fake(latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto") -> Tensor:
+    _check(latents, codebook)
     return latents.new_empty(latents.shape[:-1], dtype=torch.int64)
 
 
 _OP = register(
     "nearest_codebook(Tensor latents, Tensor codebook, bool normalize=False, str backend='auto') -> Tensor",
-    _run,
+    _registered,
     _fake,
 )
