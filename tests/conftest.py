@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated: before any import of one
@@ -99,3 +102,34 @@ def tiny_generator() -> Callable[..., Any]:
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def models(
+    tiny_tokenizer: Callable[..., Any],
+    tiny_generator: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Saved: tokenizer, another, a VAE, generator."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    tiny_tokenizer(seed=1).save_pretrained(folder / "other")
+    tiny_tokenizer(num_latent_tokens=5).save_pretrained(folder / "five_tokens")
+    tiny_tokenizer(codebook_size=8).save_pretrained(folder / "eight_codes")
+    tiny_tokenizer(bottleneck="vae").save_pretrained(folder / "vae")
+    tiny_tokenizer(channels=1, image_size=(8, 8)).save_pretrained(folder / "grey")
+    tiny_generator().save_pretrained(folder / "generator")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures of several sizes, two of them in sub-folders, and a text."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name, shape in {"a.png": (16, 24), "b.png": (40, 33), "cats/a.png": (20, 50), "cats/old/c.jpg": (16, 24),
+                        "d.bmp": (30, 30)}.items():  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
