@@ -32,6 +32,8 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-fopenmp",
     "-ffp-contract=off",
+    "-Wno-psabi",  # vectors wider than the target's registers are passed to inlined functions only
+    "-fno-trapping-math",  # results are the same; without it GCC does not vectorize a loop with a `?:` in it
     "-Wall",
     "-Wextra",
 ]
@@ -78,7 +80,7 @@ class BuildExtension(build_ext):
         if nvcc is None:
             self._left_out("the CUDA half of titok._C", "TITOK_BUILD=cpu" if mode == "cpu" else "no nvcc found")
         try:
-            self._compile(Path(self.get_ext_fullpath(ext.name)), nvcc)
+            self._compile(Path(self.get_ext_fullpath(ext.name)).resolve(), nvcc)  # ninja runs elsewhere
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
             if mode == "strict":
                 raise

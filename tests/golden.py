@@ -58,6 +58,7 @@ def manifest(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "manifest" / f"{name}.json").read_text())
 
 
+@functools.lru_cache(maxsize=2)
 def recipe_state(case: str) -> dict[str, torch.Tensor]:
     """The official state dict of a case: official names, values checked by the manifest's crc32."""
     state = {}

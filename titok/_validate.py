@@ -53,4 +53,4 @@ def check_latents(latents: Any, length: int, dim: int) -> None:
 def check_labels(labels: Any, num_classes: int) -> None:
     """labels (B,) int64 in [0, num_classes]; num_classes itself stands for "class dropped"."""
     check_tensor("labels", labels, shape=("B",), dtypes=(torch.int64,))
-    _check_values("labels", labels, (labels >= 0) & (labels <= num_classes), f"classes in [0, {num_classes})")
+    _check_values("labels", labels, (labels >= 0) & (labels <= num_classes), f"classes in [0, {num_classes}]")

@@ -10,9 +10,9 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -29,7 +29,11 @@ class Pretrained:
     """`from_pretrained` and `save_pretrained` for an `nn.Module` that is built from `config`."""
 
     config: Any
-    convert_official: ClassVar[Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]
+
+    @staticmethod
+    def convert_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of an official checkpoint under this model's names."""
+        raise NotImplementedError
 
     @classmethod
     def read_config(cls, values: dict[str, Any]) -> tuple[Any, bool]:
@@ -74,7 +78,7 @@ class Pretrained:
         if official:
             weights = cls.convert_official(weights)
         with torch.device("meta"):
-            model = cls(config)  # type: ignore[call-arg]
+            model = cls(config)
         assert isinstance(model, nn.Module)
         _check_names(weights_file, {k: v.shape for k, v in model.state_dict().items()}, weights)
         keep = _at_least_float32(dtype)
@@ -89,7 +93,6 @@ class Pretrained:
         """Writes `config.json` and `model.safetensors` into `directory`, making it where needed."""
         assert isinstance(self, nn.Module)
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         config = {"format": FORMAT, "model": type(self).__name__, "config": self.config.to_dict()}
         write_safetensors(directory / "model.safetensors", self.state_dict())
         with atomic_path(directory / "config.json") as temporary:
@@ -98,8 +101,10 @@ class Pretrained:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not."""
+    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not. Parent
+    folders are made."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)

@@ -84,6 +84,13 @@ class MaskGIT(Pretrained, nn.Module):
         Raises:
             TypeError, ValueError: wrong shape, dtype or id, naming the argument.
         """
+        check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size + 1)
+        if labels is not None:
+            check_labels(labels, self.config.num_classes)
+            if len(labels) != len(tokens):
+                raise ValueError(
+                    f"labels: expected one for each of {len(tokens)} rows of tokens, got {len(labels)}"
+                )
         return self.lm_head(self.features(tokens, labels))
 
     @classmethod

@@ -1,18 +1,22 @@
-"""Pictures in and out: reading with the evaluation transform, 8-bit conversion, grids, PNG files."""
+"""Pictures in and out: reading with the evaluation transform, 8-bit conversion, PSNR, grids, PNG files, sample sets."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from titok.checkpoints import atomic_path
+from titok.ops._checks import check_tensor
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -33,35 +37,54 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int], channels: in
     """One picture as float32 (channels, height, width) in [0, 1], by the evaluation transform of TiTok: resized
     (bicubic, antialiased) until it covers `size`, then cropped to it around the centre.
 
+    As in that transform, EXIF orientation is not applied and transparency is dropped. 16-bit grey is scaled to 8 bits.
+
     Args:
         size: (height, width).
         channels: 3 for RGB, 1 for grey.
 
     Raises:
-        FileNotFoundError; ValueError: not a readable picture. Both name the file.
+        FileNotFoundError: there is no such file.
+        ValueError: not a readable picture, or one whose white level is unknown (32-bit pixels); names the file.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels: expected 1 or 3, got {channels}")
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+            picture = _as_8_bits(opened).convert("RGB" if channels == 3 else "L")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise ValueError(f"{path}: not a readable picture ({error})") from error
     height, width = size
-    scale = max(height / picture.height, width / picture.width)
-    resized = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    # Rounded as torchvision's Resize and CenterCrop round, which the published evaluation ran.
+    if width * picture.height >= height * picture.width:
+        resized = (width, width * picture.height // picture.width)
+    else:
+        resized = (height * picture.width // picture.height, height)
     if resized != picture.size:
         picture = picture.resize(resized, Image.Resampling.BICUBIC)
-    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+    left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
     array = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32) / 255
     return torch.from_numpy(array).reshape(height, width, channels).permute(2, 0, 1).contiguous()
+
+
+def _as_8_bits(picture: Image.Image) -> Image.Image:
+    """What Pillow converts to RGB or grey without a loss: its own conversion makes all 16-bit levels past 255 white,
+    and warns of transparent palettes."""
+    if picture.mode.startswith("I;16"):
+        levels = np.asarray(picture).astype(np.float32) / 257
+        return Image.fromarray(levels.round().astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError("32-bit pixels, which do not tell what is white")
+    return picture.convert("RGBA") if picture.mode == "P" else picture
 
 
 def find_images(path: str | os.PathLike[str]) -> list[Path]:
     """The picture at `path`, or every picture below the folder `path`, sorted. Raises `FileNotFoundError`."""
     root = Path(path)
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such file or folder")
     if root.is_file():
         return [root]
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
@@ -72,6 +95,7 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
 
 def grid(images: Tensor, columns: int | None = None, *, gap: int = 2, scale: int = 1) -> Tensor:
     """uint8 (B, H, W, C) -> one uint8 picture (H', W', C), row by row on white; `scale` repeats pixels."""
+    check_tensor("images", images, shape=("B", "H", "W", "C"), dtypes=(torch.uint8,))
     count, height, width, channels = images.shape
     columns = columns or max(1, math.ceil(math.sqrt(count)))
     rows = max(1, math.ceil(count / columns))
@@ -86,8 +110,49 @@ def grid(images: Tensor, columns: int | None = None, *, gap: int = 2, scale: int
     return canvas
 
 
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """uint8 (B, H, W, C) twice -> peak signal-to-noise ratio of each pair in dB, float64 (B,); equal ones: inf."""
+    check_tensor("images", images, shape=("B", "H", "W", "C"), dtypes=(torch.uint8,))
+    check_tensor("references", references, shape=tuple(images.shape), dtypes=(torch.uint8,))
+    errors = (images.double() - references.double()).square().mean(dim=(1, 2, 3))
+    return 10 * (255**2 / errors).log10()
+
+
 def write_png(path: str | os.PathLike[str], image: Tensor) -> None:
     """Writes one uint8 picture (H, W, C), C 1 or 3; an existing file is replaced only by a whole one."""
+    check_tensor("image", image, shape=("H", "W", "C"), dtypes=(torch.uint8,))
     array = image.cpu().numpy()
     with atomic_path(path) as temporary:
         Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary, format="PNG")
+
+
+@contextlib.contextmanager
+def sample_set(
+    path: str | os.PathLike[str], labels: Tensor, shape: tuple[int, int, int]
+) -> Iterator[Callable[[Tensor], None]]:
+    """Writes generated pictures as the .npz that FID tools read (the layout of ADM, Dhariwal & Nichol 2021): `arr_0`
+    uint8 (N, H, W, C), `arr_1` the labels, int64 (N,).
+
+    The context is a function that appends a batch (B, H, W, C), so that no more than a batch is held in memory. The
+    file appears when the context ends well.
+
+    Raises:
+        ValueError: the batches do not add up to N pictures of `shape` (H, W, C).
+    """
+    written = 0
+
+    def append(images: Tensor) -> None:
+        nonlocal written
+        check_tensor("images", images, shape=("B", *shape), dtypes=(torch.uint8,))
+        written += len(images)
+        file.write(images.cpu().contiguous().numpy().data)
+
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels.cpu().numpy())
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            yield append
+        if written != len(labels):
+            raise ValueError(f"images: expected {len(labels)} in all, one for each label, got {written}")

@@ -49,7 +49,7 @@ def is_official(config: Mapping[str, Any]) -> bool:
 
 def _require(section: Mapping[str, Any], where: str, key: str) -> Any:
     if key not in section:
-        raise ValueError(f"config.json: {where}.{key} is missing")
+        raise ValueError(f"{where}.{key} is missing")
     return section[key]
 
 
@@ -60,9 +60,7 @@ def tokenizer_config(config: Mapping[str, Any]) -> TokenizerConfig:
     bottleneck = vq.get("quantize_mode", "vq")
     two_stage, legacy = vq.get("finetune_decoder", True), vq.get("is_legacy", True)
     if bottleneck == "vae" and two_stage:
-        raise ValueError(
-            "config.json: quantize_mode 'vae' does not go with finetune_decoder (the default is true)"
-        )
+        raise ValueError("quantize_mode 'vae' does not go with finetune_decoder (the default is true)")
     proxy = legacy or two_stage
     where = "model.vq_model"
     return TokenizerConfig(
@@ -87,17 +85,17 @@ def generator_config(config: Mapping[str, Any]) -> GeneratorConfig:
     ``${model.vq_model.num_latent_tokens}``, which the official code resolves while loading."""
     vq = config["model"]["vq_model"]
     if "generator" not in config["model"]:
-        raise ValueError("config.json: model.generator is missing: this checkpoint holds a tokenizer alone")
+        raise ValueError("model.generator is missing: this checkpoint holds a tokenizer alone")
     g = config["model"]["generator"]
     tokens = _require(g, "model.generator", "image_seq_len")
     if isinstance(tokens, str):
         if tokens.replace(" ", "") != "${model.vq_model.num_latent_tokens}":
-            raise ValueError(f"config.json: model.generator.image_seq_len: expected an int, got {tokens!r}")
+            raise ValueError(f"model.generator.image_seq_len: expected an int, got {tokens!r}")
         tokens = _require(vq, "model.vq_model", "num_latent_tokens")
     kinds = {"ViT": "vit", "UViT": "uvit"}
     kind = g.get("model_type", "ViT")
     if kind not in kinds:
-        raise ValueError(f"config.json: model.generator.model_type: expected one of {sorted(kinds)}, got {kind!r}")
+        raise ValueError(f"model.generator.model_type: expected one of {sorted(kinds)}, got {kind!r}")
     return GeneratorConfig(
         num_latent_tokens=tokens,
         codebook_size=_require(vq, "model.vq_model", "codebook_size"),

@@ -20,13 +20,16 @@ class Pipeline:
     """`Pipeline(tokenizer, generator)(labels)` generates pictures.
 
     Raises:
-        ValueError: tokenizer and generator do not share token count, codebook size and device.
+        ValueError: tokenizer and generator do not share token count, codebook size and device, or the tokenizer
+            cannot decode to pictures.
     """
 
     def __init__(self, tokenizer: TiTok, generator: MaskGIT) -> None:
         t, g = tokenizer.config, generator.config
         if t.bottleneck != "vq":
             raise ValueError("tokenizer: expected a vector-quantised one, got a VAE: MaskGIT generates codes")
+        if t.head == "proxy" and not t.pixel_decoder:
+            raise ValueError("tokenizer: expected one that decodes to pictures, got one that ends at proxy logits")
         ours, theirs = (t.num_latent_tokens, t.codebook_size), (g.num_latent_tokens, g.codebook_size)
         if ours != theirs:
             wanted = f"{theirs[0]} tokens of {theirs[1]} codes, as the generator"

@@ -6,6 +6,7 @@ residual sum is fused with the norm that follows it.
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
@@ -52,7 +53,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """The parts of one layer, and the two orders in which the trunks below run them."""
+    """One layer: pre-norm by `forward` (or `attend`, where a trunk fuses its sums with the next norm), or post-norm."""
 
     def __init__(
         self, width: int, heads: int, mlp_width: int, *, eps: float, qkv_bias: bool = True, dropout: float = 0.0
@@ -63,6 +64,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, mlp_width)
         self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x + attention(norm1(x)), then x + MLP(norm2(x))."""
+        x, h = self.attend(x, self.norm1(x))
+        return x + self.mlp(h)
 
     def attend(self, x: Tensor, h: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
         """Residual stream x and h = norm1(x) -> the stream after attention, and norm2 of it."""
@@ -96,13 +102,13 @@ class Transformer(nn.Module):
         Only those rows of the last layer are computed: nobody reads the others (exact, not an approximation).
         """
         x = self.norm_pre(x)
-        h = self.blocks[0].norm1(x)
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            after = self.norm_post if i == last else self.blocks[i + 1].norm1
-            x, h = block.attend(x, h, rows if i == last else None)
-            x, h = add_norm(x, block.mlp(h), after)
-        return h
+        blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
+        h = blocks[0].norm1(x)
+        for block, following in itertools.pairwise(blocks):
+            x, h = block.attend(x, h)
+            x, h = add_norm(x, block.mlp(h), following.norm1)
+        x, h = blocks[-1].attend(x, h, rows)
+        return add_norm(x, blocks[-1].mlp(h), self.norm_post)[1]
 
 
 class PostNormTrunk(nn.Module):
@@ -120,7 +126,7 @@ class PostNormTrunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(self.norm(x))
         for block in self.blocks:
-            x = block.post_norm(x)
+            x = block.post_norm(x)  # type: ignore[operator]
         return x
 
 
@@ -143,17 +149,12 @@ class UViTTrunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         stack = []
         for block in self.in_blocks:
-            x = self._run(block, x)
+            x = block(x)
             stack.append(x)
-        x = self._run(self.mid_block, x)
+        x = self.mid_block(x)
         for block, skip in zip(self.out_blocks, self.skips, strict=True):
-            x = self._run(block, skip(torch.cat([x, stack.pop()], dim=-1)))
+            x = block(skip(torch.cat([x, stack.pop()], dim=-1)))
         return self.norm(x)
-
-    @staticmethod
-    def _run(block: Block, x: Tensor) -> Tensor:
-        x, h = block.attend(x, block.norm1(x))
-        return x + block.mlp(h)
 
 
 def init_weights(module: nn.Module, scheme: Literal["xavier", "trunc_normal"]) -> None:

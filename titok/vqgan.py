@@ -6,6 +6,8 @@ channels lie together, which is what convolutions, norms and the code lookup all
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -59,8 +61,7 @@ class Level(nn.Module):
     def __init__(self, widths: list[int], *, upsample: bool, shortcut_of_result: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(a, b, shortcut_of_result=shortcut_of_result)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            ResidualBlock(a, b, shortcut_of_result=shortcut_of_result) for a, b in itertools.pairwise(widths)
         )
         self.upsample = _conv(widths[-1], widths[-1], bias=True) if upsample else None
 

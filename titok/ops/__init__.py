@@ -8,8 +8,8 @@ from titok.ops._registry import last_backend
 from titok.ops.add_layer_norm import add_layer_norm
 from titok.ops.code_mixture import code_mixture
 from titok.ops.group_norm_silu import group_norm_silu
-from titok.ops.maskgit_decode_step import maskgit_decode_step
 from titok.ops.masked_attention import masked_attention
+from titok.ops.maskgit_decode_step import maskgit_decode_step, maskgit_decode_step_packed, pack_step_params
 from titok.ops.nearest_codebook import nearest_codebook
 from titok.ops.quantize import Quantized, quantize
 
@@ -22,6 +22,8 @@ __all__ = [
     "last_backend",
     "masked_attention",
     "maskgit_decode_step",
+    "maskgit_decode_step_packed",
     "nearest_codebook",
+    "pack_step_params",
     "quantize",
 ]

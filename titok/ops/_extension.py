@@ -77,14 +77,13 @@ def backends() -> dict[str, str]:
 
     `plain` is PyTorch's own ops, `cpp` and `cuda` are the two halves of the extension `titok._C`.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    probe, cpu = torch.empty(0, device=device), torch.empty(0)
+    no_gpu = None if torch.cuda.is_available() else "no CUDA device"
     reasons = {
         "plain": None,
-        "cpp": why_no_cpp(cpu),
-        "cuda": why_no_cuda(probe),
-        "triton": why_no_triton(probe),
+        "cpp": why_no_cpp(),
+        "cuda": why_no_cuda() or no_gpu,
+        "triton": why_no_triton(),
         "sdpa": None,
-        "flash-attn": why_no_flash_attn(probe),
+        "flash-attn": why_no_flash_attn() or no_gpu,
     }
     return {name: reason or "available" for name, reason in reasons.items()}

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from titok.ops._extension import interpreting
+
 _LIBRARY = torch.library.Library("titok", "DEF")
 _LAST_BACKEND: dict[str, str] = {}
 
@@ -38,9 +40,13 @@ def register(
     return getattr(torch.ops.titok, name).default
 
 
-def runs_eagerly(*tensors: torch.Tensor) -> bool:
+def runs_eagerly(*tensors: torch.Tensor, gradients: bool = False) -> bool:
     """Whether nothing watches these tensors (no tracing, no gradient, no subclass, no mode), so that an op may
-    call its implementation directly and save the microseconds of PyTorch's dispatcher."""
+    call its implementation directly and save the microseconds of PyTorch's dispatcher.
+
+    Args:
+        gradients: accept tensors that want a gradient, for an op with an `autograd.Function` of its own.
+    """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -49,7 +55,7 @@ def runs_eagerly(*tensors: torch.Tensor) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    grad = torch.is_grad_enabled()
+    grad = torch.is_grad_enabled() and not gradients
     return all(type(t) in (torch.Tensor, torch.nn.Parameter) and not (grad and t.requires_grad) for t in tensors)
 
 
@@ -65,7 +71,8 @@ def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[],
     """The name of the back end that is to run.
 
     Args:
-        requested: a name, which then is used or raises with the cause; None or "auto": the first that can run.
+        requested: a name, which then is used or raises with the cause; None or "auto": the first that can run,
+            but never Triton's interpreter, which is there for tests.
         candidates: name -> function that returns None where it can run, else why not; fastest first.
 
     Raises:
@@ -73,7 +80,8 @@ def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[],
         RuntimeError: `requested` can't run here, with the cause.
     """
     if requested is None or requested == "auto":
-        name = next(name for name, why_not in candidates.items() if why_not() is None)
+        skipped = "triton" if interpreting() else None
+        name = next(name for name, why_not in candidates.items() if name != skipped and why_not() is None)
     elif requested not in candidates:
         raise ValueError(f"backend: expected 'auto' or one of {sorted(candidates)} for {op}, got {requested!r}")
     else:

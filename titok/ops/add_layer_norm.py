@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from titok.ops import _registry
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
+from titok.ops._extension import why_no_triton
 
 
 def add_layer_norm(
@@ -56,8 +57,15 @@ def add_layer_norm(
     return _OP(x, residual, weight, bias, eps, out_dtype, backend)
 
 
-def _choose(backend: str | None, total: torch.Tensor) -> str:
-    return _registry.choose("add_layer_norm", backend, {"plain": lambda: None})
+def _choose(backend: str | None, *tensors: torch.Tensor, out_dtype: torch.dtype | None = None) -> str:
+    def triton() -> str | None:
+        if torch.float64 in (out_dtype, *(t.dtype for t in tensors)):
+            return "it has no float64 kernel"
+        if tensors[0].shape[-1] > 8192:
+            return f"it holds a row of at most 8192 channels, got {tensors[0].shape[-1]}"
+        return why_no_triton(*tensors)
+
+    return _registry.choose("add_layer_norm", backend, {"triton": triton, "plain": lambda: None})
 
 
 def _forward(
@@ -69,10 +77,16 @@ def _forward(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x, residual = x.contiguous(), residual.contiguous()
-    _choose(backend, x)
+    if _choose(backend, x, residual, weight, bias, out_dtype=out_dtype) == "triton":
+        from titok.kernels import add_layer_norm as kernels
+
+        total, normalised = _fake(x, residual, weight, bias, eps, out_dtype)
+        if total.numel():
+            flat = [t.contiguous().view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
+            kernels.forward(flat[0], flat[1], weight.contiguous(), bias.contiguous(), eps, flat[2], flat[3])
+        return total, normalised
     with _registry.no_autocast(x):
-        total = x + residual
+        total = (x + residual).contiguous()  # as the fake implementation promises
         # torch's own op keeps float32 statistics, but mixes dtypes only on some devices
         mixed = {weight.dtype, bias.dtype, total.dtype, out_dtype or total.dtype} != {total.dtype}
         rows = total.to(_wide(total)) if mixed else total
@@ -104,9 +118,13 @@ def _backward(
     weight: torch.Tensor,
     eps: float,
     backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of (sum, weight, bias). The statistics are computed again from the sum, which is read anyway."""
-    _choose(backend, total)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the sum, and those of weight and bias as (2, D), float32 or wider.
+
+    The statistics are computed again from the sum, which is read anyway.
+    """
+    if _choose(backend, total, weight) == "triton":
+        return _backward_triton(grad_total, grad_normalised, total, weight, eps)
     with _registry.no_autocast(total):
         wide, shape = _wide(total), [total.shape[-1]]
         rows, scale = total.to(wide), weight.to(wide)
@@ -116,7 +134,36 @@ def _backward(
         )
         if grad_total is not None:
             grad = grad.add_(grad_total)
-        return grad.to(total.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+        return grad.to(total.dtype), torch.stack((grad_weight, grad_bias))
+
+
+def _backward_triton(
+    grad_total: torch.Tensor | None,
+    grad_normalised: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from titok.kernels import add_layer_norm as kernels
+
+    def rows(t: torch.Tensor) -> torch.Tensor:
+        return t.reshape(-1, total.shape[-1])
+
+    grad = torch.empty_like(total)
+    if not total.numel():
+        return grad, weight.new_zeros((2, weight.shape[0]), dtype=torch.float32)
+    count, channels = rows(total).shape
+    partial = total.new_empty(2, kernels.programs(count, channels), channels, dtype=torch.float32)
+    kernels.backward(
+        None if grad_total is None else rows(grad_total).contiguous(),
+        rows(grad_normalised).contiguous(),
+        rows(total),
+        weight.contiguous(),
+        eps,
+        rows(grad),
+        partial,
+    )
+    return grad, partial.sum(1)
 
 
 def _backward_fake(
@@ -126,8 +173,8 @@ def _backward_fake(
     weight: torch.Tensor,
     eps: float,
     backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return total.new_empty(total.shape), total.new_empty((2, *weight.shape), dtype=_wide(total))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -141,21 +188,17 @@ def _autograd(
     ctx: Any, grad_total: torch.Tensor | None, grad_normalised: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     total, weight = ctx.saved_tensors
-    grad: torch.Tensor | None = grad_total
-    grad_weight: torch.Tensor | None = None
-    grad_bias: torch.Tensor | None = None
+    grads = (grad_total, grad_total, None, None)
     if grad_normalised is not None:
-        grad, grad_weight, grad_bias = _BACKWARD_OP(
-            grad_total, grad_normalised, total, weight, ctx.eps, ctx.backend
-        )
-    grads = (grad, grad, grad_weight, grad_bias)
+        grad, parameters = _BACKWARD_OP(grad_total, grad_normalised, total, weight, ctx.eps, ctx.backend)
+        grads = (grad, grad, *parameters)
     wanted = zip(grads, ctx.dtypes, ctx.needs_input_grad[:4], strict=True)
     return (*(g.to(dtype) if g is not None and need else None for g, dtype, need in wanted), None, None, None)
 
 
 _BACKWARD_OP = _registry.register(
     "add_layer_norm_backward(Tensor? grad_total, Tensor grad_normalised, Tensor total, Tensor weight, float eps, "
-    "str? backend=None) -> (Tensor, Tensor, Tensor)",
+    "str? backend=None) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -8,6 +8,7 @@ import torch
 
 from titok.ops import _registry
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
+from titok.ops._extension import why_no_triton
 
 
 def code_mixture(logits: torch.Tensor, codebook: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -42,14 +43,28 @@ def code_mixture(logits: torch.Tensor, codebook: torch.Tensor, *, backend: str |
 
 
 def _choose(backend: str | None, logits: torch.Tensor, codebook: torch.Tensor) -> str:
-    return _registry.choose("code_mixture", backend, {"plain": lambda: None})
+    def triton() -> str | None:
+        if logits.dtype == torch.float64:
+            return "it has no float64 kernel"
+        if codebook.shape[1] > 256:
+            return f"it holds a row of at most 256 channels, got {codebook.shape[1]}"
+        return why_no_triton(logits, codebook)
+
+    return _registry.choose("code_mixture", backend, {"triton": triton, "plain": lambda: None})
 
 
 def _forward(logits: torch.Tensor, codebook: torch.Tensor, backend: str | None = None) -> torch.Tensor:
-    _choose(backend, logits, codebook)
     logits = logits.contiguous()
+    if _choose(backend, logits, codebook) == "triton":
+        from titok.kernels import code_mixture as kernels
+
+        out = _fake(logits, codebook)
+        if out.numel():
+            rows = logits.view(-1, logits.shape[-1])
+            kernels.forward(rows, codebook.to(logits.dtype).contiguous(), out.view(-1, out.shape[-1]))
+        return out
     with _registry.no_autocast(logits):
-        return _weights(logits).to(logits.dtype) @ codebook.to(logits.dtype)
+        return torch.softmax(logits, -1) @ codebook.to(logits.dtype)  # softmax accumulates in float32
 
 
 def _weights(logits: torch.Tensor) -> torch.Tensor:
@@ -70,8 +85,9 @@ def _backward(
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """d loss / d (logits, codebook); an empty tensor for one that is not needed."""
-    _choose(backend, logits, codebook)
     logits, grad = logits.contiguous(), grad.contiguous()
+    if _choose(backend, logits, codebook) == "triton":
+        return _backward_triton(grad, logits, codebook, mixture, need_logits, need_codebook)
     grad_logits, grad_codebook = logits.new_empty(0), codebook.new_empty(0)
     with _registry.no_autocast(logits):
         weights = _weights(logits)
@@ -82,6 +98,32 @@ def _backward(
             rows = weights.reshape(-1, weights.shape[-1]).to(grad.dtype)
             grad_codebook = (rows.mT @ grad.reshape(-1, grad.shape[-1])).to(codebook.dtype)
     return grad_logits, grad_codebook
+
+
+def _backward_triton(
+    grad: torch.Tensor,
+    logits: torch.Tensor,
+    codebook: torch.Tensor,
+    mixture: torch.Tensor,
+    need_logits: bool,
+    need_codebook: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from titok.kernels import code_mixture as kernels
+
+    grad_logits, grad_codebook = torch.zeros_like(logits), torch.zeros_like(codebook)
+    if logits.numel():
+        (num_codes, channels), rows = codebook.shape, logits.view(-1, logits.shape[-1])
+        lse = rows.new_empty(rows.shape[0], dtype=torch.float32)
+        grad = grad.view(-1, channels)
+        codes = codebook.to(logits.dtype).contiguous()
+        kernels.dlogits(grad, rows, codes, mixture.view(-1, channels), grad_logits.view(-1, num_codes), lse)
+        if need_codebook:
+            partial = lse.new_empty(kernels.splits(len(rows)), num_codes, channels)
+            kernels.dcodebook(grad, rows, lse, partial)
+            grad_codebook = partial.sum(0).to(codebook.dtype)
+    return grad_logits if need_logits else logits.new_empty(
+        0
+    ), grad_codebook if need_codebook else codebook.new_empty(0)
 
 
 def _backward_fake(

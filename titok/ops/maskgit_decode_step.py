@@ -1,7 +1,8 @@
 """One step of MaskGIT's iterative decoding: from a step's logits to the next step's tokens, in one pass.
 
 The decision of every still-masked position is defined in float32 and integers, operation by operation, so that
-the plain path below, csrc/maskgit_decode.cpp and csrc/maskgit_decode.cu give the same bits for the same logits:
+plain PyTorch, C++ and CUDA give the same bits for the same logits (titok/ops/_maskgit_decode_plain.py,
+csrc/maskgit_decode*):
 
 1. Guided logit g = u + w (c - u), or g = c where w = 1 or no unconditional pass is given; y = g / softmax_temperature,
    NaN and -inf raised to the lowest finite float32, +inf lowered to the highest.
@@ -25,48 +26,36 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from titok.ops._checks import check_tensor
-from titok.ops._fixed_math import WEIGHT_BITS, exp_weight, gumbel, log_fixed
-from titok.ops._registry import choose
-from titok.ops.philox import decode_words
+from titok.ops._extension import extension, why_no_cpp, why_no_cuda
+from titok.ops._maskgit_decode_plain import StepParams, StepTensors, decode_plain
+from titok.ops._registry import choose, register, runs_eagerly
 
-__all__ = ["maskgit_decode_step"]
+__all__ = ["maskgit_decode_step", "maskgit_decode_step_packed", "pack_step_params"]
 
 CONFIDENCE_RULES = ("titok", "maskgit")
 MAX_CODES = 262_144  # so that the sum of the weights stays within 2^48
 MAX_TOKENS = 4_096
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
-_LOG_UNIT = WEIGHT_BITS * math.log(2)
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CHUNK = 1 << 22  # logits that the plain path holds in float32 at a time
-
-
-class StepParams(NamedTuple):
-    """The numbers of a step, floats already rounded to float32: what csrc/maskgit_decode.h calls DecodeParams."""
-
-    seed: int
-    first_sample: int
-    step: int
-    num_masked: int
-    guidance: float
-    inverse_temperature: float  # 1 / softmax_temperature
-    noise: float  # noise_temperature
-    draw_scale: float  # 0 draws greedily
+_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc's LogitType
+_PACKED = struct.Struct("<QQIiffff")  # StepParams as csrc's DecodeParams
+_PACKED_WORDS = _PACKED.size // 4
 
 
 def maskgit_decode_step(
-    tokens: torch.Tensor,
-    cond_logits: torch.Tensor,
-    uncond_logits: torch.Tensor | None = None,
+    tokens: Tensor,
+    cond_logits: Tensor,
+    uncond_logits: Tensor | None = None,
     *,
     step: int,
     steps: int,
-    num_masked: int | torch.Tensor,
+    num_masked: int | Tensor,
     mask_token: int,
     guidance: float = 1.0,
     softmax_temperature: float = 1.0,
@@ -75,12 +64,12 @@ def maskgit_decode_step(
     seed: int = 0,
     first_sample: int = 0,
     final: bool | None = None,
-    rows: torch.Tensor | None = None,
-    uncond_rows: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
+    rows: Tensor | None = None,
+    uncond_rows: Tensor | None = None,
+    out: Tensor | None = None,
     return_confidence: bool = False,
     backend: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Decides the masked positions of `tokens` from one step's logits; the definition heads this file.
 
     Logits of known positions are not read. They need not exist either: with `rows`, logits are (R, V) and position
@@ -116,39 +105,127 @@ def maskgit_decode_step(
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
-    _check_tensors(tokens, cond_logits, uncond_logits, rows, uncond_rows, out)
-    params = step_params(
+    keep = num_masked if isinstance(num_masked, Tensor) else None
+    if final is None:
+        final = step == steps - 1
+    params = _step_params(
         step=step,
         steps=steps,
-        num_masked=num_masked if isinstance(num_masked, int) else 0,
+        num_masked=0 if final or isinstance(num_masked, Tensor) else num_masked,
         guidance=guidance,
         softmax_temperature=softmax_temperature,
         noise_temperature=noise_temperature,
         confidence=confidence,
         seed=seed,
         first_sample=first_sample,
-        final=final,
     )
-    if 0 <= mask_token < cond_logits.shape[-1]:
-        raise ValueError(f"mask_token: expected an id outside [0, {cond_logits.shape[-1]}), got {mask_token}")
-    keep = None
-    if isinstance(num_masked, torch.Tensor):
-        check_tensor(
-            "num_masked", num_masked, shape=(tokens.shape[0],), dtypes=(torch.int64,), device=tokens.device
-        )
-        keep = torch.zeros_like(num_masked) if final or (final is None and step == steps - 1) else num_masked
-    if tokens.device.type == "cpu":  # reading values on a GPU would wait for it
-        _check_values(tokens, cond_logits, uncond_logits, rows, uncond_rows, keep, mask_token)
-    choose("maskgit_decode_step", backend, {"plain": lambda: None})
-    new, scores = _plain(
-        tokens, cond_logits, uncond_logits, rows, uncond_rows, keep, mask_token, confidence == "maskgit", params
+    inputs = StepTensors(
+        tokens,
+        cond_logits,
+        uncond_logits,
+        rows,
+        rows if uncond_rows is None else uncond_rows,
+        None if final else keep,
     )
-    if out is not None:
-        new = out.copy_(new)
+    return _step(inputs, None, params, mask_token, confidence, out, return_confidence, backend)
+
+
+def pack_step_params(
+    *,
+    step: int,
+    steps: int,
+    num_masked: int,
+    guidance: float = 1.0,
+    softmax_temperature: float = 1.0,
+    noise_temperature: float = 0.0,
+    confidence: str = "titok",
+    seed: int = 0,
+    first_sample: int = 0,
+) -> Tensor:
+    """The numbers of a step for `maskgit_decode_step_packed`, int32 (10,) on the CPU.
+
+    Args and errors: as of `maskgit_decode_step`; `num_masked` is 0 in the final step.
+    """
+    params = _step_params(
+        step=step,
+        steps=steps,
+        num_masked=num_masked,
+        guidance=guidance,
+        softmax_temperature=softmax_temperature,
+        noise_temperature=noise_temperature,
+        confidence=confidence,
+        seed=seed,
+        first_sample=first_sample,
+    )
+    return torch.frombuffer(bytearray(_PACKED.pack(*params)), dtype=torch.int32)
+
+
+def maskgit_decode_step_packed(
+    tokens: Tensor,
+    cond_logits: Tensor,
+    uncond_logits: Tensor | None = None,
+    *,
+    params: Tensor,
+    mask_token: int,
+    confidence: str = "titok",
+    num_masked: Tensor | None = None,
+    rows: Tensor | None = None,
+    uncond_rows: Tensor | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    return_confidence: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`maskgit_decode_step` with its numbers in a tensor on the tokens' device.
+
+    A CUDA graph that captured it reads seed, first sample, step, guidance, temperatures and count at every replay,
+    so one graph serves them all. On a GPU the call is one launch, without a synchronisation.
+
+    Args:
+        params: int32 (10,) of `pack_step_params`, made for the same `confidence`.
+        num_masked: int64 (B,) counts by sample, or None for the one in `params`.
+        workspace: int32 (B,) zeros, which the step leaves zero; used on a GPU, where it spares a captured graph the
+            zeroing of its own. Launches that may run side by side must not share one.
+        the others: as of `maskgit_decode_step`.
+    """
+    check_tensor("params", params, shape=(_PACKED_WORDS,), dtypes=(torch.int32,), device=tokens.device)
+    if workspace is not None:
+        check_tensor("workspace", workspace, shape=tokens.shape[:1], dtypes=(torch.int32,), device=tokens.device)
+    inputs = StepTensors(
+        tokens, cond_logits, uncond_logits, rows, rows if uncond_rows is None else uncond_rows, num_masked
+    )
+    return _step(inputs, params, _NO_PARAMS, mask_token, confidence, out, return_confidence, backend, workspace)
+
+
+def _step(
+    inputs: StepTensors,
+    packed: Tensor | None,
+    params: StepParams,
+    mask_token: int,
+    confidence: str,
+    out: Tensor | None,
+    return_confidence: bool,
+    backend: str | None,
+    workspace: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    _check_tensors(inputs, out)
+    if confidence not in CONFIDENCE_RULES:
+        raise ValueError(f"confidence: expected one of {CONFIDENCE_RULES}, got {confidence!r}")
+    if 0 <= mask_token < inputs.cond.shape[-1]:
+        raise ValueError(f"mask_token: expected an id outside [0, {inputs.cond.shape[-1]}), got {mask_token}")
+    requested = backend or "auto"
+    tensors = [t for t in (*inputs, packed, out) if t is not None]
+    if runs_eagerly(*tensors):
+        new, scores = _run(inputs, packed, params, mask_token, confidence, requested, out, workspace)
+    else:
+        signed = params._replace(seed=params.seed - (1 << 64) if params.seed >> 63 else params.seed)
+        new, scores = _OP(*inputs, packed, *signed, mask_token, confidence, requested)
+        if out is not None:
+            new = out.copy_(new)
     return (new, scores) if return_confidence else new
 
 
-def step_params(
+def _step_params(
     *,
     step: int,
     steps: int,
@@ -159,43 +236,39 @@ def step_params(
     confidence: str,
     seed: int,
     first_sample: int,
-    final: bool | None = None,
 ) -> StepParams:
-    """Checks a step's numbers and rounds them to float32, as `maskgit_decode_step` documents them."""
+    """Checks a step's numbers and rounds them to float32."""
     if not 0 <= step < steps:
         raise ValueError(f"step: expected 0 <= step < steps = {steps}, got {step}")
     if steps > 1 << 32:
         raise ValueError(f"steps: expected at most 2^32, got {steps}")
     if num_masked < 0:
         raise ValueError(f"num_masked: expected a count >= 0, got {num_masked}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite weight, got {guidance}")
     if not 0 < softmax_temperature < math.inf:
         raise ValueError(f"softmax_temperature: expected a finite value > 0, got {softmax_temperature}")
     if not 0 <= noise_temperature < math.inf:
         raise ValueError(f"noise_temperature: expected a finite value >= 0, got {noise_temperature}")
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance: expected a finite weight, got {guidance}")
-    if confidence not in CONFIDENCE_RULES:
-        raise ValueError(f"confidence: expected one of {CONFIDENCE_RULES}, got {confidence!r}")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed: expected an int in [0, 2^64), got {seed}")
     if not 0 <= first_sample < 1 << 63:
         raise ValueError(f"first_sample: expected an int in [0, 2^63), got {first_sample}")
     noise = _float32(noise_temperature)
     draw_scale = _float32(1.0 / noise) if noise > 0.0 else 0.0
-    if confidence == "maskgit":
-        draw_scale = 1.0
-    if final is None:
-        final = step == steps - 1
     return StepParams(
         seed=seed,
         first_sample=first_sample,
         step=step,
-        num_masked=0 if final else min(num_masked, MAX_TOKENS),
+        num_masked=min(num_masked, MAX_TOKENS),
         guidance=_float32(guidance),
         inverse_temperature=_float32(1.0 / softmax_temperature),
         noise=noise,
-        draw_scale=draw_scale,
+        draw_scale=1.0 if confidence == "maskgit" else draw_scale,
     )
+
+
+_NO_PARAMS = StepParams(0, 0, 0, 0, 1.0, 1.0, 0.0, 0.0)
 
 
 def _float32(value: float) -> float:
@@ -203,44 +276,36 @@ def _float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-def _check_tensors(
-    tokens: torch.Tensor,
-    cond: torch.Tensor,
-    uncond: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    uncond_rows: torch.Tensor | None,
-    out: torch.Tensor | None,
-) -> None:
+def _check_tensors(inputs: StepTensors, out: Tensor | None) -> None:
+    """Shapes, dtypes and devices; nothing that would wait for a GPU."""
+    tokens, cond, uncond, rows, uncond_rows, keep = inputs
     check_tensor("tokens", tokens, shape=("B", "N"), dtypes=(torch.int64,))
     batch, length = tokens.shape
     if length > MAX_TOKENS:
         raise ValueError(f"tokens: expected at most {MAX_TOKENS} per sample, got {length}")
     if rows is None and uncond_rows is not None:
         raise ValueError("uncond_rows: expected None without rows, got a tensor")
+    device = tokens.device
     leading: tuple[int | str, ...] = (batch, length) if rows is None else ("R",)
-    check_tensor("cond_logits", cond, shape=(*leading, "V"), dtypes=_LOGIT_DTYPES, device=tokens.device)
+    check_tensor("cond_logits", cond, shape=(*leading, "V"), dtypes=_LOGIT_DTYPES, device=device)
     codes = cond.shape[-1]
     if not 1 <= codes <= MAX_CODES:
         raise ValueError(f"cond_logits: expected 1 <= V <= {MAX_CODES}, got V = {codes}")
+    if uncond is not None:
+        check_tensor("uncond_logits", uncond, shape=(*leading, codes), dtypes=(cond.dtype,), device=device)
     for name, logits in (("cond_logits", cond), ("uncond_logits", uncond)):
         if logits is not None and codes > 1 and logits.numel() and logits.stride(-1) != 1:
             raise ValueError(f"{name}: expected stride 1 along V, got strides {logits.stride()}")
-    if uncond is not None:
-        check_tensor("uncond_logits", uncond, shape=(*leading, codes), dtypes=(cond.dtype,), device=tokens.device)
     for name, index in (("rows", rows), ("uncond_rows", uncond_rows), ("out", out)):
         if index is not None:
-            check_tensor(name, index, shape=(batch, length), dtypes=(torch.int64,), device=tokens.device)
+            check_tensor(name, index, shape=(batch, length), dtypes=(torch.int64,), device=device)
+    if keep is not None:
+        check_tensor("num_masked", keep, shape=(batch,), dtypes=(torch.int64,), device=device)
 
 
-def _check_values(
-    tokens: torch.Tensor,
-    cond: torch.Tensor,
-    uncond: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    uncond_rows: torch.Tensor | None,
-    keep: torch.Tensor | None,
-    mask_token: int,
-) -> None:
+def _check_values(inputs: StepTensors, mask_token: int) -> None:
+    """Contents of the index tensors, which only the CPU can read for nothing."""
+    tokens, cond, uncond, rows, uncond_rows, keep = inputs
     masked = tokens == mask_token
     known = tokens[~masked]
     if known.numel() and (int(known.min()) < 0 or int(known.max()) >= cond.shape[-1]):
@@ -254,80 +319,142 @@ def _check_values(
         raise ValueError(f"num_masked: expected counts >= 0, got {int(keep.min())}")
 
 
-def _plain(
-    tokens: torch.Tensor,
-    cond: torch.Tensor,
-    uncond: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    uncond_rows: torch.Tensor | None,
-    keep: torch.Tensor | None,
+def _run(
+    inputs: StepTensors,
+    packed: Tensor | None,
+    params: StepParams,
+    mask_token: int,
+    confidence: str,
+    backend: str,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op on real tensors."""
+    tokens = inputs.tokens
+    candidates = {"cuda": lambda: why_no_cuda(tokens), "cpp": lambda: why_no_cpp(tokens), "plain": lambda: None}
+    name = choose("maskgit_decode_step", backend, candidates)
+    maskgit = confidence == "maskgit"
+    if name == "plain":
+        if tokens.device.type == "cpu":
+            _check_values(inputs, mask_token)
+        if packed is not None:
+            params = StepParams(*_PACKED.unpack(packed.cpu().numpy().tobytes()))
+        new, scores = decode_plain(inputs, mask_token, maskgit, params)
+        return (new if out is None else out.copy_(new)), scores
+
+    inputs = StepTensors(
+        tokens.contiguous(),
+        inputs.cond,
+        inputs.uncond,
+        *(None if t is None else t.contiguous() for t in (inputs.rows, inputs.uncond_rows, inputs.keep)),
+    )
+    new = out if out is not None and out.is_contiguous() else torch.empty_like(inputs.tokens)
+    scores = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
+    if tokens.numel():
+        args = _args(inputs, packed, params, mask_token, maskgit, new, scores)
+        if name == "cuda":
+            _launch(args, tokens, workspace)
+        elif extension().maskgit_decode_cpu(args, torch.get_num_threads()):
+            _check_values(inputs, mask_token)
+    return (new if out is None or new is out else out.copy_(new)), scores
+
+
+def _args(
+    inputs: StepTensors,
+    packed: Tensor | None,
+    params: StepParams,
     mask_token: int,
     maskgit: bool,
-    params: StepParams,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    masked = tokens == mask_token
-    sample, position = masked.nonzero(as_tuple=True)
-    codes, scores = torch.empty_like(sample), torch.empty(len(sample), device=tokens.device)
-    if params.guidance == 1.0:
-        uncond = None
-    chunk = max(1, _CHUNK // cond.shape[-1])
-    for start in range(0, len(sample), chunk):
-        part = slice(start, start + chunk)
-        s, p = sample[part], position[part]
-        guided = _gather(cond, rows, s, p)
-        if uncond is not None:
-            base = _gather(uncond, rows if uncond_rows is None else uncond_rows, s, p)
-            guided = base + (guided - base) * params.guidance
-        words = decode_words(s + params.first_sample, params.step, p, params.seed)
-        codes[part], scores[part] = _decide(guided * params.inverse_temperature, words, maskgit, params)
+    new: Tensor,
+    scores: Tensor,
+) -> Any:
+    """csrc's DecodeArgs. It holds addresses alone: the tensors must outlive it."""
+    cond, uncond = inputs.cond, inputs.uncond
 
-    confidence = torch.full(tokens.shape, math.inf, device=tokens.device)
-    confidence[sample, position] = scores
-    left = masked.sum(-1)
-    stay = torch.minimum(left, left.new_tensor(params.num_masked) if keep is None else keep.clamp_min(0))
-    # Known positions are +inf, yet a masked one may be too: order by (known, confidence, position).
-    order = confidence.argsort(dim=-1, stable=True)
-    order = order.gather(-1, (~masked).gather(-1, order).to(torch.int8).argsort(dim=-1, stable=True))
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(tokens.shape[1], device=tokens.device).expand_as(order)
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    def strides(logits: Tensor | None) -> tuple[int, int]:
+        return (0, 0) if logits is None else (logits.stride(0) if logits.ndim == 3 else 0, logits.stride(-2))
+
+    return extension().DecodeArgs(
+        tokens=inputs.tokens.data_ptr(),
+        logits=(cond.data_ptr(), address(uncond)),
+        rows=(address(inputs.rows), address(inputs.uncond_rows)),
+        strides=(*strides(cond), *strides(uncond)),
+        row_counts=(cond.shape[0], 0 if uncond is None else uncond.shape[0]),
+        keep=address(inputs.keep),
+        params_at=address(packed),
+        shape=(*inputs.tokens.shape, cond.shape[-1]),
+        type=_LOGIT_DTYPES.index(cond.dtype),
+        mask_token=mask_token,
+        maskgit=maskgit,
+        out=new.data_ptr(),
+        confidence=scores.data_ptr(),
+        params=tuple(params),
     )
-    new = tokens.clone()
-    new[sample, position] = codes
-    return new.masked_fill_(masked & (rank < stay[:, None]), mask_token), confidence
 
 
-def _gather(
-    logits: torch.Tensor, rows: torch.Tensor | None, sample: torch.Tensor, position: torch.Tensor
-) -> torch.Tensor:
-    picked = logits[sample, position] if rows is None else logits[rows[sample, position]]
-    return picked.to(torch.float32)
+_ZEROS: dict[tuple[int, int], Tensor] = {}
 
 
-def _decide(
-    y: torch.Tensor, words: tuple[torch.Tensor, ...], maskgit: bool, params: StepParams
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Code and confidence of each row of y (rows, V)."""
-    y = y.nan_to_num(nan=-_FLOAT_MAX, posinf=_FLOAT_MAX, neginf=-_FLOAT_MAX)
-    top = y.amax(-1, keepdim=True)
-    if params.draw_scale == 0.0:
-        # argmax promises no order among equal ones, a minimum over indices does.
-        codes = torch.where(y == top, torch.arange(y.shape[-1], device=y.device), y.shape[-1]).amin(-1)
-        score = y.gather(-1, codes[:, None])[:, 0]
-    else:
-        x = (y - top) * params.draw_scale
-        cumulative = exp_weight(x).cumsum(-1)
-        total = cumulative[:, -1:]
-        codes = torch.searchsorted(cumulative, _scaled(words[0], words[1], total[:, 0])[:, None], right=True)
-        picked = (x if maskgit else y).gather(-1, codes)[:, 0]
-        codes = codes[:, 0]
-        score = picked - (log_fixed(total[:, 0].to(torch.float32)) - _LOG_UNIT) if maskgit else picked
-    return codes, (score + gumbel(words[2]) * params.noise) + 0.0  # + 0.0: no negative zero
+def _launch(args: Any, tokens: Tensor, workspace: Tensor | None) -> None:
+    with torch.cuda.device(tokens.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        drawn = torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device)
+        if workspace is None:
+            workspace = _zeros(tokens, stream)
+        extension().maskgit_decode_cuda(args, drawn.data_ptr(), workspace.data_ptr(), stream)
 
 
-def _scaled(high: torch.Tensor, low: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """floor((high * 2^32 + low) * total / 2^64) exactly: bytewise, so that int64 never overflows."""
-    carry = torch.zeros_like(total)
-    for word in (low, high):
-        for shift in (0, 8, 16, 24):
-            carry = (((word >> shift) & 0xFF) * total + carry) >> 8
-    return carry
+def _zeros(tokens: Tensor, stream: int) -> Tensor:
+    """A zero for each sample, which every launch leaves zero: kept by stream, so that no launch shares it with one
+    that may run beside it. A capture gets its own, zeroed by the graph."""
+    batch = tokens.shape[0]
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(batch, dtype=torch.int32, device=tokens.device)
+    key = (tokens.device.index, stream)
+    if key not in _ZEROS or len(_ZEROS[key]) < batch:
+        _ZEROS[key] = torch.zeros(max(batch, 1024), dtype=torch.int32, device=tokens.device)
+    return _ZEROS[key]
+
+
+def _registered(
+    tokens: Tensor,
+    cond_logits: Tensor,
+    uncond_logits: Tensor | None,
+    rows: Tensor | None,
+    uncond_rows: Tensor | None,
+    keep: Tensor | None,
+    packed: Tensor | None,
+    seed: int,
+    first_sample: int,
+    step: int,
+    num_masked: int,
+    guidance: float,
+    inverse_temperature: float,
+    noise: float,
+    draw_scale: float,
+    mask_token: int,
+    confidence: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    inputs = StepTensors(tokens, cond_logits, uncond_logits, rows, uncond_rows, keep)
+    params = StepParams(
+        seed % (1 << 64), first_sample, step, num_masked, guidance, inverse_temperature, noise, draw_scale
+    )
+    return _run(inputs, packed, params, mask_token, confidence, backend)
+
+
+def _fake(tokens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.float32)
+
+
+_OP = register(
+    "maskgit_decode_step(Tensor tokens, Tensor cond_logits, Tensor? uncond_logits, Tensor? rows, Tensor? uncond_rows,"
+    " Tensor? keep, Tensor? params, int seed, int first_sample, int step, int num_masked, float guidance,"
+    " float inverse_temperature, float noise, float draw_scale, int mask_token, str confidence, str backend)"
+    " -> (Tensor, Tensor)",
+    _registered,
+    _fake,
+)

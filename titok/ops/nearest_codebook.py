@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from titok.ops._checks import check_tensor
+from titok.ops._extension import extension, why_no_cpp, why_no_triton
 from titok.ops._registry import choose, register, runs_eagerly
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum FloatType of csrc/nearest_codebook.h
 # Scores that the plain path holds at a time: 16 MiB of float32.
 _PLAIN_CHUNK = 1 << 22
 
@@ -82,18 +86,40 @@ def _check(latents: Tensor, codebook: Tensor) -> None:
     check_tensor("latents", latents, shape=("...", width), dtypes=_FLOATS, device=codebook.device)
 
 
-def _run(
-    latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto", out: Tensor | None = None
-) -> Tensor:
+def _registered(latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto") -> Tensor:
+    """What the dispatcher calls, also for those who call `torch.ops.titok.nearest_codebook` without any check."""
+    _check(latents, codebook)
+    return _run(latents, codebook, normalize, backend, None)
+
+
+def _run(latents: Tensor, codebook: Tensor, normalize: bool, backend: str, out: Tensor | None) -> Tensor:
     """The op on real tensors: picks a back end and gives it flat rows and an output."""
-    choose("nearest_codebook", backend, {"plain": lambda: None})
+    name = choose("nearest_codebook", backend, _candidates(latents, codebook))
     rows = latents.detach().reshape(-1, latents.shape[-1])
     indices = out
     if indices is None or not indices.is_contiguous():
         indices = latents.new_empty(latents.shape[:-1], dtype=torch.int64)
     if rows.shape[0]:
-        _plain(rows, codebook.detach(), normalize, indices.view(-1))
+        _LAUNCH[name](rows, codebook.detach(), normalize, indices.view(-1))
     return indices if out is None or indices is out else out.copy_(indices)
+
+
+def _candidates(latents: Tensor, codebook: Tensor) -> dict[str, Callable[[], str | None]]:
+    """Back ends, fastest first."""
+
+    def why_not(missing: Callable[..., str | None]) -> str | None:
+        if compute_dtype(latents.dtype, codebook.dtype) == torch.float64:
+            return "float64 arguments take the plain path"
+        return missing(latents, codebook)
+
+    candidates: dict[str, Callable[[], str | None]] = {
+        "cpp": lambda: why_not(why_no_cpp),
+        "plain": lambda: None,
+        "triton": lambda: why_not(why_no_triton),
+    }
+    if latents.is_cuda:
+        candidates = dict(reversed(candidates.items()))
+    return candidates
 
 
 def _plain(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
@@ -126,12 +152,48 @@ def _products_are_reduced(device_type: str) -> bool:
     return settings.matmul.fp32_precision not in ("none", "ieee")
 
 
+def _cpp(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
+    latents, codebook = _unit_stride(latents), _unit_stride(codebook)
+    extension().nearest_codebook(
+        latents.data_ptr(),
+        _CPP_TYPES[latents.dtype],
+        latents.shape[0],
+        latents.stride(0),
+        codebook.data_ptr(),
+        _CPP_TYPES[codebook.dtype],
+        codebook.shape[0],
+        codebook.stride(0),
+        codebook.shape[1],
+        normalize,
+        out.data_ptr(),
+    )
+
+
+def _triton(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
+    from titok.kernels.nearest_codebook import count_splits, launch_nearest_codebook
+
+    splits = count_splits(latents.shape[0], *codebook.shape, latents.device)
+    scratch = None, None
+    if splits > 1:
+        scores = torch.empty((splits, latents.shape[0]), dtype=torch.float32, device=latents.device)
+        scratch = scores, torch.empty_like(scores, dtype=torch.int32)
+    launch_nearest_codebook(latents.float().contiguous(), codebook.float().contiguous(), normalize, out, *scratch)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+_LAUNCH = {"plain": _plain, "cpp": _cpp, "triton": _triton}
+
+
 def _fake(latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto") -> Tensor:
+    _check(latents, codebook)
     return latents.new_empty(latents.shape[:-1], dtype=torch.int64)
 
 
 _OP = register(
     "nearest_codebook(Tensor latents, Tensor codebook, bool normalize=False, str backend='auto') -> Tensor",
-    _run,
+    _registered,
     _fake,
 )

@@ -1,0 +1,43 @@
+// csrc/maskgit_decode_kernel.cuh on the host, as a shared library for tests/test_maskgit_decode_cuda_host.py.
+#include "cuda_host.h"
+//
+#include "maskgit_decode_kernel.cuh"
+
+using namespace titok;
+
+uint64_t* titok::dynamic_shared() { return cuda_host::block->shared.data(); }
+
+namespace {
+
+template <class T, int kThreads, int kRounds>
+void run(const DecodeArgs& args, cuda_host::Order order) {
+  const unsigned blocks = args.batch * args.length;
+  std::vector<unsigned> turn(blocks);
+  std::iota(turn.begin(), turn.end(), 0u);
+  if (order == cuda_host::Order::kDescending) std::reverse(turn.begin(), turn.end());
+  if (order == cuda_host::Order::kScrambled) std::shuffle(turn.begin(), turn.end(), std::mt19937(blocks));
+  for (const unsigned b : turn) {
+    cuda_host::run_block(b, kThreads, shared_bytes(args), order,
+                         [&] { maskgit_decode_kernel<T, kThreads, kRounds>(args); });
+  }
+}
+
+template <class T>
+int run(const DecodeArgs& args, int threads, int rounds, cuda_host::Order order) {
+  if (threads == 64 && rounds == 0) return run<T, 64, 0>(args, order), 0;
+  if (threads == 64 && rounds == 1) return run<T, 64, 1>(args, order), 0;
+  if (threads == 64 && rounds == 3) return run<T, 64, 3>(args, order), 0;
+  if (threads == 256 && rounds == 2) return run<T, 256, 2>(args, order), 0;
+  return 1;
+}
+
+}  // namespace
+
+// Returns 0, or 1 where that block shape is not built.
+extern "C" int maskgit_decode_on_host(const DecodeArgs* args, int threads, int rounds, int order) {
+  switch (args->type) {
+    case LogitType::kFloat32: return run<float>(*args, threads, rounds, cuda_host::Order(order));
+    case LogitType::kBFloat16: return run<BFloat16>(*args, threads, rounds, cuda_host::Order(order));
+    default: return run<Float16>(*args, threads, rounds, cuda_host::Order(order));
+  }
+}

@@ -1,0 +1,269 @@
+"""add_layer_norm: both back ends against float64, gradients, dtypes, tracing, empty, inf and NaN, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import oracles
+from titok.ops import add_layer_norm, last_backend
+
+OP = torch.ops.titok.add_layer_norm.default
+BACKENDS = ["plain", "triton"]
+EPS = 1e-5
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# one unit in the last place of the largest values; the interpreter truncates to bfloat16 where hardware rounds
+TOLERANCE = {F32: 3e-6, F16: 2e-3, BF16: 1.6e-2}
+
+
+def inputs(
+    shape: tuple[int, ...], x: torch.dtype, residual: torch.dtype, parameters: torch.dtype, device: str = "cpu"
+) -> list[torch.Tensor]:
+    """x, residual, weight, bias as leaves; rows have an offset, which a one-pass variance would choke on."""
+    width = shape[-1:]
+    drawn = [
+        (5 + torch.randn(shape, device=device)).to(x),
+        torch.randn(shape, device=device).to(residual),
+        (1 + torch.randn(width, device=device)).to(parameters),
+        torch.randn(width, device=device).to(parameters),
+    ]
+    return [t.requires_grad_() for t in drawn]
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape
+    error = (got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+    assert error <= tolerance, f"{error:.2e} of the largest value, {tolerance:.0e} allowed"
+
+
+def check_against_oracle(leaves: list[torch.Tensor], out_dtype: torch.dtype | None, backend: str) -> None:
+    x, residual, weight, bias = leaves
+    total, normalised = add_layer_norm(*leaves, EPS, out_dtype=out_dtype, backend=backend)
+    assert last_backend("add_layer_norm") == backend
+    assert total.dtype == torch.promote_types(x.dtype, residual.dtype)
+    assert normalised.dtype == (out_dtype or total.dtype)
+    exact = x.double() + residual.double()
+    assert_close(total, exact, TOLERANCE[total.dtype])
+    # what is normalised is the rounded sum
+    rounded = total.detach().double().requires_grad_()
+    expected = oracles.layer_norm(rounded, weight, bias, EPS)
+    assert_close(normalised, expected, TOLERANCE[normalised.dtype])
+
+    grad_total, grad_normalised = torch.randn_like(total), torch.randn_like(normalised)
+    (want_sum, *want) = torch.autograd.grad(expected, (rounded, weight, bias), grad_normalised.double())
+    want = [want_sum + grad_total.double()] * 2 + want
+    got = torch.autograd.grad((total, normalised), leaves, (grad_total, grad_normalised))
+    for g, w, leaf in zip(got, want, leaves, strict=True):
+        assert g.dtype == leaf.dtype
+        assert_close(g, w.double(), 2 * max(TOLERANCE[t.dtype] for t in (leaf, total)))
+
+
+DTYPES = [(F32, F32, F32, None), (BF16, BF16, BF16, None), (F16, F16, F16, None), (F32, BF16, F32, BF16)]
+
+
+# two channels, tails, powers of two, TiTok's own widths, more rows than one program takes at a time
+@pytest.mark.parametrize("shape", [(3, 2), (7, 33), (2, 9, 128), (5, 768), (3, 1024), (2, 2500)], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_float64(backend: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    check_against_oracle(inputs(shape, *dtypes[:3]), dtypes[3], backend)
+
+
+def test_programs_that_take_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial sums of d weight and d bias, each over a strided set of rows with a tail."""
+    kernels = pytest.importorskip("titok.kernels.add_layer_norm")
+    monkeypatch.setattr(kernels, "ADD_LAYER_NORM_PROGRAMS", 3)
+    monkeypatch.setattr(kernels, "ADD_LAYER_NORM_BACKWARD_VALUES", 64)
+    check_against_oracle(inputs((29, 24), F32, F32, F32), None, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [512, 768, 1024])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+def test_widths_of_the_models_on_gpu(dtypes: tuple[torch.dtype, ...], width: int) -> None:
+    leaves = inputs((64, 289, width), *dtypes[:3], device="cuda")
+    first, second = (
+        torch.autograd.grad([t.sum() for t in add_layer_norm(*leaves, EPS, backend="triton")], leaves)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "not deterministic"
+    check_against_oracle(leaves, dtypes[3], "triton")
+
+
+@pytest.mark.gpu
+def test_graph_capture() -> None:
+    leaves = [t.detach() for t in inputs((8, 33, 1024), BF16, BF16, BF16, device="cuda")]
+    expected = add_layer_norm(*leaves, EPS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = add_layer_norm(*leaves, EPS)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_gradcheck_float64() -> None:
+    leaves = [t.detach().double().requires_grad_() for t in inputs((2, 3, 7), F32, F32, F32)]
+    assert torch.autograd.gradcheck(lambda *t: add_layer_norm(*t, EPS), leaves)
+    assert torch.autograd.gradcheck(lambda *t: add_layer_norm(*t, EPS)[1], leaves)  # post-norm blocks
+
+
+def test_tiny_eps_counts_in_float64() -> None:
+    """BERT's 1e-12 against 1e-5 on a row of variance 1e-8: a path through float32 would lose the difference."""
+    x = torch.tensor([[1.0, 1.0002]], dtype=torch.float64)
+    one, zero = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for eps in (1e-12, 1e-5):
+        _, y = add_layer_norm(x, torch.zeros_like(x), one, zero, eps)
+        torch.testing.assert_close(y, oracles.layer_norm(x, one, zero, eps), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_one_result_is_used(backend: str) -> None:
+    leaves = inputs((5, 24), F32, F32, F32)
+    total, _ = add_layer_norm(*leaves, EPS, backend=backend)
+    total.sum().backward()
+    x, residual, weight, bias = leaves
+    assert x.grad is not None
+    assert residual.grad is not None
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert torch.equal(residual.grad, torch.ones_like(x))
+    assert weight.grad is None
+    assert bias.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    leaves = inputs((2, 3, 20), F32, BF16, F32)
+    torch.library.opcheck(OP, (*leaves, EPS, BF16, backend))
+    strided = [leaves[0].detach().mT.contiguous().mT, *leaves[1:]]
+    torch.library.opcheck(OP, (*strided, EPS, None, backend))
+    total, normalised = (t.detach() for t in add_layer_norm(*leaves, EPS))
+    backward = torch.ops.titok.add_layer_norm_backward.default
+    for grad_total in (torch.randn_like(total), None):
+        args = (grad_total, torch.randn_like(normalised), total, leaves[2].detach(), EPS, backend)
+        torch.library.opcheck(backward, args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_graph_breaks(backend: str) -> None:
+    def block(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        total, normalised = add_layer_norm(x, residual, weight, bias, EPS, backend=backend)
+        return total + 2 * normalised
+
+    leaves = inputs((4, 20), F32, F32, F32)
+    results = [run(*leaves) for run in (block, torch.compile(block, fullgraph=True, backend="aot_eager"))]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    grads = [torch.autograd.grad(result.square().sum(), leaves) for result in results]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_exports_with_a_free_batch() -> None:
+    class Norm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(20)
+
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return add_layer_norm(x, residual, self.norm.weight, self.norm.bias, self.norm.eps)
+
+    module, batch = Norm(), torch.export.Dim("batch")
+    example = (torch.randn(3, 5, 20), torch.randn(3, 5, 20))
+    program = torch.export.export(module, example, dynamic_shapes=({0: batch}, {0: batch}))
+    assert any(node.target is OP for node in program.graph.nodes)
+    longer = (torch.randn(7, 5, 20), torch.randn(7, 5, 20))
+    torch.testing.assert_close(program.module()(*longer), module(*longer))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend: str) -> None:
+    leaves = inputs((0, 4, 20), F32, F32, F32)
+    total, normalised = add_layer_norm(*leaves, EPS, backend=backend)
+    assert total.shape == normalised.shape == (0, 4, 20)
+    (total.sum() + normalised.sum()).backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.shape == leaf.shape
+        assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_rows_that_are_not_finite(backend: str, value: float) -> None:
+    """Such a row is NaN throughout, its sum is as torch adds; other rows don't notice."""
+    x, residual, weight, bias = (t.detach() for t in inputs((3, 40), F32, F32, F32))
+    clean = add_layer_norm(x, residual, weight, bias, EPS, backend=backend)
+    residual[1, 7] = value
+    total, normalised = add_layer_norm(x, residual, weight, bias, EPS, backend=backend)
+    torch.testing.assert_close(total, x + residual, equal_nan=True, rtol=0, atol=0)
+    assert normalised[1].isnan().all()
+    assert torch.equal(normalised[::2], clean[1][::2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_constant_row_gives_the_bias(backend: str) -> None:
+    x, residual, weight, bias = (t.detach() for t in inputs((3, 40), F32, F32, F32))
+    x[:], residual[:] = 2.0, -0.5
+    _, normalised = add_layer_norm(x, residual, weight, bias, EPS, backend=backend)
+    assert torch.equal(normalised, bias.expand(3, 40))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_are_copied(backend: str) -> None:
+    """A slice of the tokens, as the last layer's `rows` make it, and a transposed view."""
+    weight, bias = torch.randn(2, 24)
+    x, residual = torch.randn(2, 9, 24)[:, 3:7], torch.randn(2, 24, 4).mT
+    total, normalised = add_layer_norm(x, residual, weight, bias, EPS, backend=backend)
+    assert total.is_contiguous()
+    assert_close(normalised, oracles.layer_norm(total, weight, bias, EPS), 3e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_dtypes_alone(backend: str) -> None:
+    leaves = inputs((5, 24), F32, BF16, F32)
+    expected = add_layer_norm(*leaves, EPS, backend=backend)
+    assert expected[1].dtype == F32
+    with torch.autocast("cpu", BF16):
+        for grad in (True, False):  # through the dispatcher and around it
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(add_layer_norm(*leaves, EPS, backend=backend), expected, rtol=0, atol=0)
+
+
+X, W = torch.zeros(2, 4), torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: add_layer_norm(X, None, W, W, EPS),
+            TypeError,
+            r"residual: expected a torch.Tensor, got NoneType",
+        ),
+        (lambda: add_layer_norm(X.int(), X, W, W, EPS), TypeError, r"x: expected dtype .* got int32"),
+        (
+            lambda: add_layer_norm(X, X[:1], W, W, EPS),
+            ValueError,
+            r"residual: expected shape \(2, 4\), got \(1, 4\)",
+        ),
+        (lambda: add_layer_norm(X, X, W[:3], W, EPS), ValueError, r"weight: expected shape \(4\), got \(3,\)"),
+        (lambda: add_layer_norm(X, X, W, W.to("meta"), EPS), ValueError, r"bias: expected device cpu, got meta"),
+        (lambda: add_layer_norm(X[:, :0], X[:, :0], W[:0], W[:0], EPS), ValueError, r"x: expected at least one"),
+        (lambda: add_layer_norm(X, X, W, W, EPS, out_dtype=torch.int8), TypeError, r"out_dtype: .* torch.int8"),
+        (lambda: add_layer_norm(X, X, W, W, EPS, backend="sdpa"), ValueError, r"backend: .* got 'sdpa'"),
+        (lambda: add_layer_norm(X, X.double(), W, W, EPS, backend="triton"), RuntimeError, r"no float64 kernel"),
+        (
+            lambda: add_layer_norm(X, X, W, W, EPS, out_dtype=torch.float64, backend="triton"),
+            RuntimeError,
+            r"no float64 kernel",
+        ),
+        (
+            lambda: add_layer_norm(*[torch.zeros(1, 8193)] * 2, *[torch.zeros(8193)] * 2, EPS, backend="triton"),
+            RuntimeError,
+            r"at most 8192 channels",
+        ),
+    ],
+)
+def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

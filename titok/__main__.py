@@ -1,0 +1,5 @@
+"""`python -m titok`."""
+
+from titok.cli import main
+
+main()
