@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from maskgit_cases import random_case
 from torch import Tensor
 
+from maskgit_cases import random_case
 from titok.ops import maskgit_decode_step, maskgit_decode_step_packed, pack_step_params
 
 
