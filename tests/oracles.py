@@ -65,6 +65,8 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, in
     expected = np.append(expected[~rare], expected[rare].sum())
     counts, expected = counts[expected > 0], expected[expected > 0]
     return float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
+
+
 def group_norm_silu(
     x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
@@ -86,6 +88,8 @@ def group_norm_silu(
             groups.append(affine / (1 + torch.exp(-affine)))
         images.append(torch.cat(groups))
     return torch.stack(images)
+
+
 def attention(
     qkv: torch.Tensor,
     num_heads: int,
