@@ -25,8 +25,8 @@ FORMAT = "titok"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-class Pretrained:
-    """`from_pretrained` and `save_pretrained` for an `nn.Module` that is built from `config`."""
+class Pretrained(nn.Module):
+    """A module that is built from `config`, with `from_pretrained` and `save_pretrained`."""
 
     config: Any
 
@@ -79,7 +79,6 @@ class Pretrained:
             weights = cls.convert_official(weights)
         with torch.device("meta"):
             model = cls(config)
-        assert isinstance(model, nn.Module)
         _check_names(weights_file, {k: v.shape for k, v in model.state_dict().items()}, weights)
         keep = _at_least_float32(dtype)
         converted = {
@@ -87,11 +86,10 @@ class Pretrained:
             for name, value in weights.items()
         }
         model.load_state_dict(converted, strict=True, assign=True)
-        return model.eval()  # type: ignore[return-value]
+        return model.eval()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` into `directory`, making it where needed."""
-        assert isinstance(self, nn.Module)
         directory = Path(directory)
         config = {"format": FORMAT, "model": type(self).__name__, "config": self.config.to_dict()}
         write_safetensors(directory / "model.safetensors", self.state_dict())
