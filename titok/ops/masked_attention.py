@@ -14,6 +14,8 @@ from titok.ops._checks import FLOAT_DTYPES, check_tensor
 from titok.ops._extension import why_no_flash_attn, why_no_triton
 from titok.ops._registry import choose, no_autocast, register, runs_eagerly
 
+_SDPA_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_SDPA_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _SCORES_AT_ONCE = 1 << 21  # of the plain path: 8 MiB in float32, so that the passes over them stay in the cache
 
 
@@ -124,8 +126,10 @@ def _forward_empty(qkv: Tensor, num_heads: int, start: int, stop: int, name: str
     batch, _, width = qkv.shape
     out = qkv.new_empty(batch, stop - start, width // 3)
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    if name == "triton" or (name == "sdpa" and qkv.device.type == "cpu"):
+    if name == "triton":
         return out, qkv.new_empty(batch, num_heads, stop - start, dtype=dtype)
+    if name == "sdpa" and qkv.device.type == "cpu":  # its log-sum-exp comes with the heads innermost
+        return out, qkv.new_empty(batch, stop - start, num_heads, dtype=dtype).transpose(1, 2)
     return out, qkv.new_empty(0, dtype=dtype)
 
 
@@ -286,11 +290,9 @@ def _sdpa_cpu(
 ) -> tuple[Tensor, Tensor]:
     """SDPA's one fused back end on the CPU, by its own name: that returns the log-sum-exp too."""
     q, k, v = _heads(_dense(qkv), num_heads, start, stop)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, attn_mask=_additive(key_mask, q.dtype), scale=scale
-    )
+    out, lse = _SDPA_CPU(q, k, v, attn_mask=_additive(key_mask, q.dtype), scale=scale)
     out = out.transpose(1, 2).reshape(q.shape[0], stop - start, -1)
-    return _without_blind_rows(out, key_mask), lse.contiguous()
+    return _without_blind_rows(out, key_mask), lse
 
 
 def _sdpa_cpu_backward(
@@ -307,7 +309,7 @@ def _sdpa_cpu_backward(
     """In float32 at least: SDPA's backward in bfloat16 takes ten times as long on a CPU."""
     q, k, v = _heads(_dense(_widened(qkv)), num_heads, start, stop)
     do, o = (_dense(_widened(t)).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (grad, out))
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    gradients = _SDPA_CPU_BACKWARD(
         do, q, k, v, o, lse, 0.0, False, attn_mask=_additive(key_mask, q.dtype), scale=scale
     )
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
