@@ -32,7 +32,6 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-fopenmp",
     "-ffp-contract=off",
-    "-Wno-psabi",  # vectors wider than the target's registers are passed to inlined functions only
     "-fno-trapping-math",  # results are the same; without it GCC does not vectorize a loop with a `?:` in it
     "-Wall",
     "-Wextra",

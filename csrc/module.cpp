@@ -15,5 +15,4 @@ PYBIND11_MODULE(_C, m) {
   titok::bind_maskgit_decode(m);
   titok::bind_nearest_codebook(m);
   titok::bind_group_norm_silu(m);
-  titok::bind_add_layer_norm(m);
 }

@@ -9,6 +9,5 @@ void bind_maskgit_decode(pybind11::module_& m);
 
 void bind_nearest_codebook(pybind11::module_& m);
 void bind_group_norm_silu(pybind11::module_& m);
-void bind_add_layer_norm(pybind11::module_& m);
 
 }  // namespace titok

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +11,7 @@ import oracles
 from titok.ops import add_layer_norm, last_backend
 
 OP = torch.ops.titok.add_layer_norm.default
-BACKENDS = ["plain", "triton", "cpp"]
+BACKENDS = ["plain", "triton"]
 EPS = 1e-5
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # one unit in the last place of the largest values; the interpreter truncates to bfloat16 where hardware rounds
@@ -67,13 +63,11 @@ def check_against_oracle(leaves: list[torch.Tensor], out_dtype: torch.dtype | No
 DTYPES = [(F32, F32, F32, None), (BF16, BF16, BF16, None), (F16, F16, F16, None), (F32, BF16, F32, BF16)]
 
 
-# two channels, tails, powers of two, TiTok's own widths, more rows than one program takes at a time
-@pytest.mark.parametrize("shape", [(3, 2), (7, 33), (2, 9, 128), (5, 768), (3, 1024), (2, 2500)], ids=str)
+# few channels, tails, powers of two, TiTok's own widths, more rows than one program takes at a time
+@pytest.mark.parametrize("shape", [(3, 4), (7, 33), (2, 9, 128), (5, 768), (3, 1024), (2, 2500)], ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_float64(backend: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    if backend == "cpp" and F16 in dtypes:
-        pytest.skip("the C++ kernel has no float16")
     check_against_oracle(inputs(shape, *dtypes[:3]), dtypes[3], backend)
 
 
@@ -83,33 +77,6 @@ def test_programs_that_take_several_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(kernels, "ADD_LAYER_NORM_PROGRAMS", 3)
     monkeypatch.setattr(kernels, "ADD_LAYER_NORM_BACKWARD_VALUES", 64)
     check_against_oracle(inputs((29, 24), F32, F32, F32), None, "triton")
-
-
-def bits_of_cpp() -> str:
-    """A digest of what the C++ kernels compute, forward and backward, with odd tails."""
-    digest = hashlib.sha256()
-    for dtypes in ((F32, F32, F32), (F32, BF16, BF16), (BF16, BF16, BF16)):
-        leaves = inputs((37, 83), *dtypes)
-        results = add_layer_norm(*leaves, EPS, backend="cpp")
-        grads = torch.autograd.grad(results, leaves, [torch.randn_like(t) for t in results])
-        for tensor in (*results, *grads):
-            digest.update(tensor.detach().float().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@pytest.mark.slow
-def test_cpp_bits_are_the_same_everywhere() -> None:
-    """On every instruction set, with every number of threads."""
-    script = "import torch, test_add_layer_norm as t; torch.manual_seed(0); torch.set_num_threads(1); "
-    script += "print(t.bits_of_cpp())"
-    torch.manual_seed(0)
-    expected = bits_of_cpp()
-    for isa in ("generic", "avx2"):
-        environment = {**os.environ, "TITOK_CPU_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
-        )
-        assert done.stdout.strip() == expected, isa
 
 
 @pytest.mark.gpu
@@ -284,7 +251,6 @@ X, W = torch.zeros(2, 4), torch.zeros(4)
         (lambda: add_layer_norm(X[:, :0], X[:, :0], W[:0], W[:0], EPS), ValueError, r"x: expected at least one"),
         (lambda: add_layer_norm(X, X, W, W, EPS, out_dtype=torch.int8), TypeError, r"out_dtype: .* torch.int8"),
         (lambda: add_layer_norm(X, X, W, W, EPS, backend="sdpa"), ValueError, r"backend: .* got 'sdpa'"),
-        (lambda: add_layer_norm(X.half(), X, W, W, EPS, backend="cpp"), RuntimeError, r"not torch.float16"),
         (lambda: add_layer_norm(X, X.double(), W, W, EPS, backend="triton"), RuntimeError, r"no float64 kernel"),
         (
             lambda: add_layer_norm(X, X, W, W, EPS, out_dtype=torch.float64, backend="triton"),

@@ -9,9 +9,7 @@ import torch.nn.functional as F
 
 from titok.ops import _registry
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
-from titok.ops._extension import extension, why_no_cpp, why_no_triton
-
-_CPP_PARTS = 32  # runs of rows with a partial d weight and d bias each: a number that no thread count changes
+from titok.ops._extension import why_no_triton
 
 
 def add_layer_norm(
@@ -35,7 +33,7 @@ def add_layer_norm(
         weight, bias: (D,), any of these dtypes.
         eps: added to the variance.
         out_dtype: dtype of the normalised rows; None: that of the sum. The dtype of the next layer saves a cast.
-        backend: "triton", "cpp" (float32 and bfloat16 on a CPU), "plain", or None for the fastest that can run.
+        backend: "triton", "plain", or None for the fastest that can run.
 
     Returns:
         The sum, in torch's promotion of the two dtypes, rounded to it before it is normalised; and the normalised
@@ -54,8 +52,14 @@ def add_layer_norm(
         raise ValueError(f"x: expected at least one channel, got {tuple(x.shape)}")
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"out_dtype: expected a floating dtype, got {out_dtype}")
-    if _registry.runs_eagerly(x, residual, weight, bias):
-        return _forward(x, residual, weight, bias, eps, out_dtype, backend)
+    tensors = (x, residual, weight, bias)
+    # PyTorch's own gradient costs less than the op's, but on a CPU it keeps 16-bit statistics for 16-bit rows
+    own_gradient = torch.promote_types(x.dtype, residual.dtype).itemsize >= 4
+    if _registry.runs_eagerly(*tensors, gradients=own_gradient):
+        if _choose(backend, *tensors, out_dtype=out_dtype) == "plain":
+            return _plain_forward(*tensors, eps, out_dtype)
+        if _registry.runs_eagerly(*tensors):
+            return _forward(*tensors, eps, out_dtype, backend)
     return _OP(x, residual, weight, bias, eps, out_dtype, backend)
 
 
@@ -69,13 +73,7 @@ def _choose(backend: str | None, *tensors: torch.Tensor, out_dtype: torch.dtype 
             return f"it holds a row of at most 8192 channels, got {tensors[0].shape[-1]}"
         return why_no_triton(*tensors)
 
-    def cpp() -> str | None:
-        for dtype in (out_dtype or torch.float32, *(t.dtype for t in tensors)):
-            if dtype not in (torch.float32, torch.bfloat16):
-                return f"the C++ kernel takes float32 and bfloat16, not {dtype}"
-        return why_no_cpp(*tensors)
-
-    return _registry.choose("add_layer_norm", backend, {"triton": triton, "cpp": cpp, "plain": lambda: None})
+    return _registry.choose("add_layer_norm", backend, {"triton": triton, "plain": lambda: None})
 
 
 def _forward(
@@ -87,24 +85,14 @@ def _forward(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = _choose(backend, x, residual, weight, bias, out_dtype=out_dtype)
-    if chosen == "plain":
+    if _choose(backend, x, residual, weight, bias, out_dtype=out_dtype) == "plain":
         return _plain_forward(x, residual, weight, bias, eps, out_dtype)
     total, normalised = _fake(x, residual, weight, bias, eps, out_dtype)
-    if not total.numel():
-        return total, normalised
-    x, residual = x.contiguous(), residual.contiguous()
-    if chosen == "triton":
+    if total.numel():
         from titok.kernels import add_layer_norm as kernels
 
-        rows = [t.view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
+        rows = [t.contiguous().view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
         kernels.forward(rows[0], rows[1], weight.contiguous(), bias.contiguous(), eps, rows[2], rows[3])
-        return total, normalised
-    weight, bias = weight.float().contiguous(), bias.float().contiguous()
-    tensors = (x, residual, weight, bias, total, normalised)
-    is_bf16 = (t.dtype == torch.bfloat16 for t in (x, residual, normalised))
-    count, channels = x.numel() // x.shape[-1], x.shape[-1]
-    extension().add_layer_norm(*(t.data_ptr() for t in tensors), *is_bf16, count, channels, eps)
     return total, normalised
 
 
@@ -154,30 +142,18 @@ def _backward(
 
     The statistics are computed again from the sum, which is read anyway.
     """
-    chosen = _choose(backend, total, grad_normalised, weight)
-    if chosen == "plain":
+    if _choose(backend, total, grad_normalised, weight) == "plain":
         return _plain_backward(grad_total, grad_normalised, total, weight, eps)
     grad, channels = torch.empty_like(total), total.shape[-1]
     if not total.numel():
         return grad, weight.new_zeros((2, channels), dtype=torch.float32)
-    count, grad_normalised = total.numel() // channels, grad_normalised.contiguous()
+    from titok.kernels import add_layer_norm as kernels
+
     if grad_total is not None:
         grad_total = grad_total.to(total.dtype).contiguous()
-    if chosen == "triton":
-        from titok.kernels import add_layer_norm as kernels
-
-        partial = total.new_empty((2, kernels.programs(count, channels), channels), dtype=torch.float32)
-        rows = total.view(-1, channels)
-        kernels.backward(grad_total, grad_normalised, rows, weight.contiguous(), eps, grad, partial)
-        return grad, partial.sum(1)
-    parts = min(_CPP_PARTS, count)
-    partial = total.new_empty((2, parts, channels), dtype=torch.float32)
-    tensors = (grad_total, grad_normalised, total, weight.float().contiguous(), grad, partial)
-    extension().add_layer_norm_backward(
-        *(0 if t is None else t.data_ptr() for t in tensors),
-        *(t.dtype == torch.bfloat16 for t in (total, grad_normalised)),
-        *(count, channels, parts, eps),
-    )
+    rows = total.view(-1, channels)
+    partial = total.new_empty((2, kernels.programs(rows.shape[0], channels), channels), dtype=torch.float32)
+    kernels.backward(grad_total, grad_normalised.contiguous(), rows, weight.contiguous(), eps, grad, partial)
     return grad, partial.sum(1)
 
 
