@@ -48,26 +48,26 @@ GROUP_NORM_SILU_ONE_PASS_VALUES = 16384  # of a map that a program of 8 warps ke
 MASKED_ATTENTION_FORWARD_WHOLE = {
     (2, 64): ((160, Tile(64, 0, 4, 1)),),
     (2, 128): ((160, Tile(64, 0, 4, 1)),),
-    (4, 64): ((160, Tile(32, 0, 4, 1)),),
-    (4, 128): ((160, Tile(32, 0, 4, 1)),),
+    (4, 64): ((48, Tile(32, 0, 4, 1)),),
+    (4, 128): (),
 }
 MASKED_ATTENTION_FORWARD = {
     (2, 64): Tile(64, 64, 4, 3),
     (2, 128): Tile(64, 64, 4, 2),
-    (4, 64): Tile(64, 32, 4, 2),
-    (4, 128): Tile(32, 32, 4, 2),
+    (4, 64): Tile(16, 32, 4, 2),
+    (4, 128): Tile(16, 32, 8, 2),
 }
 MASKED_ATTENTION_BACKWARD_WHOLE = {
-    (2, 64): ((80, Tile(32, 0, 4, 1)), (144, Tile(32, 0, 8, 1))),
+    (2, 64): ((80, Tile(32, 0, 4, 1)), (144, Tile(16, 0, 8, 1))),
     (2, 128): ((80, Tile(32, 0, 8, 1)),),
-    (4, 64): ((80, Tile(16, 0, 8, 1)),),
-    (4, 128): ((48, Tile(16, 0, 8, 1)),),
+    (4, 64): (),
+    (4, 128): (),
 }
 MASKED_ATTENTION_BACKWARD_QUERIES = {
     (2, 64): Tile(64, 64, 4, 2),
     (2, 128): Tile(64, 32, 4, 2),
-    (4, 64): Tile(32, 32, 4, 1),
-    (4, 128): Tile(32, 32, 8, 1),
+    (4, 64): Tile(16, 32, 8, 1),
+    (4, 128): Tile(16, 32, 8, 1),
 }
 MASKED_ATTENTION_BACKWARD_KEYS = {
     (2, 64): Tile(32, 64, 4, 2),

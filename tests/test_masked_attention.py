@@ -65,31 +65,31 @@ def test_float64(backend):
     check(backend, qkv, 2, key_mask=key_mask, query_range=(3, 30))
 
 
-# (tokens, head dim): each head dim there is, one token, each way to split keys into a block and a tail
-# (16; 32; 32+16; 64+16; 128+16), beyond them the tiled kernels with and without a tail (288, 321)
-SHAPES = [(1, 32), (9, 8), (32, 64), (33, 72), (34, 80), (35, 96), (65, 64), (130, 48), (288, 32), (321, 32)]
+# (tokens, head dim): each head dim there is, one token, float32 keys in one block, in a block and a tail, and in
+# several blocks with and without a tail
+SHAPES = [(1, 32), (9, 8), (32, 48), (33, 64), (32, 72), (33, 80), (35, 96), (64, 64), (70, 32), (37, 128)]
 
 
-@pytest.mark.parametrize(("tokens", "head_dim"), [*SHAPES, (65, 128)])
+@pytest.mark.parametrize(("tokens", "head_dim"), SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_shape(backend, tokens, head_dim):
-    qkv, key_mask = make_inputs(2, tokens, 2, head_dim)
-    check(backend, qkv[:1], 2)
-    check(backend, qkv, 2, key_mask=key_mask, query_range=(tokens // 3, tokens))
+    qkv, key_mask = make_inputs(2, tokens, 1, head_dim)
+    check(backend, qkv[:1], 1)
+    check(backend, qkv, 1, key_mask=key_mask, query_range=(tokens // 3, tokens))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("tokens", "head_dim"), [(65, 64), (129, 64), (289, 64), (200, 128)])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(65, 64), (129, 64), (289, 64), (100, 128)])
 def test_triton_in_16_bits(tokens, head_dim, dtype):
-    qkv, key_mask = make_inputs(1, tokens, 2, head_dim, dtype)
-    check("triton", qkv, 2)
-    check("triton", qkv, 2, key_mask=key_mask, query_range=(1, tokens - 2))
+    qkv, key_mask = make_inputs(1, tokens, 1, head_dim, dtype)
+    check("triton", qkv, 1)
+    check("triton", qkv, 1, key_mask=key_mask, query_range=(1, tokens - 2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tokens", [17, 200])
+@pytest.mark.parametrize("tokens", [17, 70])
 def test_a_query_that_sees_no_key_gives_zero_and_no_gradient(backend, tokens):
     qkv, key_mask = make_inputs(3, tokens, 1, 16)
     key_mask[1] = False
@@ -102,7 +102,7 @@ def test_a_query_that_sees_no_key_gives_zero_and_no_gradient(backend, tokens):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tokens", [21, 170])
+@pytest.mark.parametrize("tokens", [21, 70])
 def test_what_hidden_tokens_hold_does_not_matter(backend, tokens):
     qkv, key_mask = make_inputs(2, tokens, 2, 16)
     other = torch.where(key_mask[..., None], qkv, 1e4)
@@ -111,16 +111,21 @@ def test_what_hidden_tokens_hold_does_not_matter(backend, tokens):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tokens", [21, 170])
+@pytest.mark.parametrize("tokens", [21, 70])
 def test_large_scores_do_not_overflow(backend, tokens):
-    qkv, key_mask = make_inputs(1, tokens, 1, 16)
-    qkv[..., :32] *= 30  # scores beyond 1,000: exp overflows without the maximum, and one key takes all
-    check(backend, qkv, 1, scale=1.0)
-    check(backend, qkv, 1, key_mask=key_mask, scale=-1.0)
+    qkv, _ = make_inputs(1, tokens, 1, 16)
+    # scores are multiples of 256 and exact: without the maximum exp overflows; the winner takes all, ties share
+    qkv[..., :32] = 16 * torch.randint(-8, 9, (1, tokens, 32))
+    for scale in (1.0, -1.0):
+        leaf = qkv.clone().requires_grad_()
+        out = masked_attention(leaf, 1, scale=scale, backend=backend)
+        assert_close(out, oracles.attention(qkv, 1, scale=scale), torch.float32)
+        out.sum().backward()
+        assert leaf.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tokens", [21, 170])
+@pytest.mark.parametrize("tokens", [21, 70])
 def test_what_nan_and_inf_reach(backend, tokens):
     qkv, _ = make_inputs(1, tokens, 1, 16)
     clean = masked_attention(qkv, 1, backend=backend)
@@ -165,7 +170,7 @@ def test_empty(backend):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
-@pytest.mark.parametrize("tokens", [65, 200])
+@pytest.mark.parametrize("tokens", [33, 70])
 def test_backward_has_the_same_bits_every_time(tokens):
     qkv, _ = make_inputs(1, tokens, 1, 16)
     qkv.requires_grad_()

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from titok.ops import _registry
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
-from titok.ops._extension import why_no_triton
+from titok.ops._extension import extension, why_no_cpp, why_no_triton
+
+_CPP_PARTS = 32  # runs of rows with a partial d weight and d bias each: a number that no thread count changes
 
 
 def add_layer_norm(
@@ -33,7 +35,7 @@ def add_layer_norm(
         weight, bias: (D,), any of these dtypes.
         eps: added to the variance.
         out_dtype: dtype of the normalised rows; None: that of the sum. The dtype of the next layer saves a cast.
-        backend: "triton", "plain", or None for the fastest that can run.
+        backend: "triton", "cpp" (float32 and bfloat16 on a CPU), "plain", or None for the fastest that can run.
 
     Returns:
         The sum, in torch's promotion of the two dtypes, rounded to it before it is normalised; and the normalised
@@ -58,6 +60,8 @@ def add_layer_norm(
 
 
 def _choose(backend: str | None, *tensors: torch.Tensor, out_dtype: torch.dtype | None = None) -> str:
+    """`tensors`: those whose rows are read and written, then the parameters."""
+
     def triton() -> str | None:
         if torch.float64 in (out_dtype, *(t.dtype for t in tensors)):
             return "it has no float64 kernel"
@@ -65,7 +69,13 @@ def _choose(backend: str | None, *tensors: torch.Tensor, out_dtype: torch.dtype 
             return f"it holds a row of at most 8192 channels, got {tensors[0].shape[-1]}"
         return why_no_triton(*tensors)
 
-    return _registry.choose("add_layer_norm", backend, {"triton": triton, "plain": lambda: None})
+    def cpp() -> str | None:
+        for dtype in (out_dtype or torch.float32, *(t.dtype for t in tensors)):
+            if dtype not in (torch.float32, torch.bfloat16):
+                return f"the C++ kernel takes float32 and bfloat16, not {dtype}"
+        return why_no_cpp(*tensors)
+
+    return _registry.choose("add_layer_norm", backend, {"triton": triton, "cpp": cpp, "plain": lambda: None})
 
 
 def _forward(
@@ -77,14 +87,35 @@ def _forward(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if _choose(backend, x, residual, weight, bias, out_dtype=out_dtype) == "triton":
+    chosen = _choose(backend, x, residual, weight, bias, out_dtype=out_dtype)
+    if chosen == "plain":
+        return _plain_forward(x, residual, weight, bias, eps, out_dtype)
+    total, normalised = _fake(x, residual, weight, bias, eps, out_dtype)
+    if not total.numel():
+        return total, normalised
+    x, residual = x.contiguous(), residual.contiguous()
+    if chosen == "triton":
         from titok.kernels import add_layer_norm as kernels
 
-        total, normalised = _fake(x, residual, weight, bias, eps, out_dtype)
-        if total.numel():
-            flat = [t.contiguous().view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
-            kernels.forward(flat[0], flat[1], weight.contiguous(), bias.contiguous(), eps, flat[2], flat[3])
+        rows = [t.view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
+        kernels.forward(rows[0], rows[1], weight.contiguous(), bias.contiguous(), eps, rows[2], rows[3])
         return total, normalised
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    tensors = (x, residual, weight, bias, total, normalised)
+    is_bf16 = (t.dtype == torch.bfloat16 for t in (x, residual, normalised))
+    count, channels = x.numel() // x.shape[-1], x.shape[-1]
+    extension().add_layer_norm(*(t.data_ptr() for t in tensors), *is_bf16, count, channels, eps)
+    return total, normalised
+
+
+def _plain_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     with _registry.no_autocast(x):
         total = (x + residual).contiguous()  # as the fake implementation promises
         # torch's own op keeps float32 statistics, but mixes dtypes only on some devices
@@ -123,8 +154,40 @@ def _backward(
 
     The statistics are computed again from the sum, which is read anyway.
     """
-    if _choose(backend, total, weight) == "triton":
-        return _backward_triton(grad_total, grad_normalised, total, weight, eps)
+    chosen = _choose(backend, total, grad_normalised, weight)
+    if chosen == "plain":
+        return _plain_backward(grad_total, grad_normalised, total, weight, eps)
+    grad, channels = torch.empty_like(total), total.shape[-1]
+    if not total.numel():
+        return grad, weight.new_zeros((2, channels), dtype=torch.float32)
+    count, grad_normalised = total.numel() // channels, grad_normalised.contiguous()
+    if grad_total is not None:
+        grad_total = grad_total.to(total.dtype).contiguous()
+    if chosen == "triton":
+        from titok.kernels import add_layer_norm as kernels
+
+        partial = total.new_empty((2, kernels.programs(count, channels), channels), dtype=torch.float32)
+        rows = total.view(-1, channels)
+        kernels.backward(grad_total, grad_normalised, rows, weight.contiguous(), eps, grad, partial)
+        return grad, partial.sum(1)
+    parts = min(_CPP_PARTS, count)
+    partial = total.new_empty((2, parts, channels), dtype=torch.float32)
+    tensors = (grad_total, grad_normalised, total, weight.float().contiguous(), grad, partial)
+    extension().add_layer_norm_backward(
+        *(0 if t is None else t.data_ptr() for t in tensors),
+        *(t.dtype == torch.bfloat16 for t in (total, grad_normalised)),
+        *(count, channels, parts, eps),
+    )
+    return grad, partial.sum(1)
+
+
+def _plain_backward(
+    grad_total: torch.Tensor | None,
+    grad_normalised: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     with _registry.no_autocast(total):
         wide, shape = _wide(total), [total.shape[-1]]
         rows, scale = total.to(wide), weight.to(wide)
@@ -135,35 +198,6 @@ def _backward(
         if grad_total is not None:
             grad = grad.add_(grad_total)
         return grad.to(total.dtype), torch.stack((grad_weight, grad_bias))
-
-
-def _backward_triton(
-    grad_total: torch.Tensor | None,
-    grad_normalised: torch.Tensor,
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from titok.kernels import add_layer_norm as kernels
-
-    def rows(t: torch.Tensor) -> torch.Tensor:
-        return t.reshape(-1, total.shape[-1])
-
-    grad = torch.empty_like(total)
-    if not total.numel():
-        return grad, weight.new_zeros((2, weight.shape[0]), dtype=torch.float32)
-    count, channels = rows(total).shape
-    partial = total.new_empty(2, kernels.programs(count, channels), channels, dtype=torch.float32)
-    kernels.backward(
-        None if grad_total is None else rows(grad_total).contiguous(),
-        rows(grad_normalised).contiguous(),
-        rows(total),
-        weight.contiguous(),
-        eps,
-        rows(grad),
-        partial,
-    )
-    return grad, partial.sum(1)
 
 
 def _backward_fake(

@@ -41,7 +41,8 @@ def masked_attention(
             once more.
 
     Returns:
-        (B, Nq, H * D), contiguous, in qkv's dtype. A NaN in qkv reaches each row and channel that depends on it, inf as IEEE arithmetic has it.
+        (B, Nq, H * D), contiguous, in qkv's dtype. A NaN in qkv reaches each row that depends on it, and so does an inf
+        in the values.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
@@ -212,7 +213,7 @@ def _triton_backward(
     stop: int,
     scale: float,
 ) -> Tensor:
-    from titok.kernels import masked_attention as kernels
+    from titok.kernels import masked_attention_backward as kernels
 
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _zero_unused_queries(dqkv, start, stop)
@@ -284,7 +285,7 @@ def _sdpa_cpu(
     qkv: Tensor, key_mask: Tensor | None, num_heads: int, start: int, stop: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """SDPA's one fused back end on the CPU, by its own name: that returns the log-sum-exp too."""
-    q, k, v = _heads(qkv, num_heads, start, stop)
+    q, k, v = _heads(_dense(qkv), num_heads, start, stop)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, attn_mask=_additive(key_mask, q.dtype), scale=scale
     )
@@ -304,14 +305,19 @@ def _sdpa_cpu_backward(
     scale: float,
 ) -> Tensor:
     """In float32 at least: SDPA's backward in bfloat16 takes ten times as long on a CPU."""
-    q, k, v = _heads(_widened(qkv), num_heads, start, stop)
-    do, o = (_widened(t).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (grad, out))
+    q, k, v = _heads(_dense(_widened(qkv)), num_heads, start, stop)
+    do, o = (_dense(_widened(t)).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (grad, out))
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         do, q, k, v, o, lse, 0.0, False, attn_mask=_additive(key_mask, q.dtype), scale=scale
     )
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _fill(dqkv, gradients, num_heads, start, stop)
     return _without_blind_rows(dqkv, key_mask)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with a last stride of 1, which the kernel takes for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

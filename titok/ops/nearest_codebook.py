@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,30 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum FloatType of csrc/nearest_codebook.h
 # Scores that the plain path holds at a time: 16 MiB of float32.
 _PLAIN_CHUNK = 1 << 22
+
+
+@overload
+def nearest_codebook(
+    latents: Tensor,
+    codebook: Tensor,
+    *,
+    normalize: bool = ...,
+    return_quantized: Literal[False] = ...,
+    out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def nearest_codebook(
+    latents: Tensor,
+    codebook: Tensor,
+    *,
+    normalize: bool = ...,
+    return_quantized: Literal[True],
+    out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def nearest_codebook(
@@ -173,11 +198,12 @@ def _triton(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> 
     from titok.kernels.nearest_codebook import count_splits, launch_nearest_codebook
 
     splits = count_splits(latents.shape[0], *codebook.shape, latents.device)
-    scratch = None, None
+    scores = codes = None
     if splits > 1:
         scores = torch.empty((splits, latents.shape[0]), dtype=torch.float32, device=latents.device)
-        scratch = scores, torch.empty_like(scores, dtype=torch.int32)
-    launch_nearest_codebook(latents.float().contiguous(), codebook.float().contiguous(), normalize, out, *scratch)
+        codes = torch.empty_like(scores, dtype=torch.int32)
+    latents, codebook = latents.float().contiguous(), codebook.float().contiguous()
+    launch_nearest_codebook(latents, codebook, normalize, out, scores, codes)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
