@@ -84,6 +84,14 @@ def test_python_dash_m() -> None:
     assert run.stderr == "error: nowhere: no such file or folder\n"
 
 
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(photos: Path) -> None:
+    Path("runs").mkdir()
+    for path in ("tokenizer", "runs/tokenizer", "runs/quickstart/tokenizer", "/tokenizer", "./tokenizer"):
+        assert "no such file or folder (a repository is called owner/name)" in refused(
+            "tokenize", photos, "-t", path
+        )
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         CliRunner().invoke(app, ["--debug", "tokenize", "nowhere", "-t", "x"], catch_exceptions=False)

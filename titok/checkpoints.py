@@ -168,6 +168,10 @@ def _locate(path_or_repo: str | os.PathLike[str], revision: str | None) -> tuple
     elif path.is_file():
         weights = path
     else:
+        # Before the hub is asked, which takes half a minute where there is no network.
+        owner, *name = str(path_or_repo).split("/")
+        if len(name) != 1 or Path(owner).is_dir():
+            raise FileNotFoundError(f"{path}: no such file or folder (a repository is called owner/name)")
         return _download(str(path_or_repo), revision)
     config = weights.parent / "config.json"
     return weights, config if config.is_file() else None
