@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import squared_distances
 
+from oracles import squared_distances
 from titok.ops import backends, last_backend, nearest_codebook
 
 NAMES = ("plain", "cpp", "triton")

@@ -66,7 +66,13 @@ class Run(Generic[M]):
     """
 
     def __init__(
-        self, model: M, config: TrainingConfig, folder: str | os.PathLike[str], *, resume: bool, data: dict[str, Any]
+        self,
+        model: M,
+        config: TrainingConfig,
+        folder: str | os.PathLike[str],
+        *,
+        resume: bool,
+        data: dict[str, Any],
     ) -> None:
         self.model, self.config, self.folder, self.data = model, config, Path(folder), data
         self.optimizer = make_optimizer(model, config)
