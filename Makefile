@@ -1,5 +1,7 @@
 # `make` lists the targets. Everything runs in .venv, which `make setup` makes from the project's own files.
 PYTHON ?= python3
+GPU_PYTHON ?= python3
+OPS := nearest_codebook masked_attention code_mixture group_norm_silu add_layer_norm maskgit_decode_step
 VENV := .venv
 BIN := $(VENV)/bin
 # build isolation asks PyPI for setuptools and pybind11; nothing here needs a GPU, nvcc or root
@@ -38,6 +40,17 @@ lint: $(STAMP)  ## ruff and mypy
 format: $(STAMP)  ## rewrite the sources in the one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 with no GPU; check and print its resources
+	$(BIN)/python -m titok.kernels.aot
+
+# A GPU machine has its own torch: nothing is downloaded there, and its own Python is used.
+gpu:  ## on a machine with a GPU: build, GPU tests, op benchmarks, in under 9 minutes (GPU_PYTHON=python3)
+	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(GPU_PYTHON) -m benchmarks.gpu
+
+bench: $(STAMP)  ## the op benchmarks on this machine, ratios of interleaved runs
+	for op in $(OPS); do $(BIN)/python -m benchmarks.bench_$$op || exit 1; done
 
 clean:  ## remove what was built (keeps .venv and runs/)
 	rm -rf build dist *.egg-info titok/_C*.so

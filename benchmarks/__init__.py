@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.<name>`; see docs/performance.md."""
+"""Benchmarks; run them as `python -m benchmarks.<name>`."""

@@ -1,12 +1,13 @@
-"""`maskgit_decode_step` against the official step's tensor expressions: `python -m benchmarks.bench_maskgit_decode_step`.
+"""`maskgit_decode_step` against the official step: `python -m benchmarks.bench_maskgit_decode_step`.
 
-The official step (semantics: two whole noise tensors of log(-log u), arg max, gather, sort) reads and writes about a
-dozen tensors of B x N x V; ours reads the logits once. Same law, other random stream.
+The official step's tensor expressions (noise as -log(-log u) for every code, arg max, gather, sort) read and write
+about a dozen tensors of B x N x V; ours reads the logits of masked positions once. Same law, other random stream.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks._results import Results
 from benchmarks._timing import interleave
 from titok.ops import maskgit_decode_step
 
@@ -82,29 +84,32 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="for each row of the table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--json", help="file to append every sample to")
     arguments = parser.parse_args()
-    device = (
+    results = Results(arguments.json)
+    steps: dict[str, Callable[..., Any]] = {"official": official_step, "titok": our_step}
+    if arguments.device == "cuda":
+        steps["compiled"] = torch.compile(official_step)
+    where = (
         torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     )
-    print(f"N={TOKENS} V={CODES} {arguments.dtype} on {device}; medians of one interleaved run")
-    print(
-        f"{'batch':>5} {'step':>4} {'masked':>6} {'official ms':>12} {'titok ms':>9} {'ratio':>6} {'GB/s':>6} {'calls':>5}"
-    )
+    print(f"N={TOKENS} V={CODES} {arguments.dtype} on {where}; medians of interleaved calls, times in ms")
+    print(f"{'batch':>5} {'step':>4} {'masked':>6} {'titok':>8} {'GB/s':>7}  times as long")
     for batch in BATCHES:
         for step in (0, 4):
             inputs = case(batch, step, getattr(torch, arguments.dtype), arguments.device)
-            runs = {
-                "official": lambda inputs=inputs, step=step: official_step(*inputs, step),
-                "titok": lambda inputs=inputs, step=step: our_step(*inputs, step),
-            }
+            runs = {name: functools.partial(run, *inputs, step) for name, run in steps.items()}
             samples = interleave(runs, arguments.seconds)
-            official, ours = (statistics.median(samples[name]) for name in runs)
             masked = int((inputs[0] == CODES).sum())
             read = 2 * masked * CODES * inputs[1].element_size()  # both passes' logits of the masked positions
-            print(
-                f"{batch:5} {step:4} {masked // batch:6} {official * 1e3:12.2f} {ours * 1e3:9.3f} {official / ours:6.1f} "
-                f"{read / ours / 1e9:6.1f} {len(samples['titok']):5}"
-            )
+            median = {name: statistics.median(values) for name, values in samples.items()}
+            ours = median.pop("titok")
+            others = "  ".join(f"{name} {seconds / ours:.1f}x" for name, seconds in median.items())
+            rate = read / ours / 1e9
+            line = f"{batch:5} {step:4} {masked // batch:6} {ours * 1e3:8.3f} {rate:7.1f}  {others}"
+            print(line, flush=True)
+            shape = {"batch": batch, "tokens": TOKENS, "codes": CODES, "step": step, "dtype": arguments.dtype}
+            results.row("maskgit_decode_step", shape, samples, bytes=read)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ void nearest_codebook(const RowMatrix& latents, const RowMatrix& codebook, int w
       const int64_t here = std::min(chunk_tiles, tiles - chunk);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < here; ++t) {
-        kernel.pack(codebook, width, normalize, chunk + t, 1, mine, codes_packed + t * tile_floats);
+        kernel.pack(codebook, width, normalize, chunk + t, 1, codes_packed + t * tile_floats);
       }
 #pragma omp for schedule(dynamic)
       for (int64_t item = 0; item < blocks * pieces; ++item) {

@@ -18,14 +18,13 @@ struct RowMatrix {
 // Latents in blocks of at most this many rows stay in L2 while a thread walks over the codebook.
 constexpr int kRowBlock = 96;
 
-// One instruction set's kernels. `scratch` is a thread's own, scratch_bytes(width) bytes aligned to 64.
+// One instruction set's kernels.
 struct NearestCodebookKernels {
   // Codes are packed in tiles of so many: for each the half of its squared norm (infinite where it must not win,
   // as in the last tile's padding), then for each channel the tile's values, negated.
   int tile;
-  void (*pack)(const RowMatrix& codebook, int width, bool normalize, int64_t first_tile, int64_t tiles, void* scratch,
-               float* packed);
-  int64_t (*scratch_bytes)(int width);
+  void (*pack)(const RowMatrix& codebook, int width, bool normalize, int64_t first_tile, int64_t tiles, float* packed);
+  int64_t (*scratch_bytes)(int width);  // of a thread that searches, aligned to 64
   // Latents [first_row, first_row + rows), at most kRowBlock, against packed tiles that begin at code `first_code`.
   // For each the lowest score |e|^2 / 2 - z.e and the lowest code that has it; (inf, 0) if no code may win;
   // (-inf, 0) if the latent's sum of squares is not finite.

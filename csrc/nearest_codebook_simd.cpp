@@ -1,9 +1,11 @@
 // The kernels of nearest_codebook for one instruction set (see cpu_isa.h): a register-tiled product of kRows latents
 // by kPanels vectors of codes whose results go straight into running minima, lane by lane.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "float16.h"
 #include "nearest_codebook.h"
 
 #if defined(TITOK_ISA_AVX512) || defined(TITOK_ISA_AVX2)
@@ -49,34 +51,29 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+inline Floats square_root(Floats x) {
+#if defined(TITOK_ISA_AVX512)
+  return (Floats)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);  // GCC 12 warns of the plain form
+#elif defined(TITOK_ISA_AVX2)
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::sqrt(x[lane]);
+  return x;
+#endif
 }
 
-inline float from_bfloat16(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
-
-inline float from_float16(uint16_t x) {
-  const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fff) << 13;
-  const float finite = from_bits(magnitude) * 0x1p112f;  // moves the exponent's bias from 15 to 127
-  uint32_t bits;
-  std::memcpy(&bits, &finite, sizeof bits);
-  if (magnitude >= 0x0f800000) bits |= 0x7f800000;  // infinity or NaN
-  return from_bits(bits | static_cast<uint32_t>(x & 0x8000) << 16);
+// Row `row` as float32, `step` floats from channel to channel.
+template <class T>
+void widen_row(const RowMatrix& m, int64_t row, int width, int step, float* to) {
+  const T* from = static_cast<const T*>(m.data) + row * m.stride;
+  for (int c = 0; c < width; ++c) to[c * step] = to_float(from[c]);
 }
 
-void read_row(const RowMatrix& m, int64_t row, int width, float* to) {
-  const int64_t offset = row * m.stride;
-  if (m.type == FloatType::kFloat32) {
-    std::memcpy(to, static_cast<const float*>(m.data) + offset, width * sizeof(float));
-    return;
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(m.data) + offset;
-  if (m.type == FloatType::kBFloat16) {
-    for (int c = 0; c < width; ++c) to[c] = from_bfloat16(from[c]);
-  } else {
-    for (int c = 0; c < width; ++c) to[c] = from_float16(from[c]);
+void read_row(const RowMatrix& m, int64_t row, int width, int step, float* to) {
+  switch (m.type) {
+    case FloatType::kFloat32: return widen_row<float>(m, row, width, step, to);
+    case FloatType::kBFloat16: return widen_row<BFloat16>(m, row, width, step, to);
+    case FloatType::kFloat16: return widen_row<Float16>(m, row, width, step, to);
   }
 }
 
@@ -96,30 +93,47 @@ float sum_of_squares(const float* x, int width) {
 
 // Reads a row as it is compared, zeros where its sum of squares is not finite; returns whether that is finite.
 bool prepare_row(const RowMatrix& m, int64_t row, int width, bool normalize, float* to) {
-  read_row(m, row, width, to);
+  read_row(m, row, width, 1, to);
   const float squares = sum_of_squares(to, width);
   if (!(squares < kInfinity)) {
     std::memset(to, 0, width * sizeof(float));
     return false;
   }
   if (normalize) {
-    const float norm = std::fmax(std::sqrt(squares), kNormFloor);
-    for (int c = 0; c < width; ++c) to[c] /= norm;
+    const float scale = 1 / std::fmax(std::sqrt(squares), kNormFloor);
+    for (int c = 0; c < width; ++c) to[c] *= scale;
   }
   return true;
 }
 
-void pack(const RowMatrix& codebook, int width, bool normalize, int64_t first_tile, int64_t tiles, void* scratch,
-          float* packed) {
-  float* row = static_cast<float*>(scratch);
-  for (int64_t t = first_tile; t < first_tile + tiles; ++t) {
-    for (int lane = 0; lane < kTile; ++lane) {
-      const int64_t code = t * kTile + lane;
-      const bool usable = code < codebook.rows && prepare_row(codebook, code, width, normalize, row);
-      packed[lane] = usable ? sum_of_squares(row, width) / 2 : kInfinity;
-      for (int c = 0; c < width; ++c) packed[(c + 1) * kTile + lane] = usable ? -row[c] : 0.0f;
+void pack(const RowMatrix& codebook, int width, bool normalize, int64_t first_tile, int64_t tiles, float* packed) {
+  for (int64_t t = first_tile; t < first_tile + tiles; ++t, packed += static_cast<int64_t>(width + 1) * kTile) {
+    const int codes = static_cast<int>(std::min<int64_t>(kTile, codebook.rows - t * kTile));
+    if (codes < kTile) std::fill(packed, packed + static_cast<int64_t>(width + 1) * kTile, kInfinity);
+    for (int lane = 0; lane < codes; ++lane) {
+      read_row(codebook, t * kTile + lane, width, kTile, packed + kTile + lane);
     }
-    packed += static_cast<int64_t>(width + 1) * kTile;
+    for (int p = 0; p < kPanels; ++p) {
+      float* const half_squares = packed + p * kLanes;
+      Floats squares = {};
+      for (int c = 1; c <= width; ++c) {
+        const Floats x = load(half_squares + c * kTile);
+        squares = fma(x, x, squares);
+      }
+      const Ints usable = squares < kInfinity;  // false for NaN and for the padding
+      Floats scale = -1.0f - Floats{};
+      if (normalize) {
+        const Floats norm = square_root(squares);
+        scale /= norm > kNormFloor ? norm : kNormFloor - Floats{};
+      }
+      Floats scaled_squares = {};
+      for (int c = 1; c <= width; ++c) {
+        const Floats x = usable ? load(half_squares + c * kTile) * scale : Floats{};
+        scaled_squares = fma(x, x, scaled_squares);
+        store(half_squares + c * kTile, x);
+      }
+      store(half_squares, usable ? scaled_squares / 2 : kInfinity - Floats{});
+    }
   }
 }
 

@@ -2,7 +2,7 @@
 
     python -m titok.kernels.aot                  the table on standard output; exit status 1 where a check fails
     python -m titok.kernels.aot --write          ... into RESOURCES.md beside this file
-    python -m titok.kernels.aot --arch 90 code_mixture add_layer_norm     these alone
+    python -m titok.kernels.aot --arch 90 --sample 4 code_mixture    four of its variants for one architecture
 
 A variant fails when it spills registers, wants more shared memory than a block can have, lacks the tensor-core
 instructions or the 16-byte loads that it is expected to hold (`AotVariant`), or does not compile. Needs Triton
@@ -141,22 +141,30 @@ def table(reports: list[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _spread(count: int, sample: int | None) -> list[int]:
+    """All of range(count), or `sample` of it from the first to the last."""
+    if sample is None or sample >= count:
+        return list(range(count))
+    return [round(i * (count - 1) / max(sample - 1, 1)) for i in range(sample)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m titok.kernels.aot", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("modules", nargs="*", help="kernel modules; all by default")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMITS), help="all by default")
+    parser.add_argument("--sample", type=int, metavar="N", help="N variants of each module, evenly spread")
     parser.add_argument("--write", action="store_true", help=f"write the table to {TABLE.name}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile at once")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 makes Triton interpret kernels: unset it to compile them")
-    if args.write and (args.modules or args.arch):
-        raise SystemExit("--write takes every module and architecture")
+    if args.write and (args.modules or args.arch or args.sample):
+        raise SystemExit("--write takes every variant and architecture")
 
-    counts = {name: len(_module(name).aot_variants()) for name in modules(args.modules)}
-    jobs = [(m, i, arch) for arch in args.arch or SHARED_LIMITS for m, n in counts.items() for i in range(n)]
+    chosen = {name: _spread(len(_module(name).aot_variants()), args.sample) for name in modules(args.modules)}
+    jobs = [(name, i, arch) for arch in args.arch or SHARED_LIMITS for name in chosen for i in chosen[name]]
     with ProcessPoolExecutor(args.jobs) as pool:
         reports = list(pool.map(_examine_by_name, *zip(*jobs, strict=True))) if jobs else []
     text = table(reports)

@@ -63,8 +63,8 @@ def check_against_oracle(leaves: list[torch.Tensor], out_dtype: torch.dtype | No
 DTYPES = [(F32, F32, F32, None), (BF16, BF16, BF16, None), (F16, F16, F16, None), (F32, BF16, F32, BF16)]
 
 
-# two channels, tails, powers of two, TiTok's own widths, more rows than one program takes at a time
-@pytest.mark.parametrize("shape", [(3, 2), (7, 33), (2, 9, 128), (5, 768), (3, 1024), (2, 2500)], ids=str)
+# few channels, tails, powers of two, TiTok's own widths, more rows than one program takes at a time
+@pytest.mark.parametrize("shape", [(3, 4), (7, 33), (2, 9, 128), (5, 768), (3, 1024), (2, 2500)], ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_float64(backend: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
@@ -104,7 +104,7 @@ def test_graph_capture() -> None:
 
 
 def test_gradcheck_float64() -> None:
-    leaves = [t.detach().double().requires_grad_() for t in inputs((2, 3, 7), F32, F32, F32)]
+    leaves = [t.detach().double().requires_grad_() for t in inputs((2, 5), F32, F32, F32)]
     assert torch.autograd.gradcheck(lambda *t: add_layer_norm(*t, EPS), leaves)
     assert torch.autograd.gradcheck(lambda *t: add_layer_norm(*t, EPS)[1], leaves)  # post-norm blocks
 

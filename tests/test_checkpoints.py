@@ -138,7 +138,7 @@ def test_official_config_without_a_generator(tmp_path: Path) -> None:
 
 def test_unknown_repository_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in ("no/such-repository", "not a repository id!"):
+    for name in ("no/such-repository", "not a/repository id!"):
         with pytest.raises(FileNotFoundError, match="no such file or folder, and no such repository"):
             TiTok.from_pretrained(name)
 

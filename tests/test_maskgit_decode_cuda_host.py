@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from maskgit_cases import DTYPES, Case, random_case
 from torch import Tensor
 
+from maskgit_cases import DTYPES, Case, random_case
 from titok.ops import maskgit_decode_step, pack_step_params
 
 ROOT = Path(__file__).parents[1]

@@ -25,8 +25,8 @@ FORMAT = "titok"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-class Pretrained:
-    """`from_pretrained` and `save_pretrained` for an `nn.Module` that is built from `config`."""
+class Pretrained(nn.Module):
+    """A module that is built from `config`, with `from_pretrained` and `save_pretrained`."""
 
     config: Any
 
@@ -79,7 +79,6 @@ class Pretrained:
             weights = cls.convert_official(weights)
         with torch.device("meta"):
             model = cls(config)
-        assert isinstance(model, nn.Module)
         _check_names(weights_file, {k: v.shape for k, v in model.state_dict().items()}, weights)
         keep = _at_least_float32(dtype)
         converted = {
@@ -87,11 +86,10 @@ class Pretrained:
             for name, value in weights.items()
         }
         model.load_state_dict(converted, strict=True, assign=True)
-        return model.eval()  # type: ignore[return-value]
+        return model.eval()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` into `directory`, making it where needed."""
-        assert isinstance(self, nn.Module)
         directory = Path(directory)
         config = {"format": FORMAT, "model": type(self).__name__, "config": self.config.to_dict()}
         write_safetensors(directory / "model.safetensors", self.state_dict())
@@ -170,6 +168,10 @@ def _locate(path_or_repo: str | os.PathLike[str], revision: str | None) -> tuple
     elif path.is_file():
         weights = path
     else:
+        # Before the hub is asked, which takes half a minute where there is no network.
+        owner, *name = str(path_or_repo).split("/")
+        if len(name) != 1 or Path(owner).is_dir():
+            raise FileNotFoundError(f"{path}: no such file or folder (a repository is called owner/name)")
         return _download(str(path_or_repo), revision)
     config = weights.parent / "config.json"
     return weights, config if config.is_file() else None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from titok import _cli
+from titok import _cli, _cli_train
 from titok._cli import (
     BatchSizeOption,
     DeviceOption,
@@ -29,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(_cli_train.app, name="train", help="Train a tokenizer or a generator on a folder of pictures.")
 
 
 def main() -> None:
@@ -54,6 +55,31 @@ def titok(
 
         typer.echo(f"titok {__version__}")
         raise typer.Exit()
+
+
+@app.command()
+def quickstart(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="For all that is written.")
+    ] = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of both runs and of the samples.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run was stopped; else models there are trained anew.")
+    ] = False,
+) -> None:
+    """Train small models on handwritten digits, and generate.
+
+    Minutes on a CPU; the digits come with scikit-learn. Writes tokenizer/, generator/, reconstructions.png,
+    samples.png, metrics.json and report.html.
+
+    \b
+    titok quickstart
+    titok quickstart -o runs/seed1 --seed 1
+    """
+    _cli.check_output(output)
+    from titok.quickstart import run
+
+    run(output, seed, resume=resume)
 
 
 @app.command()
@@ -118,9 +144,10 @@ def detokenize(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Turn tokens back into pictures: a PNG for each row, under the name that the file holds.
+    """Turn tokens back into pictures.
 
-    The tokens of another tokenizer are refused. A file made elsewhere needs `tokens` (N, K) alone.
+    Writes a PNG for each row, under the name that the file holds. The tokens of another tokenizer are refused. A file
+    made elsewhere needs `tokens` (N, K) alone.
 
     \b
     titok detokenize tokens.npz -t yucornetto/tokenizer_titok_l32_imagenet -o decoded
@@ -160,7 +187,9 @@ def reconstruct(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Show what a tokenizer keeps: original (left) beside reconstruction (right), and their PSNR in 8 bits.
+    """Show originals beside reconstructions, with PSNR.
+
+    Originals are left, after resizing and cropping. The PSNR is that of the 8-bit pictures.
 
     \b
     titok reconstruct cat.jpg -t yucornetto/tokenizer_titok_l32_imagenet -o cat_twice.png
@@ -253,7 +282,9 @@ def generate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Generate pictures: a PNG grid, or a .npz with `arr_0` uint8 (N, H, W, C) and `arr_1` the labels.
+    """Generate pictures of classes.
+
+    Writes a PNG grid, or a .npz with `arr_0` uint8 (N, H, W, C) and `arr_1` int64 labels (N,), or both.
 
     \b
     titok generate -t yucornetto/tokenizer_titok_l32_imagenet \\
@@ -324,7 +355,9 @@ def _classes(labels: str | None, per_class: int | None, num: int | None, num_cla
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Show versions, devices, back ends (and why one is missing) and presets.
+    """Show versions, devices, back ends and presets.
+
+    A back end that cannot run here has its reason beside it.
 
     \b
     titok info

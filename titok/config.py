@@ -25,12 +25,19 @@ class _Config:
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-        """Raises `ValueError` naming every key that this version does not know."""
+        """Raises `ValueError` naming every key that is missing or that this version does not know."""
         if not isinstance(values, dict):
             raise TypeError(f"{cls.__name__}: expected a dict, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
             raise ValueError(f"{cls.__name__}: unknown keys {unknown}; known are {sorted(known)}")
+        required = [
+            f.name
+            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if missing := [name for name in required if name not in values]:
+            raise ValueError(f"{cls.__name__}: missing keys {missing}")
         return cls(**values)
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
@@ -44,6 +51,24 @@ class _Config:
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         self._check(name, getattr(self, name) in choices, f"one of {choices}")
+
+    def _check_number(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            fine = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+            self._check(name, fine, "a finite number >= 0")
+
+    def _check_flags(self, *names: str) -> None:
+        for name in names:
+            self._check(name, isinstance(getattr(self, name), bool), "True or False")
+
+    def _check_nested(self, name: str, kind: type[_Config], *, optional: bool = False) -> None:
+        """A dict, as it comes out of JSON, becomes the configuration that it describes."""
+        value = getattr(self, name)
+        if isinstance(value, dict):
+            object.__setattr__(self, name, kind.from_dict(value))
+        elif value is not None or not optional:
+            self._check(name, isinstance(value, kind), f"a {kind.__name__}")
 
     def _check_unit(self, name: str, *, below: float = 1.0) -> None:
         value = getattr(self, name)
@@ -93,13 +118,16 @@ class VQGANConfig(_Config):
     shortcut_of_result: bool = True  # what the published weights were trained with: titok/official.py
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        multipliers = self.channel_multipliers
+        fine = isinstance(multipliers, (tuple, list)) and len(multipliers) > 0
+        fine = fine and all(isinstance(m, int) and m >= 1 for m in multipliers)
+        self._check("channel_multipliers", fine, "ints >= 1")
+        object.__setattr__(self, "channel_multipliers", tuple(multipliers))
+        self._check_flags("shortcut_of_result")
         self._check_counts("channels", "hidden_channels", "blocks_per_level", "codebook_size", "code_dim")
         self._check(
             "hidden_channels", self.hidden_channels % 32 == 0, "a multiple of 32 (the groups of its norms)"
         )
-        multipliers = self.channel_multipliers
-        self._check("channel_multipliers", len(multipliers) > 0 and min(multipliers) >= 1, "ints >= 1")
 
     @property
     def factor(self) -> int:
@@ -133,18 +161,21 @@ class TokenizerConfig(_Config):
     reread_latents: bool = False  # what the published legacy weights were trained with: titok/official.py
 
     def __post_init__(self) -> None:
-        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
-        object.__setattr__(self, "image_size", size)
-        for name, kind in (("encoder", ViTConfig), ("decoder", ViTConfig), ("proxy", VQGANConfig)):
-            if isinstance(value := getattr(self, name), dict):
-                object.__setattr__(self, name, kind.from_dict(value))
+        self._check_nested("encoder", ViTConfig)
+        self._check_nested("decoder", ViTConfig)
+        self._check_nested("proxy", VQGANConfig, optional=True)
         self._check_counts("num_latent_tokens", "code_dim", "codebook_size", "channels")
         self._check_choice("bottleneck", ("vq", "vae"))
         self._check_choice("head", ("pixels", "proxy"))
+        self._check_number("commitment_cost")
+        self._check_flags("l2_normalize", "pixel_decoder", "signed_pixels", "reread_latents")
+        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
         for side in (self.encoder, self.decoder):
             p = side.patch_size
-            fits = len(size) == 2 and all(isinstance(s, int) and s >= 1 and s % p == 0 for s in size)
+            fits = isinstance(size, (tuple, list)) and len(size) == 2
+            fits = fits and all(isinstance(s, int) and s >= 1 and s % p == 0 for s in size)
             self._check("image_size", fits, f"(height, width), multiples of the patch size {p}")
+        object.__setattr__(self, "image_size", tuple(size))
         proxy = self.proxy
         if self.head == "pixels":
             self._check("pixel_decoder", not self.pixel_decoder, "False, because head is 'pixels'")
@@ -193,10 +224,8 @@ class SamplingConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_counts("steps")
-        for name in ("guidance_scale", "guidance_power", "temperature"):
-            value = getattr(self, name)
-            fine = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-            self._check(name, fine, "a finite number >= 0")
+        self._check_number("guidance_scale", "guidance_power", "temperature")
+        self._check_flags("softmax_annealing")
         self._check_choice("guidance_schedule", ("constant", "linear", "power-cosine"))
         self._check_choice("mask_schedule", ("arccos", "cosine", "linear", "root", "square"))
         self._check_choice("confidence", ("titok", "maskgit"))
@@ -222,8 +251,7 @@ class GeneratorConfig(_Config):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # used where the caller names none
 
     def __post_init__(self) -> None:
-        if isinstance(self.sampling, dict):
-            object.__setattr__(self, "sampling", SamplingConfig.from_dict(self.sampling))
+        self._check_nested("sampling", SamplingConfig)
         names = ("num_latent_tokens", "codebook_size", "num_classes", "width", "layers", "heads", "mlp_width")
         self._check_counts(*names)
         self._check_choice("architecture", ("vit", "uvit"))

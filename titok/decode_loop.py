@@ -114,12 +114,11 @@ def decode(
             num_masked=counts,
             rows=rows,
             uncond_rows=uncond_rows,
-            return_confidence=history is not None,
+            return_confidence=True,
         )
-        if history is None:
-            tokens = result
-        else:
-            tokens = result[0]
+        assert isinstance(result, tuple)  # because confidences were asked for; the op has them anyway
+        tokens = result[0]
+        if history is not None:
             history.append(result)
         now = after
     return tokens

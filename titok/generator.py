@@ -16,7 +16,7 @@ from titok.profiling import ranged
 from titok.transformer import PostNormTrunk, UViTTrunk, init_weights
 
 
-class MaskGIT(Pretrained, nn.Module):
+class MaskGIT(Pretrained):
     """The generator. `MaskGIT(config)` has random weights; `MaskGIT.from_pretrained(path_or_repo)` reads them.
 
     Ids of its one embedding table: 0..V-1 codes, V the mask token, V+1+c class c, V+1+num_classes "class dropped".

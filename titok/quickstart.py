@@ -173,9 +173,7 @@ def _train(
 
 
 @torch.no_grad()
-def _write(
-    folder: Path, digits: Digits, tokenizer: TiTok, samples: torch.Tensor, metrics: dict[str, Any]
-) -> None:
+def _write(folder: Path, digits: Digits, tokenizer: TiTok, samples: torch.Tensor, metrics: dict[str, Any]) -> None:
     with atomic_path(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n")
     reconstructions = tokenizer.decode(tokenizer.encode(digits.test_images))

@@ -61,7 +61,12 @@ def curves(histories: dict[str, list[dict[str, float]]]) -> str:
     """The figures of each run over its steps, as SVG."""
     from matplotlib.figure import Figure
 
-    titles = {"loss": "loss", "psnr": "PSNR of the batch, dB", "codes": "codes in use", "accuracy": "masked tokens right"}
+    titles = {
+        "loss": "loss",
+        "psnr": "PSNR of the batch, dB",
+        "codes": "codes in use",
+        "accuracy": "masked tokens right",
+    }
     panels = [(run, key) for run, rows in histories.items() if rows for key in rows[0] if key != "step"]
     figure = Figure(figsize=(2.5 * len(panels), 2.1), layout="constrained")
     for axes, (run, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

@@ -118,7 +118,7 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         return {key: torch.from_numpy(value) for key, value in wanted.items()}, names
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a readable .npz file ({error})") from error
 
 

@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         return x if self.smooth is None else self.smooth(rearrange(x, "b h w c -> b c h w"))
 
 
-class TiTok(Pretrained, nn.Module):
+class TiTok(Pretrained):
     """The tokenizer. `TiTok(config)` has random weights; `TiTok.from_pretrained(path_or_repo)` reads them.
 
     Images are (B, channels, H, W) with values in [0, 1] and exactly `config.image_size`; any floating dtype, on the

@@ -132,7 +132,7 @@ class VQGANDecoder(nn.Module):
         return self.conv_out(_norm_silu(x, self.norm_out))
 
 
-class MaskGITVQGAN(Pretrained, nn.Module):
+class MaskGITVQGAN(Pretrained):
     """The stand-alone 2D tokenizer: images to an h x w grid of codes and back."""
 
     config: VQGANConfig

@@ -54,12 +54,20 @@ def add_layer_norm(
         raise ValueError(f"x: expected at least one channel, got {tuple(x.shape)}")
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"out_dtype: expected a floating dtype, got {out_dtype}")
-    if _registry.runs_eagerly(x, residual, weight, bias):
-        return _forward(x, residual, weight, bias, eps, out_dtype, backend)
+    tensors = (x, residual, weight, bias)
+    # PyTorch's own gradient costs less than the op's, but on a CPU it keeps 16-bit statistics for 16-bit rows
+    own_gradient = torch.promote_types(x.dtype, residual.dtype).itemsize >= 4
+    if _registry.runs_eagerly(*tensors, gradients=own_gradient):
+        if _choose(backend, *tensors, out_dtype=out_dtype) == "plain":
+            return _plain_forward(*tensors, eps, out_dtype)
+        if _registry.runs_eagerly(*tensors):
+            return _forward(*tensors, eps, out_dtype, backend)
     return _OP(x, residual, weight, bias, eps, out_dtype, backend)
 
 
 def _choose(backend: str | None, *tensors: torch.Tensor, out_dtype: torch.dtype | None = None) -> str:
+    """`tensors`: those whose rows are read and written, then the parameters."""
+
     def triton() -> str | None:
         if torch.float64 in (out_dtype, *(t.dtype for t in tensors)):
             return "it has no float64 kernel"
@@ -79,14 +87,25 @@ def _forward(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if _choose(backend, x, residual, weight, bias, out_dtype=out_dtype) == "triton":
+    if _choose(backend, x, residual, weight, bias, out_dtype=out_dtype) == "plain":
+        return _plain_forward(x, residual, weight, bias, eps, out_dtype)
+    total, normalised = _fake(x, residual, weight, bias, eps, out_dtype)
+    if total.numel():
         from titok.kernels import add_layer_norm as kernels
 
-        total, normalised = _fake(x, residual, weight, bias, eps, out_dtype)
-        if total.numel():
-            flat = [t.contiguous().view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
-            kernels.forward(flat[0], flat[1], weight.contiguous(), bias.contiguous(), eps, flat[2], flat[3])
-        return total, normalised
+        rows = [t.contiguous().view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
+        kernels.forward(rows[0], rows[1], weight.contiguous(), bias.contiguous(), eps, rows[2], rows[3])
+    return total, normalised
+
+
+def _plain_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     with _registry.no_autocast(x):
         total = (x + residual).contiguous()  # as the fake implementation promises
         # torch's own op keeps float32 statistics, but mixes dtypes only on some devices
@@ -125,8 +144,28 @@ def _backward(
 
     The statistics are computed again from the sum, which is read anyway.
     """
-    if _choose(backend, total, weight) == "triton":
-        return _backward_triton(grad_total, grad_normalised, total, weight, eps)
+    if _choose(backend, total, grad_normalised, weight) == "plain":
+        return _plain_backward(grad_total, grad_normalised, total, weight, eps)
+    grad, channels = torch.empty_like(total), total.shape[-1]
+    if not total.numel():
+        return grad, weight.new_zeros((2, channels), dtype=torch.float32)
+    from titok.kernels import add_layer_norm as kernels
+
+    if grad_total is not None:
+        grad_total = grad_total.to(total.dtype).contiguous()
+    rows = total.view(-1, channels)
+    partial = total.new_empty((2, kernels.programs(rows.shape[0], channels), channels), dtype=torch.float32)
+    kernels.backward(grad_total, grad_normalised.contiguous(), rows, weight.contiguous(), eps, grad, partial)
+    return grad, partial.sum(1)
+
+
+def _plain_backward(
+    grad_total: torch.Tensor | None,
+    grad_normalised: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     with _registry.no_autocast(total):
         wide, shape = _wide(total), [total.shape[-1]]
         rows, scale = total.to(wide), weight.to(wide)
@@ -137,35 +176,6 @@ def _backward(
         if grad_total is not None:
             grad = grad.add_(grad_total)
         return grad.to(total.dtype), torch.stack((grad_weight, grad_bias))
-
-
-def _backward_triton(
-    grad_total: torch.Tensor | None,
-    grad_normalised: torch.Tensor,
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from titok.kernels import add_layer_norm as kernels
-
-    def rows(t: torch.Tensor) -> torch.Tensor:
-        return t.reshape(-1, total.shape[-1])
-
-    grad = torch.empty_like(total)
-    if not total.numel():
-        return grad, weight.new_zeros((2, weight.shape[0]), dtype=torch.float32)
-    count, channels = rows(total).shape
-    partial = total.new_empty(2, kernels.programs(count, channels), channels, dtype=torch.float32)
-    kernels.backward(
-        None if grad_total is None else rows(grad_total).contiguous(),
-        rows(grad_normalised).contiguous(),
-        rows(total),
-        weight.contiguous(),
-        eps,
-        rows(grad),
-        partial,
-    )
-    return grad, partial.sum(1)
 
 
 def _backward_fake(

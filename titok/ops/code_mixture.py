@@ -39,8 +39,11 @@ def code_mixture(logits: torch.Tensor, codebook: torch.Tensor, *, backend: str |
     check_tensor("codebook", codebook, shape=(logits.shape[-1], "C"), dtypes=FLOAT_DTYPES, device=logits.device)
     if codebook.numel() == 0:
         raise ValueError(f"codebook: expected at least one code and one channel, got {tuple(codebook.shape)}")
-    if _registry.runs_eagerly(logits, codebook):
-        return _forward(logits, codebook, backend)
+    if _registry.runs_eagerly(logits, codebook, gradients=True):
+        if _choose(backend, logits, codebook) == "plain":
+            return _plain_forward(logits, codebook)  # with PyTorch's own gradient, which costs less
+        if _registry.runs_eagerly(logits, codebook):
+            return _forward(logits, codebook, backend)
     return _OP(logits, codebook, backend)
 
 
@@ -56,17 +59,20 @@ def _choose(backend: str | None, logits: torch.Tensor, codebook: torch.Tensor) -
 
 
 def _forward(logits: torch.Tensor, codebook: torch.Tensor, backend: str | None = None) -> torch.Tensor:
-    logits = logits.contiguous()
-    if _choose(backend, logits, codebook) == "triton":
+    if _choose(backend, logits, codebook) == "plain":
+        return _plain_forward(logits, codebook)
+    out = _fake(logits, codebook)
+    if out.numel():
         from titok.kernels import code_mixture as kernels
 
-        out = _fake(logits, codebook)
-        if out.numel():
-            rows = logits.view(-1, logits.shape[-1])
-            kernels.forward(rows, codebook.to(logits.dtype).contiguous(), out.view(-1, out.shape[-1]))
-        return out
-    with _registry.no_autocast(logits):
-        return _weights(logits).to(logits.dtype) @ codebook.to(logits.dtype)
+        rows, codes = logits.contiguous().view(-1, logits.shape[-1]), codebook.to(logits.dtype).contiguous()
+        kernels.forward(rows, codes, out.view(-1, out.shape[-1]))
+    return out
+
+
+def _plain_forward(logits: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    with _registry.no_autocast(logits):  # softmax itself accumulates in float32
+        return torch.softmax(logits.contiguous(), -1) @ codebook.to(logits.dtype)
 
 
 def _weights(logits: torch.Tensor) -> torch.Tensor:

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from titok.ops._checks import check_tensor
-from titok.ops._extension import extension, why_no_cpp
+from titok.ops._extension import extension, why_no_cpp, why_no_triton
 from titok.ops._registry import choose, register, runs_eagerly
 from titok.profiling import ranged
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@overload
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: Tensor,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @ranged("group_norm_silu")
@@ -60,7 +88,8 @@ def group_norm_silu(
     _check(x, num_groups, weight, bias, eps, residual, out_dtype)
     if residual is None:
         op = _forward if runs_eagerly(x, weight, bias) else _OP
-        return cast(Tensor, op(x, num_groups, weight, bias, eps, out_dtype, backend)[0])
+        normalised: Tensor = op(x, num_groups, weight, bias, eps, out_dtype, backend)[0]
+        return normalised
     op = _add_forward if runs_eagerly(x, residual, weight, bias) else _ADD_OP
     total, normalised, _, _ = op(x, residual, num_groups, weight, bias, eps, out_dtype, backend)
     return total, normalised
@@ -113,8 +142,24 @@ def _why_not_channels_last(x: Tensor) -> str | None:
     return None if x.is_contiguous(memory_format=torch.channels_last) else "the kernels take channels-last maps"
 
 
-def _candidates(x: Tensor, out_dtype: torch.dtype) -> dict[str, Callable[[], str | None]]:
-    return {"cpp": lambda: _why_no_cpp(x, out_dtype), "plain": lambda: None}
+def _why_no_triton(x: Tensor, out_dtype: torch.dtype) -> str | None:
+    if (reason := why_no_triton(x)) is not None:
+        return reason
+    if torch.float64 in (x.dtype, out_dtype):
+        return "the Triton kernels compute in float32, not float64"
+    if x.shape[0] > 65535:
+        return f"the Triton kernels take 65,535 images at once, not {x.shape[0]}"
+    return _why_not_channels_last(x)
+
+
+def _choose(backend: str | None, x: Tensor, out_dtype: torch.dtype) -> str:
+    candidates: dict[str, Callable[[], str | None]] = {
+        "cpp": lambda: _why_no_cpp(x, out_dtype),
+        "plain": lambda: None,
+        "triton": lambda: _why_no_triton(x, out_dtype),
+    }
+    order = ("triton", "plain", "cpp") if x.is_cuda else ("cpp", "plain", "triton")  # last: the interpreter
+    return choose("group_norm_silu", backend, {name: candidates[name] for name in order})
 
 
 def _allocate(x: Tensor, num_groups: int, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,13 +197,19 @@ def _add_forward(
     x = x.contiguous(memory_format=memory_format)
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format)
-    chosen = choose("group_norm_silu", backend, _candidates(x, out_dtype or x.dtype))
+    chosen = _choose(backend, x, out_dtype or x.dtype)
     total = x if residual is None else torch.empty_like(x)
     normalised, mean, rstd = _allocate(x, num_groups, out_dtype)
     if x.numel() == 0:
         return total, normalised, mean.zero_(), rstd.zero_()
     if chosen == "cpp":
         _cpp_forward(x, residual, weight, bias, eps, total, normalised, mean, rstd)
+        return total, normalised, mean, rstd
+    if chosen == "triton":
+        from titok.kernels import group_norm_silu as kernels
+
+        weight, bias = weight.contiguous(), bias.contiguous()
+        kernels.forward(x, residual, weight, bias, eps, total, normalised, mean, rstd)
         return total, normalised, mean, rstd
     total = x if residual is None else x + residual
     return (total, *_plain_forward(total, num_groups, weight, bias, eps, out_dtype))
@@ -231,35 +282,55 @@ def _backward(
     memory_format = _memory_format(x)
     x = x.contiguous(memory_format=memory_format)
     grad = grad.contiguous(memory_format=memory_format)
-    choose("group_norm_silu_backward", None, {"plain": lambda: None})
     if x.numel() == 0:
         return x.clone(), torch.zeros_like(weight), torch.zeros_like(bias)
-    return _plain_backward(grad, grad_sum, x, weight, bias, mean, rstd)
+    if backend != "plain" and _why_no_triton(x, grad.dtype) is None and (x.is_cuda or backend == "triton"):
+        if grad_sum is not None:
+            grad_sum = grad_sum.contiguous(memory_format=memory_format)
+        grad_x, sums = _triton_backward(grad, grad_sum, x, weight.contiguous(), bias.contiguous(), mean, rstd)
+    else:
+        grad_x, sums = _plain_backward(grad, grad_sum, x, weight, bias, mean, rstd)
+    return grad_x, sums[:, 1].sum(0).to(weight.dtype), sums[:, 0].sum(0).to(bias.dtype)
+
+
+# With s the standardised x, z = weight * s + bias, g = d/dz: d bias is the sum of g, d weight that of g * s, and
+# d x = rstd * (g * weight - mean(g * weight) - s * mean(g * weight * s)), means over a group.
+
+
+def _group_means(sums: Tensor, weight: Tensor, x: Tensor, num_groups: int) -> Tensor:
+    """Sums (B, 2, C) over pixels of g and g * s -> means (B, 2, G) over a group of those times weight."""
+    weighted = (sums * weight.to(sums.dtype)).unflatten(2, (num_groups, -1)).sum(3)
+    return weighted / (x[0].numel() // num_groups)
+
+
+def _triton_backward(
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    from titok.kernels import group_norm_silu as kernels
+
+    grad_x = torch.empty_like(x)
+    sums = kernels.backward_sums(grad, x, weight, bias, mean, rstd)
+    means = _group_means(sums, weight, x, mean.shape[1])
+    kernels.backward_input(grad, grad_sum, x, weight, bias, mean, rstd, means, grad_x)
+    return grad_x, sums
 
 
 def _plain_backward(
     grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_groups = mean.shape[1]
+) -> tuple[Tensor, Tensor]:
     standard = _standardise(x, mean, rstd)
     affine = _affine(standard, weight, bias)
     sigmoid = torch.sigmoid(affine)
     grad_affine = grad.to(mean.dtype) * sigmoid * (1 + affine * (1 - sigmoid))
-    grad_bias = grad_affine.sum((2, 3))
-    grad_weight = (grad_affine * standard).sum((2, 3))
-    # dx = rstd * (g - mean(g) - standard * mean(g * standard)), g = grad_affine * weight, means over a group
-    scale = weight.to(mean.dtype)
-    size = x[0].numel() // num_groups
-    mean_g = (grad_bias * scale).unflatten(1, (num_groups, -1)).sum(2) / size
-    mean_gs = (grad_weight * scale).unflatten(1, (num_groups, -1)).sum(2) / size
-    grouped = (grad_affine * scale[:, None, None]).unflatten(1, (num_groups, -1))
-    grouped = grouped - mean_g[:, :, None, None, None]
-    grouped = grouped - standard.unflatten(1, (num_groups, -1)) * mean_gs[:, :, None, None, None]
-    grad_x = (grouped * rstd[:, :, None, None, None]).flatten(1, 2)
+    sums = torch.stack((grad_affine.sum((2, 3)), (grad_affine * standard).sum((2, 3))), 1)
+    groups = (mean.shape[1], -1)
+    means = _group_means(sums, weight, x, mean.shape[1])[..., None, None, None]
+    scaled = (grad_affine * weight.to(mean.dtype)[:, None, None]).unflatten(1, groups)
+    centred = scaled - means[:, 0] - standard.unflatten(1, groups) * means[:, 1]
+    grad_x = (centred * rstd[:, :, None, None, None]).flatten(1, 2)
     if grad_sum is not None:
         grad_x = grad_x + grad_sum
-    grad_x = grad_x.to(x.dtype).contiguous(memory_format=_memory_format(x))
-    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
+    return grad_x.to(x.dtype).contiguous(memory_format=_memory_format(x)), sums
 
 
 def _fake(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titok.ops._checks import check_tensor
-from titok.ops._registry import choose, register, runs_eagerly
+from titok.ops._checks import FLOAT_DTYPES, check_tensor
+from titok.ops._extension import why_no_flash_attn, why_no_triton
+from titok.ops._registry import choose, no_autocast, register, runs_eagerly
 from titok.profiling import ranged
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SDPA_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_SDPA_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _SCORES_AT_ONCE = 1 << 21  # of the plain path: 8 MiB in float32, so that the passes over them stay in the cache
 
 
@@ -39,16 +40,19 @@ def masked_attention(
             passes no gradient. Hidden tokens must be finite all the same: 0 * inf is NaN.
         query_range: (start, stop): compute these rows only, 0 <= start <= stop <= N; None: all.
         scale: default D ** -0.5.
-        backend: "plain", "sdpa" or None for the fastest that can run.
+        backend: "triton" (D up to 128, no float64), "sdpa", "flash-attn" (16 bits, no key_mask), "plain", or None
+            for the fastest that can run. The backward of "sdpa" on a GPU and of "flash-attn" runs their forward
+            once more.
 
     Returns:
-        (B, Nq, H * D), contiguous, in qkv's dtype. A NaN or inf in qkv makes NaN in each row that it reaches.
+        (B, Nq, H * D), contiguous, in qkv's dtype. A NaN in qkv reaches each row that depends on it, and so does an inf
+        in the values.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
         RuntimeError: the back end asked for cannot run here.
     """
-    check_tensor("qkv", qkv, shape=("B", "N", "3*H*D"), dtypes=DTYPES)
+    check_tensor("qkv", qkv, shape=("B", "N", "3*H*D"), dtypes=FLOAT_DTYPES)
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
     batch, tokens, width = qkv.shape
@@ -81,18 +85,41 @@ def _checked_range(query_range: Any, tokens: int) -> tuple[int, int]:
     return start, stop
 
 
-def _choose(qkv: Tensor, backend: str) -> str:
-    return choose("masked_attention", backend, {"sdpa": lambda: None, "plain": lambda: None})
+def _choose(qkv: Tensor, key_mask: Tensor | None, num_heads: int, backend: str) -> str:
+    def triton() -> str | None:
+        head_dim = qkv.shape[2] // (3 * num_heads)
+        if qkv.dtype == torch.float64:
+            return "it has no float64 kernel"
+        return why_no_triton(qkv) if head_dim <= 128 else f"its heads have at most 128 channels, got {head_dim}"
+
+    def flash_attn() -> str | None:
+        if qkv.dtype not in (torch.bfloat16, torch.float16):
+            return f"it takes bfloat16 and float16, got {str(qkv.dtype).removeprefix('torch.')}"
+        return why_no_flash_attn(qkv) if key_mask is None else "it takes no key_mask"
+
+    return choose(
+        "masked_attention",
+        backend,
+        {"triton": triton, "sdpa": lambda: None, "flash-attn": flash_attn, "plain": lambda: None},
+    )
 
 
 def _forward(
     qkv: Tensor, key_mask: Tensor | None, num_heads: int, start: int, stop: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, Nq, H*D), and the log-sum-exp of each row's scores where the backward wants it."""
-    name = _choose(qkv, backend)
+    """The output (B, Nq, H*D), and the log-sum-exp (B, H, Nq) of the scores where the backward wants it."""
+    name = _choose(qkv, key_mask, num_heads, backend)
     if qkv.shape[0] == 0 or start == stop:
         return _forward_empty(qkv, num_heads, start, stop, name)
-    with _as_it_comes(qkv):
+    if name == "triton":
+        from titok.kernels import masked_attention as kernels
+
+        out, lse = _forward_empty(qkv, num_heads, start, stop, name)
+        kernels.forward(*_for_triton(qkv, key_mask), out, lse, num_heads, start, scale)
+        return out, lse
+    with no_autocast(qkv):
+        if name == "flash-attn":
+            return _flash_attn(qkv, num_heads, start, stop, scale), qkv.new_empty(0, dtype=torch.float32)
         path = _plain if name == "plain" else _sdpa_cpu if qkv.device.type == "cpu" else _sdpa
         return path(qkv, key_mask, num_heads, start, stop, scale)
 
@@ -101,15 +128,17 @@ def _forward_empty(qkv: Tensor, num_heads: int, start: int, stop: int, name: str
     batch, _, width = qkv.shape
     out = qkv.new_empty(batch, stop - start, width // 3)
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    if name == "plain" or (name == "sdpa" and qkv.device.type != "cpu"):
-        return out, qkv.new_empty(0, dtype=dtype)
-    return out, qkv.new_empty(batch, num_heads, stop - start, dtype=dtype)
+    if name == "triton":
+        return out, qkv.new_empty(batch, num_heads, stop - start, dtype=dtype)
+    if name == "sdpa" and qkv.device.type == "cpu":  # its log-sum-exp comes with the heads innermost
+        return out, qkv.new_empty(batch, stop - start, num_heads, dtype=dtype).transpose(1, 2)
+    return out, qkv.new_empty(0, dtype=dtype)
 
 
 def _forward_fake(
     qkv: Tensor, key_mask: Tensor | None, num_heads: int, start: int, stop: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return _forward_empty(qkv, num_heads, start, stop, _choose(qkv, backend))
+    return _forward_empty(qkv, num_heads, start, stop, _choose(qkv, key_mask, num_heads, backend))
 
 
 def _backward(
@@ -125,15 +154,17 @@ def _backward(
     backend: str,
 ) -> Tensor:
     """Gradient of qkv (B, N, 3*H*D), contiguous; 0 for the queries outside start..stop."""
-    name = _choose(qkv, backend)
+    name = _choose(qkv, key_mask, num_heads, backend)
     if qkv.shape[0] == 0 or start == stop:
         return torch.zeros_like(qkv, memory_format=torch.contiguous_format)
-    with _as_it_comes(qkv):
+    if name == "triton":
+        return _triton_backward(grad, qkv, key_mask, out, lse, num_heads, start, stop, scale)
+    with no_autocast(qkv):
         if name == "plain":
             return _plain_backward(grad, qkv, key_mask, num_heads, start, stop, scale)
         if qkv.device.type == "cpu":
             return _sdpa_cpu_backward(grad, qkv, key_mask, out, lse, num_heads, start, stop, scale)
-        return _sdpa_backward(grad, qkv, key_mask, num_heads, start, stop, scale)
+        return _fused_backward(grad, qkv, key_mask, num_heads, start, stop, scale, name)
 
 
 def _backward_fake(grad: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
@@ -168,10 +199,40 @@ class _Eager(torch.autograd.Function):
         return (dqkv, *[None] * 6)
 
 
-def _as_it_comes(qkv: Tensor) -> AbstractContextManager[Any]:
-    """Keeps autocast from converting what the paths below compute in the dtype that they chose."""
-    device = qkv.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+# --- Triton
+
+
+def _for_triton(qkv: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """qkv as it is where its rows are dense and its offsets within a sample fit 32 bits."""
+    fits = qkv.stride(2) == 1 and 0 <= qkv.stride(1) * qkv.shape[1] < 2**31 and qkv.stride(0) >= 0
+    return qkv if fits else qkv.contiguous(), None if key_mask is None else key_mask.contiguous()
+
+
+def _triton_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    start: int,
+    stop: int,
+    scale: float,
+) -> Tensor:
+    from titok.kernels import masked_attention_backward as kernels
+
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    _zero_unused_queries(dqkv, start, stop)
+    kernels.backward(grad.contiguous(), *_for_triton(qkv, key_mask), out, lse, dqkv, num_heads, start, scale)
+    return dqkv
+
+
+def _zero_unused_queries(dqkv: Tensor, start: int, stop: int) -> None:
+    width = dqkv.shape[2] // 3
+    if start > 0:
+        dqkv[:, :start, :width] = 0
+    if stop < dqkv.shape[1]:
+        dqkv[:, stop:, :width] = 0
 
 
 def _heads(qkv: Tensor, num_heads: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,13 +258,31 @@ def _sdpa(
     return _without_blind_rows(out, key_mask).contiguous(), qkv.new_empty(0, dtype=torch.float32)
 
 
-def _sdpa_backward(
-    grad: Tensor, qkv: Tensor, key_mask: Tensor | None, num_heads: int, start: int, stop: int, scale: float
+def _flash_attn(qkv: Tensor, num_heads: int, start: int, stop: int, scale: float) -> Tensor:
+    """The flash-attn package (Dao 2023), on views."""
+    from flash_attn import flash_attn_func
+
+    q, k, v = (t.transpose(1, 2) for t in _heads(qkv, num_heads, start, stop))
+    return flash_attn_func(q, k, v, softmax_scale=scale).flatten(2)
+
+
+def _fused_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    key_mask: Tensor | None,
+    num_heads: int,
+    start: int,
+    stop: int,
+    scale: float,
+    name: str,
 ) -> Tensor:
-    """Runs the forward once more, because what its backward needs differs among SDPA's own back ends."""
+    """Runs the forward once more, because what its backward needs differs among the libraries' own back ends."""
     with torch.enable_grad():
         leaf = qkv.detach().requires_grad_()
-        out, _ = _sdpa(leaf, key_mask, num_heads, start, stop, scale)
+        if name == "flash-attn":
+            out = _flash_attn(leaf, num_heads, start, stop, scale)
+        else:
+            out, _ = _sdpa(leaf, key_mask, num_heads, start, stop, scale)
         (dqkv,) = torch.autograd.grad(out, leaf, grad)
     return _without_blind_rows(dqkv, key_mask).contiguous()
 
@@ -212,12 +291,10 @@ def _sdpa_cpu(
     qkv: Tensor, key_mask: Tensor | None, num_heads: int, start: int, stop: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """SDPA's one fused back end on the CPU, by its own name: that returns the log-sum-exp too."""
-    q, k, v = _heads(qkv, num_heads, start, stop)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, attn_mask=_additive(key_mask, q.dtype), scale=scale
-    )
+    q, k, v = _heads(_dense(qkv), num_heads, start, stop)
+    out, lse = _SDPA_CPU(q, k, v, attn_mask=_additive(key_mask, q.dtype), scale=scale)
     out = out.transpose(1, 2).reshape(q.shape[0], stop - start, -1)
-    return _without_blind_rows(out, key_mask), lse.contiguous()
+    return _without_blind_rows(out, key_mask), lse
 
 
 def _sdpa_cpu_backward(
@@ -232,14 +309,19 @@ def _sdpa_cpu_backward(
     scale: float,
 ) -> Tensor:
     """In float32 at least: SDPA's backward in bfloat16 takes ten times as long on a CPU."""
-    q, k, v = _heads(_widened(qkv), num_heads, start, stop)
-    do, o = (_widened(t).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (grad, out))
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    q, k, v = _heads(_dense(_widened(qkv)), num_heads, start, stop)
+    do, o = (_dense(_widened(t)).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (grad, out))
+    gradients = _SDPA_CPU_BACKWARD(
         do, q, k, v, o, lse, 0.0, False, attn_mask=_additive(key_mask, q.dtype), scale=scale
     )
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _fill(dqkv, gradients, num_heads, start, stop)
     return _without_blind_rows(dqkv, key_mask)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with a last stride of 1, which the kernel takes for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -256,11 +338,10 @@ def _without_blind_rows(x: Tensor, key_mask: Tensor | None) -> Tensor:
 
 def _fill(dqkv: Tensor, gradients: tuple[Tensor, Tensor, Tensor], num_heads: int, start: int, stop: int) -> None:
     """Writes the three gradients (B, H, ., D) into dqkv (B, N, 3*H*D)."""
-    dq, dk, dv = _heads(dqkv, num_heads, 0, dqkv.shape[1])
-    if dq.shape[2] != stop - start:
-        dq[:, :, :start] = 0
-        dq[:, :, stop:] = 0
-    for target, gradient in zip((dq[:, :, start:stop], dk, dv), gradients, strict=True):
+    _zero_unused_queries(dqkv, start, stop)
+    _, dk, dv = _heads(dqkv, num_heads, 0, dqkv.shape[1])
+    dq, _, _ = _heads(dqkv, num_heads, start, stop)
+    for target, gradient in zip((dq, dk, dv), gradients, strict=True):
         target.copy_(gradient)
 
 

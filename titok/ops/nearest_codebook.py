@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,30 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum FloatType of csrc/nearest_codebook.h
 # Scores that the plain path holds at a time: 16 MiB of float32.
 _PLAIN_CHUNK = 1 << 22
+
+
+@overload
+def nearest_codebook(
+    latents: Tensor,
+    codebook: Tensor,
+    *,
+    normalize: bool = ...,
+    return_quantized: Literal[False] = ...,
+    out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def nearest_codebook(
+    latents: Tensor,
+    codebook: Tensor,
+    *,
+    normalize: bool = ...,
+    return_quantized: Literal[True],
+    out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @ranged("nearest_codebook")
@@ -88,9 +113,13 @@ def _check(latents: Tensor, codebook: Tensor) -> None:
     check_tensor("latents", latents, shape=("...", width), dtypes=_FLOATS, device=codebook.device)
 
 
-def _run(
-    latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto", out: Tensor | None = None
-) -> Tensor:
+def _registered(latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto") -> Tensor:
+    """What the dispatcher calls, also for those who call `torch.ops.titok.nearest_codebook` without any check."""
+    _check(latents, codebook)
+    return _run(latents, codebook, normalize, backend, None)
+
+
+def _run(latents: Tensor, codebook: Tensor, normalize: bool, backend: str, out: Tensor | None) -> Tensor:
     """The op on real tensors: picks a back end and gives it flat rows and an output."""
     name = choose("nearest_codebook", backend, _candidates(latents, codebook))
     rows = latents.detach().reshape(-1, latents.shape[-1])
@@ -168,9 +197,15 @@ def _cpp(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> Non
 
 
 def _triton(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
-    from titok.kernels.nearest_codebook import launch_nearest_codebook
+    from titok.kernels.nearest_codebook import count_splits, launch_nearest_codebook
 
-    launch_nearest_codebook(_unit_stride(latents), _unit_stride(codebook), normalize, out)
+    splits = count_splits(latents.shape[0], *codebook.shape, latents.device)
+    scores = codes = None
+    if splits > 1:
+        scores = torch.empty((splits, latents.shape[0]), dtype=torch.float32, device=latents.device)
+        codes = torch.empty_like(scores, dtype=torch.int32)
+    latents, codebook = latents.float().contiguous(), codebook.float().contiguous()
+    launch_nearest_codebook(latents, codebook, normalize, out, scores, codes)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -181,11 +216,12 @@ _LAUNCH = {"plain": _plain, "cpp": _cpp, "triton": _triton}
 
 
 def _fake(latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto") -> Tensor:
+    _check(latents, codebook)
     return latents.new_empty(latents.shape[:-1], dtype=torch.int64)
 
 
 _OP = register(
     "nearest_codebook(Tensor latents, Tensor codebook, bool normalize=False, str backend='auto') -> Tensor",
-    _run,
+    _registered,
     _fake,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from titok.config import GeneratorConfig, TokenizerConfig, _Config
@@ -37,18 +36,11 @@ class TrainingConfig(_Config):
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         self._check_counts("steps", "batch_size", "checkpoint_every", "log_every")
-        for name in ("learning_rate", "final_learning_rate", "weight_decay"):
-            self._check_number(name)
+        self._check_number("learning_rate", "final_learning_rate", "weight_decay")
         self._check("clip_norm", self.clip_norm > 0, "a number > 0")
         self._check("warmup_steps", 0 <= self.warmup_steps < self.steps, f"an int in [0, steps = {self.steps})")
         self._check("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         self._check("seed", isinstance(self.seed, int) and 0 <= self.seed < 1 << 63, "an int in [0, 2^63)")
-
-    def _check_number(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            fine = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-            self._check(name, fine, "a finite number >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

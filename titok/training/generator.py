@@ -83,7 +83,9 @@ def train_generator(
     check_tokens(flat, length, codes)
     check_labels(labels, config.model.num_classes)
     if not len(tokens) == len(labels) > 0:
-        raise ValueError(f"labels: expected one for each of {len(tokens)} samples, at least one, got {len(labels)}")
+        raise ValueError(
+            f"labels: expected one for each of {len(tokens)} samples, at least one, got {len(labels)}"
+        )
     flat, labels = flat.to(device), labels.repeat_interleave(copies).to(device)
 
     with torch.random.fork_rng([]):

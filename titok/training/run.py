@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import safetensors
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from titok.checkpoints import Pretrained, read_weights, write_safetensors
@@ -67,12 +67,17 @@ class Run(Generic[M]):
     """
 
     def __init__(
-        self, model: M, config: TrainingConfig, folder: str | os.PathLike[str], *, resume: bool, data: dict[str, Any]
+        self,
+        model: M,
+        config: TrainingConfig,
+        folder: str | os.PathLike[str],
+        *,
+        resume: bool,
+        data: dict[str, Any],
     ) -> None:
-        assert isinstance(model, nn.Module)
         self.model, self.config, self.folder, self.data = model, config, Path(folder), data
         self.optimizer = make_optimizer(model, config)
-        self.names = {p: name for name, p in model.named_parameters()}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.extra: dict[str, Tensor] = {}
@@ -87,7 +92,6 @@ class Run(Generic[M]):
     def save(self) -> None:
         """Writes the checkpoint, then the model as `save_pretrained` does. A kill at any moment leaves each file
         either as it was or whole."""
-        assert isinstance(self.model, nn.Module)
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"extra/{name}": value for name, value in self.extra.items()}
         for parameter, state in self.optimizer.state.items():
@@ -98,7 +102,6 @@ class Run(Generic[M]):
 
     def load(self) -> None:
         """Continues where the checkpoint in `folder` left off."""
-        assert isinstance(self.model, nn.Module)
         path = self.folder / CHECKPOINT
         tensors, about = read_weights(path), read_about(path)
         ours = json.loads(json.dumps({"config": self.config.to_dict(), "data": self.data}))
@@ -142,7 +145,6 @@ class Run(Generic[M]):
         Raises:
             FloatingPointError: the loss is not finite any more; the last checkpoint stays.
         """
-        assert isinstance(self.model, nn.Module)
         config = self.config
         cuda = [p.device for p in itertools.islice(self.names, 1) if p.is_cuda]
         parameters = list(self.names)

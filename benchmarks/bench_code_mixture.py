@@ -1,0 +1,67 @@
+"""`code_mixture` against softmax and product as separate ops: `python -m benchmarks.bench_code_mixture`.
+
+Peers: the official layout (logits (B, K, P), codes mixed along axis 1), the same channels-last, and torch.compile of
+that. Bytes: logits and result once, codebook once. FLOPs: the product, 2 M K C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks._report import Report, options
+from titok.ops import code_mixture
+
+CODES, WIDTH = 1024, 256
+PATCHES = (256, 1024)  # 256 and 512 pixels
+
+
+def official(logits: Tensor, codebook: Tensor) -> Tensor:
+    return torch.einsum("bkp,kc->bcp", torch.softmax(logits, 1), codebook)
+
+
+def eager(logits: Tensor, codebook: Tensor) -> Tensor:
+    return torch.softmax(logits, -1) @ codebook
+
+
+def case(batch: int, patches: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    return (
+        (3 * torch.randn(batch, patches, CODES, device=device)).to(dtype),
+        torch.randn(CODES, WIDTH, device=device).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("run", [eager, code_mixture], ids=["eager", "titok"])
+@pytest.mark.benchmark(group="code_mixture")
+def test_bench(benchmark: Any, run: Callable[..., Tensor]) -> None:
+    benchmark(run, *case(1, 256, torch.float32, "cpu"))
+
+
+def main() -> None:
+    arguments = options(__doc__)
+    report = Report("code_mixture", arguments)
+    compiled = torch.compile(eager, dynamic=False)
+    for batch in arguments.batch:
+        for patches in PATCHES:
+            x, codebook = case(batch, patches, report.dtype, report.device)
+            runs: dict[str, Callable[[], Any]] = {
+                "official": partial(official, x.mT.contiguous(), codebook),
+                "eager": partial(eager, x, codebook),
+                "titok": partial(code_mixture, x, codebook),
+            }
+            if arguments.compile:
+                runs["compiled"] = partial(compiled, x, codebook)
+            rows = batch * patches
+            num_bytes = x.element_size() * (rows * (CODES + WIDTH) + CODES * WIDTH)
+            sizes = {"B": batch, "P": patches, "K": CODES, "C": WIDTH}
+            with torch.inference_mode():
+                report.case(sizes, runs, num_bytes=num_bytes, flops=2.0 * rows * CODES * WIDTH)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What PyTorch's dispatcher adds to a call: `python -m benchmarks.bench_dispatch`.
+
+Each op on inputs so small that a call is all overhead, twice: as eager code without gradients calls it, which goes
+around the dispatcher (`titok.ops._registry.runs_eagerly`), and made to take the registered op all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks._results import quantiles
+from benchmarks._timing import interleave
+from titok import ops
+
+CALLS = 20  # in a sample
+
+
+def cases(device: str) -> dict[str, Callable[[], Any]]:
+    """Op -> one tiny call."""
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device)
+
+    image = randn(1, 32, 4, 4).to(memory_format=torch.channels_last)
+    return {
+        "nearest_codebook": partial(ops.nearest_codebook, randn(4, 12), randn(16, 12)),
+        "masked_attention": partial(ops.masked_attention, randn(1, 4, 3 * 64), 1),
+        "code_mixture": partial(ops.code_mixture, randn(4, 16), randn(16, 16)),
+        "group_norm_silu": partial(ops.group_norm_silu, image, 8, randn(32), randn(32), 1e-6),
+        "add_layer_norm": partial(ops.add_layer_norm, randn(4, 64), randn(4, 64), randn(64), randn(64), 1e-5),
+    }
+
+
+def repeated(call: Callable[[], Any]) -> None:
+    for _ in range(CALLS):
+        call()
+
+
+def dispatched(op: str, call: Callable[[], Any]) -> None:
+    with (
+        patch.object(sys.modules["titok.ops._registry"], "runs_eagerly", _never),
+        patch.object(sys.modules[f"titok.ops.{op}"], "runs_eagerly", _never, create=True),
+    ):
+        repeated(call)
+
+
+def _never(*tensors: torch.Tensor, **options: bool) -> bool:
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each op")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # waking other threads for nothing would be most of the time
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("microseconds a call, medians of interleaved runs")
+    print(f"{'op':20}{'backend':>10}{'eager path':>12}{'dispatcher':>12}{'difference':>12}")
+    for op, call in cases(device).items():
+        with torch.no_grad():
+            samples = interleave(
+                {"eager": partial(repeated, call), "dispatched": partial(dispatched, op, call)}, arguments.seconds
+            )
+        eager, slow = (quantiles(samples[name])[0] / CALLS * 1e6 for name in ("eager", "dispatched"))
+        print(f"{op:20}{ops.last_backend(op) or '':>10}{eager:12.1f}{slow:12.1f}{slow - eager:12.1f}")
+
+
+if __name__ == "__main__":
+    main()

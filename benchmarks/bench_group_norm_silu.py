@@ -1,0 +1,82 @@
+"""`group_norm_silu` on channels-last maps against torch's ops: `python -m benchmarks.bench_group_norm_silu`.
+
+Maps are those of the pixel decoder at 256 and 512 pixels, in 32 groups. Bytes: maps to 32 pixels are read and written
+once; larger ones, which no cache or register file need hold, are read twice, for the statistics and to be normalised:
+3 * B * C * H * W * bytes of an element, and with the residual sum 5 (two read, sum written, sum read, result
+written). FLOPs: about 20 an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks._report import Report, options
+from titok.ops import group_norm_silu
+
+EPS, GROUPS = 1e-6, 32
+SHAPES = ((512, 16), (512, 32), (256, 64), (512, 64), (256, 128), (128, 128), (128, 256))  # C, H = W
+
+
+def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
+
+
+def titok(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return group_norm_silu(x, GROUPS, weight, bias, EPS)
+
+
+def add_eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, eager(total, weight, bias)
+
+
+def add_titok(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return group_norm_silu(x, GROUPS, weight, bias, EPS, residual=residual)
+
+
+def case(batch: int, channels: int, side: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """x, residual, weight, bias"""
+    maps = torch.randn(2, batch, channels, side, side, device=device).to(dtype)
+    affine = torch.randn(2, channels, device=device).to(dtype)
+    return [*(m.contiguous(memory_format=torch.channels_last) for m in maps), *affine]
+
+
+@pytest.mark.parametrize("run", [eager, titok])
+@pytest.mark.parametrize("side", [64, 128])
+@pytest.mark.benchmark(group="group_norm_silu")
+def test_bench(benchmark: Any, side: int, run: Callable[..., Any]) -> None:
+    benchmark.group += f"[C=128, {side} px]"
+    x, _, weight, bias = case(1, 128, side, torch.float32, "cpu")
+    with torch.no_grad():
+        benchmark(run, x, weight, bias)
+
+
+def main() -> None:
+    arguments = options(__doc__)
+    report = Report("group_norm_silu", arguments)
+    alone: dict[str, Callable[..., Any]] = {"eager": eager, "titok": titok}
+    added: dict[str, Callable[..., Any]] = {"eager": add_eager, "titok": add_titok}
+    if arguments.compile:
+        alone["compiled"] = torch.compile(eager, dynamic=False)
+        added["compiled"] = torch.compile(add_eager, dynamic=False)
+    for batch in arguments.batch:
+        for channels, side in SHAPES:
+            x, residual, *affine = case(batch, channels, side, report.dtype, report.device)
+            again = int(side > 32)
+            variants = (("no", alone, (x, *affine), 2 + again), ("yes", added, (x, residual, *affine), 4 + again))
+            for sum_, runs, inputs, moved in variants:
+                sizes = {"B": batch, "C": channels, "px": side, "residual": sum_}
+                calls = {name: partial(run, *inputs) for name, run in runs.items()}
+                with torch.no_grad():
+                    report.case(sizes, calls, num_bytes=moved * x.nbytes, flops=20.0 * x.numel())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""`masked_attention` against its peers, layer to layer: `python -m benchmarks.bench_masked_attention`.
+
+Every candidate starts from qkv (B, N, 3*H*D) and ends with (B, N, H*D), so each pays for the transposes it needs.
+`eager`: matrix products and softmax on split heads. `sdpa`: heads split by transposed copies, then
+scaled_dot_product_attention. `flash-attn`: reads the packed qkv; where that package is installed.
+
+FLOPs: two products of 2 * B * H * N * N * D forward, five more backward, where one recomputes the scores.
+Bytes: qkv and the output once forward; backward reads both and the output's gradient, and writes that of qkv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks._report import Report, options
+from titok.ops import masked_attention
+from titok.ops._extension import why_no_flash_attn
+
+# (tokens, heads, head dim): generators of L-32 (ViT), B-64 (ViT) and S-128 (U-ViT); encoders of L-32, B-64 and S-128
+SHAPES = ((33, 16, 48), (65, 16, 48), (129, 16, 64), (289, 16, 64), (321, 12, 64), (385, 8, 64))
+
+
+def eager(qkv: Tensor, heads: int) -> Tensor:
+    batch, tokens, width = qkv.shape
+    q, k, v = qkv.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    probabilities = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+    return (probabilities @ v).transpose(1, 2).reshape(batch, tokens, width // 3)
+
+
+def sdpa(qkv: Tensor, heads: int) -> Tensor:
+    batch, tokens, width = qkv.shape
+    q, k, v = qkv.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).contiguous()
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width // 3)
+
+
+def flash_attn(qkv: Tensor, heads: int) -> Tensor:
+    from flash_attn import flash_attn_qkvpacked_func
+
+    return flash_attn_qkvpacked_func(qkv.unflatten(-1, (3, heads, -1))).flatten(2)
+
+
+def titok(qkv: Tensor, heads: int) -> Tensor:
+    return masked_attention(qkv, heads)
+
+
+def train(run: Callable[[Tensor, int], Tensor], leaf: Tensor, heads: int, grad: Tensor) -> Any:
+    return torch.autograd.grad(run(leaf, heads), leaf, grad)
+
+
+@pytest.mark.parametrize("run", [eager, sdpa, titok])
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [SHAPES[0], SHAPES[3]])
+@pytest.mark.benchmark(group="masked_attention")
+def test_bench(benchmark: Any, run: Callable[..., Any], tokens: int, heads: int, head_dim: int) -> None:
+    benchmark.group += f"[N={tokens}, H={heads}, D={head_dim}]"
+    benchmark(run, torch.randn(1, tokens, 3 * heads * head_dim), heads)
+
+
+def main() -> None:
+    arguments = options(__doc__)
+    report = Report("masked_attention", arguments)
+    candidates: dict[str, Callable[..., Any]] = {"eager": eager, "sdpa": sdpa, "titok": titok}
+    probe = torch.empty(0, device=report.device)
+    if why_no_flash_attn(probe) is None and report.dtype != torch.float32:
+        candidates["flash-attn"] = flash_attn
+    if arguments.compile:
+        candidates["compiled"] = torch.compile(eager, dynamic=False)
+    for batch in arguments.batch:
+        for tokens, heads, head_dim in SHAPES:
+            shape = (batch, tokens, 3 * heads * head_dim)
+            leaf = torch.randn(shape, device=report.device).to(report.dtype).requires_grad_()
+            grad = torch.randn_like(leaf[..., : heads * head_dim])
+            forward = {name: partial(run, leaf.detach(), heads) for name, run in candidates.items()}
+            both = {name: partial(train, run, leaf, heads, grad) for name, run in candidates.items()}
+            product = 2.0 * batch * heads * tokens * tokens * head_dim
+            once = leaf.nbytes + grad.nbytes
+            for direction, runs, products, passes in (
+                ("forward", forward, 2, 1),
+                ("forward+backward", both, 7, 3),
+            ):
+                sizes = {"direction": direction, "B": batch, "N": tokens, "H": heads, "D": head_dim}
+                report.case(sizes, runs, num_bytes=passes * once, flops=products * product)
+
+
+if __name__ == "__main__":
+    main()

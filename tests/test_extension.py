@@ -1,0 +1,75 @@
+"""What the built extension `titok._C` must be, whatever it holds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from titok.ops._extension import why_no_cpp
+
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
+
+
+@pytest.fixture(scope="module")
+def library() -> str:
+    if reason := why_no_cpp():
+        pytest.skip(reason)
+    import titok._C
+
+    return titok._C.__file__
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_no_symbol_of_pytorch(library: str) -> None:
+    """So that one binary serves every torch release."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    symbols = output("nm", "--dynamic", "--demangle", library)
+    assert "PyInit__C" in symbols
+    assert re.findall(r"\b(?:c10|at|torch|caffe2)::\S+", symbols) == []
+
+
+def test_no_library_of_pytorch(library: str) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf")
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output("readelf", "--dynamic", library))
+    assert any(name.startswith("libgomp") for name in needed)
+    assert not [name for name in needed if re.search("torch|c10|cudart", name)]
+
+
+def cuobjdump() -> str | None:
+    """nvcc's, or the one that Triton brings."""
+    spec = find_spec("triton")
+    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+    bundled = [Path(folder) / "backends" / "nvidia" / "bin" / "cuobjdump" for folder in folders]
+    return next((path for c in ("cuobjdump", *map(str, bundled)) if (path := shutil.which(c))), None)
+
+
+def test_no_cuda_kernel_spills(library: str) -> None:
+    """Registers suffice on every architecture: ptxas gave no kernel a stack frame or local memory."""
+    import titok._C
+
+    if not titok._C.with_cuda:
+        pytest.skip("titok._C was built without nvcc")
+    if (tool := cuobjdump()) is None:
+        pytest.skip("needs cuobjdump")
+    usage = output(tool, "-res-usage", library)
+    kernels: dict[str, dict[str, tuple[int, int]]] = {}
+    for section in re.split(r"(?=^arch = )", usage, flags=re.MULTILINE)[1:]:
+        found = re.findall(r"Function (\S+):\s*REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", section)
+        architecture = section.split()[2]
+        kernels.setdefault(architecture, {}).update(
+            {name: (int(stack), int(local)) for name, stack, local in found}
+        )
+    for architecture in ARCHITECTURES:
+        assert any("maskgit_decode_kernel" in name for name in kernels.get(architecture, {}))
+    spilling = [(a, name) for a, of in kernels.items() for name, used in of.items() if used != (0, 0)]
+    assert spilling == []

@@ -1,0 +1,118 @@
+"""Labels to pictures: pairs that do not fit, 8 bits, what a picture depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from titok import Pipeline, SamplingConfig, VQGANConfig, sample_tokens
+
+Make = Callable[..., Any]
+PROXY = VQGANConfig(
+    hidden_channels=32, channel_multipliers=(1, 2), blocks_per_level=1, codebook_size=24, code_dim=8
+)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_tokenizer: Make, tiny_generator: Make) -> Pipeline:
+    return Pipeline(tiny_tokenizer(), tiny_generator())
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ({"num_latent_tokens": 5}, "tokenizer: expected 4 tokens of 16 codes, as the generator, got 5 of 16"),
+        ({"codebook_size": 17}, "tokenizer: expected 4 tokens of 16 codes, as the generator, got 4 of 17"),
+        ({"bottleneck": "vae"}, "tokenizer: expected a vector-quantised one, got a VAE"),
+        ({"head": "proxy", "proxy": PROXY}, "tokenizer: expected one that decodes to pictures"),
+    ],
+)
+def test_a_pair_that_does_not_fit(
+    tokenizer: dict[str, Any], message: str, tiny_tokenizer: Make, tiny_generator: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Pipeline(tiny_tokenizer(**tokenizer), tiny_generator())
+
+
+def test_devices_must_agree(tiny_tokenizer: Make, tiny_generator: Make) -> None:
+    with pytest.raises(ValueError, match="tokenizer: expected on meta, as the generator, got cpu"):
+        Pipeline(tiny_tokenizer(), tiny_generator().to("meta"))
+
+
+def test_pictures_are_the_decoded_tokens_in_8_bits(pipe: Pipeline) -> None:
+    labels = torch.tensor([0, 2, 1])
+    pictures = pipe(labels, seed=5)
+    assert pictures.dtype == torch.uint8
+    assert pictures.shape == (3, 16, 24, 3)
+    decoded = pipe.tokenizer.decode(sample_tokens(pipe.generator, labels, seed=5)).detach().permute(0, 2, 3, 1)
+    exact = decoded.clamp(0, 1).double() * 255
+    assert (pictures - exact).abs().max() <= 0.5 + 1e-4
+    assert pictures.float().std() > 1, "pictures without contrast would prove nothing"
+    truncated = pipe(labels, seed=5, rounding="truncate")
+    below = exact - truncated
+    assert below.min() > -1e-4
+    assert below.max() < 1 + 1e-4
+    assert not torch.equal(truncated, pictures)
+    assert not pictures.requires_grad
+
+
+def test_a_picture_depends_on_seed_and_number_alone(pipe: Pipeline) -> None:
+    labels = [0, 1, 2, 2, 1, 0, 0]
+    whole = pipe(labels, seed=3)
+    cut = [pipe(labels[i : i + 3], seed=3, first_sample=i) for i in range(0, 7, 3)]
+    # The tokens are equal; their pictures may differ where a batch of another size rounds differently.
+    assert (torch.cat(cut).int() - whole.int()).abs().max() <= 1
+    assert not torch.equal(pipe(labels, seed=4), whole)
+    assert not torch.equal(pipe(labels, seed=3, first_sample=1), whole)
+    assert not torch.equal(pipe([1] * 7, seed=3), whole)
+
+
+def test_sampling_defaults_to_the_generators(tiny_tokenizer: Make, tiny_generator: Make) -> None:
+    one_step = SamplingConfig(steps=1)
+    pipe = Pipeline(tiny_tokenizer(), tiny_generator(sampling=one_step))
+    labels = [0, 1, 2]
+    assert torch.equal(pipe(labels), pipe(labels, sampling=one_step))
+    assert not torch.equal(pipe(labels), pipe(labels, sampling=SamplingConfig(steps=4)))
+
+
+def test_no_labels_no_pictures(pipe: Pipeline) -> None:
+    for none in ([], torch.empty(0, dtype=torch.int64)):
+        pictures = pipe(none)
+        assert pictures.shape == (0, 16, 24, 3)
+        assert pictures.dtype == torch.uint8
+
+
+def test_class_dropped(pipe: Pipeline) -> None:
+    none = pipe.generator.no_class
+    assert not torch.equal(pipe([none] * 3), pipe([0] * 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"labels": [4]}, ValueError, r"labels: expected classes in \[0, 3\], got 4"),
+        ({"labels": [-1]}, ValueError, r"labels: expected classes in \[0, 3\], got -1"),
+        ({"labels": torch.tensor([0.5])}, TypeError, "labels: expected dtype int64, got float32"),
+        ({"labels": torch.tensor([[0]])}, ValueError, r"labels: expected shape \(B\), got \(1, 1\)"),
+        ({"labels": [0], "seed": -1}, ValueError, "seed: expected an int"),
+        ({"labels": [0], "rounding": "up"}, ValueError, "rounding: expected 'nearest' or 'truncate', got 'up'"),
+    ],
+)
+def test_bad_input(pipe: Pipeline, call: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pipe(**call)
+
+
+def test_from_pretrained(pipe: Pipeline, tmp_path: Path) -> None:
+    pipe.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    pipe.generator.save_pretrained(tmp_path / "generator")
+    again = Pipeline.from_pretrained(tmp_path / "tokenizer", tmp_path / "generator")
+    assert torch.equal(again([0, 1, 2], seed=9), pipe([0, 1, 2], seed=9))
+    half = Pipeline.from_pretrained(tmp_path / "tokenizer", tmp_path / "generator", dtype=torch.bfloat16)
+    assert half([0, 1]).shape == (2, 16, 24, 3)
+    with pytest.raises(ValueError, match="expected a TiTok, got a 'MaskGIT'"):
+        Pipeline.from_pretrained(tmp_path / "generator", tmp_path / "tokenizer")
