@@ -48,9 +48,8 @@ def ceilings(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in rows:
         if row["bench"] == "ceiling":
-            for name, values in row["samples_s"].items():
-                work = row["work"][name]
-                found[f"{name} {row['case']['dtype']}"] = work / statistics.median(values)
+            for name, work in row["work"].items():
+                found[f"{name} {row['case']['dtype']}"] = work / statistics.median(row["samples_s"][name])
     return found
 
 
@@ -112,8 +111,8 @@ def source(rows: Sequence[dict[str, Any]]) -> str:
         machine = e.get("gpu") or f"{e.get('cpu')}, {e.get('threads')} threads"
         changed = " with changes" if e.get("changed") else ""
         seen[e.get("time")] = (
-            f"{machine}; torch {e.get('torch')}; {str(e.get('time'))[:10]}; commit {str(e.get('commit'))[:10]}{changed}; "
-            f"`{e.get('command')}`"
+            f"{machine}; torch {e.get('torch')}; {str(e.get('time'))[:10]}; "
+            f"commit {str(e.get('commit'))[:10]}{changed}; `{e.get('command')}`"
         )
     return "\n".join(seen.values())
 

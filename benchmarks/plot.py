@@ -1,4 +1,4 @@
-"""Pictures and tables from result files alone: `python -m benchmarks.plot benchmarks/results/*.jsonl --out docs/figures`.
+"""Pictures and tables from result files alone: `python -m benchmarks.plot benchmarks/results/*.jsonl`.
 
 Draws what the files hold: speed against FLOP, the ladder from eager to our engine, cost against batch, tokens and
 resolution, and the time of each stage. `--markdown` prints the tables for the documentation instead.

@@ -2,7 +2,7 @@
 
 All weights are random: speed does not depend on them. Sides take turns, so that drift hits all alike; each is quoted
 at the best of the batch sizes tried. What a side repeats without change is timed as one step and multiplied, which the
-table then says. Every sample goes to a file of JSON lines, from which `python -m benchmarks.plot` makes the pictures.
+table then says. Every sample goes to a file of JSON lines, from which `benchmarks.plot` makes the pictures.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ class Bench:
                 progress.update(self.task, description=f"counting {name}")
                 sides[name] = make()
                 counted[name] = count(sides[name])
+                sides[name].settle(counted[name])
             best = {name: self._sweep(side, peaks) for name, side in sides.items()}
             progress.update(self.task, description="taking turns")
             samples = self._take_turns(sides, best)
@@ -191,9 +192,9 @@ class Bench:
             "steps": side.steps, "parameters": side.parameters, "note": side.note, "paper": side.paper,
         }  # fmt: skip
         samples = {part: self.samples[side.name, part, batch] for part in side.parts}
+        whole, bare = ({part: getattr(p, kind) for part, p in side.parts.items()} for kind in ("whole", "bare"))
         row = self.results.row(
-            bench, case, samples,
-            whole={part: p.whole for part, p in side.parts.items()}, bare={part: p.bare for part, p in side.parts.items()},
+            bench, case, samples, whole=whole, bare=bare,
             flops=side.flops, bare_flops=side.bare_flops, flops_counted=counted, peak_bytes=peak,
         )  # fmt: skip
         self.rows.append(row)
@@ -272,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.ladder:
         for row in _tables.of(bench.rows, "ladder"):
             median, low, high = _tables.rate(row)
-            console.print(f"{row['case']['name']:16} {median:8.3f} images/s ({low:.3f}–{high:.3f})")
+            console.print(f"{row['case']['name']:16} {median:8.3f} images/s ({low:.3f}-{high:.3f})")
     else:
         show(bench.rows, console)
     for name, reason in left_out.items():
