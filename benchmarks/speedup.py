@@ -12,6 +12,7 @@ import gc
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ class Bench:
         self.batches = [int(b) for b in (arguments.batches or default).split(",")]
         self.samples: dict[tuple[str, str, int], list[float]] = {}
         self.rows: list[dict[str, Any]] = []
+        self.counted: dict[str, float] = {}
 
     def run(self, table: dict[str, Callable[[], Side]], left_out: dict[str, str]) -> None:
         columns = (
@@ -116,12 +118,10 @@ class Bench:
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             self.progress, self.task = progress, progress.add_task("building", total=None)
-            sides, counted, peaks = {}, {}, {}
+            sides, peaks = {}, {}
             for name, make in table.items():
-                progress.update(self.task, description=f"counting {name}")
+                progress.update(self.task, description=f"building {name}")
                 sides[name] = make()
-                counted[name] = count(sides[name])
-                sides[name].settle(counted[name])
             best = {name: self._sweep(side, peaks) for name, side in sides.items()}
             progress.update(self.task, description="taking turns")
             samples = self._take_turns(sides, best)
@@ -132,18 +132,24 @@ class Bench:
                 self.samples[name, part, best[name]] = samples.pop(f"{name}: {part}")
             for batch in sorted({b for n, _, b in self.samples if n == name}):
                 bench = "ladder" if self.arguments.ladder else "speedup" if batch == best[name] else "sweep"
-                self._row(bench, side, batch, counted[name], peaks.get((name, batch)))
+                self._row(bench, side, batch, self.counted[name], peaks.get((name, batch)))
 
     def _sweep(self, side: Side, peaks: dict[tuple[str, int], int | None]) -> int:
         """The batch size with the most images a second, by one call of each part after its first."""
-        speeds = {}
+        speeds, device = {}, self.arguments.device
+        # On a GPU a run may replay a graph, which no counter sees into; on a CPU the first run at batch 1 is counted.
+        self.counted[side.name] = count(side) if device == "cuda" or 1 not in self.batches else 0.0
         for batch in self.batches:
             self.progress.update(self.task, description=f"{side.name}, batch {batch}")
             try:
                 spent = 0.0
                 for name, part in side.parts.items():
                     run = part.prepare(batch)
-                    growth = peak_growth(run, self.arguments.device)
+                    counts = device == "cpu" and batch == 1
+                    with FlopCounterMode(display=False) if counts else nullcontext() as counter:
+                        growth = peak_growth(run, device)
+                    if counter is not None:
+                        self.counted[side.name] += part.whole * counter.get_total_flops()
                     if growth is not None:
                         peak = growth + side.weight_bytes()
                         peaks[side.name, batch] = max(peak, peaks.get((side.name, batch)) or 0)
@@ -160,6 +166,7 @@ class Bench:
                 gc.collect()
         if not speeds:
             raise MemoryError(f"{side.name} does not fit at batch {self.batches[0]}")
+        side.settle(self.counted[side.name])
         return max(speeds, key=lambda batch: speeds[batch])
 
     def _take_turns(self, sides: dict[str, Side], best: dict[str, int]) -> dict[str, list[float]]:
@@ -175,7 +182,9 @@ class Bench:
             f"{name}: {p}": part.prepare(best[name]) for name, s in sides.items() for p, part in s.parts.items()
         }
         turns = {name: ticking(run) for name, run in {**ceiling, **runs}.items()}
-        samples = interleave(turns, self.arguments.seconds)
+        for run in ceiling.values():
+            run()
+        samples = interleave(turns, self.arguments.seconds, warm=True)
         case = {"dtype": self.arguments.dtype, "device": self.arguments.device}
         taken = {name: samples.pop(name) for name in ceiling}
         self.rows.append(self.results.row("ceiling", case, taken, work=work))

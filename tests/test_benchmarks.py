@@ -43,7 +43,7 @@ def file(tmp_path):
     results.row("ceiling", {"dtype": "bf16"}, {"mm": [0.5], "copy": [0.1]}, work={"mm": 1e12, "copy": 1e9})
     dit = side_row(
         results, "DiT-XL/2 bf16", "dit", {"step": [2.0, 2.0, 4.0], "pixels": [10.0] * 3}, {"step": 250, "pixels": 1},
-        steps=250,
+        steps=250, tokens=1024,
     )  # fmt: skip
     results.write(_sides.fewer_steps(dit, 50))
     side_row(
