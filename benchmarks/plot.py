@@ -176,7 +176,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     for name, picture in PICTURES.items():
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         if picture(rows, axes):
-            figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # type: ignore[union-attr]
+            figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # type: ignore[union-attr, call-arg]
             figure.savefig(folder / f"{name}.png", dpi=140)
             written.append(folder / f"{name}.png")
         plt.close(figure)

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,18 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
             rival("DiT-XL/2 bf16, compiled", torch.bfloat16, arguments.compile_mode)
     table["MaskGIT + MaskGIT-VQGAN"] = lambda: _sides.maskgit(resolution, dtype, device)
     for preset in _sides.PRESETS[resolution]:
-        table[f"{preset} eager"] = lambda preset=preset: shared(preset).plain(f"{preset} eager")
-        table[preset] = lambda preset=preset: shared(preset).ours(preset)
+        table[f"{preset} eager"] = partial(_plain, shared, preset)
+        table[preset] = partial(_ours, shared, preset)
     wanted = _sides.chosen(table, arguments.rows)
     return {name: table[name] for name in wanted}
+
+
+def _plain(shared: Callable[[str], Models], preset: str) -> Side:
+    return shared(preset).plain(f"{preset} eager")
+
+
+def _ours(shared: Callable[[str], Models], preset: str) -> Side:
+    return shared(preset).ours(preset)
 
 
 def _ladder(preset: str, dtype: torch.dtype, shared: Callable[..., Models]) -> dict[str, Callable[[], Side]]:
@@ -118,7 +127,8 @@ class Bench:
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             self.progress, self.task = progress, progress.add_task("building", total=None)
-            sides, peaks = {}, {}
+            sides: dict[str, Side] = {}
+            peaks: dict[tuple[str, int], int | None] = {}
             for name, make in table.items():
                 progress.update(self.task, description=f"building {name}")
                 sides[name] = make()
