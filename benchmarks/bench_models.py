@@ -17,6 +17,7 @@ import torch
 from benchmarks._sides import _labels, build
 from titok import GeneratorConfig, MaskGIT, SamplingConfig, TiTok, TokenizerConfig, ViTConfig, sample_tokens
 from titok.config import VQGANConfig
+from titok.profiling import annotate
 
 FULL = os.environ.get("TITOK_BENCH", "small") == "full"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,13 +51,14 @@ def train_step(config: TokenizerConfig, batch: int, dtype: torch.dtype, device: 
     labels = torch.tensor(_labels(batch), device=device)
 
     def step() -> None:
-        logits = model(shown, labels)
-        loss = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), tokens.flatten(), label_smoothing=0.1
-        )
+        with annotate("forward"):
+            logits = model(shown, labels).float().flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, tokens.flatten(), label_smoothing=0.1)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with annotate("backward"):
+            loss.backward()
+        with annotate("optimizer"):
+            optimizer.step()
 
     return step
 
