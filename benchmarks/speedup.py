@@ -257,8 +257,8 @@ def _timed(run: Callable[[], Any]) -> float:
 
 def default_path(device: str) -> Path:
     about = environment()
-    machine = re.sub(r"\(.*?\)|processor|[^a-z0-9]+", "-", str(about[{"cuda": "gpu"}.get(device, "cpu")]).lower())
-    machine = re.sub("-+", "-", machine).strip("-")
+    name = str(about["gpu" if device == "cuda" else "cpu"]).lower()
+    machine = re.sub("[^a-z0-9]+", "-", re.sub(r"\(.*?\)|processor", "", name)).strip("-")
     return results_folder() / f"{machine}-{device}-{about['time'][:10]}.jsonl"
 
 
