@@ -189,7 +189,9 @@ def tables(rows: Sequence[Row]) -> str:
     for file in dict.fromkeys(row["environment"]["time"] for row in rows):
         run = [row for row in rows if row["environment"]["time"] == file]
         if _tables.of(run, "speedup"):
-            blocks.append(_tables.source(run) + "\n\n" + _tables.markdown(*_tables.speedup_table(run)))
+            blocks.append(
+                _tables.source(run) + "\n\n" + _tables.markdown(*_tables.turned(*_tables.speedup_table(run)))
+            )
         for record in _tables.of(run, "roofline"):
             blocks.append(_tables.source([record]) + "\n\n" + _tables.markdown(*roofline.table(record)))
         if rungs := _tables.of(run, "ladder"):

@@ -271,10 +271,11 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     if console.width >= 200:
         console.print(table)
         return
-    turned = Table("", *(line[0] for line in cells), header_style="bold")
-    for index, name in enumerate(header[1:], start=1):
-        turned.add_row(name, *(line[index] for line in cells))
-    console.print(turned)
+    header, cells = _tables.turned(header, cells)
+    narrow = Table(*header, header_style="bold")
+    for line in cells:
+        narrow.add_row(*line)
+    console.print(narrow)
 
 
 def main(argv: list[str] | None = None) -> None:
