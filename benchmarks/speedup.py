@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import re
 import time
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--whole-dit", action="store_true", help="run all of DiT's steps instead of timing one")
     p.add_argument("--compile-mode", default="default", help="of torch.compile, on a GPU")
     p.add_argument("--seconds", type=float, default=60, help="of taking turns; three rounds at least")
+    p.add_argument("--limit", type=float, help="seconds for everything; what does not fit is left out by name")
     p.add_argument("--out", help="results file; default results/<machine>-<device>-<date>.jsonl")
     return p
 
@@ -118,6 +120,7 @@ class Bench:
         self.samples: dict[tuple[str, str, int], list[float]] = {}
         self.rows: list[dict[str, Any]] = []
         self.counted: dict[str, float] = {}
+        self.started, self.limit = time.monotonic(), arguments.limit or math.inf
 
     def run(self, table: dict[str, Callable[[], Side]], left_out: dict[str, str]) -> None:
         columns = (
@@ -128,11 +131,15 @@ class Bench:
         with Progress(*columns, console=self.console, transient=True) as progress:
             self.progress, self.task = progress, progress.add_task("building", total=None)
             sides: dict[str, Side] = {}
+            best: dict[str, int] = {}
             peaks: dict[tuple[str, int], int | None] = {}
             for name, make in table.items():
+                if sides and self._late():
+                    left_out[name] = "no time left"
+                    continue
                 progress.update(self.task, description=f"building {name}")
                 sides[name] = make()
-            best = {name: self._sweep(side, peaks) for name, side in sides.items()}
+                best[name] = self._sweep(sides[name], peaks)
             progress.update(self.task, description="taking turns")
             samples = self._take_turns(sides, best)
         for name, reason in left_out.items():
@@ -151,6 +158,9 @@ class Bench:
         self.counted[side.name] = count(side) if device == "cuda" or 1 not in self.batches else 0.0
         for batch in self.batches:
             self.progress.update(self.task, description=f"{side.name}, batch {batch}")
+            if speeds and self._late():
+                self.results.note(f"{side.name}: no time for batch {batch}")
+                break
             try:
                 spent = 0.0
                 for name, part in side.parts.items():
@@ -179,6 +189,10 @@ class Bench:
         side.settle(self.counted[side.name])
         return max(speeds, key=lambda batch: speeds[batch])
 
+    def _late(self) -> bool:
+        """Whether what is left of the limit should go to taking turns."""
+        return time.monotonic() - self.started > 0.6 * self.limit
+
     def _take_turns(self, sides: dict[str, Side], best: dict[str, int]) -> dict[str, list[float]]:
         def ticking(run: Callable[[], Any]) -> Callable[[], Any]:
             def tick() -> None:
@@ -194,7 +208,8 @@ class Bench:
         turns = {name: ticking(run) for name, run in {**ceiling, **runs}.items()}
         for run in ceiling.values():
             run()
-        samples = interleave(turns, self.arguments.seconds, warm=True)
+        left = self.started + self.limit - time.monotonic()
+        samples = interleave(turns, min(self.arguments.seconds, max(1.0, left - 5)), warm=True)
         case = {"dtype": self.arguments.dtype, "device": self.arguments.device}
         taken = {name: samples.pop(name) for name in ceiling}
         self.rows.append(self.results.row("ceiling", case, taken, work=work))
