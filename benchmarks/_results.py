@@ -30,7 +30,9 @@ def environment() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "changed": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*results/*")
+        ),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
