@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from golden import Case
 
+from golden import Case
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ViTConfig
 from titok.training.masking import drop_classes, masked_token_loss, num_masked, random_mask
 from titok.training.optim import decayed_parameters, learning_rate

@@ -83,7 +83,9 @@ def train_generator(
     check_tokens(flat, length, codes)
     check_labels(labels, config.model.num_classes)
     if not len(tokens) == len(labels) > 0:
-        raise ValueError(f"labels: expected one for each of {len(tokens)} samples, at least one, got {len(labels)}")
+        raise ValueError(
+            f"labels: expected one for each of {len(tokens)} samples, at least one, got {len(labels)}"
+        )
     flat, labels = flat.to(device), labels.repeat_interleave(copies).to(device)
 
     with torch.random.fork_rng([]):
@@ -98,7 +100,7 @@ def train_generator(
         mask = random_mask(draws[:, 1], draws[:, 2:])
         logits = model(targets.masked_fill(mask, model.mask_token), classes)
         loss, accuracy = masked_token_loss(
-            logits,
+            logits.float(),
             targets,
             mask,
             label_smoothing=config.label_smoothing,
