@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,7 @@ def test_from_nothing_to_a_report(
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "<svg" in page
-    assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is loaded from elsewhere
-    assert "https://" not in page
+    assert not re.findall(r"(?:src|href)=.?https?:", page)  # nothing is loaded from elsewhere
     for bar in BARS:
         assert bar.text(metrics["metrics"][bar.key]) in page
 
@@ -107,5 +107,5 @@ def test_training_images_are_copies_and_noise_is_none() -> None:
     images = torch.rand(40, 1, 4, 4)
     digits = Digits(images[:20], torch.zeros(20), images[20:], torch.zeros(20))
     assert share_of_copies(images[:20], digits) == 1.0
-    assert share_of_copies(images[20:], digits) == 0.05
+    assert share_of_copies(images[20:], digits) == pytest.approx(0.05)
     assert share_of_copies(images[:10] + 10, digits) == 0.0
