@@ -44,10 +44,11 @@ TOKENIZER = TokenizerConfig(
     l2_normalize=True,
     signed_pixels=True,
 )
-# MaskGIT's own confidence rule, no guidance: classes are easy here, and guidance costs diversity.
+# MaskGIT's own confidence rule. Guidance trades diversity for digits that are read right: without it about 89% and
+# 94%, with it 75% and 99%.
 SAMPLING = SamplingConfig(
     steps=8,
-    guidance_scale=0.0,
+    guidance_scale=1.0,
     guidance_schedule="constant",
     temperature=4.5,
     softmax_annealing=False,
