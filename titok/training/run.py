@@ -76,7 +76,8 @@ class Run(Generic[M]):
         resume: bool,
         data: dict[str, Any],
     ) -> None:
-        self.model, self.config, self.folder, self.data = model, config, Path(folder), data
+        self.model: M = model
+        self.config, self.folder, self.data = config, Path(folder), data
         self.optimizer = make_optimizer(model, config)
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.step = 0
