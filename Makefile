@@ -41,8 +41,8 @@ format: $(STAMP)  ## rewrite the sources in the one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 with no GPU; check and print its resources
-	$(BIN)/python -m titok.kernels.aot
+kernels: $(STAMP)  ## compile every Triton kernel for three GPU generations with no GPU, check it, write its table
+	$(BIN)/python -m titok.kernels.aot --write
 
 # A GPU machine has its own torch: nothing is downloaded there, and its own Python is used.
 gpu:  ## on a machine with a GPU: build, GPU tests, op benchmarks, in under 9 minutes (GPU_PYTHON=python3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from titok.kernels._aot import AotVariant
 from titok.kernels._tuning import (
     ADD_LAYER_NORM_BACKWARD_VALUES,

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from titok.kernels._aot import AotVariant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from titok.kernels._aot import AotVariant
 
 TABLE = Path(__file__).parent / "RESOURCES.md"
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one block, CUDA programming guide

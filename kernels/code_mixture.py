@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from titok.kernels._aot import AotVariant
 from titok.kernels._tuning import (
     CODE_MIXTURE_DCODEBOOK,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from titok.kernels._aot import AotVariant
 from titok.kernels._tuning import GROUP_NORM_SILU, GROUP_NORM_SILU_CHUNK, GROUP_NORM_SILU_ONE_PASS_VALUES
 

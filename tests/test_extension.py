@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,6 +44,19 @@ def test_no_library_of_pytorch(library: str) -> None:
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output("readelf", "--dynamic", library))
     assert any(name.startswith("libgomp") for name in needed)
     assert not [name for name in needed if re.search("torch|c10|cudart", name)]
+
+
+def test_imports_where_there_is_no_torch(library: str) -> None:
+    """One build serves any torch, or none: an interpreter that cannot import torch loads and runs it."""
+    code = f"""
+import importlib.util, sys
+sys.modules["torch"] = None
+spec = importlib.util.spec_from_file_location("titok._C", {library!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.cpu_isa())
+"""
+    assert output(sys.executable, "-c", code).strip() in ("generic", "avx2", "avx512")
 
 
 def cuobjdump() -> str | None:

@@ -16,7 +16,15 @@ def tiny(architecture="vit") -> tuple[TiTok, MaskGIT]:
     vit = ViTConfig(width=32, layers=2, heads=2, patch_size=8)
     proxy = VQGANConfig(hidden_channels=32, channel_multipliers=(1, 2, 2), codebook_size=16, code_dim=8)
     config = TokenizerConfig(
-        32, vit, vit, num_latent_tokens=5, code_dim=6, codebook_size=20, head="proxy", proxy=proxy, pixel_decoder=True
+        32,
+        vit,
+        vit,
+        num_latent_tokens=5,
+        code_dim=6,
+        codebook_size=20,
+        head="proxy",
+        proxy=proxy,
+        pixel_decoder=True,
     )
     generator = GeneratorConfig(
         5, 20, num_classes=3, architecture=architecture, width=32, layers=2, heads=2, mlp_width=48,

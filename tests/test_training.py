@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ViTConfig
+from titok.checkpoints import read_weights
 from titok.training import (
     GeneratorTraining,
     TokenizerTraining,
@@ -88,9 +89,10 @@ def test_resumed_run_equals_an_uninterrupted_one(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train_one(kind, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
         stop_at(patch, 8)
-        train_one(kind, tmp_path / "cut")
+        with pytest.raises(Stop):
+            train_one(kind, tmp_path / "cut")
     assert read_about(tmp_path / "cut" / CHECKPOINT)["step"] == 5
     torch.rand(3)  # the global generator is elsewhere by now
     resumed = train_one(kind, tmp_path / "cut", resume=True)
@@ -177,6 +179,28 @@ def test_generator_learns_the_class(tmp_path: Path) -> None:
     model = train_generator(tokens, labels, generator_training(**changes), tmp_path, progress=False)
     masked = torch.full((2, 4), model.mask_token)
     assert torch.equal(model(masked, labels).argmax(-1), tokens)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_bfloat16_keeps_weights_and_optimizer_in_float32(kind: str, tmp_path: Path) -> None:
+    full = train_one(kind, tmp_path / "full")
+    half = train_one(kind, tmp_path / "half", changes={"precision": "bfloat16"})
+    assert all(value.dtype == torch.float32 for value in half.state_dict().values())
+    assert not same_weights(full, half)
+    state = read_weights(tmp_path / "half" / CHECKPOINT)
+    assert {v.dtype for name, v in state.items() if name.startswith("optimizer/")} == {torch.float32}
+    histories = [read_about(tmp_path / name / CHECKPOINT)["history"] for name in ("full", "half")]
+    assert histories[0][0]["loss"] == pytest.approx(histories[1][0]["loss"], rel=0.1)
+
+
+def test_positions_start_as_wide_as_asked(tmp_path: Path) -> None:
+    changes = {"position_std": 0.7, "learning_rate": 0.0, "final_learning_rate": 0.0, "weight_decay": 0.0}
+    wide = train_one("tokenizer", tmp_path / "wide", changes=changes)
+    plain = train_one("tokenizer", tmp_path / "plain", changes={**changes, "position_std": None})
+    drawn = torch.cat([wide.encoder.patch_positions, wide.encoder.latent_tokens, wide.decoder.latent_positions])
+    assert float(drawn.detach().std()) == pytest.approx(0.7, rel=0.15)
+    assert float(plain.encoder.patch_positions.detach().std()) < 0.4  # 16^-0.5
+    assert torch.equal(wide.encoder.trunk.blocks[0].attn.qkv.weight, plain.encoder.trunk.blocks[0].attn.qkv.weight)
 
 
 def test_vae_trains(tmp_path: Path) -> None:
@@ -314,6 +338,7 @@ def test_diverged_run_keeps_its_last_checkpoint(tmp_path: Path, monkeypatch: pyt
         ({"learning_rate": float("nan")}, "learning_rate"), ({"warmup_steps": 12}, "warmup_steps"),
         ({"betas": (0.9, 1.0)}, "betas"), ({"clip_norm": 0.0}, "clip_norm"), ({"seed": -1}, "seed"),
         ({"restart_until": 1.5}, "restart_until"), ({"random_shift": -1}, "random_shift"),
+        ({"precision": "fp8"}, "precision"), ({"position_std": 0.0}, "position_std"),
         ({"model": TokenizerConfig.preset("titok-l-32")}, "model"),
     ],
 )  # fmt: skip

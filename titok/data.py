@@ -41,7 +41,7 @@ class ImageFolder:
 
     def __init__(self, root: str | os.PathLike[str], size: int | tuple[int, int], channels: int = 3) -> None:
         self.root, self.channels = Path(root), channels
-        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.size = (size, size) if isinstance(size, int) else size
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such folder")
         self.paths = find_images(self.root)

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -44,10 +44,11 @@ TOKENIZER = TokenizerConfig(
     l2_normalize=True,
     signed_pixels=True,
 )
-# MaskGIT's own confidence rule, no guidance: classes are easy here, and guidance costs diversity.
+# MaskGIT's own confidence rule. Guidance trades diversity for digits that are read right: without it about 89% and
+# 94%, with it 75% and 99%.
 SAMPLING = SamplingConfig(
     steps=8,
-    guidance_scale=0.0,
+    guidance_scale=1.0,
     guidance_schedule="constant",
     temperature=4.5,
     softmax_annealing=False,
@@ -65,6 +66,12 @@ GENERATOR = GeneratorConfig(
 )
 
 
+def fastest_precision() -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the CPU multiplies it natively: there a step takes about 0.7 of the CPU time of float32."""
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bfloat16" if native else "float32"
+
+
 def tokenizer_training(steps: int = 1_000, seed: int = 0) -> TokenizerTraining:
     """The tokenizer's training run."""
     return TokenizerTraining(
@@ -75,6 +82,8 @@ def tokenizer_training(steps: int = 1_000, seed: int = 0) -> TokenizerTraining:
         final_learning_rate=4e-5,
         warmup_steps=min(50, steps - 1),
         random_shift=1,
+        position_std=0.7,
+        precision=fastest_precision(),
         seed=seed,
         checkpoint_every=250,
     )
@@ -89,6 +98,7 @@ def generator_training(steps: int = 1_200, seed: int = 0) -> GeneratorTraining:
         learning_rate=1e-3,
         final_learning_rate=2e-5,
         warmup_steps=min(50, steps - 1),
+        precision=fastest_precision(),
         seed=seed,
         checkpoint_every=250,
     )
@@ -180,7 +190,9 @@ def _write(folder: Path, digits: Digits, tokenizer: TiTok, samples: torch.Tensor
     rows = reconstruction_rows(digits.test_images, reconstructions, digits.test_labels)
     save_picture(folder / "reconstructions.png", picture_rows(rows))
     shown = samples.unflatten(0, (10, -1))[:, :10]
-    save_picture(folder / "samples.png", picture_rows([(str(i), row) for i, row in enumerate(shown)]))
+    save_picture(
+        folder / "samples.png", picture_rows([(str(i), row) for i, row in enumerate(shown)], font_size=40)
+    )
     histories = {name: read_about(folder / name / CHECKPOINT)["history"] for name in ("tokenizer", "generator")}
     figures, counts = metrics["metrics"], metrics["steps"]
     about = {
@@ -194,9 +206,10 @@ def _write(folder: Path, digits: Digits, tokenizer: TiTok, samples: torch.Tensor
             f"({metrics['cpu_seconds']:.0f} CPU-seconds), seed {metrics['seed']}."
         ),
         "notes": (
-            f"Held out: {len(digits.test_images)} real digits. Generated: {metrics['samples']:,}. Distances are l2 over "
-            f"all pixels: {figures['sample_distance']:.2f} between samples of a class, {figures['real_distance']:.2f} "
-            "between real digits of a class. Of the held-out digits themselves, 5% count as copies by that measure."
+            f"Held out: {len(digits.test_images)} real digits. Generated: {metrics['samples']:,}. Distances are l2 "
+            f"over all pixels: {figures['sample_distance']:.2f} between samples of a class, "
+            f"{figures['real_distance']:.2f} between real digits of a class. Of the held-out digits themselves, 5% "
+            "count as copies by that measure."
         ),
     }
     write_report(folder, figures, histories, about)

@@ -19,9 +19,11 @@ from titok.quickstart_metrics import BARS
 _INK, _MUTED, _ACCENT, _GOOD, _BAD = "#1b1f24", "#6b7280", "#2f5fd0", "#1a7f4b", "#c2372e"
 
 
-def picture_rows(rows: list[tuple[str, Tensor]], *, scale: int = 3, gap: int = 6) -> Image.Image:
+def picture_rows(
+    rows: list[tuple[str, Tensor]], *, font_size: int = 20, scale: int = 3, gap: int = 6
+) -> Image.Image:
     """One picture out of labelled rows, each its text and images (n, 1, H, W) in [0, 1]; "" is a thin space."""
-    font = ImageFont.load_default(size=20)
+    font = ImageFont.load_default(size=font_size)
     images = next(images for text, images in rows if text)
     count, _, height, width = images.shape
     height, width = height * scale, width * scale
@@ -79,7 +81,7 @@ def curves(histories: dict[str, list[dict[str, float]]]) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#d5d9e0")
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -114,7 +116,8 @@ _PAGE = """<!doctype html>
 <title>titok quickstart</title>
 <style>
 :root {{ color-scheme: light; }}
-body {{ margin: 0; background: #f4f5f7; color: {ink}; font: 15px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, sans-serif; }}
+body {{ margin: 0; background: #f4f5f7; color: {ink};
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, sans-serif; }}
 main {{ max-width: 1020px; margin: 28px auto; background: #fff; padding: 28px 40px 32px; border-radius: 10px;
   box-shadow: 0 1px 4px rgb(0 0 0 / 9%); }}
 h1 {{ font-size: 25px; line-height: 1.25; margin: 0 0 6px; letter-spacing: -.01em; }}
@@ -130,7 +133,8 @@ td, th {{ padding: 5px 8px 5px 0; border-bottom: 1px solid #eceef1; }}
 .n {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }} .bar {{ color: {muted}; }}
 .mark {{ font-weight: 700; }}
 svg {{ width: 100%; height: auto; display: block; }}
-pre {{ background: #f4f5f7; padding: 12px 14px; border-radius: 6px; font-size: 13px; line-height: 1.45; overflow-x: auto; margin: 0; }}
+pre {{ background: #f4f5f7; padding: 12px 14px; border-radius: 6px; font-size: 13px; line-height: 1.45; margin: 0;
+  overflow-x: auto; }}
 @media (max-width: 760px) {{ main {{ padding: 20px; }} .two {{ grid-template-columns: 1fr; }} }}
 </style></head><body><main>
 <h1>Handwritten digits in {tokens} tokens</h1>
@@ -146,7 +150,8 @@ pre {{ background: #f4f5f7; padding: 12px 14px; border-radius: 6px; font-size: 1
 </div>
 <h2>What the tokens keep</h2>
 <figure><img src="{reconstructions}" alt="held-out digits above their reconstructions">
-<figcaption>Digits that no model saw in training, above their reconstructions from {tokens} tokens.</figcaption></figure>
+<figcaption>Digits that no model saw in training, above their reconstructions from {tokens} tokens.</figcaption>
+</figure>
 <h2>Training</h2>
 {curves}
 <h2>Use the two models</h2>

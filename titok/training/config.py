@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from titok.config import GeneratorConfig, TokenizerConfig, _Config
 
@@ -16,9 +18,12 @@ class TrainingConfig(_Config):
         learning_rate: reached after `warmup_steps`, then a cosine falls to `final_learning_rate` at the last step.
         betas, weight_decay: of AdamW; decay acts on matrices only (`titok.training.optim`).
         clip_norm: gradients are scaled down to this l2 norm.
+        precision: "bfloat16" runs the networks under autocast; weights, losses and the optimizer stay in float32.
+            Pays on a GPU, and on a CPU that multiplies bfloat16 natively.
         seed: with it, the configuration and the data, a machine always arrives at the same weights.
         checkpoint_every: steps that a killed run can lose at most.
-        log_every: steps between two entries of the history and updates of the progress bar's figures.
+        log_every: steps between two entries of the history and updates of the progress bar's figures;
+            the last step makes one as well.
     """
 
     steps: int
@@ -29,6 +34,7 @@ class TrainingConfig(_Config):
     betas: tuple[float, float]
     weight_decay: float
     clip_norm: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     checkpoint_every: int = 500
     log_every: int = 10
@@ -37,6 +43,7 @@ class TrainingConfig(_Config):
         object.__setattr__(self, "betas", tuple(self.betas))
         self._check_counts("steps", "batch_size", "checkpoint_every", "log_every")
         self._check_number("learning_rate", "final_learning_rate", "weight_decay")
+        self._check_choice("precision", ("float32", "bfloat16"))
         self._check("clip_norm", self.clip_norm > 0, "a number > 0")
         self._check("warmup_steps", 0 <= self.warmup_steps < self.steps, f"an int in [0, steps = {self.steps})")
         self._check("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
@@ -53,6 +60,8 @@ class TokenizerTraining(TrainingConfig):
         restart_every, restart_until: codes that no latent chose for `restart_every` steps take a random latent of
             the batch instead, until this share of the run.
         random_shift: each training image is moved by up to so many pixels, its edges repeated.
+        position_std: standard deviation that learned tokens and positions start with; None leaves them as
+            `TiTok(config)` draws them, at width^-0.5. A small model is slow to tell positions apart then.
         random_flip: each training image is mirrored left to right with probability 1/2.
     """
 
@@ -70,6 +79,7 @@ class TokenizerTraining(TrainingConfig):
     restart_until: float = 0.7
     random_shift: int = 0
     random_flip: bool = False
+    position_std: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.model, dict):
@@ -80,6 +90,8 @@ class TokenizerTraining(TrainingConfig):
         self._check_number("reconstruction_weight", "kl_weight")
         self._check_counts("restart_every")
         self._check_unit("restart_until")
+        std = self.position_std
+        self._check("position_std", std is None or 0 < std < math.inf, "None or a finite number > 0")
         self._check("random_shift", isinstance(self.random_shift, int) and self.random_shift >= 0, "an int >= 0")
 
 

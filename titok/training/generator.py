@@ -100,7 +100,7 @@ def train_generator(
         mask = random_mask(draws[:, 1], draws[:, 2:])
         logits = model(targets.masked_fill(mask, model.mask_token), classes)
         loss, accuracy = masked_token_loss(
-            logits,
+            logits.float(),
             targets,
             mask,
             label_smoothing=config.label_smoothing,

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from titok.checkpoints import Pretrained, read_weights, write_safetensors
+from titok.checkpoints import read_weights, write_safetensors
+from titok.generator import MaskGIT
 from titok.profiling import annotate, each
+from titok.tokenizer import TiTok
 from titok.training.config import TrainingConfig
 from titok.training.optim import learning_rate, make_optimizer
 
-M = TypeVar("M", bound=Pretrained)
+M = TypeVar("M", TiTok, MaskGIT)
 Batch = TypeVar("Batch")
 
 CHECKPOINT = "training.safetensors"
@@ -75,7 +77,8 @@ class Run(Generic[M]):
         resume: bool,
         data: dict[str, Any],
     ) -> None:
-        self.model, self.config, self.folder, self.data = model, config, Path(folder), data
+        self.model: M = model
+        self.config, self.folder, self.data = config, Path(folder), data
         self.optimizer = make_optimizer(model, config)
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.step = 0
@@ -85,7 +88,7 @@ class Run(Generic[M]):
         if (self.folder / CHECKPOINT).exists():
             if not resume:
                 raise FileExistsError(
-                    f"{self.folder}: holds a training run already; resume it, or give another folder or remove {CHECKPOINT}"
+                    f"{self.folder}: a training run is here already: resume it, or remove {CHECKPOINT}"
                 )
             self.load()
 
@@ -106,7 +109,8 @@ class Run(Generic[M]):
         tensors, about = read_weights(path), read_about(path)
         ours = json.loads(json.dumps({"config": self.config.to_dict(), "data": self.data}))
         for part in ("config", "data"):
-            then, now = about[part], ours[part]
+            then: dict[str, Any] = about[part]
+            now: dict[str, Any] = ours[part]
             changed = [key for key in sorted({*then, *now} - set(_FREE)) if then.get(key) != now.get(key)]
             if changed:
                 what = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed)
@@ -146,16 +150,23 @@ class Run(Generic[M]):
             FloatingPointError: the loss is not finite any more; the last checkpoint stays.
         """
         config = self.config
-        cuda = [p.device for p in itertools.islice(self.names, 1) if p.is_cuda]
         parameters = list(self.names)
+        device = parameters[0].device
         self.model.train()
         bar = tqdm(total=config.steps, initial=self.step, desc=name, unit="step", disable=not progress, leave=True)
         if self.history:
             bar.set_postfix(_shown(self.history[-1]), refresh=False)
+<<<<<<< HEAD
         with bar, torch.random.fork_rng(cuda):
             for batch in each("train step", itertools.islice(batches, config.steps - self.step)):
                 torch.manual_seed(seed_of(config.seed, 0, self.step))
                 with annotate("forward"):
+=======
+        with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for batch in itertools.islice(batches, config.steps - self.step):
+                torch.manual_seed(seed_of(config.seed, 0, self.step))
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+>>>>>>> main
                     figures = compute(batch)
                 self.optimizer.zero_grad()
                 with annotate("backward"):
@@ -187,9 +198,10 @@ class Run(Generic[M]):
     def _log(self, figures: dict[str, float], bar: tqdm[Any]) -> None:
         if not math.isfinite(figures["loss"]):
             raise FloatingPointError(
-                f"loss is {figures['loss']} at step {self.step}: lower learning_rate (now {self.config.learning_rate:g})"
+                f"loss is {figures['loss']} at step {self.step}: try a learning_rate below "
+                f"{self.config.learning_rate:g}"
             )
-        if self.step % self.config.log_every == 0:
+        if self.step % self.config.log_every == 0 or self.step == self.config.steps:
             self.history.append({"step": self.step, **figures})
         bar.set_postfix(_shown(figures), refresh=False)
 

@@ -44,7 +44,12 @@ def train_tokenizer(
         raise ValueError("images: expected at least one, got none")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed_of(config.seed))
-        model = TiTok(config.model).to(device)
+        model = TiTok(config.model)
+        if config.position_std is not None:
+            for name, parameter in model.named_parameters():
+                if name.endswith(("_positions", "_token", "_tokens")):
+                    torch.nn.init.normal_(parameter, std=config.position_std)
+        model.to(device)
     run = Run(model, config, out_dir, resume=resume, data={"images": len(images)})
     loop = _Loop(run, config)
     batches = read_batches(images, shuffled_batches(len(images), config.batch_size, config.seed, run.step))
@@ -74,14 +79,14 @@ class _Loop:
             bottleneck = config.kl_weight * posterior.kl().mean()
         else:
             latents = model.encode_latents(images)
-            self.latents = latents.detach().flatten(0, 1)
+            self.latents = latents.detach().float().flatten(0, 1)
             if self.run.step == 0:
                 self._replace(torch.ones_like(self.used))
             quantized = model.quantizer(latents)
             self.used |= quantized.counts > 0
             reconstruction, bottleneck = model.decode_latents(quantized.quantized), quantized.loss
             figures["codes"] = self.used.sum()
-        error = F.mse_loss(reconstruction, images)
+        error = F.mse_loss(reconstruction.float(), images.float())
         psnr = -10 * error.detach().log10()
         return {"loss": config.reconstruction_weight * error + bottleneck, "psnr": psnr, **figures}
 
