@@ -156,17 +156,11 @@ class Run(Generic[M]):
         bar = tqdm(total=config.steps, initial=self.step, desc=name, unit="step", disable=not progress, leave=True)
         if self.history:
             bar.set_postfix(_shown(self.history[-1]), refresh=False)
-<<<<<<< HEAD
-        with bar, torch.random.fork_rng(cuda):
+        with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
             for batch in each("train step", itertools.islice(batches, config.steps - self.step)):
                 torch.manual_seed(seed_of(config.seed, 0, self.step))
-                with annotate("forward"):
-=======
-        with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for batch in itertools.islice(batches, config.steps - self.step):
-                torch.manual_seed(seed_of(config.seed, 0, self.step))
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
->>>>>>> main
+                mixed = config.precision == "bfloat16"
+                with annotate("forward"), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                     figures = compute(batch)
                 self.optimizer.zero_grad()
                 with annotate("backward"):
