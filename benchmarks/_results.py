@@ -30,7 +30,9 @@ def environment() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "changed": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*results/*")
+        ),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -55,20 +57,25 @@ class Results:
         self.path = Path(path) if path else None
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(environment())
+            self.write(environment())
 
     def row(
         self, bench: str, case: Mapping[str, Any], samples: Mapping[str, Sequence[float]], **numbers: Any
-    ) -> None:
+    ) -> dict[str, Any]:
         """One measured case: `samples` in seconds by candidate; `numbers` such as bytes and FLOP of one call."""
         medians = {name: statistics.median(values) for name, values in samples.items()}
         row = {"kind": "row", "bench": bench, "case": dict(case), "median_s": medians, **numbers}
-        self._write({**row, "samples_s": {name: list(values) for name, values in samples.items()}})
+        return self.write({**row, "samples_s": {name: list(values) for name, values in samples.items()}})
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def note(self, text: str) -> None:
+        """What a reader of the rows should know, such as what was left out and why."""
+        self.write({"kind": "note", "text": text})
+
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+        return record
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:

@@ -11,19 +11,21 @@ import torch
 _FLUSH_BYTES = 256 << 20  # more than any L2 of today
 
 
-def interleave(candidates: Mapping[str, Callable[[], Any]], seconds: float = 5.0) -> dict[str, list[float]]:
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]], seconds: float = 5.0, *, warm: bool = False
+) -> dict[str, list[float]]:
     """Seconds of each call. Candidates run in turn, so that whatever else the machine does hits all alike.
 
     On a GPU each call starts with a cold L2 and is timed by events on the device: the write that empties the cache is
     still running while the call's kernels are being launched, so that launch latency does not count as kernel time.
 
     Args:
-        candidates: name -> function without arguments; each is called once before the clock starts.
+        candidates: name -> function without arguments; each is called once before the clock starts, unless `warm`.
         seconds: how long to go on taking turns; at least three rounds.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     timed = _on_gpu() if torch.cuda.is_available() else _on_cpu
-    for run in candidates.values():
+    for run in () if warm else candidates.values():
         run()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples[next(iter(samples))]) < 3:

@@ -23,6 +23,7 @@ from torch import Tensor
 from titok.config import SamplingConfig
 from titok.generator import MaskGIT
 from titok.ops.maskgit_decode_step import maskgit_decode_step_packed, pack_step_params
+from titok.profiling import annotate, each
 from titok.schedules import schedule
 
 
@@ -96,7 +97,7 @@ def decode(
 ) -> Tensor:
     """All steps of one batch: (B, K) tokens. `history` collects tokens and confidences after each step."""
     tokens, now = batch.tokens, batch.initially
-    for step in schedule(sampling):
+    for step in each("step", schedule(sampling)):
         after = [step.num_masked(first, left) for first, left in zip(batch.initially, now, strict=True)]
         if after == now and history is None:
             continue  # with more steps than tokens: it would draw one token and mask it again
@@ -219,7 +220,8 @@ class StaticDecode:
         if self.graph is None:
             self.result = decode(generator, self.sampling, self.buffers)
         else:
-            self.graph.replay()
+            with annotate("graph of all steps"):
+                self.graph.replay()
         return self.result[: len(labels)].clone()
 
 

@@ -12,6 +12,7 @@ from titok import official
 from titok._validate import check_labels, check_tokens
 from titok.checkpoints import Pretrained
 from titok.config import GeneratorConfig
+from titok.profiling import ranged
 from titok.transformer import PostNormTrunk, UViTTrunk, init_weights
 
 
@@ -58,6 +59,7 @@ class MaskGIT(Pretrained):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
+    @ranged("generator")
     def features(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """What `lm_head` reads: (B, K, width). Arguments and errors as `forward`."""
         check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size + 1)

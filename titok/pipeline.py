@@ -12,6 +12,7 @@ from torch import Tensor
 from titok.config import SamplingConfig
 from titok.generator import MaskGIT
 from titok.images import to_uint8
+from titok.profiling import ranged
 from titok.sampling import sample_tokens
 from titok.tokenizer import TiTok
 
@@ -56,6 +57,7 @@ class Pipeline:
         )
 
     @torch.no_grad()
+    @ranged("generate")
     def __call__(
         self,
         labels: Tensor | Sequence[int],

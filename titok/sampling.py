@@ -21,6 +21,7 @@ from titok._validate import check_labels, check_tokens
 from titok.config import SamplingConfig
 from titok.decode_loop import Batch, Trace, decode, decode_captured
 from titok.generator import MaskGIT
+from titok.profiling import ranged
 
 
 @overload
@@ -50,6 +51,7 @@ def sample_tokens(
 
 
 @torch.no_grad()
+@ranged("sample tokens")
 def sample_tokens(
     generator: MaskGIT,
     labels: Tensor | Sequence[int],

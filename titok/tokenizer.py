@@ -16,6 +16,7 @@ from titok._validate import check_images, check_latents, check_tokens
 from titok.checkpoints import Pretrained
 from titok.config import TokenizerConfig
 from titok.ops import code_mixture
+from titok.profiling import ranged
 from titok.quantizer import DiagonalGaussian, VectorQuantizer
 from titok.transformer import Transformer, init_weights
 from titok.vqgan import VQGANDecoder
@@ -41,6 +42,7 @@ class Encoder(nn.Module):
         self.project = nn.Linear(vit.width, outputs)
         init_weights(self, "xavier")
 
+    @ranged("encoder")
     def forward(self, images: Tensor) -> Tensor:
         batch = images.shape[0]
         patches = rearrange(self.patch_embed(images), "b d h w -> b (h w) d")
@@ -83,6 +85,7 @@ class Decoder(nn.Module):
             self.smooth = nn.Conv2d(config.channels, config.channels, 3, padding=1)
         init_weights(self, "xavier")
 
+    @ranged("decoder")
     def forward(self, latents: Tensor) -> Tensor:
         batch, (h, w) = latents.shape[0], self.grid
         x = self.embed(latents) + self.latent_positions
@@ -149,6 +152,7 @@ class TiTok(Pretrained):
             raise ValueError("posterior: expected a tokenizer whose bottleneck is 'vae', got 'vq'")
         return DiagonalGaussian.from_parameters(self._encode(images))
 
+    @ranged("tokenize")
     def encode(self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """images -> tokens (B, K) int64; of a VAE the posterior's mean (B, K, C), or with `sample` a draw from it.
 
@@ -161,6 +165,7 @@ class TiTok(Pretrained):
         posterior = self.posterior(images)
         return posterior.sample(generator) if sample else posterior.mean
 
+    @ranged("detokenize")
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, K) int64, of a VAE latents (B, K, C) -> images (B, channels, H, W), not clamped.
 

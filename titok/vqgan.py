@@ -18,6 +18,7 @@ from titok._validate import check_images, check_tokens
 from titok.checkpoints import Pretrained
 from titok.config import VQGANConfig
 from titok.ops import group_norm_silu, nearest_codebook
+from titok.profiling import ranged
 
 _EPS = 1e-6
 _GROUPS = 32
@@ -91,6 +92,7 @@ class VQGANEncoder(nn.Module):
         self.norm_out = nn.GroupNorm(_GROUPS, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
 
+    @ranged("pixel encoder")
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
         for i, level in enumerate(self.levels):
@@ -120,6 +122,7 @@ class VQGANDecoder(nn.Module):
         self.norm_out = nn.GroupNorm(_GROUPS, widths[0], eps=_EPS)
         self.conv_out = _conv(widths[0], config.channels, bias=True)
 
+    @ranged("pixel decoder")
     def forward(self, codes: Tensor) -> Tensor:
         x = self.conv_in(codes.contiguous(memory_format=torch.channels_last))
         for block in self.mid:

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from titok.ops import _registry
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
 from titok.ops._extension import why_no_triton
+from titok.profiling import ranged
 
 
+@ranged("add_layer_norm")
 def add_layer_norm(
     x: torch.Tensor,
     residual: torch.Tensor,

@@ -9,8 +9,10 @@ import torch
 from titok.ops import _registry
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
 from titok.ops._extension import why_no_triton
+from titok.profiling import ranged
 
 
+@ranged("code_mixture")
 def code_mixture(logits: torch.Tensor, codebook: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """softmax(logits) @ codebook, the probabilities never stored by the Triton kernel.
 

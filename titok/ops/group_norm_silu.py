@@ -12,6 +12,7 @@ from torch import Tensor
 from titok.ops._checks import check_tensor
 from titok.ops._extension import extension, why_no_cpp, why_no_triton
 from titok.ops._registry import choose, register, runs_eagerly
+from titok.profiling import ranged
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -44,6 +45,7 @@ def group_norm_silu(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@ranged("group_norm_silu")
 def group_norm_silu(
     x: Tensor,
     num_groups: int,

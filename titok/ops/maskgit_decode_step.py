@@ -35,6 +35,7 @@ from titok.ops._checks import check_tensor
 from titok.ops._extension import extension, why_no_cpp, why_no_cuda
 from titok.ops._maskgit_decode_plain import StepParams, StepTensors, decode_plain
 from titok.ops._registry import choose, register, runs_eagerly
+from titok.profiling import ranged
 
 __all__ = ["maskgit_decode_step", "maskgit_decode_step_packed", "pack_step_params"]
 
@@ -48,6 +49,7 @@ _PACKED = struct.Struct("<QQIiffff")  # StepParams as csrc's DecodeParams
 _PACKED_WORDS = _PACKED.size // 4
 
 
+@ranged("maskgit_decode_step")
 def maskgit_decode_step(
     tokens: Tensor,
     cond_logits: Tensor,
@@ -160,6 +162,7 @@ def pack_step_params(
     return torch.frombuffer(bytearray(_PACKED.pack(*params)), dtype=torch.int32)
 
 
+@ranged("maskgit_decode_step")
 def maskgit_decode_step_packed(
     tokens: Tensor,
     cond_logits: Tensor,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.ops.nearest_codebook import compute_dtype, look_up, nearest_codebook
+from titok.profiling import ranged
 
 
 class Quantized(NamedTuple):
@@ -22,6 +23,7 @@ class Quantized(NamedTuple):
     counts: Tensor  # (V,) int64: how many latents chose each code
 
 
+@ranged("quantize")
 def quantize(
     latents: Tensor,
     codebook: Tensor,

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from titok.checkpoints import read_weights, write_safetensors
 from titok.generator import MaskGIT
+from titok.profiling import annotate, each
 from titok.tokenizer import TiTok
 from titok.training.config import TrainingConfig
 from titok.training.optim import learning_rate, make_optimizer
@@ -156,12 +157,14 @@ class Run(Generic[M]):
         if self.history:
             bar.set_postfix(_shown(self.history[-1]), refresh=False)
         with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for batch in itertools.islice(batches, config.steps - self.step):
+            for batch in each("train step", itertools.islice(batches, config.steps - self.step)):
                 torch.manual_seed(seed_of(config.seed, 0, self.step))
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                mixed = config.precision == "bfloat16"
+                with annotate("forward"), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                     figures = compute(batch)
                 self.optimizer.zero_grad()
-                figures["loss"].backward()
+                with annotate("backward"):
+                    figures["loss"].backward()
                 torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(
@@ -171,7 +174,8 @@ class Run(Generic[M]):
                         warmup=config.warmup_steps,
                         total=config.steps,
                     )
-                self.optimizer.step()
+                with annotate("optimizer"):
+                    self.optimizer.step()
                 if after_step is not None:
                     after_step()
                 self.step += 1

@@ -1,0 +1,266 @@
+"""The sides of the comparison: each says what it costs by formula, and how its parts are run.
+
+A part that a side repeats without change is timed once and multiplied: DiT's 250 guided steps are 250 x one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import dit, flops
+from benchmarks._plain import Plain
+from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, Pipeline, TiTok, TokenizerConfig, sample_tokens
+from titok.images import to_uint8
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to time.
+
+    Attributes:
+        prepare: batch size -> the function to time, which needs no arguments.
+        whole: how often an image with pixels needs it; `bare`: without the pixel decoder.
+    """
+
+    prepare: Callable[[int], Run]
+    whole: int = 1
+    bare: int = 0
+
+
+@dataclass
+class Side:
+    """One row of the table.
+
+    Attributes:
+        family: rows of one family share a model: "dit", "maskgit" or a preset of titok.
+        flops: of one image with pixels, by formula, at the work that this side does; `bare_flops` without pixels.
+        note: how it was timed, where that needs saying.
+        folded_flops: the same, where the engine may have folded the upsampling; `settle` finds out whether it did.
+        counted: runs every part once, as often as an image needs it, uncaptured, for FlopCounterMode: (run, times).
+    """
+
+    name: str
+    family: str
+    tokens: int
+    steps: int
+    parameters: int
+    flops: int
+    bare_flops: int
+    parts: dict[str, Part]
+    counted: list[tuple[Run, int]]
+    folded_flops: int | None = None
+    note: str = ""
+    paper: float | None = None
+    modules: list[nn.Module] = field(default_factory=list)
+
+    def settle(self, counted: float) -> None:
+        """Of the two formulas the one that what was counted agrees with."""
+        if self.folded_flops is not None and abs(self.folded_flops - counted) < abs(self.flops - counted):
+            self.flops = self.folded_flops
+
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for m in self.modules for p in m.parameters())
+
+
+# Images per second on one A100, as the paper has them (Yu et al. 2024, tables 1 and 2).
+PAPER = {
+    ("dit", 256): 0.6, ("dit", 512): 0.1, ("maskgit", 256): 50.5, ("maskgit", 512): 3.9,
+    ("titok-l-32", 256): 101.6, ("titok-b-64", 256): 89.8, ("titok-l-64-512", 512): 41.0,
+}  # fmt: skip
+PRESETS = {256: ("titok-l-32", "titok-b-64", "titok-s-128"), 512: ("titok-l-64-512", "titok-b-128-512")}
+
+
+def _labels(batch: int, classes: int = 1000) -> list[int]:
+    return [(207 + 31 * i) % classes for i in range(batch)]
+
+
+def _count(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def build(make: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> Any:
+    """A model with random weights. Drawn on the device, in its dtype, cheaply: speed does not depend on them."""
+    with torch.device("meta"):
+        model = make()
+    model = model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.02)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None:
+                module.weight.fill_(1)
+    return model.eval()
+
+
+def _only_decoder(tokenizer: TiTok) -> list[nn.Module]:
+    """What generation needs of a tokenizer."""
+    assert tokenizer.quantizer is not None
+    assert tokenizer.pixel_decoder is not None
+    return [tokenizer.quantizer, tokenizer.decoder, tokenizer.pixel_decoder]
+
+
+class Models:
+    """A preset's tokenizer and generator, shared by its sides."""
+
+    def __init__(self, preset: str, dtype: torch.dtype, device: str) -> None:
+        self.preset, self.dtype = preset, dtype
+        self.tokenizer: TiTok = build(lambda: TiTok(TokenizerConfig.preset(preset)), dtype, device)
+        self.generator: MaskGIT = build(lambda: MaskGIT(GeneratorConfig.preset(preset)), dtype, device)
+        self.modules = [*_only_decoder(self.tokenizer), self.generator]
+        self.resolution = self.tokenizer.config.image_size[0]
+
+    def _side(self, name: str, work: dict[str, int], **rest: Any) -> Side:
+        g = self.generator.config
+        return Side(
+            name=name, family=self.preset, tokens=g.num_latent_tokens, steps=g.sampling.steps,
+            parameters=_count(*self.modules), flops=sum(work.values()), bare_flops=work["generator"] + work["decoder"],
+            paper=PAPER.get((self.preset, self.resolution)), modules=self.modules, **rest,
+        )  # fmt: skip
+
+    def plain(self, name: str, **switches: bool) -> Side:
+        t, g = self.tokenizer.config, self.generator.config
+        plain = Plain(self.tokenizer, self.generator, **switches)
+        work = {
+            "generator": flops.generate(g, as_written=True).flops,
+            "decoder": flops.decoder(t, all_rows=not switches.get("fused_ops", False)).flops,
+            "pixels": flops.pixel_decoder(t).flops,
+        }
+        return self._side(
+            name,
+            work,
+            parts={
+                "generate": Part(lambda batch: partial(plain, _labels(batch))),
+                "to logits": Part(lambda batch: lambda: plain.proxy_logits(plain.sample(_labels(batch))), 0, 1),
+            },
+            counted=[(partial(plain, _labels(1)), 1)],
+        )
+
+    def ours(self, name: str) -> Side:
+        t, g = self.tokenizer.config, self.generator.config
+        pipe = Pipeline(self.tokenizer, self.generator)
+        tokenizer, generator = pipe.tokenizer, pipe.generator
+
+        @torch.no_grad()
+        def to_logits(batch: int) -> Any:
+            return tokenizer.decode_logits(sample_tokens(generator, _labels(batch)))
+
+        @torch.no_grad()
+        def uncaptured() -> Any:  # a start that is given, all masked: the same work, without a CUDA graph
+            start = torch.full((1, g.num_latent_tokens), generator.mask_token, device=generator.device)
+            return tokenizer.decode(sample_tokens(generator, _labels(1), init_tokens=start))
+
+        work = {
+            "generator": flops.generate(g).flops,
+            "decoder": flops.decoder(t).flops,
+            "pixels": flops.pixel_decoder(t).flops,
+        }
+        return self._side(
+            name,
+            work,
+            parts={
+                "generate": Part(lambda batch: partial(pipe, _labels(batch))),
+                "to logits": Part(lambda batch: partial(to_logits, batch), 0, 1),
+            },
+            counted=[(uncaptured if generator.device.type == "cuda" else partial(pipe, _labels(1)), 1)],
+            folded_flops=sum(work.values()) - work["pixels"] + flops.pixel_decoder(t, folded=True).flops,
+        )
+
+
+def maskgit(resolution: int, dtype: torch.dtype, device: str) -> Side:
+    """The 2D rival in our code, so with our ops: the same generator over (resolution / 16)^2 tokens, and the VQGAN."""
+    side = resolution // 16
+    vqgan: MaskGITVQGAN = build(MaskGITVQGAN, dtype, device)
+    config = GeneratorConfig(side * side, vqgan.config.codebook_size)
+    generator: MaskGIT = build(lambda: MaskGIT(config), dtype, device)
+
+    @torch.no_grad()
+    def pictures(batch: int, start: torch.Tensor | None = None) -> Any:
+        tokens = sample_tokens(generator, _labels(batch), init_tokens=start)
+        return to_uint8(vqgan.decode(tokens.view(batch, side, side)))
+
+    generate = flops.generate(config).flops
+    start = torch.full((1, side * side), generator.mask_token, device=device)
+    return Side(
+        name="MaskGIT + MaskGIT-VQGAN",
+        family="maskgit",
+        tokens=side * side,
+        steps=config.sampling.steps,
+        parameters=_count(generator, vqgan.decoder),
+        flops=generate + flops.vqgan_decoder(vqgan.config, 1, side, side).flops,
+        bare_flops=generate,
+        parts={
+            "generate": Part(lambda batch: partial(pictures, batch)),
+            "tokens": Part(lambda batch: partial(sample_tokens, generator, _labels(batch)), 0, 1),
+        },
+        counted=[(partial(pictures, 1, start), 1)],
+        note="titok's code",
+        paper=PAPER["maskgit", resolution],
+        modules=[generator, vqgan.decoder],
+    )
+
+
+def dit_side(
+    name: str,
+    resolution: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    steps: int,
+    compile_mode: str | None,
+    whole: bool,
+) -> Side:
+    """DiT-XL/2 of diffusers. `whole` runs all steps; else one is timed and multiplied."""
+    model = dit.DiT(resolution, dtype, device, steps=steps, compile_mode=compile_mode)
+    work = flops.dit_pass(2, resolution // 16).flops * steps
+
+    def denoise(batch: int) -> Run:
+        latents = model.noise(batch)
+        return partial(model.sample, batch) if whole else partial(model.step, latents, steps // 2)
+
+    times = 1 if whole else steps
+    return Side(
+        name=name,
+        family="dit",
+        tokens=(resolution // 16) ** 2,
+        steps=steps,
+        parameters=model.parameters(),
+        flops=work + flops.vae_decoder(1, resolution // 8).flops,
+        bare_flops=work,
+        parts={
+            "denoise": Part(denoise, times, times),
+            "pixels": Part(lambda batch: partial(model.decode, model.noise(batch))),
+        },
+        counted=[(partial(model.step, model.noise(1), 0), steps), (partial(model.decode, model.noise(1)), 1)],
+        note="" if whole else f"{steps} x one step",
+        paper=PAPER["dit", resolution] if steps == 250 else None,
+        modules=[model.transformer, model.vae.decoder],
+    )
+
+
+def fewer_steps(side: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The row of a side that differs from a measured one in its number of steps alone, from the same samples."""
+    ratio = steps / side["case"]["steps"]
+    numbers = {**side, "case": {**side["case"], "steps": steps, "note": f"{steps} x one step"}}
+    numbers["whole"] = {part: steps if n > 1 else n for part, n in side["whole"].items()}
+    numbers["bare"] = {part: steps if n > 1 else n for part, n in side["bare"].items()}
+    pixels = side["flops"] - side["bare_flops"]
+    numbers["bare_flops"] = side["bare_flops"] * ratio
+    numbers["flops"] = numbers["bare_flops"] + pixels
+    numbers["flops_counted"] = (side["flops_counted"] - pixels) * ratio + pixels
+    numbers["case"]["paper"] = None
+    return numbers
+
+
+def chosen(names: Iterable[str], wanted: str) -> list[str]:
+    """Names that contain one of the comma-separated words of `wanted`; all where that is empty."""
+    words = [word.strip().lower() for word in wanted.split(",") if word.strip()]
+    return [name for name in names if not words or any(word in name.lower() for word in words)]

@@ -1,0 +1,118 @@
+"""DiT-XL/2 (Peebles and Xie 2023) as diffusers builds it from the published configurations, with random weights.
+
+The configurations are those of `facebook/DiT-XL-2-256`, `facebook/DiT-XL-2-512` and of the Stable Diffusion VAE that
+goes with them; nothing of diffusers is changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRANSFORMER: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "sample_size": 32,  # latents a side: 32 for 256 pixels, 64 for 512
+    "patch_size": 2,
+    "attention_bias": True,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 256,
+}
+GUIDANCE, NO_CLASS = 4.0, 1000
+
+
+def why_not() -> str | None:
+    """None where diffusers is installed."""
+    return None if importlib.util.find_spec("diffusers") else "diffusers is not installed"
+
+
+def transformer(config: dict[str, Any] | None = None) -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel.from_config(config or TRANSFORMER).eval()
+
+
+def vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(VAE).eval()
+
+
+class DiT:
+    """Guided DDPM sampling, one step at a time: all `steps` do the same work.
+
+    Args:
+        resolution: 256 or 512 pixels.
+        steps: of the DDPM sampler.
+        compile_mode: None runs eagerly; else the mode handed to `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        dtype: torch.dtype,
+        device: str,
+        *,
+        steps: int = 250,
+        compile_mode: str | None = None,
+    ) -> None:
+        from diffusers import DDPMScheduler
+
+        self.side, self.dtype, self.device, self.steps = resolution // 8, dtype, device, steps
+        self.transformer = transformer({**TRANSFORMER, "sample_size": self.side}).to(device, dtype)
+        self.vae = vae().to(device, dtype)
+        self.scheduler = DDPMScheduler()
+        self.scheduler.set_timesteps(steps)
+        self.predict = self.transformer
+        self.decode_latents = self.vae.decode
+        if compile_mode is not None:
+            self.predict = torch.compile(self.transformer, mode=compile_mode)
+            self.decode_latents = torch.compile(self.vae.decode, mode=compile_mode)
+
+    def parameters(self) -> int:
+        """Of transformer and VAE decoder."""
+        used = (self.transformer, self.vae.decoder, self.vae.post_quant_conv)
+        return sum(p.numel() for module in used for p in module.parameters())
+
+    def noise(self, batch: int) -> Tensor:
+        return torch.randn(batch, 4, self.side, self.side, dtype=self.dtype, device=self.device)
+
+    @torch.no_grad()
+    def step(self, latents: Tensor, index: int) -> Tensor:
+        """One guided step: conditional and unconditional pass in one batch, guidance, the sampler's update."""
+        batch, t = len(latents), self.scheduler.timesteps[index]
+        labels = torch.tensor([207] * batch + [NO_CLASS] * batch, device=self.device)
+        times = t.expand(2 * batch).to(self.device)
+        both = self.predict(torch.cat([latents, latents]), timestep=times, class_labels=labels).sample
+        cond, uncond = both[:, : latents.shape[1]].chunk(2)
+        guided = uncond + GUIDANCE * (cond - uncond)
+        return self.scheduler.step(guided, t, latents).prev_sample
+
+    @torch.no_grad()
+    def sample(self, batch: int) -> Tensor:
+        """All steps: latents."""
+        latents = self.noise(batch)
+        for index in range(self.steps):
+            latents = self.step(latents, index)
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decode_latents(latents / self.vae.config.scaling_factor).sample

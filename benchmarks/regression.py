@@ -1,0 +1,68 @@
+"""Did anything get slower? `python -m benchmarks.regression before.json after.json`, two files of `--benchmark-save`.
+
+Each time is divided by the calibration product of its own run, so that a noisy or another machine changes both alike.
+Exits with 1 where a benchmark's calibrated minimum grew by more than `--tolerance`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+CALIBRATION = "calibration"
+
+
+class Change(NamedTuple):
+    name: str
+    before: float  # multiples of the calibration
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.regression", description=__doc__)
+    p.add_argument("before", type=Path)
+    p.add_argument("after", type=Path)
+    p.add_argument("--tolerance", type=float, default=0.15, help="growth that counts as noise")
+    return p
+
+
+def calibrated(path: Path) -> dict[str, float]:
+    """Benchmark -> its fastest call in multiples of the calibration's; the minimum is what noise disturbs least."""
+    found = {b["fullname"]: (b["group"], b["stats"]["min"]) for b in json.loads(path.read_text())["benchmarks"]}
+    yardsticks = [seconds for group, seconds in found.values() if group == CALIBRATION]
+    if len(yardsticks) != 1:
+        raise ValueError(f"{path}: expected one benchmark of group {CALIBRATION!r}, got {len(yardsticks)}")
+    return {name: seconds / yardsticks[0] for name, (group, seconds) in found.items() if group != CALIBRATION}
+
+
+def compare(before: Path, after: Path) -> list[Change]:
+    """Benchmarks of both files, the most slowed down first."""
+    old, new = calibrated(before), calibrated(after)
+    changes = [Change(name, old[name], new[name]) for name in old if name in new]
+    return sorted(changes, key=lambda change: -change.ratio)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    changes = compare(arguments.before, arguments.after)
+    if not changes:
+        raise ValueError(f"{arguments.after}: expected a benchmark that {arguments.before} has too, got none")
+    slower = [change for change in changes if change.ratio > 1 + arguments.tolerance]
+    for change in changes:
+        mark = "slower" if change in slower else ""
+        print(
+            f"{change.ratio:6.2f}x  {change.before:10.3f} -> {change.after:10.3f}  {change.name} {mark}".rstrip()
+        )
+    print(f"{len(slower)} of {len(changes)} slower by more than {arguments.tolerance:.0%}, calibrated")
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
