@@ -187,7 +187,7 @@ OPTIONS = {
 
 def parse(command: str) -> bool:
     """Whether `command` runs a benchmark; its arguments, and those of the profiler around it, must be known."""
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     if words[:1] in (["nsys"], ["ncu"]) and "-m" in words:
         inner = words.index("python")
         tool = [word.partition("=")[0] for word in words[1:inner] if word.startswith("--")]
