@@ -23,6 +23,9 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=gpu, help="torch.compile as peer"
     )
+    parser.add_argument(
+        "--json", metavar="FILE", help="append raw samples here (default with a GPU or $OUT: a file there)"
+    )
     return parser.parse_args()
 
 
@@ -34,7 +37,7 @@ class Report:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype: torch.dtype = getattr(torch, options.dtype)
         saved = self.device == "cuda" or os.environ.get("OUT")
-        self.results = Results(results_folder() / f"{op}.jsonl" if saved else None)
+        self.results = Results(options.json or (results_folder() / f"{op}.jsonl" if saved else None))
         self.copy_rate, self.product_rate = self._ceilings()
         name = torch.cuda.get_device_name() if self.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
         print(f"{op} {options.dtype} on {name}, torch {torch.__version__}; medians of interleaved runs")

@@ -96,7 +96,7 @@ def main() -> None:
             verdicts["compute-sanitizer"] = "not installed"
         for i, op in enumerate(arguments.ops):
             share = (end - 60 * HEADLINE_MINUTES - time.monotonic()) / (len(arguments.ops) - i)
-            bench = [sys.executable, "-m", f"benchmarks.bench_{op}", "--device", "cuda", "--json", str(path)]
+            bench = [sys.executable, "-m", f"benchmarks.bench_{op}", "--json", str(path)]
             verdicts[op] = _run(bench, log, share) if share > 10 else "no time left"
         left = end - time.monotonic()
         headline = [sys.executable, "-m", "benchmarks.speedup", "--device", "cuda", "--out", str(path)]

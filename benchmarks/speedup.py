@@ -153,7 +153,8 @@ class Bench:
 
     def _sweep(self, side: Side, peaks: dict[tuple[str, int], int | None]) -> int:
         """The batch size with the most images a second, by one call of each part after its first."""
-        speeds, device = {}, self.arguments.device
+        speeds: dict[int, float] = {}
+        device = self.arguments.device
         # On a GPU a run may replay a graph, which no counter sees into; on a CPU the first run at batch 1 is counted.
         self.counted[side.name] = count(side) if device == "cuda" or 1 not in self.batches else 0.0
         for batch in self.batches:

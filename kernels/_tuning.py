@@ -42,8 +42,10 @@ GROUP_NORM_SILU = Tile(16, 128, 4, 2)
 GROUP_NORM_SILU_CHUNK = 128  # pixels to a partial sum: 32 programs for one 64 x 64 map, 512 for one 256 x 256
 GROUP_NORM_SILU_ONE_PASS_VALUES = 16384  # of a map that a program of 8 warps keeps in registers
 
-# masked_attention: not yet measured. Chosen from the resource table: no spills on sm_80, sm_90 and sm_100 with and
-# without a key mask. Rows are queries, columns keys; 0 columns: all of them, up to the number before the tile.
+# masked_attention: not yet measured. Chosen from the resource table: no spills on sm_80, sm_90 and sm_100, but for one
+# kernel that no preset uses: the queries' gradient in float32 for heads of more than 64 channels, whose two operands
+# of 16 x 128 values, split in three-pass products, are more than a thread's registers (about 350 spills on sm_90).
+# Rows are queries, columns keys; 0 columns: all of them, up to the number before the tile.
 # By (bytes per element, head dim as a power of two, at least 64).
 MASKED_ATTENTION_FORWARD_WHOLE = {
     (2, 64): ((160, Tile(64, 0, 4, 1)),),
@@ -53,7 +55,7 @@ MASKED_ATTENTION_FORWARD_WHOLE = {
 }
 MASKED_ATTENTION_FORWARD = {
     (2, 64): Tile(64, 64, 4, 3),
-    (2, 128): Tile(64, 64, 4, 2),
+    (2, 128): Tile(64, 64, 8, 2),
     (4, 64): Tile(16, 32, 4, 2),
     (4, 128): Tile(16, 32, 8, 2),
 }
@@ -65,7 +67,7 @@ MASKED_ATTENTION_BACKWARD_WHOLE = {
 }
 MASKED_ATTENTION_BACKWARD_QUERIES = {
     (2, 64): Tile(64, 64, 4, 2),
-    (2, 128): Tile(64, 32, 4, 2),
+    (2, 128): Tile(32, 32, 4, 2),
     (4, 64): Tile(16, 32, 8, 1),
     (4, 128): Tile(16, 32, 8, 1),
 }
@@ -73,5 +75,5 @@ MASKED_ATTENTION_BACKWARD_KEYS = {
     (2, 64): Tile(32, 64, 4, 2),
     (2, 128): Tile(32, 64, 8, 2),
     (4, 64): Tile(32, 32, 4, 1),
-    (4, 128): Tile(32, 32, 8, 1),
+    (4, 128): Tile(16, 16, 8, 1),
 }

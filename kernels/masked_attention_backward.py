@@ -270,4 +270,10 @@ def backward(
 
 def aot_variants() -> list[AotVariant]:
     shapes = [(dtype, *shape) for dtype in DTYPES for shape in PRESETS + OTHERS]
-    return [variant(*shape, *launch) for shape in shapes for launch in _plan(*shape[:3])]
+    return [
+        variant(*shape, *launch)
+        for shape in shapes
+        for launch in _plan(*shape[:3])
+        # the one that is known to spill, and why: _tuning.py
+        if not (launch[0] is _backward_queries and shape[0] == torch.float32 and shape[1] > 64)
+    ]

@@ -89,7 +89,7 @@ def tokenizer_training(steps: int = 1_000, seed: int = 0) -> TokenizerTraining:
     )
 
 
-def generator_training(steps: int = 1_200, seed: int = 0) -> GeneratorTraining:
+def generator_training(steps: int = 1_000, seed: int = 0) -> GeneratorTraining:
     """The generator's training run, on tokens of every training digit and of its copies shifted by a pixel."""
     return GeneratorTraining(
         model=GENERATOR,
@@ -111,7 +111,7 @@ def run(
     resume: bool = False,
     progress: bool = True,
     tokenizer_steps: int = 1_000,
-    generator_steps: int = 1_200,
+    generator_steps: int = 1_000,
     samples_per_class: int = 100,
 ) -> dict[str, Any]:
     """Trains, generates, measures, and writes into `out_dir`: `tokenizer/` and `generator/` (as `save_pretrained`

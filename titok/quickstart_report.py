@@ -86,11 +86,13 @@ def curves(histories: dict[str, list[dict[str, float]]]) -> str:
     return text[text.index("<svg") :]
 
 
-def _smoothed(values: list[float], weight: float = 0.85) -> list[float]:
-    out: list[float] = []
-    for value in values:
-        out.append(value if not out else weight * out[-1] + (1 - weight) * value)
-    return out
+def _smoothed(values: list[float], reach: int = 3) -> list[float]:
+    """Mean over up to `reach` neighbours on both sides, as many on one as on the other: it does not lag."""
+    means = []
+    for i in range(len(values)):
+        r = min(reach, i, len(values) - 1 - i)
+        means.append(sum(values[i - r : i + r + 1]) / (2 * r + 1))
+    return means
 
 
 def _embedded(path: Path) -> str:
