@@ -58,7 +58,8 @@ def speed_against_flops(rows: Sequence[Row], axes: Axes) -> bool:
         bars = [[median - low], [high - median]]
         axes.errorbar(x, median, yerr=bars, fmt="o", color=_colour(row), markersize=5)
         label = f"{case['name']} ({case['resolution']} px, {case['dtype']}, {case['steps']} steps)"
-        axes.annotate(label, (x, median), xytext=(5, 3), textcoords="offset points", fontsize=6)
+        below = case["name"].endswith("eager")
+        axes.annotate(label, (x, median), xytext=(5, -9 if below else 3), textcoords="offset points", fontsize=6)
     low, high = min(r["flops"] for r in sides), max(r["flops"] for r in sides)
     for name, ceiling in _tables.ceilings(rows).items():
         if name.startswith("mm "):
