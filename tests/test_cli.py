@@ -119,15 +119,22 @@ def test_interrupt(models: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_control_c_in_the_middle_of_a_run(models: Path, tmp_path: Path) -> None:
     arguments = ["generate", "-t", models / "tokenizer", "-g", models / "generator", "--num", 10**6, "-o", "a.npz"]
     run = subprocess.Popen(
-        [sys.executable, "-m", "titok", *map(str, arguments)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "titok", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background has its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
-    while not any(p.stat().st_size > 100_000 for p in tmp_path.iterdir()):  # pictures are being written
-        assert run.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not any(p.stat().st_size > 100_000 for p in tmp_path.iterdir()):  # pictures are being written
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert run.returncode == 130
     assert errors == "interrupted: no file is half-written\n"
     assert not list(tmp_path.iterdir())
