@@ -177,7 +177,7 @@ def test_train_both_and_generate(classes: Path) -> None:
     assert pixels(Path("samples.png")).shape == (34, 34, 3)
 
     weights = Path("runs/tokenizer/model.safetensors").read_bytes()
-    assert "runs/tokenizer: holds a training run already" in refused(*tokenizer)
+    assert "runs/tokenizer: a training run is here already" in refused(*tokenizer)
     titok(*tokenizer, "--resume")
     assert Path("runs/tokenizer/model.safetensors").read_bytes() == weights, "all steps were done"
     assert "cannot be resumed with another config: seed was 0, is 1" in refused(
