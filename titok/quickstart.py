@@ -72,7 +72,7 @@ def fastest_precision() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if native else "float32"
 
 
-def tokenizer_training(steps: int = 1_000, seed: int = 0) -> TokenizerTraining:
+def tokenizer_training(steps: int = 1_200, seed: int = 0) -> TokenizerTraining:
     """The tokenizer's training run."""
     return TokenizerTraining(
         model=TOKENIZER,
@@ -110,7 +110,7 @@ def run(
     *,
     resume: bool = False,
     progress: bool = True,
-    tokenizer_steps: int = 1_000,
+    tokenizer_steps: int = 1_200,
     generator_steps: int = 1_000,
     samples_per_class: int = 100,
 ) -> dict[str, Any]:
