@@ -12,7 +12,7 @@ namespace titok {
 namespace {
 
 constexpr int kRowsAtOnce = 4;                // rows that a thread takes at a time
-constexpr int64_t kCodesAlone = 3 * (1 << 17);  // up to some 0.4 ms of work no other thread is woken
+constexpr int64_t kCodesAlone = 1 << 15;  // up to some 70 us of work no other thread is woken
 
 auto row_kernel() {
   switch (cpu_isa()) {
