@@ -23,7 +23,7 @@ setup: $(STAMP)  ## make .venv and install titok with every extra that developme
 build:  ## compile csrc/ again into titok/_C (incremental)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-quickstart: $(STAMP)  ## train a small TiTok and a MaskGIT on real digits, generate; about three minutes on two cores
+quickstart: $(STAMP)  ## train a small TiTok and a MaskGIT on real digits, generate; two to four minutes on two cores
 	$(BIN)/titok quickstart
 
 test: $(STAMP)  ## every test
