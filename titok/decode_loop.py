@@ -10,12 +10,14 @@ each shape of the work, whose inputs are labels, seed, first sample, guidance an
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -179,6 +181,14 @@ def bucket(count: int) -> int:
     return BUCKETS[min(bisect_left(BUCKETS, count), len(BUCKETS) - 1)]
 
 
+class Finish(Protocol):
+    """What is done with the tokens in the same graph: the pipeline's way to pictures."""
+
+    def __call__(self, tokens: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterable[Tensor]: ...
+
+
 class StaticDecode:
     """The loop over buffers of fixed shape, which a graph can be captured from.
 
@@ -186,8 +196,16 @@ class StaticDecode:
     """
 
     def __init__(
-        self, generator: MaskGIT, sampling: SamplingConfig, size: int, distinct: int, *, capture: bool
+        self,
+        generator: MaskGIT,
+        sampling: SamplingConfig,
+        size: int,
+        distinct: int,
+        finish: Finish | None = None,
+        *,
+        capture: bool,
     ) -> None:
+        self.finish = finish
         self.size, self.distinct = size, distinct
         self.generator, self.sampling = weakref.ref(generator), sampling
         labels = torch.arange(size) % min(distinct, generator.config.num_classes + 1)
@@ -198,18 +216,23 @@ class StaticDecode:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles and tunes what compiles and tunes itself on first use
-                decode(generator, sampling, self.buffers)
+                self._decode(generator)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.result = decode(generator, sampling, self.buffers)
+            # One pool for all: no two graphs run at once, and each result is copied out before the next.
+            with torch.cuda.graph(self.graph, pool=_pool(torch.cuda.current_device())):
+                self.result = self._decode(generator)
+
+    def _decode(self, generator: MaskGIT) -> Tensor:
+        tokens = decode(generator, self.sampling, self.buffers)
+        return tokens if self.finish is None else self.finish(tokens)
 
     @staticmethod
     def _padded(x: Tensor, size: int) -> Tensor:
         return torch.cat([x, x[:1].expand(size - len(x))])
 
     def run(self, labels: Tensor, sampling: SamplingConfig, seed: int, first_sample: int) -> Tensor:
-        """labels (B,), B <= size, on any device -> tokens (B, K)."""
+        """labels (B,), B <= size, on any device -> tokens (B, K), or what `finish` makes of them."""
         generator = self.generator()
         assert generator is not None
         batch = Batch.prepare(generator, sampling, self._padded(labels, self.size), seed, first_sample)
@@ -218,11 +241,16 @@ class StaticDecode:
         self.buffers.class_of.copy_(batch.class_of)
         self.buffers.params.copy_(batch.params)
         if self.graph is None:
-            self.result = decode(generator, self.sampling, self.buffers)
+            self.result = self._decode(generator)
         else:
             with annotate("graph of all steps"):
                 self.graph.replay()
         return self.result[: len(labels)].clone()
+
+
+@functools.cache
+def _pool(device: int) -> Any:
+    return torch.cuda.graph_pool_handle()
 
 
 _graphs: weakref.WeakKeyDictionary[MaskGIT, OrderedDict[Any, StaticDecode | None]] = weakref.WeakKeyDictionary()
@@ -234,38 +262,46 @@ def decode_captured(
     labels: Tensor,
     seed: int,
     first_sample: int,
+    finish: Finish | None = None,
     *,
     capture: bool = True,
 ) -> Tensor:
-    """(B, K) tokens of fully masked starts, by graph replays of at most `BUCKETS[-1]` samples each.
+    """(B, K) tokens of fully masked starts, or what `finish` makes of them, by graph replays of
+    at most `BUCKETS[-1]` samples each.
 
     Where a capture fails, says so once and decodes without one from then on.
     """
     parts = []
     for start in range(0, len(labels), BUCKETS[-1]):
         part = labels[start : start + BUCKETS[-1]]
-        static = _static(generator, sampling, part, capture)
+        static = _static(generator, sampling, part, finish, capture)
         if static is None:
             batch = Batch.prepare(generator, sampling, part, seed, first_sample + start)
-            parts.append(decode(generator, sampling, batch))
+            tokens = decode(generator, sampling, batch)
+            parts.append(tokens if finish is None else finish(tokens))
         else:
             parts.append(static.run(part, sampling, seed, first_sample + start))
     return torch.cat(parts)
 
 
-def _static(generator: MaskGIT, sampling: SamplingConfig, labels: Tensor, capture: bool) -> StaticDecode | None:
+def _static(
+    generator: MaskGIT, sampling: SamplingConfig, labels: Tensor, finish: Finish | None, capture: bool
+) -> StaticDecode | None:
     size = bucket(len(labels))
     distinct = min(size, bucket(len(labels.unique())))
     guided = tuple(step.guidance != 1.0 for step in schedule(sampling))
-    # What shapes the work, and where the weights lie: a model that was moved or recast needs new graphs.
-    weights = tuple((p.data_ptr(), p.dtype) for p in generator.parameters())
-    key = (size, distinct, guided, sampling.mask_schedule, sampling.confidence, hash(weights))
+    # What shapes the work, and where the weights lie: a model that was moved or recast needs new graphs. What was made
+    # of weights beforehand is baked into a graph, so behind the tokens their versions count as well.
+    weights: list[tuple[Any, ...]] = [(p.data_ptr(), p.dtype) for p in generator.parameters()]
+    if finish is not None:
+        weights += [(p.data_ptr(), p.dtype, p._version) for p in finish.parameters() if not p.is_inference()]
+    key = (size, distinct, guided, sampling.mask_schedule, sampling.confidence, finish, hash(tuple(weights)))
     cache = _graphs.setdefault(generator, OrderedDict())
     if key in cache:
         cache.move_to_end(key)
         return cache[key]
     try:
-        cache[key] = StaticDecode(generator, sampling, size, distinct, capture=capture)
+        cache[key] = StaticDecode(generator, sampling, size, distinct, finish, capture=capture)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(f"titok: decoding without a CUDA graph, its capture failed: {reason}", stacklevel=4)

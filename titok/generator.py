@@ -12,6 +12,7 @@ from titok import official
 from titok._validate import check_labels, check_tokens
 from titok.checkpoints import Pretrained
 from titok.config import GeneratorConfig
+from titok.layers import Linear
 from titok.profiling import ranged
 from titok.transformer import PostNormTrunk, UViTTrunk, init_weights
 
@@ -36,7 +37,7 @@ class MaskGIT(Pretrained):
             self.trunk = PostNormTrunk(c.width, c.layers, c.heads, c.mlp_width, dropout=c.dropout)
         else:
             self.trunk = UViTTrunk(c.width, c.layers, c.heads, c.mlp_width)
-        self.lm_head = nn.Linear(c.width, c.codebook_size)
+        self.lm_head = Linear(c.width, c.codebook_size)
         init_weights(self, "trunc_normal")
         for table in (self.embedding.weight, self.positions):
             nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04)

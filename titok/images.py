@@ -21,13 +21,17 @@ from titok.ops._checks import check_tensor
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
+def check_rounding(rounding: str) -> None:
+    if rounding not in ("nearest", "truncate"):
+        raise ValueError(f"rounding: expected 'nearest' or 'truncate', got {rounding!r}")
+
+
 def to_uint8(images: Tensor, rounding: Literal["nearest", "truncate"] = "nearest") -> Tensor:
     """images (..., C, H, W) around [0, 1] -> uint8 (..., H, W, C), clamped.
 
     "truncate" is what the published FID script does: it darkens by half a level on average.
     """
-    if rounding not in ("nearest", "truncate"):
-        raise ValueError(f"rounding: expected 'nearest' or 'truncate', got {rounding!r}")
+    check_rounding(rounding)
     levels = images.clamp(0, 1).float() * 255
     levels = levels.round() if rounding == "nearest" else levels
     return levels.to(torch.uint8).movedim(-3, -1)

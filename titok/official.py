@@ -38,6 +38,15 @@ def shortcut_of_result(h: Tensor, shortcut: Callable[[Tensor], Tensor]) -> Tenso
     return h + shortcut(h)
 
 
+def fold_shortcut_of_result(weight: Tensor, shortcut: Tensor) -> Tensor:
+    """The one convolution that `shortcut_of_result` after a convolution without bias amounts to.
+
+    weight (O, C, k, k), shortcut (O, O, 1, 1) -> (O, C, k, k), summed in float64 and rounded once.
+    """
+    both = shortcut.double().flatten(1) + torch.eye(len(shortcut), dtype=torch.float64, device=shortcut.device)
+    return (both @ weight.double().flatten(1)).view_as(weight).to(weight.dtype)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # config.json
 

@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from titok.config import SamplingConfig
+from titok.decode_loop import decode_captured
+from titok.engine import Stopwatch, memory_that_stays, select, stand_in
 from titok.generator import MaskGIT
-from titok.images import to_uint8
-from titok.profiling import ranged
-from titok.sampling import sample_tokens
+from titok.images import check_rounding, to_uint8
+from titok.ops import last_backends
+from titok.profiling import annotate, ranged
+from titok.sampling import as_labels, captures, evaluating, sample_tokens
 from titok.tokenizer import TiTok
+
+
+@dataclass(frozen=True)
+class _Painter:
+    """Tokens to 8-bit pictures, behind the decoding loop in one CUDA graph."""
+
+    tokenizer: TiTok
+    rounding: Literal["nearest", "truncate"]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return to_uint8(self.tokenizer.decode(tokens), self.rounding)
+
+    def parameters(self) -> Iterable[Tensor]:
+        return self.tokenizer.parameters()
 
 
 class Pipeline:
     """`Pipeline(tokenizer, generator)(labels)` generates pictures.
+
+    Args:
+        engine: "fast", or "plain" to compute as the models do in training, without prepared weights, kernels of ours
+            and CUDA graphs: slower, for checking the other against, with less memory.
 
     Raises:
         ValueError: tokenizer and generator do not share token count, codebook size and device, or the tokenizer
             cannot decode to pictures.
     """
 
-    def __init__(self, tokenizer: TiTok, generator: MaskGIT) -> None:
+    def __init__(self, tokenizer: TiTok, generator: MaskGIT, *, engine: Literal["fast", "plain"] = "fast") -> None:
+        select(engine)
         t, g = tokenizer.config, generator.config
         if t.bottleneck != "vq":
             raise ValueError("tokenizer: expected a vector-quantised one, got a VAE: MaskGIT generates codes")
@@ -39,7 +62,8 @@ class Pipeline:
             raise ValueError(
                 f"tokenizer: expected on {generator.device}, as the generator, got {tokenizer.device}"
             )
-        self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
+        self.tokenizer, self.generator, self.engine = tokenizer.eval(), generator.eval(), engine
+        self._stages = Stopwatch(tokenizer.device)
 
     @classmethod
     def from_pretrained(
@@ -49,11 +73,13 @@ class Pipeline:
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        engine: Literal["fast", "plain"] = "fast",
     ) -> Pipeline:
         """Both models from folders, files or repository ids; see `TiTok.from_pretrained` for what is raised."""
         return cls(
             TiTok.from_pretrained(tokenizer, dtype=dtype, device=device),
             MaskGIT.from_pretrained(generator, dtype=dtype, device=device),
+            engine=engine,
         )
 
     @torch.no_grad()
@@ -73,5 +99,29 @@ class Pipeline:
             labels, seed, first_sample, sampling: as `sample_tokens` takes them; what is raised too.
             rounding: to 8 bits; "truncate" as the published FID script does.
         """
-        tokens = sample_tokens(self.generator, labels, sampling, seed=seed, first_sample=first_sample)
-        return to_uint8(self.tokenizer.decode(tokens), rounding)
+        check_rounding(rounding)
+        watch = self._stages = Stopwatch(self.tokenizer.device)
+        with select(self.engine), memory_that_stays():
+            drawn = as_labels(self.generator, labels, seed, first_sample)
+            if captures(self.generator, drawn):
+                with watch.stage("generate"), evaluating(self.generator):
+                    painter = _Painter(self.tokenizer, rounding)
+                    config = sampling or self.generator.config.sampling
+                    return decode_captured(self.generator, config, drawn, seed, first_sample, painter)
+            with watch.stage("generator"):
+                tokens = sample_tokens(self.generator, drawn, sampling, seed=seed, first_sample=first_sample)
+            tokenizer = stand_in(self.tokenizer)
+            with annotate("detokenize"):
+                with watch.stage("decoder"):
+                    seen = tokenizer.decode_head(tokens)
+                with watch.stage("pixel decoder"):
+                    images = tokenizer.paint(seen)
+            with watch.stage("to 8 bits"):
+                return to_uint8(images, rounding)
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """Of the latest call: `"seconds"` by stage, and `"backends"`, which implementation ran each op last.
+
+        With CUDA graphs the one stage is "generate"; on a GPU this waits for the call to end.
+        """
+        return {"seconds": self._stages.seconds(), "backends": last_backends()}

@@ -11,15 +11,17 @@ within rounding may swap.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titok._validate import check_labels, check_tokens
 from titok.config import SamplingConfig
 from titok.decode_loop import Batch, Trace, decode, decode_captured
+from titok.engine import memory_that_stays, prepares, stand_in
 from titok.generator import MaskGIT
 from titok.profiling import ranged
 
@@ -79,33 +81,50 @@ def sample_tokens(
     Raises:
         TypeError, ValueError: wrong dtype, shape, class, id, seed or first sample, naming the argument.
     """
+    labels = as_labels(generator, labels, seed, first_sample)
     sampling = sampling or generator.config.sampling
-    length, mask_token, device = generator.config.num_latent_tokens, generator.mask_token, generator.device
+    if init_tokens is not None:
+        check_tokens(init_tokens, generator.config.num_latent_tokens, generator.mask_token + 1)
+        if len(init_tokens) != len(labels):
+            raise ValueError(
+                f"init_tokens: expected {len(labels)} rows, one for each label, got {len(init_tokens)}"
+            )
+
+    with evaluating(generator), memory_that_stays():
+        generator = stand_in(generator)
+        if captures(generator, labels) and init_tokens is None and not trace:
+            return decode_captured(generator, sampling, labels, seed, first_sample)
+        batch = Batch.prepare(generator, sampling, labels, seed, first_sample, init_tokens)
+        history: list[tuple[Tensor, Tensor]] | None = [] if trace else None
+        tokens = decode(generator, sampling, batch, history)
+    if history is None:
+        return tokens
+    confidences = [confidence for _, confidence in history]
+    return tokens, Trace(torch.stack([batch.tokens, *(t for t, _ in history)]), torch.stack(confidences))
+
+
+def as_labels(generator: MaskGIT, labels: Tensor | Sequence[int], seed: int, first_sample: int) -> Tensor:
+    """Labels (B,) on the host, where their distinct values decide the shape of the first step. Checks all three."""
     if not isinstance(labels, Tensor):
         labels = torch.tensor(labels, dtype=torch.int64)
     check_labels(labels, generator.config.num_classes)
     for name, value, bits in (("seed", seed, 64), ("first_sample", first_sample, 63)):
         if not isinstance(value, int) or not 0 <= value < 1 << bits:
             raise ValueError(f"{name}: expected an int in [0, 2^{bits}), got {value!r}")
-    labels = labels.cpu()  # their distinct values decide the shape of the first step
-    if init_tokens is not None:
-        check_tokens(init_tokens, length, mask_token + 1)
-        if len(init_tokens) != len(labels):
-            raise ValueError(
-                f"init_tokens: expected {len(labels)} rows, one for each label, got {len(init_tokens)}"
-            )
+    return labels.cpu()
 
-    was_training = generator.training
-    generator.eval()
+
+def captures(generator: MaskGIT, labels: Tensor) -> bool:
+    """Whether samples of these labels are drawn by CUDA graphs."""
+    return generator.device.type == "cuda" and len(labels) > 0 and prepares()
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode within."""
+    was_training = module.training
+    module.eval()
     try:
-        if device.type == "cuda" and len(labels) and init_tokens is None and not trace:
-            return decode_captured(generator, sampling, labels, seed, first_sample)
-        batch = Batch.prepare(generator, sampling, labels, seed, first_sample, init_tokens)
-        history: list[tuple[Tensor, Tensor]] | None = [] if trace else None
-        tokens = decode(generator, sampling, batch, history)
+        yield
     finally:
-        generator.train(was_training)
-    if history is None:
-        return tokens
-    confidences = [confidence for _, confidence in history]
-    return tokens, Trace(torch.stack([batch.tokens, *(t for t, _ in history)]), torch.stack(confidences))
+        module.train(was_training)

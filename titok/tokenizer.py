@@ -15,10 +15,12 @@ from titok import official
 from titok._validate import check_images, check_latents, check_tokens
 from titok.checkpoints import Pretrained
 from titok.config import TokenizerConfig
+from titok.engine import Derived, memory_that_stays, prepares, stand_in
+from titok.layers import Linear
 from titok.ops import code_mixture
 from titok.profiling import ranged
 from titok.quantizer import DiagonalGaussian, VectorQuantizer
-from titok.transformer import Transformer, init_weights
+from titok.transformer import Entered, Transformer, init_weights
 from titok.vqgan import VQGANDecoder
 
 
@@ -39,7 +41,7 @@ class Encoder(nn.Module):
         self.latent_positions = nn.Parameter(scale * torch.randn(tokens, vit.width))
         self.trunk = Transformer(vit.width, vit.layers, vit.heads, vit.mlp_ratio * vit.width)
         outputs = 2 * config.code_dim if config.bottleneck == "vae" else config.code_dim
-        self.project = nn.Linear(vit.width, outputs)
+        self.project = Linear(vit.width, outputs)
         init_weights(self, "xavier")
 
     @ranged("encoder")
@@ -66,36 +68,47 @@ class Decoder(nn.Module):
         vit, tokens = config.decoder, config.num_latent_tokens
         self.grid = h, w = config.grid("decoder")
         scale = vit.width**-0.5
-        self.embed = nn.Linear(config.code_dim, vit.width)
+        self.embed = Linear(config.code_dim, vit.width)
         self.class_token = nn.Parameter(scale * torch.randn(1, vit.width))
         self.mask_token = nn.Parameter(scale * torch.randn(1, 1, vit.width))
         self.patch_positions = nn.Parameter(scale * torch.randn(1 + h * w, vit.width))  # row 0: the class token
         self.latent_positions = nn.Parameter(scale * torch.randn(tokens, vit.width))
         self.trunk = Transformer(vit.width, vit.layers, vit.heads, vit.mlp_ratio * vit.width)
+        self._entered: Derived[Entered] = Derived()
         self.smooth: nn.Conv2d | None = None
         if config.head == "proxy":
             assert config.proxy is not None  # checked by the configuration
             self.side = vit.patch_size // config.proxy.factor  # proxy codes along each side of a patch
             outputs = config.proxy.codebook_size * self.side**2
-            hidden = nn.Linear(vit.width, 2 * vit.width)
-            self.head = nn.Sequential(hidden, nn.Tanh(), nn.Linear(2 * vit.width, outputs))
+            hidden = Linear(vit.width, 2 * vit.width)
+            self.head = nn.Sequential(hidden, nn.Tanh(), Linear(2 * vit.width, outputs))
         else:
             self.side = vit.patch_size
-            self.head = nn.Sequential(nn.Linear(vit.width, config.channels * self.side**2))
+            self.head = nn.Sequential(Linear(vit.width, config.channels * self.side**2))
             self.smooth = nn.Conv2d(config.channels, config.channels, 3, padding=1)
         init_weights(self, "xavier")
 
     @ranged("decoder")
     def forward(self, latents: Tensor) -> Tensor:
-        batch, (h, w) = latents.shape[0], self.grid
+        h, w = self.grid
         x = self.embed(latents) + self.latent_positions
-        masks = self.mask_token[0] + self.patch_positions[1:]
-        known = torch.cat([self.class_token + self.patch_positions[:1], masks]).expand(batch, -1, -1)
-        x = self.trunk(torch.cat([known, x], dim=1), rows=(1, 1 + h * w))
-        x = self.head(x)
+        entered = None
+        if prepares():
+            first = self.trunk.blocks[0]
+            sources = [self.class_token, self.mask_token, self.patch_positions, *self.trunk.norm_pre.parameters()]
+            sources += [*first.norm1.parameters(), *first.attn.qkv.parameters()]  # type: ignore[union-attr]
+            entered = self._entered.get(lambda: self.trunk.enter(self._known()), *sources)
+        else:
+            x = torch.cat([self._known().expand(len(x), -1, -1), x], dim=1)
+        x = self.head(self.trunk(x, rows=(1, 1 + h * w), entered=entered))
         # Within a patch: row, column, then channels or codes fastest (both kinds of head).
         x = rearrange(x, "b (h w) (r s c) -> b (h r) (w s) c", h=h, w=w, r=self.side, s=self.side)
         return x if self.smooth is None else self.smooth(rearrange(x, "b h w c -> b c h w"))
+
+    def _known(self) -> Tensor:
+        """Class and mask tokens in front of the latents, the same in every image: (1, 1 + P, D)."""
+        masks = self.mask_token[0] + self.patch_positions[1:]
+        return torch.cat([self.class_token + self.patch_positions[:1], masks])[None]
 
 
 class TiTok(Pretrained):
@@ -153,11 +166,14 @@ class TiTok(Pretrained):
         return DiagonalGaussian.from_parameters(self._encode(images))
 
     @ranged("tokenize")
+    @memory_that_stays()
     def encode(self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """images -> tokens (B, K) int64; of a VAE the posterior's mean (B, K, C), or with `sample` a draw from it.
 
         Raises as `encode_latents`, and `ValueError` for `sample` with a vector-quantised tokenizer.
         """
+        if (twin := stand_in(self)) is not self:
+            return twin.encode(images, sample=sample, generator=generator)
         if self.quantizer is not None:
             if sample:
                 raise ValueError("sample: expected False, because this tokenizer is vector-quantised")
@@ -166,23 +182,33 @@ class TiTok(Pretrained):
         return posterior.sample(generator) if sample else posterior.mean
 
     @ranged("detokenize")
+    @memory_that_stays()
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, K) int64, of a VAE latents (B, K, C) -> images (B, channels, H, W), not clamped.
 
         Raises:
             TypeError, ValueError: wrong dtype, K or ids; or the model ends at proxy logits (`decode_logits`).
         """
+        if (twin := stand_in(self)) is not self:
+            return twin.decode(tokens).to(self.dtype)
         return self.decode_latents(self._lookup(tokens))
 
     def decode_logits(self, tokens: Tensor) -> Tensor:
         """tokens (B, K) -> logits over the proxy codes (B, codes, h, w). Raises as `decode`."""
         if self.config.head != "proxy":
             raise ValueError("decode_logits: expected a tokenizer with head 'proxy', got 'pixels'")
-        return rearrange(self.decoder(self._lookup(tokens)), "b h w c -> b c h w")
+        return rearrange(self.decode_head(tokens), "b h w c -> b c h w")
+
+    def decode_head(self, tokens: Tensor) -> Tensor:
+        """tokens (B, K) -> what `paint` makes images of: images, or proxy logits (B, h, w, codes)."""
+        return self.decoder(self._lookup(tokens).to(self.dtype))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Quantised latents (B, K, C), as a bottleneck gives them -> images, not clamped. Differentiable."""
-        x = self.decoder(latents.to(self.dtype))
+        return self.paint(self.decoder(latents.to(self.dtype)))
+
+    def paint(self, x: Tensor) -> Tensor:
+        """What the decoder's head says (an image, or proxy logits (B, h, w, codes)) -> images, not clamped."""
         if self.config.head == "proxy":
             if self.pixel_decoder is None:
                 raise ValueError(

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from titok.layers import Linear
 from titok.ops import add_layer_norm, masked_attention
 
 Rows = tuple[int, int]  # the half-open range of tokens that somebody reads; None: all
+Entered = tuple[Tensor, Tensor]  # residual stream (B, N, D) and packed projection (B, N, 3*D) of the first layer
 
 
 class Attention(nn.Module):
@@ -25,12 +27,15 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)  # rows: queries, keys, values; heads within each
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias)  # rows: queries, keys, values; heads within each
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D), or (B, stop - start, D) for `rows` = (start, stop)."""
-        qkv = self.qkv(x)
+        return self.mix(self.qkv(x), rows)
+
+    def mix(self, qkv: Tensor, rows: Rows | None = None) -> Tensor:
+        """What follows the packed projection (B, N, 3*D)."""
         if self.training and self.dropout > 0:
             # The op has no dropout (its noise would have to be stored for the backward): PyTorch's own has.
             q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
@@ -45,11 +50,11 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x, gelu=True))
 
 
 class Block(nn.Module):
@@ -72,7 +77,11 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, h: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
         """Residual stream x and h = norm1(x) -> the stream after attention, and norm2 of it."""
-        attended = self.attn(h, rows)
+        return self.attend_to(x, self.attn.qkv(h), rows)
+
+    def attend_to(self, x: Tensor, qkv: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+        """The same from the packed projection of h."""
+        attended = self.attn.mix(qkv, rows)
         return add_norm(x if rows is None else x[:, rows[0] : rows[1]], attended, self.norm2)
 
     def post_norm(self, x: Tensor) -> Tensor:
@@ -96,19 +105,30 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps=eps) for _ in range(layers))
         self.norm_post = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows, entered: Entered | None = None) -> Tensor:
         """x (B, N, D) -> norm_post of the tokens in `rows` (B, stop - start, D).
 
         Only those rows of the last layer are computed: nobody reads the others (exact, not an approximation).
+
+        Args:
+            entered: `enter` of tokens that stand in front of x in every sample, computed once for all.
         """
-        x = self.norm_pre(x)
+        x, qkv = self.enter(x)
+        if entered is not None:
+            x, qkv = (torch.cat([a.expand(len(b), -1, -1), b], 1) for a, b in zip(entered, (x, qkv), strict=True))
         blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
-        h = blocks[0].norm1(x)
         for block, following in itertools.pairwise(blocks):
-            x, h = block.attend(x, h)
+            x, h = block.attend_to(x, qkv)
             x, h = add_norm(x, block.mlp(h), following.norm1)
-        x, h = blocks[-1].attend(x, h, rows)
+            qkv = following.attn.qkv(h)
+        x, h = blocks[-1].attend_to(x, qkv, rows)
         return add_norm(x, blocks[-1].mlp(h), self.norm_post)[1]
+
+    def enter(self, x: Tensor) -> Entered:
+        """x (B, N, D) -> the residual stream and the first layer's packed projection, both token by token."""
+        first: Block = self.blocks[0]  # type: ignore[assignment]
+        x = self.norm_pre(x)
+        return x, first.attn.qkv(first.norm1(x))
 
 
 class PostNormTrunk(nn.Module):
@@ -143,7 +163,7 @@ class UViTTrunk(nn.Module):
         self.in_blocks = nn.ModuleList(block() for _ in range(layers // 2))
         self.mid_block = block()
         self.out_blocks = nn.ModuleList(block() for _ in range(layers // 2))
-        self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers // 2))
+        self.skips = nn.ModuleList(Linear(2 * width, width) for _ in range(layers // 2))
         self.norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,16 +10,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from titok.onednn import conv
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
 
 
 class FoldedUpsampleConv(NamedTuple):
-    """`weight` (2, 2, O, C, 2, 2): for even and odd output rows, then columns; `bias` (O,) or None."""
+    """`weight`: of even and of odd output rows, (2*O, C, 2, 2) each, odd columns' channels before even columns';
+    `bias` (2*O,) or None."""
 
-    weight: Tensor
+    weight: tuple[Tensor, ...]
     bias: Tensor | None
 
 
@@ -39,8 +40,9 @@ def fold_upsample_conv(weight: Tensor, bias: Tensor | None = None) -> FoldedUpsa
     meets = torch.tensor(
         [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device=weight.device
     )
-    folded = torch.einsum("pak,qbl,ockl->pqocab", meets, meets, weight.double()).to(weight.dtype)
-    return FoldedUpsampleConv(folded.contiguous(), bias)
+    folded = torch.einsum("pak,qbl,ockl->pqocab", meets, meets.flip(0), weight.double()).to(weight.dtype)
+    rows = tuple(row.flatten(0, 1).contiguous() for row in folded)
+    return FoldedUpsampleConv(rows, None if bias is None else torch.cat([bias, bias]))
 
 
 def upsample_conv(x: Tensor, folded: FoldedUpsampleConv) -> Tensor:
@@ -56,18 +58,16 @@ def upsample_conv(x: Tensor, folded: FoldedUpsampleConv) -> Tensor:
         TypeError, ValueError: an argument does not fit, by name.
     """
     weight, bias = folded
-    check_tensor("x", x, shape=("B", weight.shape[3], "H", "W"), dtypes=(weight.dtype,), device=weight.device)
+    first = weight[0]
+    check_tensor("x", x, shape=("B", first.shape[1], "H", "W"), dtypes=(first.dtype,), device=first.device)
     batch, _, height, width = x.shape
-    memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    out = torch.empty(
-        (batch, weight.shape[2], 2 * height, 2 * width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=memory_format,
-    )
+    out = x.new_empty(batch, 2 * height, 2 * width, first.shape[0] // 2)
     for row in (0, 1):
-        for column in (0, 1):
-            # One row and column too many, which costs less than a padded copy of x for each of the four.
-            wide = F.conv2d(x, weight[row, column], bias, padding=1)
-            out[:, :, row::2, column::2] = wide[:, :, row : row + height, column : column + width]
-    return out
+        # Window (i, j) of the padded map holds the pixels around its corner, where output columns 2j - 1 and 2j meet:
+        # side by side in memory they are the whole row of the result, and one column too many at either end.
+        wide = (
+            conv(x, weight[row], bias).permute(0, 2, 3, 1).reshape(batch, height + 1, 2 * width + 2, out.shape[3])
+        )
+        out[:, row::2] = wide[:, row : row + height, 1:-1]
+    result = out.permute(0, 3, 1, 2)
+    return result if x.stride(1) == 1 else result.contiguous()

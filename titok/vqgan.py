@@ -17,15 +17,14 @@ from titok import official
 from titok._validate import check_images, check_tokens
 from titok.checkpoints import Pretrained
 from titok.config import VQGANConfig
+from titok.engine import prepares
+from titok.layers import Conv3x3, UpsampleConv
 from titok.ops import group_norm_silu, nearest_codebook
 from titok.profiling import ranged
 
 _EPS = 1e-6
 _GROUPS = 32
-
-
-def _conv(inputs: int, outputs: int, *, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+_MAP_BYTES = (32 << 20, 2 << 30)  # of one feature map when decoding: on a CPU what its caches hold, on a GPU
 
 
 def _norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -38,9 +37,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, shortcut_of_result: bool) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(_GROUPS, inputs, eps=_EPS)
-        self.conv1 = _conv(inputs, outputs, bias=False)
+        self.conv1 = Conv3x3(inputs, outputs, bias=False)
         self.norm2 = nn.GroupNorm(_GROUPS, outputs, eps=_EPS)
-        self.conv2 = _conv(outputs, outputs, bias=False)
+        self.conv2 = Conv3x3(outputs, outputs, bias=False)
         self.shortcut_of_result = shortcut_of_result
         self.nin_shortcut: nn.Conv2d | None = None
         if inputs != outputs:
@@ -48,12 +47,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(_norm_silu(x, self.norm1))
-        h = self.conv2(_norm_silu(h, self.norm2))
+        h = _norm_silu(h, self.norm2)
         if self.nin_shortcut is None:
-            return x + h
+            return self.conv2(h, add=x)
         if self.shortcut_of_result:
-            return official.shortcut_of_result(h, self.nin_shortcut)
-        return self.nin_shortcut(x) + h
+            return self.conv2(h, shortcut=self.nin_shortcut)
+        return self.conv2(h, add=self.nin_shortcut(x))
 
 
 class Level(nn.Module):
@@ -64,14 +63,12 @@ class Level(nn.Module):
         self.blocks = nn.ModuleList(
             ResidualBlock(a, b, shortcut_of_result=shortcut_of_result) for a, b in itertools.pairwise(widths)
         )
-        self.upsample = _conv(widths[-1], widths[-1], bias=True) if upsample else None
+        self.upsample = UpsampleConv(widths[-1]) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        if self.upsample is None:
-            return x
-        return self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x if self.upsample is None else self.upsample(x)
 
 
 class VQGANEncoder(nn.Module):
@@ -81,7 +78,7 @@ class VQGANEncoder(nn.Module):
         super().__init__()
         widths = [config.hidden_channels * m for m in config.channel_multipliers]
         accident = config.shortcut_of_result
-        self.conv_in = _conv(config.channels, config.hidden_channels, bias=False)
+        self.conv_in = Conv3x3(config.channels, config.hidden_channels, bias=False)
         self.levels = nn.ModuleList(
             Level([before] + [w] * config.blocks_per_level, upsample=False, shortcut_of_result=accident)
             for before, w in zip([config.hidden_channels, *widths[:-1]], widths, strict=True)
@@ -110,8 +107,9 @@ class VQGANDecoder(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         widths = [config.hidden_channels * m for m in config.channel_multipliers]
+        self.factor, self.channels, self.width = config.factor, config.channels, widths[0]
         accident = config.shortcut_of_result
-        self.conv_in = _conv(config.code_dim, widths[-1], bias=True)
+        self.conv_in = Conv3x3(config.code_dim, widths[-1], bias=True)
         self.mid = nn.ModuleList(
             ResidualBlock(widths[-1], widths[-1], shortcut_of_result=accident) for _ in range(2)
         )
@@ -120,10 +118,24 @@ class VQGANDecoder(nn.Module):
             for i, (before, w) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
         self.norm_out = nn.GroupNorm(_GROUPS, widths[0], eps=_EPS)
-        self.conv_out = _conv(widths[0], config.channels, bias=True)
+        self.conv_out = Conv3x3(widths[0], config.channels, bias=True)
 
     @ranged("pixel decoder")
     def forward(self, codes: Tensor) -> Tensor:
+        part = self._images_at_once(codes)
+        if not prepares() or part >= len(codes):
+            return self._decode(codes)
+        out = codes.new_empty(len(codes), self.channels, *(side * self.factor for side in codes.shape[2:]))
+        for images, some in zip(out.split(part), codes.split(part), strict=True):
+            images.copy_(self._decode(some))
+        return out
+
+    def _images_at_once(self, codes: Tensor) -> int:
+        """As many as keep one map of the finest level within `_MAP_BYTES`: images do not depend on each other."""
+        pixels = codes.shape[2] * codes.shape[3] * self.factor**2
+        return max(1, _MAP_BYTES[codes.device.type == "cuda"] // (pixels * self.width * codes.element_size() or 1))
+
+    def _decode(self, codes: Tensor) -> Tensor:
         x = self.conv_in(codes.contiguous(memory_format=torch.channels_last))
         for block in self.mid:
             x = block(x)

@@ -4,7 +4,7 @@ Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which f
 """
 
 from titok.ops._extension import backends
-from titok.ops._registry import last_backend
+from titok.ops._registry import last_backend, last_backends, only_plain, runs_eagerly
 from titok.ops.add_layer_norm import add_layer_norm
 from titok.ops.code_mixture import code_mixture
 from titok.ops.group_norm_silu import group_norm_silu
@@ -20,10 +20,13 @@ __all__ = [
     "code_mixture",
     "group_norm_silu",
     "last_backend",
+    "last_backends",
     "masked_attention",
     "maskgit_decode_step",
     "maskgit_decode_step_packed",
     "nearest_codebook",
+    "only_plain",
     "pack_step_params",
     "quantize",
+    "runs_eagerly",
 ]

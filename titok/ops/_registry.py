@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,18 @@ from titok.ops._extension import interpreting
 
 _LIBRARY = torch.library.Library("titok", "DEF")
 _LAST_BACKEND: dict[str, str] = {}
+_only_plain = False
+
+
+@contextmanager
+def only_plain(on: bool = True) -> Iterator[None]:
+    """Within, an op that is asked for no back end by name runs its plain PyTorch path."""
+    global _only_plain
+    before, _only_plain = _only_plain, on
+    try:
+        yield
+    finally:
+        _only_plain = before
 
 
 def register(
@@ -79,6 +91,8 @@ def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[],
         ValueError: `requested` is no back end of this op.
         RuntimeError: `requested` can't run here, with the cause.
     """
+    if requested in (None, "auto") and _only_plain:
+        requested = "plain"
     if requested is None or requested == "auto":
         skipped = "triton" if interpreting() else None
         name = next(name for name, why_not in candidates.items() if name != skipped and why_not() is None)
@@ -95,3 +109,8 @@ def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[],
 def last_backend(op: str) -> str | None:
     """The back end that the latest call of `op` ran on (in this process), or None before the first call."""
     return _LAST_BACKEND.get(op)
+
+
+def last_backends() -> dict[str, str]:
+    """The back end that the latest call of each op ran on, by op."""
+    return dict(_LAST_BACKEND)
