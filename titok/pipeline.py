@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from titok.generator import MaskGIT
 from titok.images import to_uint8
 from titok.profiling import ranged
 from titok.sampling import sample_tokens
+from titok.streaming import BatchSize, generate_batches, one_by_one
 from titok.tokenizer import TiTok
 
 
@@ -75,3 +76,38 @@ class Pipeline:
         """
         tokens = sample_tokens(self.generator, labels, sampling, seed=seed, first_sample=first_sample)
         return to_uint8(self.tokenizer.decode(tokens), rounding)
+
+    def generate_many(
+        self,
+        labels: Tensor | Sequence[int],
+        *,
+        batch_size: BatchSize = "auto",
+        seed: int = 0,
+        first_sample: int = 0,
+        sampling: SamplingConfig | None = None,
+        rounding: Literal["nearest", "truncate"] = "nearest",
+        progress: bool | None = None,
+    ) -> Iterator[Tensor]:
+        """One picture for each label, in order, uint8 (H, W, channels) on the CPU: as many as there are labels, in the
+        memory of two batches. A GPU computes the next batch while the caller uses the pictures of the last.
+
+        The pictures are those of one call with all labels, whatever the batch size (see `sample_tokens`; a level of
+        8 bits may differ where matrix products round differently for another batch size). A run that was stopped
+        after k pictures goes on with `labels[k:]` and `first_sample=k`.
+
+        Args:
+            batch_size: "auto" doubles it for as long as that is faster and fits into memory.
+            progress: a bar on stderr; None shows it where that is a terminal.
+            labels, seed, first_sample, sampling, rounding: as when the pipeline is called; what is raised too, at once.
+        """
+        batches = generate_batches(
+            self,
+            labels,
+            batch_size=batch_size,
+            seed=seed,
+            first_sample=first_sample,
+            sampling=sampling,
+            rounding=rounding,
+            progress=progress,
+        )
+        return one_by_one(batches)

@@ -17,7 +17,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from titok._validate import check_labels, check_tokens
+from titok._validate import check_tokens, labels_on_host
 from titok.config import SamplingConfig
 from titok.decode_loop import Batch, Trace, decode, decode_captured
 from titok.generator import MaskGIT
@@ -81,13 +81,10 @@ def sample_tokens(
     """
     sampling = sampling or generator.config.sampling
     length, mask_token, device = generator.config.num_latent_tokens, generator.mask_token, generator.device
-    if not isinstance(labels, Tensor):
-        labels = torch.tensor(labels, dtype=torch.int64)
-    check_labels(labels, generator.config.num_classes)
+    labels = labels_on_host(labels, generator.config.num_classes)  # distinct ones shape the first step
     for name, value, bits in (("seed", seed, 64), ("first_sample", first_sample, 63)):
         if not isinstance(value, int) or not 0 <= value < 1 << bits:
             raise ValueError(f"{name}: expected an int in [0, 2^{bits}), got {value!r}")
-    labels = labels.cpu()  # their distinct values decide the shape of the first step
     if init_tokens is not None:
         check_tokens(init_tokens, length, mask_token + 1)
         if len(init_tokens) != len(labels):
