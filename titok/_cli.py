@@ -201,7 +201,8 @@ def read_pictures(
             except ValueError as error:
                 if unreadable is None:
                     raise
-                note(str(error))
+                if index not in damaged:
+                    note(str(error))
                 damaged.add(index)
                 return torch.zeros(channels, *size)
 

@@ -165,7 +165,7 @@ class Size:
         return True
 
     def _twice_fits(self) -> bool:
-        """Twice the batch needs at most twice what the process took so far; as much again is left to others."""
+        """Twice the batch takes at most twice the memory, be what this one took free again or not."""
         taken = _bytes("self/status", "VmHWM") - self._before
         left = _bytes("meminfo", "MemAvailable")
         with suppress(OSError, ValueError):  # the container's limit; "max" where it has none
