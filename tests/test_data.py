@@ -73,6 +73,12 @@ def test_batches_come_in_the_order_asked_for(folder: Path, as_tensor: bool) -> N
     assert levels == [[of[i] for i in indices] for indices in order]
 
 
+def test_batches_of_several_shapes_are_refused() -> None:
+    images = [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)]  # one would broadcast into the place of the other
+    with pytest.raises(ValueError, match=r"images: expected \(3, 8, 8\), as the first, got \(1, 8, 8\)"):
+        list(read_batches(images, [torch.tensor([0, 1])]))
+
+
 def test_endless_order_can_be_left(folder: Path) -> None:
     batches = read_batches(ImageFolder(folder, 8), iter(lambda: torch.tensor([0, 1]), None))
     assert next(batches).shape == (2, 3, 8, 8)

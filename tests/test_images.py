@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from titok.images import find_images, grid, psnr, read_image, sample_set, to_uint8, write_png
+from titok.images import find_images, grid, psnr, read_image, to_uint8, write_png
 
 RNG = np.random.default_rng(0)
 
@@ -256,28 +256,4 @@ def test_write_png_bad_input(tmp_path: Path) -> None:
         write_png(tmp_path / "a.png", torch.zeros(4, 4, 3))
     with pytest.raises(ValueError, match="image: expected shape"):
         write_png(tmp_path / "a.png", torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
-    assert not list(tmp_path.iterdir())
-
-
-def test_sample_set_has_the_layout_of_adm(tmp_path: Path) -> None:
-    images = torch.from_numpy(RNG.integers(0, 256, (7, 4, 5, 3), dtype=np.uint8))
-    labels = torch.tensor([3, 1, 4, 1, 5, 9, 2])
-    with sample_set(tmp_path / "sub" / "samples.npz", labels, (4, 5, 3)) as append:
-        append(images[:3])
-        append(images.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)[3:])  # other strides
-    with np.load(tmp_path / "sub" / "samples.npz", allow_pickle=False) as file:
-        assert sorted(file.files) == ["arr_0", "arr_1"]
-        assert (file["arr_0"].dtype, file["arr_1"].dtype) == (np.uint8, np.int64)
-        assert np.array_equal(file["arr_0"], images.numpy())
-        assert np.array_equal(file["arr_1"], labels.numpy())
-
-
-@pytest.mark.parametrize("given", [0, 2, 4])
-def test_sample_set_of_the_wrong_length_leaves_nothing(given: int, tmp_path: Path) -> None:
-    images = torch.zeros(given, 2, 2, 3, dtype=torch.uint8)
-    with (
-        pytest.raises(ValueError, match=f"images: expected 3 in all, one for each label, got {given}"),
-        sample_set(tmp_path / "a.npz", torch.zeros(3, dtype=torch.int64), (2, 2, 3)) as append,
-    ):
-        append(images)
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -53,11 +55,14 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option("--dtype", metavar="DTYPE", help="Of the networks: float32, bfloat16 or float16.")
 ]
+_BATCH_SIZE = "Pictures at a time: a matter of memory and speed alone"
 BatchSizeOption = Annotated[
     int,
-    typer.Option(
-        "--batch-size", metavar="N", min=1, help="Pictures at a time: a matter of memory and speed alone."
-    ),
+    typer.Option("--batch-size", metavar="N", min=1, help=f"{_BATCH_SIZE}."),
+]
+AutoBatchSizeOption = Annotated[
+    str,
+    typer.Option("--batch-size", metavar="N", help=f"{_BATCH_SIZE}; auto finds the fastest that fits."),
 ]
 RoundingOption = Annotated[
     str,
@@ -87,10 +92,40 @@ def rounding_rule(name: str) -> Literal["nearest", "truncate"]:
     return cast(Literal["nearest", "truncate"], name)
 
 
+def batch_size_of(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"--batch-size: expected auto or an integer >= 1, got {text!r}")
+    return int(text)
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """Joins the processes that torchrun has started, where it has: (number of this one, how many)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield 0, 1
+        return
+    import datetime
+
+    import torch.distributed as dist
+
+    # Only lists and barriers pass between them. They may have to wait for each other long: torchrun ends all when one
+    # fails, so that nobody waits for ever.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    try:
+        yield rank, world
+    finally:
+        dist.destroy_process_group()
+
+
 def device_of(name: str) -> torch.device:
     import torch
 
     count = torch.cuda.device_count()
+    if name in ("auto", "cuda") and count:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % count)  # torchrun: one GPU each
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
     known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(count))]
@@ -166,7 +201,8 @@ def read_pictures(
             except ValueError as error:
                 if unreadable is None:
                     raise
-                note(str(error))
+                if index not in damaged:
+                    note(str(error))
                 damaged.add(index)
                 return torch.zeros(channels, *size)
 

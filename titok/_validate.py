@@ -6,6 +6,7 @@ is asserted on the device, and a violation surfaces as CUDA's device-side assert
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,3 +55,10 @@ def check_labels(labels: Any, num_classes: int) -> None:
     """labels (B,) int64 in [0, num_classes]; num_classes itself stands for "class dropped"."""
     check_tensor("labels", labels, shape=("B",), dtypes=(torch.int64,))
     _check_values("labels", labels, (labels >= 0) & (labels <= num_classes), f"classes in [0, {num_classes}]")
+
+
+def labels_on_host(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
+    """Labels as a user gives them, checked: a tensor on the CPU."""
+    labels = labels.cpu() if isinstance(labels, Tensor) else torch.tensor(labels, dtype=torch.int64)
+    check_labels(labels, num_classes)
+    return labels

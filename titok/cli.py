@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ import typer
 
 from titok import _cli, _cli_train
 from titok._cli import (
+    AutoBatchSizeOption,
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
@@ -278,33 +278,41 @@ def generate(
     ] = None,
     confidence: Annotated[str | None, typer.Option(metavar="RULE", help="titok or maskgit.")] = None,
     rounding: RoundingOption = "nearest",
-    batch_size: BatchSizeOption = 16,
+    batch_size: AutoBatchSizeOption = "16",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
     """Generate pictures of classes.
 
-    Writes a PNG grid, or a .npz with `arr_0` uint8 (N, H, W, C) and `arr_1` int64 labels (N,), or both.
+    Writes a PNG grid, or a .npz with `arr_0` uint8 (N, H, W, C) and `arr_1` int64 labels (N,), or both. A .npz that
+    was stopped goes on when the same command is given again; under torchrun, processes share the work.
 
     \b
     titok generate -t yucornetto/tokenizer_titok_l32_imagenet \\
         -g yucornetto/generator_titok_l32_imagenet --labels 207,360 --per-class 4
     titok generate -t runs/quickstart/tokenizer -g runs/quickstart/generator --num 50000 -o samples.npz
+    torchrun --nproc-per-node 8 -m titok generate -t TOKENIZER -g GENERATOR --num 50000 -o samples.npz
     """
     outputs = output or [Path("samples.png")]
     for path in outputs:
         _cli.check_output(path, ".png", ".npz")
-    rule = _cli.rounding_rule(rounding)
+    sets = [path for path in outputs if path.suffix == ".npz"]
+    grids = [path for path in outputs if path.suffix == ".png"]
+    if len(sets) > 1:
+        raise ValueError(f"--output: expected one .npz at most, got {len(sets)}")
+    rule, size = _cli.rounding_rule(rounding), _cli.batch_size_of(batch_size)
     given = {
         "steps": steps, "guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule,
         "guidance_power": guidance_power, "temperature": temperature, "softmax_annealing": softmax_annealing,
         "mask_schedule": mask_schedule, "confidence": confidence,
     }  # fmt: skip
+    import numpy as np
     import torch
 
     from titok import Pipeline
     from titok._validate import check_labels
-    from titok.images import grid, sample_set, write_png
+    from titok.images import grid, write_png
+    from titok.sample_sets import generate_set
 
     decoder = _cli.load_tokenizer(tokenizer, device, dtype)
     pipe = Pipeline(decoder, _cli.load_generator(generator, device, dtype))
@@ -314,24 +322,24 @@ def generate(
     wanted = torch.tensor(_classes(labels, per_class, num, config.num_classes))
     check_labels(wanted, config.num_classes)
 
-    grids = [path for path in outputs if path.suffix == ".png"]
     if grids and len(wanted) > GRID_LIMIT:
         raise ValueError(f"{grids[0]}: expected {GRID_LIMIT} pictures at most, got {len(wanted)}: write a .npz")
-    shape = (*decoder.config.image_size, decoder.config.channels)
-    kept = []
-    with contextlib.ExitStack() as stack:
-        sets = [stack.enter_context(sample_set(p, wanted, shape)) for p in outputs if p.suffix == ".npz"]
-        bar = stack.enter_context(_cli.progress(len(wanted), "pictures"))
-        for start in range(0, len(wanted), batch_size):
-            batch = wanted[start : start + batch_size]
-            pictures = pipe(batch, seed=seed, first_sample=first_sample + start, sampling=sampling, rounding=rule)
-            for append in sets:
-                append(pictures)
-            if grids:
-                kept.append(pictures.cpu())
-            bar.update(len(batch))
+    options: dict[str, Any] = {
+        "batch_size": size, "seed": seed, "first_sample": first_sample, "sampling": sampling, "rounding": rule,
+    }  # fmt: skip
+    with _cli.processes() as (rank, world):
+        if world > 1 and not sets:
+            raise ValueError("--output: expected a .npz, because several processes generate, got none")
+        for path in sets:
+            generate_set(pipe, path, wanted, **options)
+    if rank > 0:
+        return
+    if grids and sets:
+        pictures = torch.from_numpy(np.load(sets[0])["arr_0"])
+    elif grids:
+        pictures = torch.stack(list(pipe.generate_many(wanted, **options)))
     for path in grids:
-        write_png(path, grid(torch.cat(kept), columns=per_class))
+        write_png(path, grid(pictures, columns=per_class))
     for path in outputs:
         typer.echo(f"{path}: {len(wanted)} pictures of {len(wanted.unique())} classes, seed {seed}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -61,20 +61,41 @@ class ImageFolder:
 
 
 def read_batches(images: Images | Tensor, batches: Iterable[Tensor], *, ahead: int = 2) -> Iterator[Tensor]:
-    """The images at each batch of indices (B,), stacked: (B, C, H, W). Files are read by threads, some batches ahead
-    (decoding and resizing hold no lock of Python's)."""
+    """The images at each batch of indices (B,), all of one shape: (B, C, H, W). Files are read by threads, some batches
+    ahead (decoding and resizing hold no lock of Python's)."""
     if isinstance(images, Tensor):
         yield from (images[indices] for indices in batches)
         return
+
+    def read(index: int, row: Tensor) -> None:
+        image = images[index]
+        if image.shape != row.shape:
+            raise ValueError(f"images: expected {tuple(row.shape)}, as the first, got {tuple(image.shape)}")
+        row.copy_(image)
+
+    # Every image is freed by the thread that read it, and batches are made by this one alone: where threads free each
+    # other's memory, the allocator's share of it grows for thousands of images.
+    waiting: deque[tuple[Tensor, list[Future[None]]]] = deque()
+    first: Tensor | None = None
+
+    def finished() -> Tensor:
+        batch, reads = waiting.popleft()
+        for done in reads:
+            done.result()
+        return batch
+
     with ThreadPoolExecutor() as pool:
-        waiting: deque[list] = deque()
         try:
             for indices in batches:
-                waiting.append([pool.submit(images.__getitem__, i) for i in indices.tolist()])
+                numbers = indices.tolist()
+                first = images[numbers[0]] if first is None else first  # for its shape; it is read once more
+                batch = first.new_empty(len(numbers), *first.shape)
+                reads = [pool.submit(read, index, row) for index, row in zip(numbers, batch, strict=True)]
+                waiting.append((batch, reads))
                 if len(waiting) > ahead:
-                    yield torch.stack([future.result() for future in waiting.popleft()])
+                    yield finished()
             while waiting:
-                yield torch.stack([future.result() for future in waiting.popleft()])
+                yield finished()
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -1,12 +1,9 @@
-"""Pictures in and out: reading with the evaluation transform, 8-bit conversion, PSNR, grids, PNG files, sample sets."""
+"""Pictures in and out: reading with the evaluation transform, 8-bit conversion, PSNR, grids, PNG files."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -128,35 +125,3 @@ def write_png(path: str | os.PathLike[str], image: Tensor) -> None:
     array = image.cpu().numpy()
     with atomic_path(path) as temporary:
         Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary, format="PNG")
-
-
-@contextlib.contextmanager
-def sample_set(
-    path: str | os.PathLike[str], labels: Tensor, shape: tuple[int, int, int]
-) -> Iterator[Callable[[Tensor], None]]:
-    """Writes generated pictures as the .npz that FID tools read (the layout of ADM, Dhariwal & Nichol 2021): `arr_0`
-    uint8 (N, H, W, C), `arr_1` the labels, int64 (N,).
-
-    The context is a function that appends a batch (B, H, W, C), so that no more than a batch is held in memory. The
-    file appears when the context ends well.
-
-    Raises:
-        ValueError: the batches do not add up to N pictures of `shape` (H, W, C).
-    """
-    written = 0
-
-    def append(images: Tensor) -> None:
-        nonlocal written
-        check_tensor("images", images, shape=("B", *shape), dtypes=(torch.uint8,))
-        written += len(images)
-        file.write(images.cpu().contiguous().numpy().data)
-
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open("arr_1.npy", "w") as file:
-            np.lib.format.write_array(file, labels.cpu().numpy())
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-            yield append
-        if written != len(labels):
-            raise ValueError(f"images: expected {len(labels)} in all, one for each label, got {written}")

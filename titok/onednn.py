@@ -21,6 +21,7 @@ def available(x: Tensor) -> bool:
     """Whether they may be called on x: a plain float32 or bfloat16 tensor on a CPU that has them."""
     return (
         x.device.type == "cpu"
+        and x.numel() > 0
         and x.dtype in (torch.float32, torch.bfloat16)
         and runs_eagerly(x)
         and bool(torch.backends.mkldnn.enabled)

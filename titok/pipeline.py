@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from titok.images import check_rounding, to_uint8
 from titok.ops import last_backends
 from titok.profiling import annotate, ranged
 from titok.sampling import as_labels, captures, evaluating, sample_tokens
+from titok.streaming import BatchSize, generate_batches, one_by_one
 from titok.tokenizer import TiTok
 
 
@@ -118,6 +119,41 @@ class Pipeline:
                     images = tokenizer.paint(seen)
             with watch.stage("to 8 bits"):
                 return to_uint8(images, rounding)
+
+    def generate_many(
+        self,
+        labels: Tensor | Sequence[int],
+        *,
+        batch_size: BatchSize = "auto",
+        seed: int = 0,
+        first_sample: int = 0,
+        sampling: SamplingConfig | None = None,
+        rounding: Literal["nearest", "truncate"] = "nearest",
+        progress: bool | None = None,
+    ) -> Iterator[Tensor]:
+        """One picture for each label, in order, uint8 (H, W, channels) on the CPU: as many as there are labels, in the
+        memory of two batches. A GPU computes the next batch while the caller uses the pictures of the last.
+
+        The pictures are those of one call with all labels, whatever the batch size (see `sample_tokens`; a level of
+        8 bits may differ where matrix products round differently for another batch size). A run that was stopped
+        after k pictures goes on with `labels[k:]` and `first_sample=k`.
+
+        Args:
+            batch_size: "auto" doubles it for as long as that is faster and fits into memory.
+            progress: a bar on stderr; None shows it where that is a terminal.
+            labels, seed, first_sample, sampling, rounding: as when the pipeline is called; what is raised too, at once.
+        """
+        batches = generate_batches(
+            self,
+            labels,
+            batch_size=batch_size,
+            seed=seed,
+            first_sample=first_sample,
+            sampling=sampling,
+            rounding=rounding,
+            progress=progress,
+        )
+        return one_by_one(batches)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Of the latest call: `"seconds"` by stage, and `"backends"`, which implementation ran each op last.

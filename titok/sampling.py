@@ -18,7 +18,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from titok._validate import check_labels, check_tokens
+from titok._validate import check_tokens, labels_on_host
 from titok.config import SamplingConfig
 from titok.decode_loop import Batch, Trace, decode, decode_captured
 from titok.engine import memory_that_stays, prepares, stand_in
@@ -105,13 +105,11 @@ def sample_tokens(
 
 def as_labels(generator: MaskGIT, labels: Tensor | Sequence[int], seed: int, first_sample: int) -> Tensor:
     """Labels (B,) on the host, where their distinct values decide the shape of the first step. Checks all three."""
-    if not isinstance(labels, Tensor):
-        labels = torch.tensor(labels, dtype=torch.int64)
-    check_labels(labels, generator.config.num_classes)
+    host = labels_on_host(labels, generator.config.num_classes)
     for name, value, bits in (("seed", seed, 64), ("first_sample", first_sample, 63)):
         if not isinstance(value, int) or not 0 <= value < 1 << bits:
             raise ValueError(f"{name}: expected an int in [0, 2^{bits}), got {value!r}")
-    return labels.cpu()
+    return host
 
 
 def captures(generator: MaskGIT, labels: Tensor) -> bool:
