@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import dit, flops
-from benchmarks._plain import Plain
+from benchmarks.baselines.as_published import AsPublished
 from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, Pipeline, TiTok, TokenizerConfig, sample_tokens
 from titok.images import to_uint8
 
@@ -118,30 +118,52 @@ class Models:
         self.modules = [*_only_decoder(self.tokenizer), self.generator]
         self.resolution = self.tokenizer.config.image_size[0]
 
-    def _side(self, name: str, work: dict[str, int], **rest: Any) -> Side:
+    def side(
+        self,
+        name: str,
+        generate: Callable[[list[int]], Any],
+        to_logits: Callable[[list[int]], Any],
+        work: flops.Work,
+        pixels: flops.Work,
+        *,
+        folded: bool = False,
+        counted: Callable[[list[int]], Any] | None = None,
+    ) -> Side:
+        """One way of running the models: labels to pictures, and to proxy logits alone.
+
+        Args:
+            work, pixels: what generator and ViT decoder cost together, and the pixel decoder without folding.
+            folded: the upsampling may be folded; what is counted decides.
+            counted: what to count in place of `generate`, where that replays a graph.
+        """
         g = self.generator.config
+        rest = flops.pixel_decoder(self.tokenizer.config, folded=True).flops
         return Side(
             name=name, family=self.preset, tokens=g.num_latent_tokens, steps=g.sampling.steps,
-            parameters=_count(*self.modules), flops=sum(work.values()), bare_flops=work["generator"] + work["decoder"],
-            paper=PAPER.get((self.preset, self.resolution)), modules=self.modules, **rest,
+            parameters=_count(*self.modules), flops=work.flops + pixels.flops, bare_flops=work.flops,
+            parts={
+                "generate": Part(lambda batch: partial(generate, _labels(batch))),
+                "to logits": Part(lambda batch: partial(to_logits, _labels(batch)), 0, 1),
+            },
+            counted=[(partial(counted or generate, _labels(1)), 1)],
+            folded_flops=work.flops + rest if folded else None,
+            paper=PAPER.get((self.preset, self.resolution)), modules=self.modules,
         )  # fmt: skip
 
-    def plain(self, name: str, **switches: bool) -> Side:
+    def published(self, name: str, change: Callable[[AsPublished], Any] | None = None, **ways: Any) -> Side:
+        """As the official code computes it, or with a `change` of that; `ways` are arguments of `AsPublished`."""
         t, g = self.tokenizer.config, self.generator.config
-        plain = Plain(self.tokenizer, self.generator, **switches)
-        work = {
-            "generator": flops.generate(g, as_written=True).flops,
-            "decoder": flops.decoder(t, all_rows=not switches.get("fused_ops", False)).flops,
-            "pixels": flops.pixel_decoder(t).flops,
-        }
-        return self._side(
+        rival = AsPublished(self.tokenizer, self.generator, **ways)
+        if change is not None:
+            change(rival)
+        work = flops.generate(g, as_written=True).plus(flops.decoder(t, all_rows=True))
+        return self.side(
             name,
+            rival,
+            lambda labels: rival.logits(rival.sample(labels)),
             work,
-            parts={
-                "generate": Part(lambda batch: partial(plain, _labels(batch))),
-                "to logits": Part(lambda batch: lambda: plain.proxy_logits(plain.sample(_labels(batch))), 0, 1),
-            },
-            counted=[(partial(plain, _labels(1)), 1)],
+            flops.pixel_decoder(t),
+            folded=change is not None,
         )
 
     def ours(self, name: str) -> Side:
@@ -150,28 +172,24 @@ class Models:
         tokenizer, generator = pipe.tokenizer, pipe.generator
 
         @torch.no_grad()
-        def to_logits(batch: int) -> Any:
-            return tokenizer.decode_logits(sample_tokens(generator, _labels(batch)))
+        def to_logits(labels: list[int]) -> Any:
+            return tokenizer.decode_logits(sample_tokens(generator, labels))
 
         @torch.no_grad()
-        def uncaptured() -> Any:  # a start that is given, all masked: the same work, without a CUDA graph
+        def uncaptured(
+            labels: list[int],
+        ) -> Any:  # a start that is given, all masked: the same work without a graph
             start = torch.full((1, g.num_latent_tokens), generator.mask_token, device=generator.device)
-            return tokenizer.decode(sample_tokens(generator, _labels(1), init_tokens=start))
+            return tokenizer.decode(sample_tokens(generator, labels, init_tokens=start))
 
-        work = {
-            "generator": flops.generate(g).flops,
-            "decoder": flops.decoder(t).flops,
-            "pixels": flops.pixel_decoder(t).flops,
-        }
-        return self._side(
+        return self.side(
             name,
-            work,
-            parts={
-                "generate": Part(lambda batch: partial(pipe, _labels(batch))),
-                "to logits": Part(lambda batch: partial(to_logits, batch), 0, 1),
-            },
-            counted=[(uncaptured if generator.device.type == "cuda" else partial(pipe, _labels(1)), 1)],
-            folded_flops=sum(work.values()) - work["pixels"] + flops.pixel_decoder(t, folded=True).flops,
+            pipe,
+            to_logits,
+            flops.generate(g).plus(flops.decoder(t)),
+            flops.pixel_decoder(t),
+            folded=True,
+            counted=uncaptured if generator.device.type == "cuda" else None,
         )
 
 

@@ -24,7 +24,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import _sides, _tables, dit
+from benchmarks import _ladder, _sides, _tables, dit
 from benchmarks._memory import peak_growth
 from benchmarks._results import Results, environment, results_folder
 from benchmarks._sides import Models, Side
@@ -62,7 +62,7 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
         return models[preset, dtype]
 
     if arguments.ladder:
-        return _ladder(arguments.ladder, dtype, shared)
+        return _ladder.rungs(arguments.ladder, dtype, shared)
     table: dict[str, Callable[[], Side]] = {}
 
     def rival(name: str, dtype: torch.dtype, compile_mode: str | None = None) -> None:
@@ -82,32 +82,18 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
             rival("DiT-XL/2 bf16, compiled", torch.bfloat16, arguments.compile_mode)
     table["MaskGIT + MaskGIT-VQGAN"] = lambda: _sides.maskgit(resolution, dtype, device)
     for preset in _sides.PRESETS[resolution]:
-        table[f"{preset} eager"] = partial(_plain, shared, preset)
+        table[f"{preset} eager"] = partial(_published, shared, preset)
         table[preset] = partial(_ours, shared, preset)
     wanted = _sides.chosen(table, arguments.rows)
     return {name: table[name] for name in wanted}
 
 
-def _plain(shared: Callable[[str], Models], preset: str) -> Side:
-    return shared(preset).plain(f"{preset} eager")
+def _published(shared: Callable[[str], Models], preset: str) -> Side:
+    return shared(preset).published(f"{preset} eager")
 
 
 def _ours(shared: Callable[[str], Models], preset: str) -> Side:
     return shared(preset).ours(preset)
-
-
-def _ladder(preset: str, dtype: torch.dtype, shared: Callable[..., Models]) -> dict[str, Callable[[], Side]]:
-    """Each rung is the one before and one change."""
-    rungs: dict[str, Callable[[], Side]] = {}
-    if dtype != torch.float32:
-        rungs["eager fp32"] = lambda: shared(preset, torch.float32).plain("eager fp32", sdpa=False)
-    start = "eager fp32" if dtype == torch.float32 else "bf16"
-    rungs[start] = lambda: shared(preset).plain(start, sdpa=False)
-    rungs["SDPA"] = lambda: shared(preset).plain("SDPA")
-    rungs["channels-last"] = lambda: shared(preset).plain("channels-last", channels_last=True)
-    rungs["fused ops"] = lambda: shared(preset).plain("fused ops", channels_last=True, fused_ops=True)
-    rungs["titok"] = lambda: shared(preset).ours("titok")
-    return rungs
 
 
 class Bench:
