@@ -31,6 +31,7 @@ from benchmarks._sides import Models, Side
 from benchmarks._timing import interleave
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
+CEILING_SIZES = {"cpu": (3072, 1 << 28), "cuda": (8192, 1 << 30)}  # side of the square matrices, bytes copied
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -235,10 +236,10 @@ def count(side: Side) -> float:
 
 def ceiling_runs(dtype: torch.dtype, device: str) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     """What the machine can do: a large square matrix product and a copy; with FLOP and bytes of one call."""
-    size = 8192 if device == "cuda" else 3072
+    size, num_bytes = CEILING_SIZES[device]
     a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
     out = torch.empty_like(a)
-    source = torch.empty((1 << 30) if device == "cuda" else (1 << 28), dtype=torch.uint8, device=device).fill_(1)
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     runs: dict[str, Callable[[], Any]] = {
         "mm": lambda: torch.mm(a, b, out=out),
