@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks import flops
 from benchmarks._sides import Models, Side
 from benchmarks.baselines.as_published import AsPublished, Upsample, sample_steps
+from titok.config import SamplingConfig
 from titok.images import to_uint8
 from titok.upsample import fold_upsample_conv, upsample_conv
 
@@ -48,16 +49,21 @@ def fused_ops(name: str, models: Models) -> Side:
     def predict(tokens: Tensor, labels: Tensor, drop: float) -> Tensor:
         return generator(tokens, torch.full_like(labels, generator.no_class) if drop else labels)
 
-    def tokens(labels: list[int]) -> Tensor:
+    def sample(labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None) -> Tensor:
         where = torch.tensor(labels, device=generator.device)
-        return sample_steps(predict, where, g.num_latent_tokens, generator.mask_token, g.sampling)[-1]
+        return sample_steps(predict, where, g.num_latent_tokens, generator.mask_token, sampling or g.sampling)[-1]
 
+    def decode(tokens: Tensor) -> Tensor:
+        return to_uint8(tokenizer.decode(tokens))
+
+    no_grad = torch.no_grad()
     return models.side(
         name,
-        torch.no_grad()(lambda labels: to_uint8(tokenizer.decode(tokens(labels)))),
-        torch.no_grad()(lambda labels: tokenizer.decode_logits(tokens(labels))),
+        no_grad(lambda labels: decode(sample(labels))),
+        no_grad(sample),
+        no_grad(decode),
+        no_grad(tokenizer.decode_logits),
         flops.generate(g, as_written=True).plus(flops.decoder(t)),
-        flops.pixel_decoder(t),
         folded=True,
     )
 

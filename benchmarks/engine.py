@@ -8,22 +8,18 @@ rounds, so that drift of the machine hits both of its sides.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import _sides, _tables, flops
 from benchmarks._results import Results, quantiles
 from benchmarks._sides import Models, Side
 from benchmarks._timing import interleave
 from benchmarks.baselines.as_published import AsPublished
-from benchmarks.speedup import DTYPES, ceiling_runs, count, default_path
+from benchmarks.speedup import DTYPES, begin, ceiling_runs, count
 from titok import sample_tokens
 from titok.config import GENERATOR_PRESETS, GeneratorConfig
 
@@ -51,7 +47,7 @@ def sides(arguments: argparse.Namespace) -> dict[str, tuple[Models, dict[str, An
     dtype = DTYPES[arguments.dtype]
     names = _sides.chosen([NATIVE, AUTOCAST, OURS] if dtype == torch.bfloat16 else [NATIVE, OURS], arguments.rows)
     models = {
-        d: Models(arguments.preset, d, arguments.device)
+        d: Models(arguments.preset, d, arguments.device, whole=True)
         for d in {torch.float32 if name == AUTOCAST else dtype for name in names}
     }
     return {
@@ -112,9 +108,7 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.dtype == "tf32"
-    torch.manual_seed(0)
-    path = Path(arguments.out) if arguments.out else default_path(arguments.device)
+    path = begin(arguments)
     results, chosen = Results(path), sides(arguments)
     built = {
         name: m.ours(name) if name == OURS else m.published(name, **ways) for name, (m, ways) in chosen.items()
@@ -135,12 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         record = results.row("engine", case, samples, work=work)
         header, cells = table(record)
         title = f"{arguments.preset}, {arguments.dtype}, batch {batch}, {len(samples['mm'])} rounds"
-        shown = Table(*header, title=title)
         if arguments.stages:
             cells.sort(key=lambda line: STAGES.index(line[0].split(": ")[1]))
-        for line in cells:
-            shown.add_row(*line)
-        Console(width=None if sys.stdout.isatty() else 120).print(shown)
+        _tables.show(header, cells, title)
         rate = work["mm"] / quantiles(samples["mm"])[0]
         print(f"torch.mm in the same rounds: {rate / 1e9:,.0f} GFLOP/s; medians; samples in {path}")
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import _ladder, _sides, _tables, dit
@@ -42,9 +41,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="of all sides")
     p.add_argument("--rows", default="", help="parts of row names, comma-separated; default all")
     p.add_argument("--ladder", metavar="PRESET", help="in place of the rows: one preset, from eager to our engine")
-    p.add_argument("--batches", default="", help="to sweep; default 1 on a CPU, 1,8,32,128 on a GPU")
+    p.add_argument(
+        "--batches", default="", help="to sweep, comma-separated; default 1,2,4,8 on a CPU, 1,8,32,128 on a GPU"
+    )
     p.add_argument("--steps", type=int, default=250, help="of DiT's sampler")
-    p.add_argument("--whole-dit", action="store_true", help="run all of DiT's steps instead of timing one")
+    p.add_argument("--whole", action="store_true", help="run all steps where else one is timed and multiplied")
     p.add_argument("--compile-mode", default="default", help="of torch.compile, on a GPU")
     p.add_argument("--seconds", type=float, default=60, help="of taking turns; three rounds at least")
     p.add_argument("--limit", type=float, help="seconds for everything; what does not fit is left out by name")
@@ -59,7 +60,7 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
 
     def shared(preset: str, dtype: torch.dtype = dtype) -> Models:
         if (preset, dtype) not in models:
-            models[preset, dtype] = Models(preset, dtype, device)
+            models[preset, dtype] = Models(preset, dtype, device, whole=arguments.whole)
         return models[preset, dtype]
 
     if arguments.ladder:
@@ -69,7 +70,7 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
     def rival(name: str, dtype: torch.dtype, compile_mode: str | None = None) -> None:
         table[name] = lambda: _sides.dit_side(
             name, resolution, dtype, device,
-            steps=arguments.steps, compile_mode=compile_mode, whole=arguments.whole_dit,
+            steps=arguments.steps, compile_mode=compile_mode, whole=arguments.whole,
         )  # fmt: skip
 
     if arguments.dtype != "bf16" or device == "cuda":
@@ -102,7 +103,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, results: Results, console: Console) -> None:
         self.arguments, self.results, self.console = arguments, results, console
-        default = "1,8,32,128" if arguments.device == "cuda" else "1"
+        default = "1,8,32,128" if arguments.device == "cuda" else "1,2,4,8"
         self.batches = [int(b) for b in (arguments.batches or default).split(",")]
         self.samples: dict[tuple[str, str, int], list[float]] = {}
         self.rows: list[dict[str, Any]] = []
@@ -139,18 +140,19 @@ class Bench:
                 self._row(bench, side, batch, self.counted[name], peaks.get((name, batch)))
 
     def _sweep(self, side: Side, peaks: dict[tuple[str, int], int | None]) -> int:
-        """The batch size with the most images a second, by one call of each part after its first."""
+        """The batch size with the most images a second. Ends with the first that brings nothing, does not fit in
+        memory, or would take longer to try than half of the time for taking turns."""
         speeds: dict[int, float] = {}
-        device = self.arguments.device
+        device, cost = self.arguments.device, 0.0  # seconds for one image, of calling every part twice
         # On a GPU a run may replay a graph, which no counter sees into; on a CPU the first run at batch 1 is counted.
         self.counted[side.name] = count(side) if device == "cuda" or 1 not in self.batches else 0.0
         for batch in self.batches:
             self.progress.update(self.task, description=f"{side.name}, batch {batch}")
-            if speeds and self._late():
+            if speeds and (self._late() or cost * batch > self.arguments.seconds / 2):
                 self.results.note(f"{side.name}: no time for batch {batch}")
                 break
             try:
-                spent = 0.0
+                spent, started = 0.0, time.monotonic()
                 for name, part in side.parts.items():
                     run = part.prepare(batch)
                     counts = device == "cpu" and batch == 1
@@ -162,11 +164,13 @@ class Bench:
                         peak = growth + side.weight_bytes()
                         peaks[side.name, batch] = max(peak, peaks.get((side.name, batch)) or 0)
                     if len(self.batches) > 1:
-                        samples = [_timed(run) for _ in range(2)]
-                        self.samples[side.name, name, batch] = samples
-                        spent += part.whole * min(samples)
+                        self.samples[side.name, name, batch] = [_timed(run)]
+                        spent += part.whole * self.samples[side.name, name, batch][0]
                     self.progress.advance(self.task)
+                cost = (time.monotonic() - started) / batch
                 speeds[batch] = batch / spent if spent else 0.0
+                if speeds[batch] < 1.02 * max((s for b, s in speeds.items() if b != batch), default=0.0):
+                    break
             except OUT_OF_MEMORY:
                 self.results.note(f"{side.name} does not fit at batch {batch}")
                 break
@@ -220,7 +224,7 @@ class Bench:
             flops=side.flops, bare_flops=side.bare_flops, flops_counted=counted, peak_bytes=peak,
         )  # fmt: skip
         self.rows.append(row)
-        if bench == "speedup" and side.family == "dit" and side.steps == 250 and not self.arguments.whole_dit:
+        if bench == "speedup" and side.family == "dit" and side.steps == 250 and not self.arguments.whole:
             self.rows.append(self.results.write(_sides.fewer_steps(row, 50)))
 
 
@@ -258,6 +262,16 @@ def _timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def begin(arguments: argparse.Namespace) -> Path:
+    """Sets what `--dtype` asks for and the seed; the file that results go to."""
+    if arguments.device == "cpu" and arguments.dtype == "tf32":
+        print("tf32 is what GPUs make of fp32; a CPU computes fp32")
+        arguments.dtype = "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.dtype == "tf32"
+    torch.manual_seed(0)
+    return Path(arguments.out) if arguments.out else default_path(arguments.device)
+
+
 def default_path(device: str) -> Path:
     about = environment()
     name = str(about["gpu" if device == "cuda" else "cpu"]).lower()
@@ -265,29 +279,10 @@ def default_path(device: str) -> Path:
     return results_folder() / f"{machine}-{device}-{about['time'][:10]}.jsonl"
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """The table, sides as rows where the terminal is wide enough, else one block for each."""
-    header, cells = _tables.speedup_table(rows)
-    table = Table(*header, header_style="bold", row_styles=["", "dim"])
-    for line in cells:
-        table.add_row(*line)
-    if console.width >= 200:
-        console.print(table)
-        return
-    header, cells = _tables.turned(header, cells)
-    narrow = Table(*header, header_style="bold")
-    for line in cells:
-        narrow.add_row(*line)
-    console.print(narrow)
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.dtype == "tf32"
-    torch.manual_seed(0)
-    console = Console()
-    path = Path(arguments.out) if arguments.out else default_path(arguments.device)
-    results, table, left_out = Results(path), rows(arguments), {}
+    path = begin(arguments)
+    results, table, left_out, console = Results(path), rows(arguments), {}, Console()
     if (reason := dit.why_not()) is not None:
         left_out = {name: reason for name in table if name.startswith("DiT")}
         table = {name: make for name, make in table.items() if name not in left_out}
@@ -298,7 +293,8 @@ def main(argv: list[str] | None = None) -> None:
             median, low, high = _tables.rate(row)
             console.print(f"{row['case']['name']:16} {median:8.3f} images/s ({low:.3f}-{high:.3f})")
     else:
-        show(bench.rows, console)
+        header, cells = _tables.speedup_table(bench.rows)
+        _tables.show(*((header, cells) if console.width >= 250 else _tables.turned(header, cells)))
     for name, reason in left_out.items():
         console.print(f"left out: {name} ({reason})")
     console.print(f"medians of interleaved calls, random weights; samples in {path}")

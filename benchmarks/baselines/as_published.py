@@ -57,13 +57,12 @@ class AsPublished:
         self.device, self.autocast, self.attention = generator.device, autocast, attention
 
     def __call__(self, labels: Sequence[int]) -> Tensor:
-        images = self.pixels(self.logits(self.sample(labels))).clamp(0.0, 1.0)
-        return (255.0 * images).permute(0, 2, 3, 1).to("cpu", torch.uint8)
+        return self.pictures(self.logits(self.sample(labels)))
 
-    def sample(self, labels: Sequence[int]) -> Tensor:
+    def sample(self, labels: Sequence[int], sampling: SamplingConfig | None = None) -> Tensor:
         """(B, K) tokens."""
         with self._ways():
-            return self.generator.sample(torch.tensor(labels, device=self.device))
+            return self.generator.sample(torch.tensor(labels, device=self.device), sampling)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (B, K) -> logits over the proxy's codes (B, codes, h, w)."""
@@ -74,6 +73,10 @@ class AsPublished:
         """logits (B, codes, h, w) -> images (B, 3, H, W), not clamped."""
         with self._ways():
             return self.decoder.pixels(logits)
+
+    def pictures(self, logits: Tensor) -> Tensor:
+        """logits (B, codes, h, w) -> uint8 (B, H, W, 3) on the CPU, truncated as the published script does."""
+        return (255.0 * self.pixels(logits).clamp(0.0, 1.0)).permute(0, 2, 3, 1).to("cpu", torch.uint8)
 
     def _ways(self) -> ExitStack:
         ways = ExitStack()
