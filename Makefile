@@ -49,8 +49,9 @@ gpu:  ## on a machine with a GPU: build, GPU tests, op benchmarks, in under 9 mi
 	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m benchmarks.gpu
 
-bench: $(STAMP)  ## the op benchmarks on this machine, ratios of interleaved runs
-	for op in $(OPS); do $(BIN)/python -m benchmarks.bench_$$op || exit 1; done
+bench: $(STAMP)  ## TiTok against DiT-XL/2 at 512 pixels, then every op against its peers; a quarter of an hour
+	$(BIN)/python -m benchmarks.speedup --limit 480
+	for op in $(OPS); do $(BIN)/python -m benchmarks.bench_$$op --seconds 2 || exit 1; done
 
 clean:  ## remove what was built (keeps .venv and runs/)
 	rm -rf build dist *.egg-info titok/_C*.so

@@ -36,6 +36,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "driver": _driver() if cuda else None,
         "python": platform.python_version(),

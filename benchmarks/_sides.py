@@ -5,17 +5,19 @@ A part that a side repeats without change is timed once and multiplied: DiT's 25
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import dit, flops
-from benchmarks._plain import Plain
+from benchmarks.baselines.as_published import AsPublished
 from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, Pipeline, TiTok, TokenizerConfig, sample_tokens
+from titok.config import SamplingConfig
 from titok.images import to_uint8
 
 Run = Callable[[], Any]
@@ -109,69 +111,118 @@ def _only_decoder(tokenizer: TiTok) -> list[nn.Module]:
 
 
 class Models:
-    """A preset's tokenizer and generator, shared by its sides."""
+    """A preset's tokenizer and generator, shared by its sides.
 
-    def __init__(self, preset: str, dtype: torch.dtype, device: str) -> None:
+    Args:
+        whole: always run all steps of the generator; else, on a CPU, one of many is timed and multiplied.
+    """
+
+    def __init__(self, preset: str, dtype: torch.dtype, device: str, *, whole: bool = False) -> None:
         self.preset, self.dtype = preset, dtype
         self.tokenizer: TiTok = build(lambda: TiTok(TokenizerConfig.preset(preset)), dtype, device)
         self.generator: MaskGIT = build(lambda: MaskGIT(GeneratorConfig.preset(preset)), dtype, device)
         self.modules = [*_only_decoder(self.tokenizer), self.generator]
         self.resolution = self.tokenizer.config.image_size[0]
+        self.one_step = device == "cpu" and self.generator.config.sampling.steps > 16 and not whole
 
-    def _side(self, name: str, work: dict[str, int], **rest: Any) -> Side:
-        g = self.generator.config
+    def side(
+        self,
+        name: str,
+        generate: Callable[[list[int]], Any],
+        sample: Callable[..., Tensor],
+        decode: Callable[[Tensor], Any],
+        to_logits: Callable[[Tensor], Any],
+        work: flops.Work,
+        *,
+        folded: bool = False,
+        counted: Callable[[list[int]], Any] | None = None,
+    ) -> Side:
+        """One way of running the models.
+
+        Args:
+            generate: labels to pictures.
+            sample: labels to tokens; with a `SamplingConfig` and tokens to start from, a single step.
+            decode, to_logits: tokens to pictures, and to proxy logits alone.
+            work: what generator and ViT decoder cost together.
+            folded: the upsampling may be folded; what is counted decides.
+            counted: what to count in place of `generate`, where that replays a graph.
+        """
+        g, t = self.generator.config, self.tokenizer.config
+        steps, note = g.sampling.steps, ""
+        tokens = torch.zeros(1, g.num_latent_tokens, dtype=torch.int64, device=self.generator.device)
+        pixels = flops.pixel_decoder(t).flops
+        parts = {
+            "generate": Part(lambda batch: partial(generate, _labels(batch))),
+            "to logits": Part(lambda batch: lambda: to_logits(sample(_labels(batch))), 0, 1),
+        }
+        if self.one_step:  # in the middle: half of the tokens known, both guidance passes
+            one = dataclasses.replace(g.sampling, steps=1, guidance_schedule="constant", guidance_scale=2.0)
+            half = tokens.clone()
+            half[:, ::2] = self.generator.mask_token
+            note = f"{steps} x one step"
+            parts = {
+                "step": Part(
+                    lambda batch: lambda: sample(_labels(batch), one, half.repeat(batch, 1)), steps, steps
+                ),
+                "to pictures": Part(lambda batch: lambda: decode(tokens.repeat(batch, 1))),
+                "to logits": Part(lambda batch: lambda: to_logits(tokens.repeat(batch, 1)), 0, 1),
+            }
         return Side(
-            name=name, family=self.preset, tokens=g.num_latent_tokens, steps=g.sampling.steps,
-            parameters=_count(*self.modules), flops=sum(work.values()), bare_flops=work["generator"] + work["decoder"],
-            paper=PAPER.get((self.preset, self.resolution)), modules=self.modules, **rest,
+            name=name, family=self.preset, tokens=g.num_latent_tokens, steps=steps,
+            parameters=_count(*self.modules), flops=work.flops + pixels, bare_flops=work.flops, parts=parts,
+            counted=[(partial(counted or generate, _labels(1)), 1)],
+            folded_flops=work.flops + flops.pixel_decoder(t, folded=True).flops if folded else None,
+            note=note, paper=PAPER.get((self.preset, self.resolution)), modules=self.modules,
         )  # fmt: skip
 
-    def plain(self, name: str, **switches: bool) -> Side:
-        t, g = self.tokenizer.config, self.generator.config
-        plain = Plain(self.tokenizer, self.generator, **switches)
-        work = {
-            "generator": flops.generate(g, as_written=True).flops,
-            "decoder": flops.decoder(t, all_rows=not switches.get("fused_ops", False)).flops,
-            "pixels": flops.pixel_decoder(t).flops,
-        }
-        return self._side(
+    def published(self, name: str, change: Callable[[AsPublished], Any] | None = None, **ways: Any) -> Side:
+        """As the official code computes it, or with a `change` of that; `ways` are arguments of `AsPublished`."""
+        rival = AsPublished(self.tokenizer, self.generator, **ways)
+        if change is not None:
+            change(rival)
+
+        def sample(
+            labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None
+        ) -> Tensor:
+            return rival.sample(labels, sampling)  # from all masked: every step costs the same
+
+        return self.side(
             name,
-            work,
-            parts={
-                "generate": Part(lambda batch: partial(plain, _labels(batch))),
-                "to logits": Part(lambda batch: lambda: plain.proxy_logits(plain.sample(_labels(batch))), 0, 1),
-            },
-            counted=[(partial(plain, _labels(1)), 1)],
+            rival,
+            sample,
+            lambda tokens: rival.pictures(rival.logits(tokens)),
+            rival.logits,
+            flops.generate(self.generator.config, as_written=True).plus(
+                flops.decoder(self.tokenizer.config, all_rows=True)
+            ),
+            folded=change is not None,
         )
 
     def ours(self, name: str) -> Side:
-        t, g = self.tokenizer.config, self.generator.config
         pipe = Pipeline(self.tokenizer, self.generator)
         tokenizer, generator = pipe.tokenizer, pipe.generator
+        g = generator.config
 
-        @torch.no_grad()
-        def to_logits(batch: int) -> Any:
-            return tokenizer.decode_logits(sample_tokens(generator, _labels(batch)))
+        def sample(
+            labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None
+        ) -> Tensor:
+            return sample_tokens(generator, labels, sampling, init_tokens=start)
 
-        @torch.no_grad()
-        def uncaptured() -> Any:  # a start that is given, all masked: the same work, without a CUDA graph
+        def uncaptured(
+            labels: list[int],
+        ) -> Any:  # a start that is given, all masked: the same work without a graph
             start = torch.full((1, g.num_latent_tokens), generator.mask_token, device=generator.device)
-            return tokenizer.decode(sample_tokens(generator, _labels(1), init_tokens=start))
+            return tokenizer.decode(sample(labels, start=start))
 
-        work = {
-            "generator": flops.generate(g).flops,
-            "decoder": flops.decoder(t).flops,
-            "pixels": flops.pixel_decoder(t).flops,
-        }
-        return self._side(
+        return self.side(
             name,
-            work,
-            parts={
-                "generate": Part(lambda batch: partial(pipe, _labels(batch))),
-                "to logits": Part(lambda batch: partial(to_logits, batch), 0, 1),
-            },
-            counted=[(uncaptured if generator.device.type == "cuda" else partial(pipe, _labels(1)), 1)],
-            folded_flops=sum(work.values()) - work["pixels"] + flops.pixel_decoder(t, folded=True).flops,
+            pipe,
+            sample,
+            torch.no_grad()(lambda tokens: to_uint8(tokenizer.decode(tokens))),
+            torch.no_grad()(tokenizer.decode_logits),
+            flops.generate(g).plus(flops.decoder(tokenizer.config)),
+            folded=True,
+            counted=torch.no_grad()(uncaptured) if generator.device.type == "cuda" else None,
         )
 
 
@@ -183,9 +234,11 @@ def maskgit(resolution: int, dtype: torch.dtype, device: str) -> Side:
     generator: MaskGIT = build(lambda: MaskGIT(config), dtype, device)
 
     @torch.no_grad()
-    def pictures(batch: int, start: torch.Tensor | None = None) -> Any:
-        tokens = sample_tokens(generator, _labels(batch), init_tokens=start)
-        return to_uint8(vqgan.decode(tokens.view(batch, side, side)))
+    def pictures(tokens: Tensor) -> Any:
+        return to_uint8(vqgan.decode(tokens.view(-1, side, side)))
+
+    def decode(batch: int) -> Run:
+        return partial(pictures, torch.zeros(batch, side * side, dtype=torch.int64, device=device))
 
     generate = flops.generate(config).flops
     start = torch.full((1, side * side), generator.mask_token, device=device)
@@ -198,10 +251,10 @@ def maskgit(resolution: int, dtype: torch.dtype, device: str) -> Side:
         flops=generate + flops.vqgan_decoder(vqgan.config, 1, side, side).flops,
         bare_flops=generate,
         parts={
-            "generate": Part(lambda batch: partial(pictures, batch)),
-            "tokens": Part(lambda batch: partial(sample_tokens, generator, _labels(batch)), 0, 1),
+            "tokens": Part(lambda batch: partial(sample_tokens, generator, _labels(batch)), 1, 1),
+            "pixels": Part(decode),
         },
-        counted=[(partial(pictures, 1, start), 1)],
+        counted=[(partial(sample_tokens, generator, _labels(1), init_tokens=start), 1), (decode(1), 1)],
         note="titok's code",
         paper=PAPER["maskgit", resolution],
         modules=[generator, vqgan.decoder],

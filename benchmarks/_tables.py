@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks._results import quantiles
 
@@ -126,6 +130,16 @@ def turned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[list[
 def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def show(header: Sequence[str], cells: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Prints a table: whole where the output is a file or a pipe, folded to the width of a terminal."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for line in cells:
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def source(rows: Sequence[dict[str, Any]]) -> str:

@@ -205,17 +205,18 @@ def generate(
 
     Args:
         distinct: different labels in the batch (None: all differ); the first step runs once for each.
-        as_written: both passes for every sample in every step, the head at every position, as the official code;
-            otherwise what `titok.decode_loop` leaves of it.
+        as_written: a second pass for every sample in every guided step, the head at every position, as the official
+            code; otherwise what `titok.decode_loop` leaves of it.
     """
     sampling, tokens = sampling or config.sampling, config.num_latent_tokens
     parts, now = [], tokens
     for step in schedule(sampling):
         after = step.num_masked(tokens, now)
-        if as_written:
-            parts.append(generator_pass(config, 2 * batch, 2 * batch * tokens))
+        guided = step.guidance != 1.0
+        if as_written:  # power-cosine runs the second pass even where its weight is zero
+            rows = 2 * batch if guided or sampling.guidance_schedule == "power-cosine" else batch
+            parts.append(generator_pass(config, rows, rows * tokens))
         elif after != now:
-            guided = step.guidance != 1.0
             first = now == tokens
             rows = (distinct or batch) + guided if first else batch * (1 + guided)
             parts.append(generator_pass(config, rows, rows * now))

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import _tables
 from benchmarks._sides import Models, _labels
 from benchmarks.bench_models import train_step
 from benchmarks.speedup import DTYPES
@@ -157,12 +156,12 @@ def main(argv: list[str] | None = None) -> None:
         on_gpu(run, arguments.repeats)
     else:
         trace = arguments.folder / f"{arguments.target}-{arguments.preset}.json"
-        table = Table("range", "calls", "ms in all", "ms of its own", "share")
+        cells = []
         ranges = on_cpu(run, arguments.repeats, trace)
         whole = sum(own for *_, own in ranges)
         for name, calls, within, own in ranges:
-            table.add_row(name, str(calls), f"{1e3 * within:.2f}", f"{1e3 * own:.2f}", f"{own / whole:.1%}")
-        Console().print(table)
+            cells.append([name, str(calls), f"{1e3 * within:.2f}", f"{1e3 * own:.2f}", f"{own / whole:.1%}"])
+        _tables.show(["range", "calls", "ms in all", "ms of its own", "share"], cells)
         print(f"trace: {trace} (open it in https://ui.perfetto.dev or chrome://tracing)")
     print("on a machine with a GPU, recorded by Nsight:")
     for line in command_lines(arguments).values():

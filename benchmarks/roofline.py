@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import _tables, flops
 from benchmarks._results import Results
 from benchmarks._sides import Models, Run, _labels
 from benchmarks._timing import interleave
 from benchmarks.flops import Work
-from benchmarks.speedup import DTYPES, ceiling_runs, default_path
+from benchmarks.speedup import DTYPES, begin, ceiling_runs
 from titok import Pipeline, sample_tokens
 from titok.config import GENERATOR_PRESETS
 from titok.ops import code_mixture
@@ -107,9 +104,8 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.dtype == "tf32"
+    path = begin(arguments)
     dtype, batch = DTYPES[arguments.dtype], arguments.batch
-    path = Path(arguments.out) if arguments.out else default_path(arguments.device)
     todo = stages(Models(arguments.preset, dtype, arguments.device), batch)
     ceiling, work = ceiling_runs(dtype, arguments.device)
     samples = interleave({**ceiling, **{name: run for name, (_, run) in todo.items()}}, arguments.seconds)
@@ -117,10 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     costs = {name: {"flops": w.flops, "bytes": w.bytes(dtype.itemsize)} for name, (w, _) in todo.items()}
     record = Results(path).row("roofline", case, samples, work=work, stages=costs)
     header, cells = table(record)
-    shown = Table(*header, title=f"{arguments.preset}, {arguments.dtype}, batch {batch}")
-    for line in cells:
-        shown.add_row(*line)
-    Console().print(shown)
+    _tables.show(header, cells, f"{arguments.preset}, {arguments.dtype}, batch {batch}")
     ceilings = _tables.ceilings([{**record, "bench": "ceiling"}])
     print(
         f"ceilings: torch.mm {ceilings[f'mm {arguments.dtype}'] / 1e9:,.0f} GFLOP/s, "

@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import _sides, _tables, dit
+from benchmarks import _ladder, _sides, _tables, dit
 from benchmarks._memory import peak_growth
 from benchmarks._results import Results, environment, results_folder
 from benchmarks._sides import Models, Side
 from benchmarks._timing import interleave
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
+CEILING_SIZES = {"cpu": (3072, 1 << 28), "cuda": (8192, 1 << 30)}  # side of the square matrices, bytes copied
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -41,9 +41,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="of all sides")
     p.add_argument("--rows", default="", help="parts of row names, comma-separated; default all")
     p.add_argument("--ladder", metavar="PRESET", help="in place of the rows: one preset, from eager to our engine")
-    p.add_argument("--batches", default="", help="to sweep; default 1 on a CPU, 1,8,32,128 on a GPU")
+    p.add_argument(
+        "--batches", default="", help="to sweep, comma-separated; default 1,2,4,8 on a CPU, 1,8,32,128 on a GPU"
+    )
     p.add_argument("--steps", type=int, default=250, help="of DiT's sampler")
-    p.add_argument("--whole-dit", action="store_true", help="run all of DiT's steps instead of timing one")
+    p.add_argument("--whole", action="store_true", help="run all steps where else one is timed and multiplied")
     p.add_argument("--compile-mode", default="default", help="of torch.compile, on a GPU")
     p.add_argument("--seconds", type=float, default=60, help="of taking turns; three rounds at least")
     p.add_argument("--limit", type=float, help="seconds for everything; what does not fit is left out by name")
@@ -58,17 +60,17 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
 
     def shared(preset: str, dtype: torch.dtype = dtype) -> Models:
         if (preset, dtype) not in models:
-            models[preset, dtype] = Models(preset, dtype, device)
+            models[preset, dtype] = Models(preset, dtype, device, whole=arguments.whole)
         return models[preset, dtype]
 
     if arguments.ladder:
-        return _ladder(arguments.ladder, dtype, shared)
+        return _ladder.rungs(arguments.ladder, dtype, shared)
     table: dict[str, Callable[[], Side]] = {}
 
     def rival(name: str, dtype: torch.dtype, compile_mode: str | None = None) -> None:
         table[name] = lambda: _sides.dit_side(
             name, resolution, dtype, device,
-            steps=arguments.steps, compile_mode=compile_mode, whole=arguments.whole_dit,
+            steps=arguments.steps, compile_mode=compile_mode, whole=arguments.whole,
         )  # fmt: skip
 
     if arguments.dtype != "bf16" or device == "cuda":
@@ -82,32 +84,18 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
             rival("DiT-XL/2 bf16, compiled", torch.bfloat16, arguments.compile_mode)
     table["MaskGIT + MaskGIT-VQGAN"] = lambda: _sides.maskgit(resolution, dtype, device)
     for preset in _sides.PRESETS[resolution]:
-        table[f"{preset} eager"] = partial(_plain, shared, preset)
+        table[f"{preset} eager"] = partial(_published, shared, preset)
         table[preset] = partial(_ours, shared, preset)
     wanted = _sides.chosen(table, arguments.rows)
     return {name: table[name] for name in wanted}
 
 
-def _plain(shared: Callable[[str], Models], preset: str) -> Side:
-    return shared(preset).plain(f"{preset} eager")
+def _published(shared: Callable[[str], Models], preset: str) -> Side:
+    return shared(preset).published(f"{preset} eager")
 
 
 def _ours(shared: Callable[[str], Models], preset: str) -> Side:
     return shared(preset).ours(preset)
-
-
-def _ladder(preset: str, dtype: torch.dtype, shared: Callable[..., Models]) -> dict[str, Callable[[], Side]]:
-    """Each rung is the one before and one change."""
-    rungs: dict[str, Callable[[], Side]] = {}
-    if dtype != torch.float32:
-        rungs["eager fp32"] = lambda: shared(preset, torch.float32).plain("eager fp32", sdpa=False)
-    start = "eager fp32" if dtype == torch.float32 else "bf16"
-    rungs[start] = lambda: shared(preset).plain(start, sdpa=False)
-    rungs["SDPA"] = lambda: shared(preset).plain("SDPA")
-    rungs["channels-last"] = lambda: shared(preset).plain("channels-last", channels_last=True)
-    rungs["fused ops"] = lambda: shared(preset).plain("fused ops", channels_last=True, fused_ops=True)
-    rungs["titok"] = lambda: shared(preset).ours("titok")
-    return rungs
 
 
 class Bench:
@@ -115,7 +103,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, results: Results, console: Console) -> None:
         self.arguments, self.results, self.console = arguments, results, console
-        default = "1,8,32,128" if arguments.device == "cuda" else "1"
+        default = "1,8,32,128" if arguments.device == "cuda" else "1,2,4,8"
         self.batches = [int(b) for b in (arguments.batches or default).split(",")]
         self.samples: dict[tuple[str, str, int], list[float]] = {}
         self.rows: list[dict[str, Any]] = []
@@ -152,18 +140,19 @@ class Bench:
                 self._row(bench, side, batch, self.counted[name], peaks.get((name, batch)))
 
     def _sweep(self, side: Side, peaks: dict[tuple[str, int], int | None]) -> int:
-        """The batch size with the most images a second, by one call of each part after its first."""
+        """The batch size with the most images a second. Ends with the first that brings nothing, does not fit in
+        memory, or would take longer to try than half of the time for taking turns."""
         speeds: dict[int, float] = {}
-        device = self.arguments.device
+        device, cost = self.arguments.device, 0.0  # seconds for one image, of calling every part twice
         # On a GPU a run may replay a graph, which no counter sees into; on a CPU the first run at batch 1 is counted.
         self.counted[side.name] = count(side) if device == "cuda" or 1 not in self.batches else 0.0
         for batch in self.batches:
             self.progress.update(self.task, description=f"{side.name}, batch {batch}")
-            if speeds and self._late():
+            if speeds and (self._late() or cost * batch > self.arguments.seconds / 2):
                 self.results.note(f"{side.name}: no time for batch {batch}")
                 break
             try:
-                spent = 0.0
+                spent, started = 0.0, time.monotonic()
                 for name, part in side.parts.items():
                     run = part.prepare(batch)
                     counts = device == "cpu" and batch == 1
@@ -175,11 +164,13 @@ class Bench:
                         peak = growth + side.weight_bytes()
                         peaks[side.name, batch] = max(peak, peaks.get((side.name, batch)) or 0)
                     if len(self.batches) > 1:
-                        samples = [_timed(run) for _ in range(2)]
-                        self.samples[side.name, name, batch] = samples
-                        spent += part.whole * min(samples)
+                        self.samples[side.name, name, batch] = [_timed(run)]
+                        spent += part.whole * self.samples[side.name, name, batch][0]
                     self.progress.advance(self.task)
+                cost = (time.monotonic() - started) / batch
                 speeds[batch] = batch / spent if spent else 0.0
+                if speeds[batch] < 1.02 * max((s for b, s in speeds.items() if b != batch), default=0.0):
+                    break
             except OUT_OF_MEMORY:
                 self.results.note(f"{side.name} does not fit at batch {batch}")
                 break
@@ -233,7 +224,7 @@ class Bench:
             flops=side.flops, bare_flops=side.bare_flops, flops_counted=counted, peak_bytes=peak,
         )  # fmt: skip
         self.rows.append(row)
-        if bench == "speedup" and side.family == "dit" and side.steps == 250 and not self.arguments.whole_dit:
+        if bench == "speedup" and side.family == "dit" and side.steps == 250 and not self.arguments.whole:
             self.rows.append(self.results.write(_sides.fewer_steps(row, 50)))
 
 
@@ -249,10 +240,10 @@ def count(side: Side) -> float:
 
 def ceiling_runs(dtype: torch.dtype, device: str) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     """What the machine can do: a large square matrix product and a copy; with FLOP and bytes of one call."""
-    size = 8192 if device == "cuda" else 3072
+    size, num_bytes = CEILING_SIZES[device]
     a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
     out = torch.empty_like(a)
-    source = torch.empty((1 << 30) if device == "cuda" else (1 << 28), dtype=torch.uint8, device=device).fill_(1)
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     runs: dict[str, Callable[[], Any]] = {
         "mm": lambda: torch.mm(a, b, out=out),
@@ -271,6 +262,16 @@ def _timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def begin(arguments: argparse.Namespace) -> Path:
+    """Sets what `--dtype` asks for and the seed; the file that results go to."""
+    if arguments.device == "cpu" and arguments.dtype == "tf32":
+        print("tf32 is what GPUs make of fp32; a CPU computes fp32")
+        arguments.dtype = "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.dtype == "tf32"
+    torch.manual_seed(0)
+    return Path(arguments.out) if arguments.out else default_path(arguments.device)
+
+
 def default_path(device: str) -> Path:
     about = environment()
     name = str(about["gpu" if device == "cuda" else "cpu"]).lower()
@@ -278,29 +279,10 @@ def default_path(device: str) -> Path:
     return results_folder() / f"{machine}-{device}-{about['time'][:10]}.jsonl"
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """The table, sides as rows where the terminal is wide enough, else one block for each."""
-    header, cells = _tables.speedup_table(rows)
-    table = Table(*header, header_style="bold", row_styles=["", "dim"])
-    for line in cells:
-        table.add_row(*line)
-    if console.width >= 200:
-        console.print(table)
-        return
-    header, cells = _tables.turned(header, cells)
-    narrow = Table(*header, header_style="bold")
-    for line in cells:
-        narrow.add_row(*line)
-    console.print(narrow)
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.dtype == "tf32"
-    torch.manual_seed(0)
-    console = Console()
-    path = Path(arguments.out) if arguments.out else default_path(arguments.device)
-    results, table, left_out = Results(path), rows(arguments), {}
+    path = begin(arguments)
+    results, table, left_out, console = Results(path), rows(arguments), {}, Console()
     if (reason := dit.why_not()) is not None:
         left_out = {name: reason for name in table if name.startswith("DiT")}
         table = {name: make for name, make in table.items() if name not in left_out}
@@ -311,7 +293,8 @@ def main(argv: list[str] | None = None) -> None:
             median, low, high = _tables.rate(row)
             console.print(f"{row['case']['name']:16} {median:8.3f} images/s ({low:.3f}-{high:.3f})")
     else:
-        show(bench.rows, console)
+        header, cells = _tables.speedup_table(bench.rows)
+        _tables.show(*((header, cells) if console.width >= 250 else _tables.turned(header, cells)))
     for name, reason in left_out.items():
         console.print(f"left out: {name} ({reason})")
     console.print(f"medians of interleaved calls, random weights; samples in {path}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import mmap
 import re
 import shlex
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import _sides, _tables, plot, profile, regression, roofline, speedup
 from benchmarks._memory import peak_growth
@@ -124,7 +124,7 @@ def test_regression_check_is_by_ratio_to_the_calibration(tmp_path, capsys):
 
 
 def test_memory_of_a_piece_of_work():
-    growth = peak_growth(lambda: torch.ones(1 << 26, dtype=torch.uint8), "cpu")
+    growth = peak_growth(lambda: mmap.mmap(-1, 1 << 26).write(bytes(1 << 26)), "cpu")  # past the allocator's pools
     assert growth is None or growth > 1 << 25
 
 
@@ -225,4 +225,13 @@ def test_rows_can_be_chosen():
     )
     assert list(speedup.rows(arguments)) == ["DiT-XL/2 as published, fp32", "titok-l-32 eager", "titok-l-32"]
     ladder = speedup.parser().parse_args(["--ladder", "titok-l-32", "--device", "cpu"])
-    assert list(speedup.rows(ladder)) == ["eager fp32", "bf16", "SDPA", "channels-last", "fused ops", "titok"]
+    rungs = [
+        "eager fp32",
+        "bf16",
+        "SDPA: as published",
+        "channels-last",
+        "folded upsampling",
+        "fused ops",
+        "titok",
+    ]
+    assert list(speedup.rows(ladder)) == rungs

@@ -1,0 +1,1 @@
+"""Other ways to compute what titok computes, to measure it against."""
