@@ -12,7 +12,7 @@ from torch import Tensor
 from titok.ops._checks import check_tensor
 from titok.ops._extension import extension, why_no_cpp, why_no_triton
 from titok.ops._registry import choose, register, runs_eagerly
-from titok.profiling import ranged
+from titok.ops._ranges import ranged
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
