@@ -53,7 +53,7 @@ def add_layer_norm(
     """
     tensors = (x, residual, weight, bias)
     eager = _registry.runs_eagerly(*tensors)
-    if eager and backend is None and out is None and (done := _common(*tensors, eps, out_dtype)) is not None:
+    if eager and backend is None and (done := _common(*tensors, eps, out_dtype, out)) is not None:
         return done
     _check(*tensors, out_dtype)
     backend = None if backend == "auto" else backend
@@ -158,6 +158,17 @@ def _usual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
     )
 
 
+def _is_like(out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether `out` can take a result of x's shape."""
+    return (
+        type(out) is torch.Tensor
+        and out.is_cpu
+        and out.dtype is (dtype or x.dtype)
+        and out.shape == x.shape
+        and out.is_contiguous()
+    )
+
+
 def _common(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -165,6 +176,7 @@ def _common(
     bias: torch.Tensor,
     eps: float,
     out_dtype: torch.dtype | None,
+    out: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The results of a usual call on the CPU; None for all others, which are looked at one argument at a time."""
     if not (
@@ -176,8 +188,13 @@ def _common(
         and _is_cpp_type(out_dtype)
     ):
         return None
-    total = torch.empty_like(x if x.dtype is torch.float32 else residual)  # float32 if one of them is
-    normalised = torch.empty_like(total, dtype=out_dtype)
+    wide = x if x.dtype is torch.float32 else residual  # float32 if one of them is
+    if out is None:
+        total, normalised = torch.empty_like(wide), torch.empty_like(wide, dtype=out_dtype)
+    else:
+        total, normalised = out
+        if not (_is_like(total, wide, None) and _is_like(normalised, wide, out_dtype)):
+            return None
     _launch_cpp(x, residual, weight, bias, eps, total, normalised)
     return total, normalised
 
