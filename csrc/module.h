@@ -5,8 +5,8 @@
 
 namespace titok {
 
+void bind_add_layer_norm(pybind11::module_& m);
 void bind_maskgit_decode(pybind11::module_& m);
-
 void bind_nearest_codebook(pybind11::module_& m);
 void bind_group_norm_silu(pybind11::module_& m);
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import oracles
-from titok.ops import add_layer_norm, last_backend
+from titok.ops import add_layer_norm, last_backend, layer_norm
 
 OP = torch.ops.titok.add_layer_norm.default
-BACKENDS = ["plain", "triton"]
+BACKENDS = ["plain", "cpp", "triton"]
 EPS = 1e-5
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # one unit in the last place of the largest values; the interpreter truncates to bfloat16 where hardware rounds
@@ -68,7 +73,92 @@ DTYPES = [(F32, F32, F32, None), (BF16, BF16, BF16, None), (F16, F16, F16, None)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_float64(backend: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    if backend == "cpp" and F16 in dtypes:
+        pytest.skip("the C++ kernel takes float32 and bfloat16")
     check_against_oracle(inputs(shape, *dtypes[:3]), dtypes[3], backend)
+
+
+# every combination that the C++ kernel has loops for, with and without a whole vector, and rows for two threads
+@pytest.mark.parametrize("shape", [(3, 5), (2, 83), (70, 520)], ids=str)
+@pytest.mark.parametrize("dtypes", list(itertools.product((F32, BF16), repeat=4)), ids=lambda d: "-".join(map(str, d)))
+def test_cpp_dtypes(dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        x, residual, weight, bias = inputs(shape, *dtypes[:3])
+        total, normalised = add_layer_norm(x, residual, weight, bias, EPS, out_dtype=dtypes[3])
+        assert last_backend("add_layer_norm") == "cpp"
+        assert torch.equal(total, x + residual)
+        assert total.dtype == (x + residual).dtype
+        expected = oracles.layer_norm(total, weight, bias, EPS)
+        assert_close(normalised, expected, TOLERANCE[normalised.dtype])
+        assert normalised.dtype == dtypes[3]
+        alone = layer_norm(total, weight, bias, EPS, out_dtype=dtypes[3])
+        assert last_backend("add_layer_norm") == "cpp"
+        assert alone.dtype == dtypes[3]
+        assert_close(alone, expected, TOLERANCE[alone.dtype])
+
+
+def test_layer_norm_elsewhere() -> None:
+    """What does not go to C++: gradients, float64, a transposed view, autocast."""
+    x, _, weight, bias = inputs((3, 40), F32, F32, F32)
+    got = layer_norm(x, weight, bias, EPS)
+    expected = oracles.layer_norm(x, weight, bias, EPS)
+    assert_close(got, expected, TOLERANCE[F32])
+    grads = torch.autograd.grad(got.square().sum(), (x, weight, bias))
+    wanted = torch.autograd.grad(expected.square().sum(), (x, weight, bias))
+    for g, w in zip(grads, wanted, strict=True):
+        assert_close(g, w.double(), 1e-5)
+    with torch.no_grad():
+        wide = [t.double() for t in (x, weight, bias)]
+        assert_close(layer_norm(*wide, EPS), expected, 1e-12)
+        assert_close(layer_norm(x.T.contiguous().T, weight, bias, EPS), expected, TOLERANCE[F32])
+        with torch.autocast("cpu", BF16):
+            assert layer_norm(x.T.contiguous().T, weight, bias, EPS).dtype == F32
+    with pytest.raises(ValueError, match=r"weight: expected shape \(40\), got \(3,\)"):
+        layer_norm(x, weight[:3], bias, EPS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_out(backend: str, grad: bool) -> None:
+    leaves = [t.requires_grad_(grad) for t in inputs((2, 7, 24), F32, BF16, F32)]
+    expected = add_layer_norm(*leaves, EPS, out_dtype=BF16, backend=backend)
+    out = torch.empty(2, 7, 24), torch.empty(2, 7, 24, dtype=BF16)
+    got = add_layer_norm(*leaves, EPS, out_dtype=BF16, out=out, backend=backend)
+    for a, b, c in zip(got, out, expected, strict=True):
+        assert a.data_ptr() == b.data_ptr()
+        assert torch.equal(a, c)
+    if not grad:
+        x, *rest = leaves
+        out = x, out[1]  # a stream kept in place
+        add_layer_norm(x, *rest, EPS, out_dtype=BF16, out=out, backend=backend)
+        assert torch.equal(out[0], expected[0])
+        assert torch.equal(out[1], expected[1])
+
+
+@pytest.mark.slow
+def test_threads_and_instruction_sets(tmp_path: Path) -> None:
+    """Threads change no bit; narrower vectors add in another order."""
+    program = """
+import sys, torch
+from titok.ops import add_layer_norm
+torch.manual_seed(1)
+torch.set_num_threads(int(sys.argv[1]))
+results = []
+for dtype in (torch.float32, torch.bfloat16):
+    x, residual = torch.randn(2, 70, 1030).to(dtype)
+    results += add_layer_norm(x, residual, *torch.randn(2, 1030), 1e-5, backend="cpp")
+torch.save(results, sys.argv[2])
+"""
+    runs = {}
+    for isa, threads in (("avx512", 2), ("avx512", 1), ("avx2", 2), ("generic", 2)):
+        path = tmp_path / f"{isa}{threads}"
+        command = [sys.executable, "-c", program, str(threads), str(path)]
+        subprocess.run(command, check=True, env={**os.environ, "TITOK_CPU_ISA": isa}, timeout=120)
+        runs[path.name] = torch.load(path)
+    assert all(torch.equal(a, b) for a, b in zip(runs["avx5122"], runs["avx5121"], strict=True))
+    for name in ("avx22", "generic2"):
+        for a, b in zip(runs["avx5122"], runs[name], strict=True):
+            assert_close(b, a.double(), TOLERANCE[a.dtype])
 
 
 def test_programs_that_take_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +340,22 @@ X, W = torch.zeros(2, 4), torch.zeros(4)
         (lambda: add_layer_norm(X, X, W, W.to("meta"), EPS), ValueError, r"bias: expected device cpu, got meta"),
         (lambda: add_layer_norm(X[:, :0], X[:, :0], W[:0], W[:0], EPS), ValueError, r"x: expected at least one"),
         (lambda: add_layer_norm(X, X, W, W, EPS, out_dtype=torch.int8), TypeError, r"out_dtype: .* torch.int8"),
+        (lambda: add_layer_norm(X, X, W, W, EPS, out=X), TypeError, r"out: expected a pair of tensors, got Tensor"),
+        (
+            lambda: add_layer_norm(X, X, W, W, EPS, out=(X, X[:1])),
+            ValueError,
+            r"out\[1\]: expected shape \(2, 4\), got \(1, 4\)",
+        ),
+        (
+            lambda: add_layer_norm(X, X, W, W, EPS, out=(X.T.contiguous().T, X)),
+            ValueError,
+            r"out\[0\]: expected a contiguous tensor",
+        ),
+        (
+            lambda: add_layer_norm(X.half(), X.half(), W, W, EPS, backend="cpp"),
+            RuntimeError,
+            r"it takes float32 and bfloat16, not torch.float16",
+        ),
         (lambda: add_layer_norm(X, X, W, W, EPS, backend="sdpa"), ValueError, r"backend: .* got 'sdpa'"),
         (lambda: add_layer_norm(X, X.double(), W, W, EPS, backend="triton"), RuntimeError, r"no float64 kernel"),
         (

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
+from titok.ops import _extension, backends, last_backend, nearest_codebook
 from titok.ops._extension import why_no_cpp
 
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
@@ -57,6 +60,24 @@ spec.loader.exec_module(module)
 print(module.cpu_isa())
 """
     assert output(sys.executable, "-c", code).strip() in ("generic", "avx2", "avx512")
+
+
+def test_a_build_of_older_source_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lacks a function: automatic choices go elsewhere, and whoever asks is told what to do."""
+    stale = ModuleType("titok._C")
+    monkeypatch.setitem(sys.modules, "titok._C", stale)
+    _extension._load.cache_clear()
+    try:
+        for name in _extension.FUNCTIONS - {"nearest_codebook"}:
+            setattr(stale, name, None)
+        hint = r"it lacks nearest_codebook: rebuild it \(pip install -e \.\)"
+        assert re.search(hint, backends()["cpp"])
+        with pytest.raises(RuntimeError, match=hint):
+            nearest_codebook(torch.zeros(2, 4), torch.ones(3, 4), backend="cpp")
+        assert nearest_codebook(torch.zeros(2, 4), torch.ones(3, 4)).tolist() == [0, 0]
+        assert last_backend("nearest_codebook") == "plain"
+    finally:
+        _extension._load.cache_clear()
 
 
 def cuobjdump() -> str | None:

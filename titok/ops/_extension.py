@@ -11,13 +11,20 @@ from typing import Any
 import torch
 
 
+# of `titok._C`, one for each op that has C++ for the CPU
+FUNCTIONS = frozenset({"add_layer_norm", "group_norm_silu", "maskgit_decode_cpu", "nearest_codebook"})
+
+
 @functools.cache
 def _load(name: str) -> ModuleType | str:
     """The module, or in one line why it is not to be had."""
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except Exception as error:  # a broken install may raise anything; it must disable one back end only
         return f"{name} does not import here ({type(error).__name__}: {error})".splitlines()[0]
+    if name == "titok._C" and (missing := sorted(FUNCTIONS.difference(dir(module)))):
+        return f"titok._C is older than this source, it lacks {', '.join(missing)}: rebuild it (pip install -e .)"
+    return module
 
 
 def extension() -> Any:

@@ -102,8 +102,13 @@ def choose(op: str, requested: str | None, candidates: Mapping[str, Callable[[],
         name = requested
         if (reason := candidates[name]()) is not None:
             raise RuntimeError(f"{op}: backend {name!r} cannot run: {reason}")
-    _LAST_BACKEND[op] = name
+    ran(op, name)
     return name
+
+
+def ran(op: str, backend: str) -> None:
+    """Notes for `last_backend` what a call around `choose` ran on."""
+    _LAST_BACKEND[op] = backend
 
 
 def last_backend(op: str) -> str | None:

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 from titok.ops import _registry
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
-from titok.ops._extension import why_no_triton
-from titok.profiling import ranged
+from titok.ops._extension import extension, why_no_cpp, why_no_triton
+from titok.ops._ranges import ranged
+
+_CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # RowType in csrc/add_layer_norm.h
 
 
 @ranged("add_layer_norm")
@@ -22,12 +24,13 @@ def add_layer_norm(
     eps: float,
     *,
     out_dtype: torch.dtype | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + residual, LayerNorm(x + residual)) over the last axis.
 
     Pre-norm blocks read the sum as the stream and the normalised rows as the next layer's input; post-norm blocks
-    read the normalised rows alone. Where there is nothing to add, `torch.nn.functional.layer_norm` is the op.
+    read the normalised rows alone. `layer_norm` is the op where there is nothing to add.
 
     Args:
         x, residual: (..., D) of one shape, float16, bfloat16, float32 or float64. The dtypes may differ: a float32
@@ -35,7 +38,9 @@ def add_layer_norm(
         weight, bias: (D,), any of these dtypes.
         eps: added to the variance.
         out_dtype: dtype of the normalised rows; None: that of the sum. The dtype of the next layer saves a cast.
-        backend: "triton", "plain", or None for the fastest that can run.
+        out: two contiguous tensors that take the results and are returned, of the dtypes that these would have. The
+            first may be x or residual itself, to keep a stream in place; else they overlap nothing.
+        backend: "cpp" (CPU, float32 and bfloat16), "triton", "plain", or None for the fastest that can run.
 
     Returns:
         The sum, in torch's promotion of the two dtypes, rounded to it before it is normalised; and the normalised
@@ -46,6 +51,69 @@ def add_layer_norm(
         TypeError, ValueError: wrong type, dtype, shape or device, or a back end of no such name.
         RuntimeError: the named back end can't run here.
     """
+    tensors = (x, residual, weight, bias)
+    eager = _registry.runs_eagerly(*tensors)
+    if eager and backend is None and (done := _common(*tensors, eps, out_dtype, out)) is not None:
+        return done
+    _check(*tensors, out_dtype)
+    backend = None if backend == "auto" else backend
+    if out is not None:
+        _check_out(out, *_fake(*tensors, eps, out_dtype))
+    if eager:
+        return _forward(*tensors, eps, out_dtype, backend, out)
+    results: tuple[torch.Tensor, torch.Tensor]
+    # PyTorch's own gradient costs less than the op's, but on a CPU it keeps 16-bit statistics for 16-bit rows
+    own_gradient = torch.promote_types(x.dtype, residual.dtype).itemsize >= 4
+    wanted = "plain" if backend is None and x.device.type == "cpu" else backend
+    if (
+        own_gradient
+        and _registry.runs_eagerly(*tensors, gradients=True)
+        and _choose(wanted, *tensors, out_dtype=out_dtype) == "plain"
+    ):
+        results = _plain_forward(*tensors, eps, out_dtype)
+    else:
+        results = _OP(x, residual, weight, bias, eps, out_dtype, backend)
+    return results if out is None else (out[0].copy_(results[0]), out[1].copy_(results[1]))
+
+
+@ranged("layer_norm")
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """LayerNorm(x) over the last axis: `add_layer_norm` with nothing to add.
+
+    Eager calls on a CPU that want no gradient run in C++; everything else is PyTorch's own op, with the same dtypes.
+
+    Args:
+        x: (..., D), float16, bfloat16, float32 or float64.
+        weight, bias: (D,), any of these dtypes.
+        eps: added to the variance.
+        out_dtype: dtype of the result, None for x's.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device.
+    """
+    if _registry.runs_eagerly(x, weight, bias) and _usual(x, weight, bias) and _is_cpp_type(out_dtype):
+        normalised = torch.empty_like(x, dtype=out_dtype)
+        _launch_cpp(x, None, weight, bias, eps, None, normalised)
+        return normalised
+    _check(x, x, weight, bias, out_dtype)
+    with _registry.no_autocast(x):
+        return _plain_norm(x, weight, bias, eps, out_dtype)
+
+
+def _check(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    out_dtype: torch.dtype | None,
+) -> None:
     check_tensor("x", x, shape=("...", "D"), dtypes=FLOAT_DTYPES)
     check_tensor("residual", residual, shape=tuple(x.shape), dtypes=FLOAT_DTYPES, device=x.device)
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -54,28 +122,134 @@ def add_layer_norm(
         raise ValueError(f"x: expected at least one channel, got {tuple(x.shape)}")
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"out_dtype: expected a floating dtype, got {out_dtype}")
-    tensors = (x, residual, weight, bias)
-    # PyTorch's own gradient costs less than the op's, but on a CPU it keeps 16-bit statistics for 16-bit rows
-    own_gradient = torch.promote_types(x.dtype, residual.dtype).itemsize >= 4
-    if _registry.runs_eagerly(*tensors, gradients=own_gradient):
-        if _choose(backend, *tensors, out_dtype=out_dtype) == "plain":
-            return _plain_forward(*tensors, eps, out_dtype)
-        if _registry.runs_eagerly(*tensors):
-            return _forward(*tensors, eps, out_dtype, backend)
-    return _OP(x, residual, weight, bias, eps, out_dtype, backend)
+
+
+def _check_out(out: Any, *wanted: torch.Tensor) -> None:
+    if not isinstance(out, tuple | list) or len(out) != 2:
+        raise TypeError(f"out: expected a pair of tensors, got {type(out).__name__}")
+    for i, (got, like) in enumerate(zip(out, wanted, strict=True)):
+        check_tensor(f"out[{i}]", got, shape=like.shape, dtypes=(like.dtype,), device=like.device)
+        if not got.is_contiguous():
+            raise ValueError(f"out[{i}]: expected a contiguous tensor, got strides {got.stride()}")
+
+
+# --- C++
+
+
+def _is_cpp_type(dtype: torch.dtype | None) -> bool:
+    return dtype is None or dtype in _CPP_TYPES
+
+
+def _usual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
+    """Whether these are what the C++ kernel takes as they are, tested with the least Python: `_check` in one look."""
+    return (
+        x.is_cpu
+        and weight.is_cpu
+        and bias.is_cpu
+        and x.dtype in _CPP_TYPES
+        and weight.dtype is bias.dtype
+        and weight.dtype in _CPP_TYPES
+        and x.numel() > 0
+        and weight.shape == bias.shape == x.shape[-1:] != ()
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and bias.is_contiguous()
+        and why_no_cpp() is None
+    )
+
+
+def _is_like(out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether `out` can take a result of x's shape."""
+    return (
+        type(out) is torch.Tensor
+        and out.is_cpu
+        and out.dtype is (dtype or x.dtype)
+        and out.shape == x.shape
+        and out.is_contiguous()
+    )
+
+
+def _common(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None,
+    out: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The results of a usual call on the CPU; None for all others, which are looked at one argument at a time."""
+    if not (
+        _usual(x, weight, bias)
+        and residual.is_cpu
+        and residual.shape == x.shape
+        and residual.dtype in _CPP_TYPES
+        and residual.is_contiguous()
+        and _is_cpp_type(out_dtype)
+    ):
+        return None
+    wide = x if x.dtype is torch.float32 else residual  # float32 if one of them is
+    if out is None:
+        total, normalised = torch.empty_like(wide), torch.empty_like(wide, dtype=out_dtype)
+    else:
+        total, normalised = out
+        if not (_is_like(total, wide, None) and _is_like(normalised, wide, out_dtype)):
+            return None
+    _launch_cpp(x, residual, weight, bias, eps, total, normalised)
+    return total, normalised
+
+
+def _launch_cpp(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    total: torch.Tensor | None,
+    normalised: torch.Tensor,
+) -> None:
+    """Contiguous rows of any shape. Positional: names would cost a microsecond."""
+    _registry.ran("add_layer_norm", "cpp")
+    width = weight.shape[0]
+    extension().add_layer_norm(
+        x.data_ptr(),
+        _CPP_TYPES[x.dtype],
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else _CPP_TYPES[residual.dtype],
+        0 if total is None else total.data_ptr(),
+        normalised.data_ptr(),
+        _CPP_TYPES[normalised.dtype],
+        weight.data_ptr(),
+        bias.data_ptr(),
+        _CPP_TYPES[weight.dtype],
+        x.numel() // width,
+        width,
+        eps,
+    )
 
 
 def _choose(backend: str | None, *tensors: torch.Tensor, out_dtype: torch.dtype | None = None) -> str:
     """`tensors`: those whose rows are read and written, then the parameters."""
+    dtypes = {out_dtype or torch.float32, *(t.dtype for t in tensors)}
+
+    def cpp() -> str | None:
+        if unknown := dtypes.difference(_CPP_TYPES):
+            return f"it takes float32 and bfloat16, not {unknown.pop()}"
+        return why_no_cpp(*tensors)
 
     def triton() -> str | None:
-        if torch.float64 in (out_dtype, *(t.dtype for t in tensors)):
+        if torch.float64 in dtypes:
             return "it has no float64 kernel"
         if tensors[0].shape[-1] > 8192:
             return f"it holds a row of at most 8192 channels, got {tensors[0].shape[-1]}"
         return why_no_triton(*tensors)
 
-    return _registry.choose("add_layer_norm", backend, {"triton": triton, "plain": lambda: None})
+    candidates = {"triton": triton, "plain": lambda: None, "cpp": cpp}
+    return _registry.choose(
+        "add_layer_norm",
+        backend,
+        candidates if tensors[0].is_cuda else dict(reversed(candidates.items())),
+    )
 
 
 def _forward(
@@ -86,15 +260,24 @@ def _forward(
     eps: float,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if _choose(backend, x, residual, weight, bias, out_dtype=out_dtype) == "plain":
-        return _plain_forward(x, residual, weight, bias, eps, out_dtype)
-    total, normalised = _fake(x, residual, weight, bias, eps, out_dtype)
+    name = _choose(backend, x, residual, weight, bias, out_dtype=out_dtype)
+    if name == "plain":
+        results = _plain_forward(x, residual, weight, bias, eps, out_dtype)
+        return results if out is None else (out[0].copy_(results[0]), out[1].copy_(results[1]))
+    total, normalised = out or _fake(x, residual, weight, bias, eps, out_dtype)
     if total.numel():
-        from titok.kernels import add_layer_norm as kernels
+        x, residual, weight, bias = (t.contiguous() for t in (x, residual, weight, bias))
+        if name == "cpp":
+            if weight.dtype != bias.dtype:
+                weight, bias = weight.float(), bias.float()
+            _launch_cpp(x, residual, weight, bias, eps, total, normalised)
+        else:
+            from titok.kernels import add_layer_norm as kernels
 
-        rows = [t.contiguous().view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
-        kernels.forward(rows[0], rows[1], weight.contiguous(), bias.contiguous(), eps, rows[2], rows[3])
+            rows = [t.view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
+            kernels.forward(rows[0], rows[1], weight, bias, eps, rows[2], rows[3])
     return total, normalised
 
 
@@ -108,11 +291,17 @@ def _plain_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with _registry.no_autocast(x):
         total = (x + residual).contiguous()  # as the fake implementation promises
-        # torch's own op keeps float32 statistics, but mixes dtypes only on some devices
-        mixed = {weight.dtype, bias.dtype, total.dtype, out_dtype or total.dtype} != {total.dtype}
-        rows = total.to(_wide(total)) if mixed else total
-        normalised = F.layer_norm(rows, rows.shape[-1:], weight.to(rows.dtype), bias.to(rows.dtype), eps)
-        return total, normalised.to(out_dtype or total.dtype)
+        return total, _plain_norm(total, weight, bias, eps, out_dtype)
+
+
+def _plain_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, out_dtype: torch.dtype | None
+) -> torch.Tensor:
+    # torch's own op keeps float32 statistics, but mixes dtypes only on some devices
+    mixed = {weight.dtype, bias.dtype, x.dtype, out_dtype or x.dtype} != {x.dtype}
+    rows = x.to(_wide(x)) if mixed else x
+    normalised = F.layer_norm(rows, rows.shape[-1:], weight.to(rows.dtype), bias.to(rows.dtype), eps)
+    return normalised.to(out_dtype or x.dtype)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -144,7 +333,7 @@ def _backward(
 
     The statistics are computed again from the sum, which is read anyway.
     """
-    if _choose(backend, total, grad_normalised, weight) == "plain":
+    if _choose(backend, total, grad_normalised, weight) != "triton":
         return _plain_backward(grad_total, grad_normalised, total, weight, eps)
     grad, channels = torch.empty_like(total), total.shape[-1]
     if not total.numel():

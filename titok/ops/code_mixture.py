@@ -9,7 +9,7 @@ import torch
 from titok.ops import _registry
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
 from titok.ops._extension import why_no_triton
-from titok.profiling import ranged
+from titok.ops._ranges import ranged
 
 
 @ranged("code_mixture")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.ops.nearest_codebook import compute_dtype, look_up, nearest_codebook
-from titok.profiling import ranged
+from titok.ops._ranges import ranged
 
 
 class Quantized(NamedTuple):
