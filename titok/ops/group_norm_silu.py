@@ -11,8 +11,8 @@ from torch import Tensor
 
 from titok.ops._checks import check_tensor
 from titok.ops._extension import extension, why_no_cpp, why_no_triton
-from titok.ops._registry import choose, ran, register, runs_eagerly
 from titok.ops._ranges import ranged
+from titok.ops._registry import choose, ran, register, runs_eagerly
 
 _CPP_DTYPES = (torch.float32, torch.bfloat16)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -92,7 +92,10 @@ def group_norm_silu(
 
     Source: Wu and He, "Group Normalization", ECCV 2018, eq. 1-3; the residual block of MaskGIT's VQGAN.
     """
-    if backend is None and (done := _common(x, num_groups, weight, bias, eps, residual, out_dtype, out)) is not None:
+    if (
+        backend is None
+        and (done := _common(x, num_groups, weight, bias, eps, residual, out_dtype, out)) is not None
+    ):
         return done
     _check(x, num_groups, weight, bias, eps, residual, out_dtype)
     if out is not None:
