@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from cli_runner import NAMES, SIZE, load, pixels, refused, titok
-from titok import Pipeline, TiTok
+from titok import Pipeline, TiTok, _cli
 from titok.cli import app
 from titok.config import TOKENIZER_PRESETS
 from titok.images import read_image, to_uint8
@@ -171,6 +172,12 @@ def test_guidance_power(models: Path) -> None:
 def test_generate_refuses(arguments: tuple[Any, ...], message: str, models: Path) -> None:
     said = refused("generate", "-t", models / "tokenizer", "-g", models / "generator", *arguments)
     assert said.startswith(message)
+
+
+def test_several_processes_write_a_set_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cli, "processes", lambda: contextlib.nullcontext((1, 2)))
+    message = "--output: expected a .npz, because several processes generate, got none"
+    assert refused("generate", "-t", models / "tokenizer", "-g", models / "generator", "-o", "a.png") == message
 
 
 def test_generate_refuses_a_pair_that_does_not_fit(models: Path) -> None:
