@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from cli_runner import NAMES, SIZE, load, pixels, refused, titok
-from titok import Pipeline, TiTok
+from titok import Pipeline, TiTok, _cli
 from titok.cli import app
 from titok.config import TOKENIZER_PRESETS
 from titok.images import read_image, to_uint8
@@ -99,7 +100,7 @@ def test_batch_size_changes_nothing_and_runs_can_be_cut(models: Path) -> None:
     generate(models, "--num", 7, "-o", "a.npz")
     whole, labels = arrays()
     assert labels == [0, 1, 2, 0, 1, 2, 0]
-    for batch_size in (1, 3):
+    for batch_size in (1, 3, "auto"):
         generate(models, "--num", 7, "-o", "b.npz", "--batch-size", batch_size)
         assert np.abs(arrays("b.npz")[0] - whole).max() <= 1  # the same tokens; pixels rounded from other batches
     generate(models, "--labels", "2,0,1,2,0", "--first-sample", 2, "-o", "c.npz")
@@ -163,11 +164,20 @@ def test_guidance_power(models: Path) -> None:
         (("--rounding", "up"), "--rounding: expected nearest or truncate, got 'up'"),
         (("-o", "samples.jpg"), "samples.jpg: expected a name that ends in .png or .npz"),
         (("--seed", 2**64), "seed: expected an int in [0, 2^64)"),
+        (("--batch-size", "all"), "--batch-size: expected auto or an integer >= 1, got 'all'"),
+        (("--batch-size", 0), "--batch-size: expected auto or an integer >= 1, got '0'"),
+        (("-o", "a.npz", "-o", "b.npz"), "--output: expected one .npz at most, got 2"),
     ],
 )
 def test_generate_refuses(arguments: tuple[Any, ...], message: str, models: Path) -> None:
     said = refused("generate", "-t", models / "tokenizer", "-g", models / "generator", *arguments)
     assert said.startswith(message)
+
+
+def test_several_processes_write_a_set_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cli, "processes", lambda: contextlib.nullcontext((1, 2)))
+    message = "--output: expected a .npz, because several processes generate, got none"
+    assert refused("generate", "-t", models / "tokenizer", "-g", models / "generator", "-o", "a.png") == message
 
 
 def test_generate_refuses_a_pair_that_does_not_fit(models: Path) -> None:
@@ -178,19 +188,29 @@ def test_generate_refuses_a_pair_that_does_not_fit(models: Path) -> None:
         assert refused("generate", "-t", models / tokenizer, "-g", models / "generator").startswith(message)
 
 
-def test_generate_leaves_nothing_when_it_fails(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
+def test_generate_goes_on_where_it_failed(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    decode = TiTok.decode
 
     def fails_later(self: TiTok, tokens: torch.Tensor) -> torch.Tensor:
-        calls.append(len(tokens))
-        if len(calls) == 2:
+        batches.append(len(tokens))
+        if len(tokens) and sum(batches) == 8:
             raise OSError("No space left on device")
-        return torch.zeros(len(tokens), 3, *SIZE)
+        return decode(self, tokens)
 
     monkeypatch.setattr(TiTok, "decode", fails_later)
-    arguments = ("generate", "-t", models / "tokenizer", "-g", models / "generator", "--batch-size", 4)
-    assert refused(*arguments, "-o", "a.npz", "-o", "a.png") == "No space left on device"
-    assert calls == [4, 4]
+    arguments = ["generate", "-t", models / "tokenizer", "-g", models / "generator", "--num", 8, "--batch-size", 4]
+    outputs = ["-o", "a.png", "-o", "a.npz"]
+    failed = CliRunner().invoke(app, [str(a) for a in arguments + outputs])
+    assert (failed.exit_code, failed.stderr) == (2, "error: No space left on device\n")
+    assert [p.name for p in Path.cwd().iterdir()] == ["a.npz.parts"]
+    assert "a.npz.parts: expected seed 0" in refused(*arguments, *outputs, "--seed", 1)
+    batches[:] = [100]
+    titok(*arguments, *outputs)
+    assert sum(batches) == 104
+    assert sorted(p.name for p in Path.cwd().iterdir()) == ["a.npz", "a.png"]
+    titok(*arguments, "-o", "b.npz")
+    assert np.array_equal(*(np.load(name)["arr_0"] for name in ("a.npz", "b.npz")))
 
 
 def test_presets_have_random_weights_and_say_so(

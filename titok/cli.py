@@ -250,7 +250,13 @@ def generate(
     ] = None,
     num: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Pictures in all, classes in turn. [default: 16 without --labels]"),
+        typer.Option(
+            "--num",
+            "-n",  # for torchrun, which before Python 3.12 takes --num for its own --numa-binding
+            metavar="N",
+            min=1,
+            help="Pictures in all, classes in turn. [default: 16 without --labels]",
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, help="Same seed, same pictures, whatever the batch size.")
@@ -291,7 +297,7 @@ def generate(
     titok generate -t yucornetto/tokenizer_titok_l32_imagenet \\
         -g yucornetto/generator_titok_l32_imagenet --labels 207,360 --per-class 4
     titok generate -t runs/quickstart/tokenizer -g runs/quickstart/generator --num 50000 -o samples.npz
-    torchrun --nproc-per-node 8 -m titok generate -t TOKENIZER -g GENERATOR --num 50000 -o samples.npz
+    torchrun --nproc-per-node 8 -m titok generate -t TOKENIZER -g GENERATOR -n 50000 -o samples.npz
     """
     outputs = output or [Path("samples.png")]
     for path in outputs:

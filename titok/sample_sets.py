@@ -251,7 +251,7 @@ def _in_first_process(work: Callable[[], T]) -> T:
             result[0] = work()
         except Exception as error:
             result[1] = error
-    dist.broadcast_object_list(result)
+    dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
         raise result[1]
     return result[0]

@@ -109,9 +109,7 @@ class _Sent(NamedTuple):
 def _send(pictures: Tensor, side: torch.cuda.Stream | None) -> _Sent:
     if side is None:
         return _Sent(pictures, None)
-    host = torch.empty(
-        pictures.shape, dtype=pictures.dtype, pin_memory=True
-    )  # PyTorch keeps and reuses such memory
+    host = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)  # reused by PyTorch
     side.wait_stream(torch.cuda.current_stream(pictures.device))
     with torch.cuda.stream(side):
         host.copy_(pictures, non_blocking=True)
