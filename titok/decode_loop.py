@@ -302,6 +302,8 @@ def _static(
         return cache[key]
     try:
         cache[key] = StaticDecode(generator, sampling, size, distinct, finish, capture=capture)
+    except torch.OutOfMemoryError:
+        raise  # a smaller batch may be captured yet
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(f"titok: decoding without a CUDA graph, its capture failed: {reason}", stacklevel=4)

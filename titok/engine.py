@@ -51,8 +51,9 @@ def select(engine: str) -> contextlib.AbstractContextManager[None]:
 
 
 def prepares() -> bool:
-    """Whether prepared weights may be used now: nothing wants a gradient, and nothing is compiled."""
-    return not (_plain or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    """Whether prepared weights may be used now: nothing wants a gradient, is compiled or cast on the way."""
+    casts = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return not (_plain or casts or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ def available(x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and runs_eagerly(x)
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.is_autocast_enabled("cpu")
         and _has_onednn()
     )
 

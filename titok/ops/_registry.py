@@ -60,7 +60,8 @@ def runs_eagerly(*tensors: torch.Tensor, gradients: bool = False) -> bool:
         gradients: accept tensors that want a gradient, for an op with an `autograd.Function` of its own.
     """
     if (
-        torch.compiler.is_compiling()
+        _only_plain  # whose path `choose` finds; what calls a kernel of ours directly must not
+        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
     ):
