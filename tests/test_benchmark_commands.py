@@ -142,7 +142,9 @@ def test_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = rows(path, "ladder")
     assert [r["case"]["name"] for r in found][-1] == "titok"
     assert {r["whole"]["step"] for r in found} == {64}
-    assert capsys.readouterr().out.count("images/s (") == len(found) == 7
+    shown = capsys.readouterr().out
+    assert all(row["case"]["name"] in shown for row in found)
+    assert len(found) == 7
 
 
 def test_every_rung_runs_and_costs_what_the_formula_says() -> None:
@@ -164,7 +166,7 @@ def test_every_rung_runs_and_costs_what_the_formula_says() -> None:
     [
         ({1: 1.0, 2: 1.5, 4: 3.0, 8: 6.0}, [1, 2, 4]),  # 4 brings nothing
         ({1: 1.0, 2: 1.1, 4: 1.3, 8: 1.4}, [1, 2, 4, 8]),
-        ({1: 9.0, 2: 9.0, 4: 9.0, 8: 9.0}, [1]),  # two calls at batch 2 may take 36 s of the 60
+        ({1: 16.0, 2: 16.0, 4: 16.0, 8: 16.0}, [1]),  # a call at batch 2 may take 32 s of the 60
     ],
 )
 def test_sweep_ends_by_itself(
