@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks import _tables, roofline
+from benchmarks import _tables, engine, roofline
 
 COLOURS = {"dit": "#b45f3c", "maskgit": "#8a7a2e"}
 OURS, EAGER = "#2c6e9b", "#9dbdd4"
@@ -52,8 +52,9 @@ def _titled(axes: Axes, title: str, rows: Sequence[Row]) -> None:
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     """Names points (x, y, text) beside them, on the side with more room, and one below the other where they crowd."""
-    axes.figure.draw_without_rendering()  # settles where the points are
-    scale = 72 / axes.figure.dpi
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # settles where the points are
+    scale = 72 / figure.dpi
     left, right = (scale * axes.get_window_extent().x0, scale * axes.get_window_extent().x1)
     taken: list[tuple[float, float, float]] = []  # of each label left, right, y, in points of 1/72 inch
     for x, y, text in sorted(points, key=lambda point: -point[1]):
@@ -63,7 +64,7 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
         label_y = at_y
         while any(ends[0] < r and ends[1] > lo and abs(label_y - other) < 8 for lo, r, other in taken):
             label_y -= 1
-        taken.append((*ends, label_y))  # type: ignore[arg-type]
+        taken.append((ends[0], ends[1], label_y))
         axes.annotate(
             text, (x, y), xytext=(beside, label_y - at_y), textcoords="offset points", fontsize=6, va="center",
             ha="left" if beside > 0 else "right",
@@ -110,12 +111,12 @@ def ladder(rows: Sequence[Row], axes: Axes) -> bool:
     bars = axes.barh(
         names, [m for m, *_ in rates], xerr=errors, color=[EAGER] * (len(rungs) - 1) + [OURS], height=0.6
     )
-    for bar, row, (median, *_) in zip(bars, rungs, rates, strict=True):
+    for bar, row, (median, _, high) in zip(bars, rungs, rates, strict=True):
         mm = ceilings.get(f"mm {row['case']['dtype']}")
         share = f", {_tables.achieved(row) / mm:.0%} of torch.mm" if mm else ""
         axes.annotate(
-            f"  {_tables.number(median)}/s{share}", (median, bar.get_y() + bar.get_height() / 2),
-            xytext=(8, 0), textcoords="offset points", va="center", fontsize=7,
+            f"  {_tables.number(median)}/s{share}", (high, bar.get_y() + bar.get_height() / 2),
+            xytext=(0, 0), textcoords="offset points", va="center", fontsize=7,
         )  # fmt: skip
     axes.invert_yaxis()
     axes.margins(x=0.4)
@@ -141,7 +142,7 @@ def growth(rows: Sequence[Row], axes: Axes) -> bool:
     axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="seconds an image")
     batches = sorted({batch for points in lines.values() for batch in points})
     axes.set_xticks(batches, labels=[str(batch) for batch in batches])
-    axes.minorticks_off()
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.legend(fontsize=6, frameon=False)
     _titled(axes, "Cost against batch", sides)
     return True
@@ -164,7 +165,7 @@ def tokens(rows: Sequence[Row], axes: Axes) -> bool:
     axes.margins(x=0.2)
     counts = sorted({row["case"]["tokens"] for row in sides})
     axes.set_xticks(counts, labels=[str(count) for count in counts])
-    axes.minorticks_off()
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     _titled(axes, "Cost against tokens", sides)
     _label(axes, points)
     return True
@@ -226,6 +227,10 @@ def tables(rows: Sequence[Row]) -> str:
             )
         for record in _tables.of(run, "roofline"):
             blocks.append(_tables.source([record]) + "\n\n" + _tables.markdown(*roofline.table(record)))
+        for record in _tables.of(run, "engine"):
+            case = record["case"]
+            title = f"{case['preset']}, {case['dtype']}, batch {case['batch']}"
+            blocks.append(f"{_tables.source([record])}; {title}\n\n" + _tables.markdown(*engine.table(record)))
         if rungs := _tables.of(run, "ladder"):
             blocks.append(_tables.source(rungs) + "\n\n" + _tables.markdown(*_tables.ladder_table(run)))
     return "\n\n".join(blocks)

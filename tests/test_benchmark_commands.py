@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import _ladder, _sides, _tables, dit, engine, speedup
+from benchmarks import _ladder, _sides, _tables, dit, engine, plot, speedup
 from benchmarks._results import Results
 from titok import MaskGITVQGAN, config
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
@@ -85,6 +85,9 @@ def test_engine_against_published(dtype: str, tmp_path: Path, capsys: pytest.Cap
     assert all(line[-1].endswith(")") for line in cells[:-1])
     assert {len(line) for line in cells} == {len(header)}
     assert "torch.mm in the same rounds" in capsys.readouterr().out
+    written = plot.tables(list(_tables.read([path])))
+    assert f"tiny-8, {dtype}, batch 3" in written
+    assert "| titok: both decoders |" in written
 
 
 def test_ratio_is_the_median_of_the_rounds() -> None:
@@ -95,6 +98,7 @@ def test_ratio_is_the_median_of_the_rounds() -> None:
     assert ours[1:] == ["2", "2-4", "500", "0", "50%", ""]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_rivals")
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "tf32"])
 def test_headline(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +127,7 @@ def test_headline(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert ("a CPU computes fp32" in shown) == (dtype == "tf32")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_rivals")
 def test_steps_can_be_run_whole_and_rows_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
