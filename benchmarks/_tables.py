@@ -165,7 +165,6 @@ def ladder_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
         share = f"{achieved(row) / mm:.0%}" if mm else "-"
         speedup = median / rate(rungs[0])[0]
         case = row["case"]
-        cells.append(
-            [case["name"], case["dtype"], number(median), f"{number(low)}-{number(high)}", number(speedup), share]
-        )
-    return ["rung", "dtype", "img/s", "20-80%", "x", "of mm"], cells
+        figures = [case["name"], case["dtype"], str(case["batch"]), number(median)]
+        cells.append([*figures, f"{number(low)}-{number(high)}", number(speedup), share])
+    return ["rung", "dtype", "batch", "img/s", "20-80%", "x", "of mm"], cells

@@ -74,7 +74,9 @@ class DiT:
         compile_mode: str | None = None,
     ) -> None:
         from diffusers import DDPMScheduler
+        from diffusers.utils import logging
 
+        logging.set_verbosity_error()  # it warns of every conversion to bfloat16
         self.side, self.dtype, self.device, self.steps = resolution // 8, dtype, device, steps
         self.transformer = transformer({**TRANSFORMER, "sample_size": self.side}).to(device, dtype)
         self.vae = vae().to(device, dtype)

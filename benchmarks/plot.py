@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks import _tables, roofline
+from benchmarks import _tables, engine, roofline
 
 COLOURS = {"dit": "#b45f3c", "maskgit": "#8a7a2e"}
 OURS, EAGER = "#2c6e9b", "#9dbdd4"
@@ -39,12 +39,37 @@ def _colour(row: Row) -> str:
 
 def _titled(axes: Axes, title: str, rows: Sequence[Row]) -> None:
     axes.set_title(title, loc="left", fontsize=10)
-    e = rows[0]["environment"]
-    machine = e.get("gpu") or e.get("cpu")
-    label = f"{machine}, torch {e.get('torch')}, {str(e.get('time'))[:10]}, commit {str(e.get('commit'))[:10]}"
-    axes.figure.text(0.005, 0.005, label, fontsize=6, color="0.4")
+    seen: dict[str, None] = {}
+    for e in (row["environment"] for row in rows):
+        machine = e.get("gpu") or e.get("cpu")
+        date, commit = str(e.get("time"))[:10], str(e.get("commit"))[:10]
+        seen[f"{machine}, torch {e.get('torch')}, {date}, commit {commit}"] = None
+    axes.figure.text(0.005, 0.005, "; ".join(seen), fontsize=6, color="0.4")
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names points (x, y, text) beside them, on the side with more room, and one below the other where they crowd."""
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # settles where the points are
+    scale = 72 / figure.dpi
+    left, right = (scale * axes.get_window_extent().x0, scale * axes.get_window_extent().x1)
+    taken: list[tuple[float, float, float]] = []  # of each label left, right, y, in points of 1/72 inch
+    for x, y, text in sorted(points, key=lambda point: -point[1]):
+        at_x, at_y = (scale * value for value in axes.transData.transform((x, y)))
+        beside = 6 if at_x < (left + right) / 2 else -6
+        ends = sorted((at_x + beside, at_x + beside + 3.3 * len(text) * (1 if beside > 0 else -1)))
+        label_y = at_y
+        while any(ends[0] < r and ends[1] > lo and abs(label_y - other) < 8 for lo, r, other in taken):
+            label_y -= 1
+        taken.append((ends[0], ends[1], label_y))
+        axes.annotate(
+            text, (x, y), xytext=(beside, label_y - at_y), textcoords="offset points", fontsize=6, va="center",
+            ha="left" if beside > 0 else "right",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.6", "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
 
 
 def speed_against_flops(rows: Sequence[Row], axes: Axes) -> bool:
@@ -52,14 +77,15 @@ def speed_against_flops(rows: Sequence[Row], axes: Axes) -> bool:
     sides = _tables.of(rows, "speedup")
     if not sides:
         return False
+    points = []
     for row in sides:
         median, low, high = _tables.rate(row)
         case, x = row["case"], row["flops"] / 1e9
         bars = [[median - low], [high - median]]
         axes.errorbar(x, median, yerr=bars, fmt="o", color=_colour(row), markersize=5)
-        label = f"{case['name']} ({case['resolution']} px, {case['dtype']}, {case['steps']} steps)"
-        below = case["name"].endswith("eager")
-        axes.annotate(label, (x, median), xytext=(5, -9 if below else 3), textcoords="offset points", fontsize=6)
+        points.append(
+            (x, median, f"{case['name']} ({case['resolution']} px, {case['dtype']}, {case['steps']} steps)")
+        )
     low, high = min(r["flops"] for r in sides), max(r["flops"] for r in sides)
     for name, ceiling in _tables.ceilings(rows).items():
         if name.startswith("mm "):
@@ -67,8 +93,9 @@ def speed_against_flops(rows: Sequence[Row], axes: Axes) -> bool:
             axes.plot([f / 1e9 for f in ends], [ceiling / f for f in ends], "--", color="0.6", linewidth=0.8)
             axes.annotate(f"torch.{name}", (ends[0] / 1e9, ceiling / ends[0]), fontsize=6, color="0.4")
     axes.set(xscale="log", yscale="log", xlabel="GFLOP an image", ylabel="images/s")
-    axes.set_xlim(low / 3e9, high * 30 / 1e9)
+    axes.set_xlim(low / 3e9, high * 3 / 1e9)
     _titled(axes, "Speed against work", sides)
+    _label(axes, points)
     return True
 
 
@@ -84,12 +111,12 @@ def ladder(rows: Sequence[Row], axes: Axes) -> bool:
     bars = axes.barh(
         names, [m for m, *_ in rates], xerr=errors, color=[EAGER] * (len(rungs) - 1) + [OURS], height=0.6
     )
-    for bar, row, (median, *_) in zip(bars, rungs, rates, strict=True):
+    for bar, row, (median, _, high) in zip(bars, rungs, rates, strict=True):
         mm = ceilings.get(f"mm {row['case']['dtype']}")
         share = f", {_tables.achieved(row) / mm:.0%} of torch.mm" if mm else ""
         axes.annotate(
-            f"  {_tables.number(median)}/s{share}", (median, bar.get_y() + bar.get_height() / 2),
-            xytext=(8, 0), textcoords="offset points", va="center", fontsize=7,
+            f"  {_tables.number(median)}/s{share}", (high, bar.get_y() + bar.get_height() / 2),
+            xytext=(0, 0), textcoords="offset points", va="center", fontsize=7,
         )  # fmt: skip
     axes.invert_yaxis()
     axes.margins(x=0.4)
@@ -113,6 +140,9 @@ def growth(rows: Sequence[Row], axes: Axes) -> bool:
         batches = sorted(points)
         axes.plot(batches, [points[b] for b in batches], "o-", label=name, markersize=3, linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="seconds an image")
+    batches = sorted({batch for points in lines.values() for batch in points})
+    axes.set_xticks(batches, labels=[str(batch) for batch in batches])
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.legend(fontsize=6, frameon=False)
     _titled(axes, "Cost against batch", sides)
     return True
@@ -123,19 +153,21 @@ def tokens(rows: Sequence[Row], axes: Axes) -> bool:
     sides = _tables.of(rows, "speedup")
     if len({row["case"]["tokens"] for row in sides}) < 2:
         return False
+    points = []
     for row in sides:
-        case = row["case"]
+        case, cost = row["case"], 1 / _tables.rate(row)[0]
         marker = "s" if case["resolution"] == 512 else "o"
-        axes.plot(case["tokens"], 1 / _tables.rate(row)[0], marker, color=_colour(row), markersize=5)
-        axes.annotate(
-            f"{case['name']} ({case['steps']})", (case["tokens"], 1 / _tables.rate(row)[0]),
-            xytext=(5, 2), textcoords="offset points", fontsize=6,
-        )  # fmt: skip
+        axes.plot(case["tokens"], cost, marker, color=_colour(row), markersize=5)
+        points.append((case["tokens"], cost, f"{case['name']} ({case['steps']})"))
     axes.set(
         xscale="log", yscale="log", xlabel="tokens (steps in brackets; squares: 512 px)", ylabel="seconds an image"
     )
-    axes.margins(x=0.3)
+    axes.margins(x=0.2)
+    counts = sorted({row["case"]["tokens"] for row in sides})
+    axes.set_xticks(counts, labels=[str(count) for count in counts])
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     _titled(axes, "Cost against tokens", sides)
+    _label(axes, points)
     return True
 
 
@@ -155,7 +187,7 @@ def stages(rows: Sequence[Row], axes: Axes) -> bool:
     axes.barh(labels, floors, color=OURS, height=0.6, label="floor")
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
-    axes.set(xscale="log", xlabel="ms for a batch")
+    axes.set(xlabel="ms for a batch")
     axes.legend(fontsize=7, frameon=False)
     _titled(axes, "Time of each stage, and its floor", records)
     return True
@@ -195,6 +227,10 @@ def tables(rows: Sequence[Row]) -> str:
             )
         for record in _tables.of(run, "roofline"):
             blocks.append(_tables.source([record]) + "\n\n" + _tables.markdown(*roofline.table(record)))
+        for record in _tables.of(run, "engine"):
+            case = record["case"]
+            title = f"{case['preset']}, {case['dtype']}, batch {case['batch']}"
+            blocks.append(f"{_tables.source([record])}; {title}\n\n" + _tables.markdown(*engine.table(record)))
         if rungs := _tables.of(run, "ladder"):
             blocks.append(_tables.source(rungs) + "\n\n" + _tables.markdown(*_tables.ladder_table(run)))
     return "\n\n".join(blocks)

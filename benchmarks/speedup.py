@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rows", default="", help="parts of row names, comma-separated; default all")
     p.add_argument("--ladder", metavar="PRESET", help="in place of the rows: one preset, from eager to our engine")
     p.add_argument(
-        "--batches", default="", help="to sweep, comma-separated; default 1,2,4,8 on a CPU, 1,8,32,128 on a GPU"
+        "--batches",
+        default="",
+        help="to sweep, comma-separated; default 1,2,4,8 on a CPU (a ladder: 1), 1,8,32,128 on a GPU",
     )
     p.add_argument("--steps", type=int, default=250, help="of DiT's sampler")
     p.add_argument("--whole", action="store_true", help="run all steps where else one is timed and multiplied")
@@ -103,7 +105,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, results: Results, console: Console) -> None:
         self.arguments, self.results, self.console = arguments, results, console
-        default = "1,8,32,128" if arguments.device == "cuda" else "1,2,4,8"
+        default = "1,8,32,128" if arguments.device == "cuda" else "1" if arguments.ladder else "1,2,4,8"
         self.batches = [int(b) for b in (arguments.batches or default).split(",")]
         self.samples: dict[tuple[str, str, int], list[float]] = {}
         self.rows: list[dict[str, Any]] = []
@@ -126,8 +128,10 @@ class Bench:
                     left_out[name] = "no time left"
                     continue
                 progress.update(self.task, description=f"building {name}")
-                sides[name] = make()
-                best[name] = self._sweep(sides[name], peaks)
+                sides[name] = side = make()
+                if self.arguments.ladder:  # which quotes whole pictures alone
+                    side.parts = {part: p for part, p in side.parts.items() if p.whole}
+                best[name] = self._sweep(side, peaks)
             progress.update(self.task, description="taking turns")
             samples = self._take_turns(sides, best)
         for name, reason in left_out.items():
@@ -143,7 +147,7 @@ class Bench:
         """The batch size with the most images a second. Ends with the first that brings nothing, does not fit in
         memory, or would take longer to try than half of the time for taking turns."""
         speeds: dict[int, float] = {}
-        device, cost = self.arguments.device, 0.0  # seconds for one image, of calling every part twice
+        device, cost = self.arguments.device, 0.0  # seconds for one image, of calling every part
         # On a GPU a run may replay a graph, which no counter sees into; on a CPU the first run at batch 1 is counted.
         self.counted[side.name] = count(side) if device == "cuda" or 1 not in self.batches else 0.0
         for batch in self.batches:
@@ -156,15 +160,18 @@ class Bench:
                 for name, part in side.parts.items():
                     run = part.prepare(batch)
                     counts = device == "cpu" and batch == 1
+                    called = time.monotonic()
                     with FlopCounterMode(display=False) if counts else nullcontext() as counter:
                         growth = peak_growth(run, device)
+                    first = time.monotonic() - called
                     if counter is not None:
                         self.counted[side.name] += part.whole * counter.get_total_flops()
                     if growth is not None:
                         peak = growth + side.weight_bytes()
                         peaks[side.name, batch] = max(peak, peaks.get((side.name, batch)) or 0)
-                    if len(self.batches) > 1:
-                        self.samples[side.name, name, batch] = [_timed(run)]
+                    if len(self.batches) > 1:  # of a long call the first tells enough
+                        long = first > self.arguments.seconds / 8
+                        self.samples[side.name, name, batch] = [first if long else _timed(run)]
                         spent += part.whole * self.samples[side.name, name, batch][0]
                     self.progress.advance(self.task)
                 cost = (time.monotonic() - started) / batch
@@ -289,9 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench(arguments, results, console)
     bench.run(table, left_out)
     if arguments.ladder:
-        for row in _tables.of(bench.rows, "ladder"):
-            median, low, high = _tables.rate(row)
-            console.print(f"{row['case']['name']:16} {median:8.3f} images/s ({low:.3f}-{high:.3f})")
+        _tables.show(*_tables.ladder_table(bench.rows), title=f"{arguments.ladder}")
     else:
         header, cells = _tables.speedup_table(bench.rows)
         _tables.show(*((header, cells) if console.width >= 250 else _tables.turned(header, cells)))
