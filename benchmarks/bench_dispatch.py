@@ -35,6 +35,7 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
         "code_mixture": partial(ops.code_mixture, randn(4, 16), randn(16, 16)),
         "group_norm_silu": partial(ops.group_norm_silu, image, 8, randn(32), randn(32), 1e-6),
         "add_layer_norm": partial(ops.add_layer_norm, randn(4, 64), randn(4, 64), randn(64), randn(64), 1e-5),
+        "maskgit_decode_step": partial(STEP, randn(1, 4, 16)),
     }
 
 
