@@ -57,7 +57,7 @@ def runs_eagerly(*tensors: torch.Tensor, gradients: bool = False) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     grad = torch.is_grad_enabled() and not gradients
-    for t in tensors:  # a generator would take twice the time
+    for t in tensors:  # noqa: SIM110 (a generator takes twice the time)
         if type(t) not in _PLAIN_TENSORS or (grad and t.requires_grad):
             return False
     return True
