@@ -5,40 +5,42 @@
 #include <memory>
 
 #include "cpu_isa.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 namespace titok {
 namespace {
 
-// glibc maps a block of 32 MiB or more afresh each time, and touching it then costs more than the kernel: a page
-// fault per 4 KiB. Huge pages, where the system grants them on request, make that one per 2 MiB.
-void ask_for_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  if (bytes < (size_t{32} << 20)) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + bytes) & ~(kPage - 1);
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a hint: errors do not matter
-#endif
+constexpr size_t kStreamBytes = size_t{32} << 20;  // results larger than this leave the caches anyway
+
+// The calling thread's, kept: its pages are touched by every call.
+double* scratch_of(size_t size) {
+  static thread_local std::unique_ptr<double[]> scratch;
+  static thread_local size_t capacity = 0;
+  if (size > capacity) {
+    scratch.reset(new double[size]);
+    capacity = size;
+  }
+  return scratch.get();
 }
 
 }  // namespace
 
-void launch_group_norm_silu(const GroupNormSiluArgs& args) {
+void launch_group_norm_silu(const GroupNormSiluArgs& given) {
+  GroupNormSiluArgs args = given;
   const size_t elements = static_cast<size_t>(args.batch) * args.pixels * args.channels;
-  ask_for_huge_pages(args.out, elements * (args.out_is_bf16 ? 2 : 4));
+  const size_t out_bytes = elements * (args.out_is_bf16 ? 2 : 4);
+  ask_for_huge_pages(args.out, out_bytes);
   if (args.sum) ask_for_huge_pages(args.sum, elements * (args.x_is_bf16 ? 2 : 4));
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(args.out) | reinterpret_cast<uintptr_t>(args.sum);
+  args.stream = out_bytes >= kStreamBytes && addresses % 64 == 0 && args.channels % 32 == 0;
   const int threads = omp_get_max_threads();  // torch's number: both share one OpenMP runtime
-  const std::unique_ptr<double[]> scratch(new double[threads * group_norm_silu_scratch(args)]);
+  double* const scratch = scratch_of(threads * group_norm_silu_scratch(args));
   switch (cpu_isa()) {
 #if defined(__x86_64__)
-    case CpuIsa::kAvx512: return avx512::group_norm_silu(args, scratch.get(), threads);
-    case CpuIsa::kAvx2: return avx2::group_norm_silu(args, scratch.get(), threads);
+    case CpuIsa::kAvx512: return avx512::group_norm_silu(args, scratch, threads);
+    case CpuIsa::kAvx2: return avx2::group_norm_silu(args, scratch, threads);
 #endif
-    default: return generic::group_norm_silu(args, scratch.get(), threads);
+    default: return generic::group_norm_silu(args, scratch, threads);
   }
 }
 

@@ -13,15 +13,17 @@ struct GroupNormSiluArgs {
   void* out;
   bool x_is_bf16;
   bool out_is_bf16;
-  const float* weight;  // (channels)
-  const float* bias;    // (channels)
-  float* mean;          // (batch, groups), output
-  float* rstd;          // (batch, groups), output
+  const void* weight;  // (channels), float32 or bfloat16
+  const void* bias;    // (channels), type of weight
+  bool weight_is_bf16;
+  float* mean;  // (batch, groups), output; null where nobody wants it
+  float* rstd;  // the same
   int64_t batch;
   int64_t pixels;
   int64_t channels;
   int64_t groups;  // divides channels
   double eps;
+  bool stream;  // write past the caches
 };
 
 // Pixels are summed in chunks of a size that depends on the shape alone, so that results do not depend on the
@@ -33,8 +35,9 @@ inline int64_t group_norm_silu_chunk(const GroupNormSiluArgs& a) {
 inline int64_t group_norm_silu_chunks(const GroupNormSiluArgs& a) {
   return (a.pixels + group_norm_silu_chunk(a) - 1) / group_norm_silu_chunk(a);
 }
+inline int64_t group_norm_silu_padded(const GroupNormSiluArgs& a) { return (a.channels + 31) / 32 * 32; }
 inline int64_t group_norm_silu_scratch(const GroupNormSiluArgs& a) {
-  return (group_norm_silu_chunks(a) + 2) * 2 * a.channels;  // sums per chunk; then mean, scale and shift
+  return (group_norm_silu_chunks(a) + 1) * 2 * group_norm_silu_padded(a);  // sums per chunk; mean, scale and shift
 }
 
 void launch_group_norm_silu(const GroupNormSiluArgs& args);

@@ -1,258 +1,260 @@
-// The loops of group_norm_silu, written for the compiler's vectorizer and compiled once per instruction set.
+// The loops of group_norm_silu, compiled once per instruction set.
 //
-// Lanes are channels and sums run over pixels in a fixed order, so every instruction set and every number of
-// threads gives the same bits. No standard header with inline code may be used here: its code, compiled for
-// AVX-512, could be the copy that the linker keeps for everybody.
+// Lanes are channels and sums run over pixels in a fixed order, so every number of threads gives the same bits, and so
+// do AVX2 and AVX-512.
 #include "group_norm_silu.h"
 
 #include <omp.h>
 
 #include <cmath>
-#include <cstring>
+
+#include "simd.h"
 
 namespace titok::TITOK_ISA {
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
+// Pixels that are summed in float32, as differences from the first of them: a mean far from zero would eat the
+// variance otherwise. Against the run's own variance the rounding error is at most kRun + 1 units, whatever the first
+// pixel is, because n (first - mean)^2 is at most n times the sum of all (x - mean)^2. Runs are added in float64.
+constexpr int kRun = 16;
 
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+// Sums and sums of squares of each channel, in the order of the lanes.
+struct ChannelSums {
+  double* sums;
+  double* squares;
 
-inline uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// The build forbids the compiler to contract a * b + c, so that the fused product is asked for by name.
-template <typename T>
-inline T fma(T a, T b, T c) {
-#ifdef __FMA__
-  if constexpr (sizeof(T) == 4)
-    return __builtin_fmaf(a, b, c);
-  else
-    return __builtin_fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-inline float widen(float value) { return value; }
-inline float widen(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
-
-template <typename T>
-inline T narrow(float value);
-template <>
-inline float narrow<float>(float value) {
-  return value;
-}
-template <>
-inline BFloat16 narrow<BFloat16>(float value) {  // to nearest even; the addition would carry a NaN out of its range
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return {static_cast<uint16_t>(value == value ? rounded : 0x7fc0)};
-}
-
-// What a run of kRun pixels is summed in before it goes to float64. float32 maps need float64 throughout: a mean
-// far from zero would otherwise eat the variance. The square of a bfloat16 has 16 significant bits, so float32
-// adds eight of one magnitude exactly, and where magnitudes differ, the variance is no small part of the sum.
-constexpr int kRun = 8;
-template <typename T>
-struct RunSum;
-template <>
-struct RunSum<float> {
-  using Type = double;
-};
-template <>
-struct RunSum<BFloat16> {
-  using Type = float;
-};
-
-// Adds `kPixels` pixels to the sums and sums of squares of each channel.
-template <int kPixels, bool kAdd, typename T>
-inline void add_run(const T* __restrict x, const T* __restrict residual, T* __restrict sum, int64_t channels,
-                    double* __restrict sums, double* __restrict squares) {
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
-    typename RunSum<T>::Type run = 0, run_squares = 0;
-#pragma GCC unroll 8
-    for (int p = 0; p < kPixels; ++p) {
-      float value = widen(x[p * channels + c]);
-      if constexpr (kAdd) {
-        const T total = narrow<T>(value + widen(residual[p * channels + c]));
-        sum[p * channels + c] = total;
-        value = widen(total);
-      }
-      const typename RunSum<T>::Type wide = value;
-      run += wide;
-      run_squares = fma(wide, wide, run_squares);
-    }
-    sums[c] += run;
-    squares[c] += run_squares;
+  // Adds `count` values of each lane: origin, and others whose differences from it have these sums.
+  void add(int64_t c, Floats origin, Floats differences, Floats squared_differences, int count) const {
+    const Doubles first = __builtin_convertvector(origin, Doubles);
+    const Doubles difference = __builtin_convertvector(differences, Doubles);
+    const Doubles total = difference + static_cast<double>(count) * first;
+    const Doubles square = __builtin_convertvector(squared_differences, Doubles) + first * (difference + total);
+    accumulate(sums + c, total);
+    accumulate(squares + c, square);
   }
-}
 
-// kRun rows read side by side are more streams than the hardware's prefetcher follows.
+  static void accumulate(double* to, Doubles more) {
+    Doubles v;
+    std::memcpy(&v, to, sizeof v);
+    v += more;
+    std::memcpy(to, &v, sizeof v);
+  }
+};
+
+// Rows read side by side are more streams than the hardware's prefetcher follows.
 inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
-template <bool kAdd, typename T>
-void sum_chunk(const T* x, const T* residual, T* sum, int64_t pixels, int64_t channels, double* sums) {
-  double* squares = sums + channels;
-  std::memset(sums, 0, 2 * channels * sizeof(double));
-  const int64_t run_bytes = kRun * channels * static_cast<int64_t>(sizeof(T));
-  int64_t p = 0;
-  for (; p + kRun <= pixels; p += kRun) {
-    const int64_t at = p * channels;
-    prefetch(x + at + kRun * channels, run_bytes);
-    if constexpr (kAdd) prefetch(residual + at + kRun * channels, run_bytes);
-    add_run<kRun, kAdd>(x + at, kAdd ? residual + at : nullptr, kAdd ? sum + at : nullptr, channels, sums, squares);
-  }
-  for (; p < pixels; ++p) {
-    const int64_t at = p * channels;
-    add_run<1, kAdd>(x + at, kAdd ? residual + at : nullptr, kAdd ? sum + at : nullptr, channels, sums, squares);
-  }
-}
+template <bool kEvenOdd, bool kAdd, bool kStream, class T>
+struct Source {
+  const T* x;
+  const T* residual;
+  T* sum;
+  int64_t channels;
 
-// What the second phase does to a channel: silu((x - mean) * scale + shift).
+  // The value at pixel p from channel c on; with a residual, the sum, which is stored.
+  template <class Access>
+  Pair operator()(int64_t p, int64_t c, Access access) const {
+    const int64_t at = p * channels + c;
+    if constexpr (!kAdd) return access.load(x + at);
+    const Pair total = access.load(x + at) + access.load(residual + at);
+    access.store(sum + at, total);
+    return rounded<T>(total);
+  }
+
+  // kCount pixels from p on.
+  template <int kCount>
+  void add_run(int64_t p, ChannelSums to) const {
+    each_pair<kEvenOdd, kStream>(channels, [&](int64_t c, auto access) {
+      const Pair origin = (*this)(p, c, access);
+      Pair sums = {}, squares = {};
+#pragma GCC unroll 16
+      for (int k = 1; k < kCount; ++k) {
+        const Pair v = (*this)(p + k, c, access) - origin;
+        sums = sums + v;
+        squares = fma(v, v, squares);
+      }
+      to.add(c, origin.first, sums.first, squares.first, kCount);
+      to.add(c + kLanes, origin.second, sums.second, squares.second, kCount);
+    });
+  }
+
+  void add_all(int64_t pixels, ChannelSums to) const {
+    int64_t p = 0;
+    for (; p + kRun <= pixels; p += kRun) {
+      const int64_t next = (p + kRun) * channels, bytes = kRun * channels * static_cast<int64_t>(sizeof(T));
+      prefetch(x + next, bytes);
+      if constexpr (kAdd) prefetch(residual + next, bytes);
+      add_run<kRun>(p, to);
+    }
+    for (; p < pixels; ++p) add_run<1>(p, to);
+  }
+};
+
+// What the second phase does to a channel: silu((x - mean) * scale + shift). In the order of the lanes.
 struct Affine {
   float* mean;
   float* scale;
   float* shift;
 };
 
+inline float parameter(const void* values, bool is_bf16, int64_t c) {
+  return is_bf16 ? as<float>(uint32_t{static_cast<const BFloat16*>(values)[c].bits} << 16)
+                 : static_cast<const float*>(values)[c];
+}
+
+template <bool kEvenOdd>
 void finish_statistics(const GroupNormSiluArgs& a, int64_t image, double* sums, int64_t chunks, Affine affine) {
+  const int64_t padded = group_norm_silu_padded(a);
   for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-    const double* more = sums + chunk * 2 * a.channels;
+    const double* more = sums + chunk * 2 * padded;
 #pragma omp simd
-    for (int64_t c = 0; c < 2 * a.channels; ++c) sums[c] += more[c];
+    for (int64_t c = 0; c < 2 * padded; ++c) sums[c] += more[c];
   }
+  const auto lane = [](int64_t c) { return c / kPair * kPair + lane_of<kEvenOdd>(static_cast<int>(c % kPair)); };
   const int64_t width = a.channels / a.groups;
   const double size = static_cast<double>(width * a.pixels);
   for (int64_t g = 0; g < a.groups; ++g) {
     double total = 0, squares = 0;
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      total += sums[c];
-      squares += sums[a.channels + c];
+      total += sums[lane(c)];
+      squares += sums[padded + lane(c)];
     }
     const double mean = total / size;
     double variance = squares / size - mean * mean;
     variance = variance < 0 ? 0 : variance;  // keeps NaN
     const double rstd = 1 / std::sqrt(variance + a.eps);
-    a.mean[image * a.groups + g] = static_cast<float>(mean);
-    a.rstd[image * a.groups + g] = static_cast<float>(rstd);
+    if (a.mean) a.mean[image * a.groups + g] = static_cast<float>(mean);
+    if (a.rstd) a.rstd[image * a.groups + g] = static_cast<float>(rstd);
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      affine.mean[c] = static_cast<float>(mean);
-      affine.scale[c] = static_cast<float>(rstd * a.weight[c]);
+      const int64_t at = lane(c);
+      const double scale = rstd * parameter(a.weight, a.weight_is_bf16, c);
+      affine.mean[at] = static_cast<float>(mean);
+      affine.scale[at] = static_cast<float>(scale);
       // Subtracting the float32 mean first keeps a far mean from cancelling; its rounding is made good here.
-      affine.shift[c] = static_cast<float>(a.bias[c] + (affine.mean[c] - mean) * rstd * a.weight[c]);
+      const double shift = parameter(a.bias, a.weight_is_bf16, c) + (affine.mean[at] - mean) * scale;
+      affine.shift[at] = static_cast<float>(shift);
     }
   }
+}
+
+// -limit to limit; of a NaN, anything.
+inline Floats clamp(Floats x, float limit) {
+#if defined(TITOK_ISA_AVX512)
+  return (Floats)_mm512_maskz_range_ps(0xffff, (__m512)x, (__m512)broadcast(limit), 0x2);  // least magnitude, sign of x
+#elif defined(TITOK_ISA_AVX2)
+  return (Floats)_mm256_min_ps(_mm256_max_ps((__m256)x, (__m256)broadcast(-limit)), (__m256)broadcast(limit));
+#else
+  x = x < limit ? x : broadcast(limit);
+  return x > -limit ? x : broadcast(-limit);
+#endif
 }
 
 // 2^f for |f| <= 1/2: minimax polynomials of relative error 1.5e-7 for float32 and 7.5e-5, a 26th of half a unit in
 // the last place, for bfloat16.
-template <typename Out>
-inline float exp2_fraction(float f) {
+template <class Out>
+inline Floats exp2_fraction(Floats f) {
   if constexpr (sizeof(Out) == 2) {
-    const float p = fma(fma(5.517166853e-02f, f, 2.426111400e-01f), f, 6.932609677e-01f);
-    return fma(p, f, 9.999280572e-01f);
+    const Floats p = fma(fma(broadcast(5.517166853e-02f), f, broadcast(2.426111400e-01f)), f, broadcast(6.932609677e-01f));
+    return fma(p, f, broadcast(9.999280572e-01f));
   }
-  float p = fma(fma(1.327647245e-03f, f, 9.675541893e-03f), f, 5.550713092e-02f);
-  p = fma(fma(p, f, 2.402212024e-01f), f, 6.931469440e-01f);
-  return fma(p, f, 1.000000119e+00f);
+  Floats p = fma(fma(broadcast(1.327647245e-03f), f, broadcast(9.675541893e-03f)), f, broadcast(5.550713092e-02f));
+  p = fma(fma(p, f, broadcast(2.402212024e-01f)), f, broadcast(6.931469440e-01f));
+  return fma(p, f, broadcast(1.000000119e+00f));
 }
 
 // z / (1 + exp(-z))
-template <typename Out>
-inline float silu(float z) {
-  // -z, its magnitude at most 87 so that exp(-z) is a normal number. In integers, because GCC splits the loop at a
-  // comparison of floats; a NaN comes back through the numerator.
-  const uint32_t bits = float_to_bits(z), magnitude = bits & 0x7fffffff;
-  constexpr uint32_t kLimit = 0x42ae0000;  // 87.0f
-  const float x = bits_to_float((magnitude < kLimit ? magnitude : kLimit) | (~bits & 0x80000000));
-  constexpr float kLog2E = 1.44269504f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const float shifted = fma(x, kLog2E, kRound);
-  const float power = exp2_fraction<Out>(fma(x, kLog2E, kRound - shifted));
-  const float exp = bits_to_float(float_to_bits(power) + (float_to_bits(shifted) << 23));
+template <class Out>
+inline Floats silu(Floats z) {
+  const Floats x = clamp(z, 87.0f);            // exp(-x) is a normal number; a NaN comes back through the numerator
+  const Floats log2e = broadcast(-1.44269504f);
+  const Floats round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Floats shifted = fma(x, log2e, round);
+  const Floats power = exp2_fraction<Out>(fma(x, log2e, round - shifted));
+  const Floats exp = as<Floats>(as<Words>(power) + (as<Words>(shifted) << 23));
   return z / (1.0f + exp);
 }
 
-template <typename In, typename Out>
-void normalise_chunk(const In* __restrict x, Out* __restrict out, int64_t pixels, int64_t channels, Affine affine) {
-  const float* __restrict mean = affine.mean;
-  const float* __restrict scale = affine.scale;
-  const float* __restrict shift = affine.shift;
+template <bool kEvenOdd, bool kStream, class In, class Out>
+void normalise_chunk(const In* x, Out* out, int64_t pixels, int64_t channels, Affine affine) {
   for (int64_t p = 0; p < pixels; ++p, x += channels, out += channels) {
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      out[c] = narrow<Out>(silu<Out>(fma(widen(x[c]) - mean[c], scale[c], shift[c])));
-    }
+    each_pair<kEvenOdd, kStream>(channels, [&](int64_t c, auto access) {
+      const Pair centred = access.load(x + c) - load<false>(affine.mean + c);
+      const Pair z = fma(centred, load<false>(affine.scale + c), load<false>(affine.shift + c));
+      access.store(out + c, Pair{silu<Out>(z.first), silu<Out>(z.second)});
+    });
   }
 }
 
-template <typename In, typename Out>
+template <class In, class Out, bool kStream>
 void run(const GroupNormSiluArgs& a, double* scratch, int threads) {
+  constexpr bool kEvenOdd = sizeof(In) == 2 || sizeof(Out) == 2;
   const int64_t chunk = group_norm_silu_chunk(a), chunks = group_norm_silu_chunks(a);
-  const int64_t scratch_size = group_norm_silu_scratch(a);
+  const int64_t scratch_size = group_norm_silu_scratch(a), padded = group_norm_silu_padded(a);
   const auto elements = [&](int64_t image, int64_t i) { return (image * a.pixels + i * chunk) * a.channels; };
   const auto size = [&](int64_t i) { return a.pixels - i * chunk < chunk ? a.pixels - i * chunk : chunk; };
   const auto affine = [&](double* own) {
-    float* floats = reinterpret_cast<float*>(own + chunks * 2 * a.channels);
-    return Affine{floats, floats + a.channels, floats + 2 * a.channels};
+    float* floats = reinterpret_cast<float*>(own + chunks * 2 * padded);
+    return Affine{floats, floats + padded, floats + 2 * padded};
   };
   const auto sum = [&](int64_t image, int64_t i, double* own) {
     const int64_t at = elements(image, i);
-    const In* x = static_cast<const In*>(a.x) + at;
-    double* sums = own + i * 2 * a.channels;
+    const ChannelSums to = {own + i * 2 * padded, own + (i * 2 + 1) * padded};
+    std::memset(to.sums, 0, 2 * padded * sizeof(double));
+    const In *x = static_cast<const In*>(a.x) + at, *residual = static_cast<const In*>(a.residual) + at;
     if (a.residual)
-      sum_chunk<true>(x, static_cast<const In*>(a.residual) + at, static_cast<In*>(a.sum) + at, size(i), a.channels,
-                      sums);
+      Source<kEvenOdd, true, kStream, In>{x, residual, static_cast<In*>(a.sum) + at, a.channels}.add_all(size(i), to);
     else
-      sum_chunk<false, In>(x, nullptr, nullptr, size(i), a.channels, sums);
+      Source<kEvenOdd, false, kStream, In>{x, nullptr, nullptr, a.channels}.add_all(size(i), to);
   };
   const auto normalise = [&](int64_t image, int64_t i, double* own) {
     const int64_t at = elements(image, i);
     const In* x = static_cast<const In*>(a.residual ? a.sum : a.x) + at;
-    normalise_chunk(x, static_cast<Out*>(a.out) + at, size(i), a.channels, affine(own));
+    normalise_chunk<kEvenOdd, kStream>(x, static_cast<Out*>(a.out) + at, size(i), a.channels, affine(own));
   };
 
+  // The second phase goes backwards: it begins with what the first left in the caches.
   if (a.batch % threads == 0 || a.batch >= 4 * threads) {  // an image to a thread: no waiting between the phases
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t image = 0; image < a.batch; ++image) {
       double* own = scratch + omp_get_thread_num() * scratch_size;
       for (int64_t i = 0; i < chunks; ++i) sum(image, i, own);
-      finish_statistics(a, image, own, chunks, affine(own));
-      for (int64_t i = 0; i < chunks; ++i) normalise(image, i, own);
+      finish_statistics<kEvenOdd>(a, image, own, chunks, affine(own));
+      for (int64_t i = chunks; i-- > 0;) normalise(image, i, own);
+      if (kStream) fence();
     }
     return;
   }
 #pragma omp parallel num_threads(threads) if (chunks > 1)
-  for (int64_t image = 0; image < a.batch; ++image) {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < chunks; ++i) sum(image, i, scratch);
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t begin = chunks * thread / team, end = chunks * (thread + 1) / team;
+    for (int64_t image = 0; image < a.batch; ++image) {
+      for (int64_t i = begin; i < end; ++i) sum(image, i, scratch);
+#pragma omp barrier
 #pragma omp single
-    finish_statistics(a, image, scratch, chunks, affine(scratch));
-    // The same static schedule: each thread meets the chunks that it has in its own cache.
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < chunks; ++i) normalise(image, i, scratch);
+      finish_statistics<kEvenOdd>(a, image, scratch, chunks, affine(scratch));
+      for (int64_t i = end; i-- > begin;) normalise(image, i, scratch);
+    }
+    if (kStream) fence();
   }
+}
+
+template <class In, class Out>
+void choose_stores(const GroupNormSiluArgs& a, double* scratch, int threads) {
+  a.stream ? run<In, Out, true>(a, scratch, threads) : run<In, Out, false>(a, scratch, threads);
 }
 
 }  // namespace
 
 void group_norm_silu(const GroupNormSiluArgs& a, double* scratch, int threads) {
   if (a.x_is_bf16)
-    a.out_is_bf16 ? run<BFloat16, BFloat16>(a, scratch, threads) : run<BFloat16, float>(a, scratch, threads);
+    a.out_is_bf16 ? choose_stores<BFloat16, BFloat16>(a, scratch, threads)
+                  : choose_stores<BFloat16, float>(a, scratch, threads);
   else
-    a.out_is_bf16 ? run<float, BFloat16>(a, scratch, threads) : run<float, float>(a, scratch, threads);
+    a.out_is_bf16 ? choose_stores<float, BFloat16>(a, scratch, threads)
+                  : choose_stores<float, float>(a, scratch, threads);
 }
 
 }  // namespace titok::TITOK_ISA

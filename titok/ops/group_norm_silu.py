@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from titok.ops._checks import check_tensor
 from titok.ops._extension import extension, why_no_cpp, why_no_triton
-from titok.ops._registry import choose, register, runs_eagerly
+from titok.ops._registry import choose, ran, register, runs_eagerly
 from titok.ops._ranges import ranged
 
+_CPP_DTYPES = (torch.float32, torch.bfloat16)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -27,6 +28,7 @@ def group_norm_silu(
     *,
     residual: None = None,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor: ...
 
@@ -41,6 +43,7 @@ def group_norm_silu(
     *,
     residual: Tensor,
     out_dtype: torch.dtype | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -55,6 +58,7 @@ def group_norm_silu(
     *,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`silu(group_norm(x))`, or with `residual` the pair `(x + residual, silu(group_norm(x + residual)))`.
@@ -74,6 +78,9 @@ def group_norm_silu(
         eps: added to the variance, above 0.
         residual: same shape, dtype and device as x.
         out_dtype: dtype of the normalised output, that of the next convolution; None for x's.
+        out: takes the result and is returned, or with `residual` a pair for both; of the dtype that the result would
+            have, in x's memory format. The first of a pair may be x or residual itself, and the only one x where
+            dtypes agree; else they overlap nothing.
         backend: "plain", "cpp", "triton"; None or "auto" for the fastest that can run.
 
     Returns:
@@ -85,14 +92,18 @@ def group_norm_silu(
 
     Source: Wu and He, "Group Normalization", ECCV 2018, eq. 1-3; the residual block of MaskGIT's VQGAN.
     """
+    if backend is None and (done := _common(x, num_groups, weight, bias, eps, residual, out_dtype, out)) is not None:
+        return done
     _check(x, num_groups, weight, bias, eps, residual, out_dtype)
+    if out is not None:
+        _check_out(out, x, residual, out_dtype)
     if residual is None:
         op = _forward if runs_eagerly(x, weight, bias) else _OP
         normalised: Tensor = op(x, num_groups, weight, bias, eps, out_dtype, backend)[0]
-        return normalised
+        return normalised if out is None else cast(Tensor, out).copy_(normalised)
     op = _add_forward if runs_eagerly(x, residual, weight, bias) else _ADD_OP
     total, normalised, _, _ = op(x, residual, num_groups, weight, bias, eps, out_dtype, backend)
-    return total, normalised
+    return (total, normalised) if out is None else (out[0].copy_(total), out[1].copy_(normalised))
 
 
 def _check(
@@ -121,6 +132,115 @@ def _check(
         raise TypeError(f"out_dtype: expected one of the floating dtypes of x, got {out_dtype}")
 
 
+def _check_out(out: Any, x: Tensor, residual: Tensor | None, out_dtype: torch.dtype | None) -> None:
+    if residual is not None and not (isinstance(out, tuple | list) and len(out) == 2):
+        raise TypeError(f"out: expected a pair of tensors beside a residual, got {type(out).__name__}")
+    named = {"out": out} if residual is None else {"out[0]": out[0], "out[1]": out[1]}
+    for name, tensor in named.items():
+        dtype = x.dtype if name == "out[0]" else out_dtype or x.dtype
+        check_tensor(name, tensor, shape=x.shape, dtypes=(dtype,), device=x.device)
+
+
+# --- the usual call on the CPU, with the least Python
+
+
+def _is_map(value: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
+    """Whether this is a map as the C++ kernel reads and writes it."""
+    return (
+        type(value) is Tensor
+        and value.is_cpu
+        and value.dtype is dtype
+        and value.shape == shape
+        and value.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _common(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+    out: Tensor | tuple[Tensor, Tensor] | None,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The result of a usual call; None for all others, whose arguments are then looked at one by one."""
+    if not (
+        runs_eagerly(x, weight, bias)
+        and x.is_cpu
+        and (dtype := x.dtype) in _CPP_DTYPES
+        and (out_dtype is None or out_dtype in _CPP_DTYPES)
+        and len(shape := x.shape) == 4
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and type(num_groups) is int
+        and num_groups > 0
+        and shape[1] % num_groups == 0
+        and weight.dtype is bias.dtype
+        and (weight.dtype is torch.float32 or weight.dtype is dtype)
+        and weight.is_cpu
+        and bias.is_cpu
+        and weight.shape == bias.shape == shape[1:2]
+        and weight.is_contiguous()
+        and bias.is_contiguous()
+        and eps > 0
+        and why_no_cpp() is None
+    ):
+        return None
+    if residual is None:
+        normalised = torch.empty_like(x, dtype=out_dtype) if out is None else out
+        if not (out is None or _is_map(out, out_dtype or dtype, shape)):
+            return None
+        _launch_cpp(x, None, weight, bias, eps, None, cast(Tensor, normalised), None, None, num_groups)
+        return normalised
+    if not (runs_eagerly(residual) and _is_map(residual, dtype, shape)):
+        return None
+    if out is None:
+        total, normalised = torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
+    elif not (type(out) is tuple and _is_map(out[0], dtype, shape) and _is_map(out[1], out_dtype or dtype, shape)):
+        return None
+    else:
+        total, normalised = out
+    _launch_cpp(x, residual, weight, bias, eps, total, normalised, None, None, num_groups)
+    return total, normalised
+
+
+def _launch_cpp(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    total: Tensor | None,
+    normalised: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    num_groups: int,
+) -> None:
+    """Channels-last maps, contiguous parameters of one dtype. Positional: names would cost microseconds."""
+    ran("group_norm_silu", "cpp")
+    batch, channels, height, width = x.shape
+    extension().group_norm_silu(
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None or total is None else total.data_ptr(),
+        normalised.data_ptr(),
+        x.dtype is torch.bfloat16,
+        normalised.dtype is torch.bfloat16,
+        weight.data_ptr(),
+        bias.data_ptr(),
+        weight.dtype is torch.bfloat16,
+        0 if mean is None else mean.data_ptr(),
+        0 if rstd is None else rstd.data_ptr(),
+        batch,
+        height * width,
+        channels,
+        num_groups,
+        eps,
+    )
+
+
 def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
 
@@ -133,7 +253,7 @@ def _why_no_cpp(x: Tensor, out_dtype: torch.dtype) -> str | None:
     if (reason := why_no_cpp(x)) is not None:
         return reason
     for dtype in (x.dtype, out_dtype):
-        if dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in _CPP_DTYPES:
             return f"the C++ kernel takes float32 and bfloat16, not {dtype}"
     return _why_not_channels_last(x)
 
@@ -203,7 +323,8 @@ def _add_forward(
     if x.numel() == 0:
         return total, normalised, mean.zero_(), rstd.zero_()
     if chosen == "cpp":
-        _cpp_forward(x, residual, weight, bias, eps, total, normalised, mean, rstd)
+        weight, bias = weight.contiguous(), bias.contiguous()
+        _launch_cpp(x, residual, weight, bias, eps, total, normalised, mean, rstd, num_groups)
         return total, normalised, mean, rstd
     if chosen == "triton":
         from titok.kernels import group_norm_silu as kernels
@@ -213,38 +334,6 @@ def _add_forward(
         return total, normalised, mean, rstd
     total = x if residual is None else x + residual
     return (total, *_plain_forward(total, num_groups, weight, bias, eps, out_dtype))
-
-
-def _cpp_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    total: Tensor,
-    normalised: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
-    batch, channels, height, width = x.shape
-    weight, bias = weight.float().contiguous(), bias.float().contiguous()
-    extension().group_norm_silu(
-        x=x.data_ptr(),
-        residual=0 if residual is None else residual.data_ptr(),
-        sum=0 if residual is None else total.data_ptr(),
-        out=normalised.data_ptr(),
-        x_is_bf16=x.dtype == torch.bfloat16,
-        out_is_bf16=normalised.dtype == torch.bfloat16,
-        weight=weight.data_ptr(),
-        bias=bias.data_ptr(),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        batch=batch,
-        pixels=height * width,
-        channels=channels,
-        groups=mean.shape[1],
-        eps=eps,
-    )
 
 
 def _plain_forward(
