@@ -24,6 +24,8 @@ constexpr int kTile = kPanels * kLanes;
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
 template <class Vector>
 inline Vector read(const void* p) {
   Vector v;
@@ -40,7 +42,6 @@ inline Ints lane_numbers() {
 // kLanes values as float32.
 inline Words widen(const float* p) { return read<Words>(p); }
 inline Words widen(const BFloat16* p) {
-  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
   return __builtin_convertvector(read<Halves>(p), Words) << 16;
 }
 
@@ -100,9 +101,10 @@ inline void transpose(Words (&rows)[kLanes]) {
 // One thread's: what is packed of a head, and the tile of a block of queries.
 template <class Kind>
 struct Scratch {
-  int64_t depth;  // words of a row of queries or keys
-  int64_t width;  // words of a row of packed values, a multiple of kLanes
-  int64_t span;   // words of a row of scores, a multiple of kLanes
+  int64_t depth;  // words of a query or a key
+  int64_t step;   // from query to query; this and the next two are multiples of kLanes
+  int64_t width;  // words of a row of values
+  int64_t span;   // words of a row of scores
   int64_t* seen;  // visible tokens
   uint32_t *keys, *values, *queries, *scores;
   float* sums;
@@ -110,6 +112,7 @@ struct Scratch {
 
   Scratch(const MaskedAttentionArgs& a, void* memory) {
     depth = a.head_dim / Kind::kValues;
+    step = round_up(depth, kLanes);
     width = round_up(a.head_dim, kLanes);
     span = round_up(a.tokens, kLanes);
     char* next = static_cast<char*>(memory);
@@ -117,29 +120,28 @@ struct Scratch {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(next);
       next += round_up(size * sizeof *array, 64);
     };
-    take(seen, a.tokens);
+    take(seen, span);
     take(keys, depth * round_up(a.tokens, kTile));
     take(values, width * round_up(a.tokens, Kind::kValues) / Kind::kValues);
-    take(queries, depth * kQueryBlock);
+    take(queries, step * kQueryBlock);
     take(scores, span * kQueryBlock);
     take(sums, width * kQueryBlock);
     bytes = next - static_cast<char*>(memory);
   }
 };
 
-// A head's visible keys, as columns: [tile][word][key of the tile]. The rows that are missing in the last vector are 0.
+// A head's visible keys, as columns: [tile][word][key of the tile]. The last one is repeated to the end of its vector.
 template <class Kind>
 void pack_keys(const typename Kind::Value* from, int64_t stride, int64_t head_dim, int64_t count, Scratch<Kind>& to) {
   for (int64_t key = 0; key < count; key += kLanes) {
     uint32_t* const column = to.keys + key / kTile * kTile * to.depth + key % kTile;
     for (int64_t word = 0; word < to.depth; word += kLanes) {
+      const int64_t at = word * Kind::kValues;
       Words rows[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        rows[i] = Words{};
-        if (key + i >= count) continue;
-        const int64_t at = word * Kind::kValues;
-        rows[i] = load_part<Kind::kValues>(from + to.seen[key + i] * stride + at, head_dim - at, Kind::load);
+        const int64_t token = to.seen[least(key + i, count - 1)];
+        rows[i] = load_part<Kind::kValues>(from + token * stride + at, head_dim - at, Kind::load);
       }
       transpose(rows);
       for (int64_t i = 0; i < least(kLanes, to.depth - word); ++i) {
@@ -260,11 +262,20 @@ inline float softmax(uint32_t* row, int64_t count, float scale) {
   return across(sums, [](Floats a, Floats b) { return a + b; })[0];
 }
 
-inline void narrow(Floats v, float* to, int64_t count) { std::memcpy(to, &v, least(count, kLanes) * sizeof(float)); }
-inline void narrow(Floats v, BFloat16* to, int64_t count) {
-  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
-  const Halves halves = __builtin_convertvector(nearest_bfloat16(v) >> 16, Halves);
-  std::memcpy(to, &halves, least(count, kLanes) * sizeof(BFloat16));
+inline Floats narrow(Floats v, const float*) { return v; }
+inline Halves narrow(Floats v, const BFloat16*) { return __builtin_convertvector(nearest_bfloat16(v) >> 16, Halves); }
+
+// The sums of a query, divided by its total, as the output has them.
+template <class T>
+inline void write_row(const float* sums, float total, int64_t head_dim, T* out) {
+  const Floats factor = broadcast(1 / total);
+  for (int64_t c = 0; c < head_dim; c += kLanes) {
+    const auto values = narrow(read<Floats>(sums + c) * factor, out);
+    if (c + kLanes <= head_dim)
+      std::memcpy(out + c, &values, sizeof values);
+    else
+      std::memcpy(out + c, &values, (head_dim - c) * sizeof(T));
+  }
 }
 
 template <class Kind>
@@ -293,14 +304,13 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
     }
     for (int64_t r = 0; r < rows; ++r) {
       const T* const query = queries + (a.first_query + start + r) * a.token_stride;
-      for (int64_t word = 0; word < scratch.depth; word += kLanes) {
+      for (int64_t word = 0; word < scratch.step; word += kLanes) {
         const int64_t at = word * Kind::kValues;
         const Words words = load_part<Kind::kValues>(query + at, a.head_dim - at, Kind::load);
-        std::memcpy(scratch.queries + r * scratch.depth + word, &words,
-                    least(kLanes, scratch.depth - word) * sizeof(uint32_t));
+        std::memcpy(scratch.queries + r * scratch.step + word, &words, sizeof words);
       }
     }
-    multiply<Kind>(rows, round_up(count, kLanes), scratch.depth, scratch.queries, scratch.depth, scratch.keys, kTile,
+    multiply<Kind>(rows, round_up(count, kLanes), scratch.depth, scratch.queries, scratch.step, scratch.keys, kTile,
                    kTile * scratch.depth, reinterpret_cast<float*>(scratch.scores), scratch.span);
     float totals[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
@@ -309,10 +319,7 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
     multiply<Kind>(rows, scratch.width, (count + Kind::kValues - 1) / Kind::kValues, scratch.scores, scratch.span,
                    scratch.values, scratch.width, kTile, scratch.sums, scratch.width);
     for (int64_t r = 0; r < rows; ++r) {
-      const Floats factor = broadcast(1 / totals[r]);
-      for (int64_t c = 0; c < a.head_dim; c += kLanes) {
-        narrow(read<Floats>(scratch.sums + r * scratch.width + c) * factor, out + r * model_dim + c, a.head_dim - c);
-      }
+      write_row(scratch.sums + r * scratch.width, totals[r], a.head_dim, out + r * model_dim);
     }
   }
 }
