@@ -45,6 +45,16 @@ inline Words widen(const BFloat16* p) {
   return __builtin_convertvector(read<Halves>(p), Words) << 16;
 }
 
+// To the type of the output.
+inline Floats narrow(Floats v, const float*) { return v; }
+inline Halves narrow(Floats v, const BFloat16*) {
+#if defined(TITOK_ISA_AVX512BF16)
+  return as<Halves>(_mm512_cvtneps_pbh((__m512)v));
+#else
+  return __builtin_convertvector(nearest_bfloat16(v) >> 16, Halves);
+#endif
+}
+
 // The two kinds of words.
 template <class T>
 struct Singles {
@@ -66,15 +76,20 @@ struct Pairs {
     return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
   static void store_weights(Floats weights, uint32_t* row, int64_t at) {
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)weights);
-    std::memcpy(reinterpret_cast<BFloat16*>(row) + at, &rounded, sizeof rounded);
+    BFloat16* const to = reinterpret_cast<BFloat16*>(row) + at;
+    const Halves rounded = narrow(weights, to);
+    std::memcpy(to, &rounded, sizeof rounded);
   }
 };
 #endif
 
-// A vector of words of which `count` values are there to read; the others are 0.
+// A vector of words from channel `at` of a head; those past its last channel are 0. The next head's lies beside it and
+// is asked for, because what follows in memory is too far apart for the hardware to guess.
 template <int kValues, class T, class Load>
-inline Words load_part(const T* p, int64_t count, Load load) {
+inline Words load_part(const T* p, int64_t at, int64_t head_dim, Load load) {
+  p += at;
+  __builtin_prefetch(p + head_dim);
+  const int64_t count = head_dim - at;
   if (count >= kLanes * kValues) return load(p);
   T staged[kLanes * kValues] = {};
   if (count > 0) std::memcpy(staged, p, count * sizeof(T));
@@ -141,7 +156,7 @@ void pack_keys(const typename Kind::Value* from, int64_t stride, int64_t head_di
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         const int64_t token = to.seen[least(key + i, count - 1)];
-        rows[i] = load_part<Kind::kValues>(from + token * stride + at, head_dim - at, Kind::load);
+        rows[i] = load_part<Kind::kValues>(from + token * stride, at, head_dim, Kind::load);
       }
       transpose(rows);
       for (int64_t i = 0; i < least(kLanes, to.depth - word); ++i) {
@@ -156,7 +171,7 @@ void pack_values(const typename Kind::Value* from, int64_t stride, int64_t head_
                  Scratch<Kind>& to) {
   const auto load = [&](int64_t key, int64_t at) {
     if (key >= count) return Words{};
-    return load_part<1>(from + to.seen[key] * stride + at, head_dim - at, [](const auto* p) { return widen(p); });
+    return load_part<1>(from + to.seen[key] * stride, at, head_dim, [](const auto* p) { return widen(p); });
   };
   for (int64_t key = 0; key < count; key += Kind::kValues) {
     for (int64_t at = 0; at < to.width; at += kLanes) {
@@ -262,9 +277,6 @@ inline float softmax(uint32_t* row, int64_t count, float scale) {
   return across(sums, [](Floats a, Floats b) { return a + b; })[0];
 }
 
-inline Floats narrow(Floats v, const float*) { return v; }
-inline Halves narrow(Floats v, const BFloat16*) { return __builtin_convertvector(nearest_bfloat16(v) >> 16, Halves); }
-
 // The sums of a query, divided by its total, as the output has them.
 template <class T>
 inline void write_row(const float* sums, float total, int64_t head_dim, T* out) {
@@ -306,7 +318,7 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
       const T* const query = queries + (a.first_query + start + r) * a.token_stride;
       for (int64_t word = 0; word < scratch.step; word += kLanes) {
         const int64_t at = word * Kind::kValues;
-        const Words words = load_part<Kind::kValues>(query + at, a.head_dim - at, Kind::load);
+        const Words words = load_part<Kind::kValues>(query, at, a.head_dim, Kind::load);
         std::memcpy(scratch.queries + r * scratch.step + word, &words, sizeof words);
       }
     }

@@ -89,7 +89,9 @@ def run_program(path: Path, isa: str | None, threads: int) -> tuple[str, list[to
 # None: all that the machine has, AVX-512's products of bfloat16 among it, which "avx512" leaves out
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", [None, "avx512", "avx2", "generic"])
-def test_each_instruction_set_and_number_of_threads(tmp_path: Path, exact: list[torch.Tensor], isa: str | None) -> None:
+def test_each_instruction_set_and_number_of_threads(
+    tmp_path: Path, exact: list[torch.Tensor], isa: str | None
+) -> None:
     ran_on, results = run_program(tmp_path / "two", isa, 2)
     if isa is not None and ran_on != isa:
         pytest.skip(f"a machine without {isa}")
@@ -132,7 +134,9 @@ def test_infinities_and_nan(tokens: int, dtype: torch.dtype) -> None:
             qkv[0, token, channel] = value
             out, expected = masked_attention(qkv, 1, backend="cpp"), oracles.attention(qkv, 1)
             assert torch.equal(out.isfinite(), expected.isfinite())
-            assert torch.allclose(out[out.isfinite()].double(), expected[out.isfinite()], atol=TOLERANCE[dtype] * 4)
+            assert torch.allclose(
+                out[out.isfinite()].double(), expected[out.isfinite()], atol=TOLERANCE[dtype] * 4
+            )
     qkv = clean.clone()
     qkv[0, :, 8] = -torch.inf
     assert masked_attention(qkv, 1, backend="cpp").isnan().all()

@@ -53,9 +53,9 @@ def masked_attention(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
         RuntimeError: the back end asked for cannot run here.
     """
-    if backend is None and key_mask is None and query_range is None and scale is None and runs_eagerly(qkv):
-        if (out := _common(qkv, num_heads)) is not None:
-            return out
+    usual = backend is None and key_mask is None and query_range is None and scale is None and runs_eagerly(qkv)
+    if usual and (out := _common(qkv, num_heads)) is not None:
+        return out
     check_tensor("qkv", qkv, shape=("B", "N", "3*H*D"), dtypes=FLOAT_DTYPES)
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
