@@ -50,6 +50,10 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+# Of single files, beside these: what only some of the machines of an instruction set can do.
+EXTRA_ISA_FLAGS = {
+    "masked_attention_simd": {"avx512bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-DTITOK_ISA_AVX512"]},
+}
 CUDA_ARCHS = ("80", "90", "100")
 
 
@@ -104,7 +108,9 @@ class BuildExtension(build_ext):
         for source in sorted(CSRC.glob("*.cpp")):
             base = [cxx, *CXX_FLAGS, *includes, *cuda]
             if source.stem.endswith("_simd"):
-                isas = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
+                isas = {**ISA_FLAGS, **EXTRA_ISA_FLAGS.get(source.stem, {})}
+                if platform.machine() not in ("x86_64", "AMD64"):
+                    isas = {"generic": []}
                 for isa, flags in isas.items():
                     job = [*base, *flags, f"-DTITOK_ISA={isa}", f"-DTITOK_ISA_{isa.upper()}"]
                     jobs.append((build / f"{source.stem}.{isa}.o", source, job))

@@ -2,7 +2,8 @@
 
 Every candidate starts from qkv (B, N, 3*H*D) and ends with (B, N, H*D), so each pays for the transposes it needs.
 `eager`: matrix products and softmax on split heads. `sdpa`: heads split by transposed copies, then
-scaled_dot_product_attention. `flash-attn`: reads the packed qkv; where that package is installed.
+scaled_dot_product_attention. `views`, on a CPU: titok's `backend="sdpa"`, which spares these copies; `titok` is C++
+there, forward. `flash-attn`: reads the packed qkv; where that package is installed.
 
 FLOPs: two products of 2 * B * H * N * N * D forward, five more backward, where one recomputes the scores.
 Bytes: qkv and the output once forward; backward reads both and the output's gradient, and writes that of qkv.
@@ -69,6 +70,8 @@ def main() -> None:
     probe = torch.empty(0, device=report.device)
     if why_no_flash_attn(probe) is None and report.dtype != torch.float32:
         candidates["flash-attn"] = flash_attn
+    if report.device == "cpu":
+        candidates["views"] = partial(masked_attention, backend="sdpa")
     if arguments.compile:
         candidates["compiled"] = torch.compile(eager, dynamic=False)
     for batch in arguments.batch:

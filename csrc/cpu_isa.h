@@ -36,6 +36,17 @@ inline CpuIsa cpu_isa() {
   return isa;
 }
 
+// Whether the kAvx512 of this machine includes products of bfloat16; TITOK_CPU_ISA=avx512 denies it.
+inline bool cpu_multiplies_bf16() {
+#if defined(__x86_64__)
+  static const bool yes = cpu_isa() == CpuIsa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&
+                          !std::getenv("TITOK_CPU_ISA");
+  return yes;
+#else
+  return false;
+#endif
+}
+
 inline const char* cpu_isa_name() {
   switch (cpu_isa()) {
     case CpuIsa::kAvx512: return "avx512";

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cpu_isa", &titok::cpu_isa_name, "Instruction set that the CPU kernels use here: generic, avx2 or avx512.");
   titok::bind_add_layer_norm(m);
+  titok::bind_masked_attention(m);
   titok::bind_maskgit_decode(m);
   titok::bind_nearest_codebook(m);
   titok::bind_group_norm_silu(m);

@@ -10,12 +10,16 @@ import torch
 import oracles
 from titok import ops
 from titok.ops import masked_attention
+from titok.ops._extension import why_no_cpp
 
 # relative to the largest value; float32 sums of up to 321 terms, 16-bit probabilities and results
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-BACKENDS = ["plain", "sdpa", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WHY_NO_CPP = why_no_cpp(torch.empty(0, device=DEVICE))
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(WHY_NO_CPP is not None, reason=str(WHY_NO_CPP)))
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))
+BACKENDS = ["plain", "sdpa", CPP, TRITON]
 
 
 def make_inputs(batch, tokens, heads, head_dim, dtype=torch.float32):
@@ -53,6 +57,8 @@ def check(backend, qkv, heads, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_dtype(backend, dtype):
+    if backend == "cpp" and dtype == torch.float16:
+        pytest.skip("a back end without float16")
     qkv, key_mask = make_inputs(2, 33, 2, 48, dtype)
     check(backend, qkv, 2)
     check(backend, qkv, 2, key_mask=key_mask, query_range=(3, 30), scale=0.3)
@@ -295,7 +301,7 @@ def test_a_backend_by_name_raises_with_the_cause():
 def test_without_a_name_something_runs():
     qkv, _ = make_inputs(2, 5, 2, 200)
     out = masked_attention(qkv, 2)
-    assert ops.last_backend("masked_attention") in ("sdpa", "triton")
+    assert ops.last_backend("masked_attention") in ("cpp", "sdpa", "triton")
     assert_close(out, oracles.attention(qkv.cpu(), 2), torch.float32)
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 # of `titok._C`, one for each op that has C++ for the CPU
-FUNCTIONS = frozenset({"add_layer_norm", "group_norm_silu", "maskgit_decode_cpu", "nearest_codebook"})
+FUNCTIONS = frozenset(
+    {"add_layer_norm", "group_norm_silu", "masked_attention", "maskgit_decode_cpu", "nearest_codebook"}
+)
 
 
 @functools.cache

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
-from titok.ops._extension import why_no_flash_attn, why_no_triton
+from titok.ops._extension import extension, why_no_cpp, why_no_flash_attn, why_no_triton
 from titok.ops._ranges import ranged
 from titok.ops._registry import choose, no_autocast, ran, register, runs_eagerly
 
 _SDPA_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _SDPA_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_CPP_DTYPES = (torch.float32, torch.bfloat16)
 _SCORES_AT_ONCE = 1 << 21  # of the plain path: 8 MiB in float32, so that the passes over them stay in the cache
 
 
@@ -37,12 +38,12 @@ def masked_attention(
             keys, then of the values. float32, bfloat16, float16 or float64, also under autocast; any strides.
         num_heads: H.
         key_mask: (B, N) bool, True where a token is visible as a key. A query that sees no key gives 0 and
-            passes no gradient. Hidden tokens must be finite all the same: 0 * inf is NaN.
+            passes no gradient. Hidden tokens must be finite all the same: 0 * inf is NaN (but not in "cpp").
         query_range: (start, stop): compute these rows only, 0 <= start <= stop <= N; None: all.
         scale: default D ** -0.5.
-        backend: "triton" (D up to 128, no float64), "sdpa", "flash-attn" (16 bits, no key_mask), "plain", or None
-            for the fastest that can run. The backward of "sdpa" on a GPU and of "flash-attn" runs their forward
-            once more.
+        backend: "triton" (D up to 128, no float64), "cpp" (CPU, float32 and bfloat16), "sdpa", "flash-attn" (16
+            bits, no key_mask), "plain", or None for the fastest that can run. The backward of "sdpa" on a GPU and of
+            "flash-attn" runs their forward once more, that of "cpp" all of "sdpa": None trains with "sdpa" on a CPU.
 
     Returns:
         (B, Nq, H * D), contiguous, in qkv's dtype. A NaN in qkv reaches each row that depends on it, and so does an inf
@@ -52,8 +53,9 @@ def masked_attention(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
         RuntimeError: the back end asked for cannot run here.
     """
-    if backend is None and key_mask is None and (done := _common(qkv, num_heads, query_range, scale)) is not None:
-        return done
+    usual = backend is None and key_mask is None and query_range is None and scale is None and runs_eagerly(qkv)
+    if usual and (out := _common(qkv, num_heads)) is not None:
+        return out
     check_tensor("qkv", qkv, shape=("B", "N", "3*H*D"), dtypes=FLOAT_DTYPES)
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
@@ -69,46 +71,13 @@ def masked_attention(
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
     elif not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
+    wants_gradient = torch.is_grad_enabled() and qkv.requires_grad
+    if wants_gradient and qkv.is_cpu and backend in (None, "auto"):
+        backend = "sdpa"
     arguments = (qkv, key_mask, num_heads, start, stop, float(scale), backend or "auto")
     if not runs_eagerly(qkv, gradients=True):
         return _op(*arguments)[0]
-    wants_gradient = torch.is_grad_enabled() and qkv.requires_grad
     return (_Eager.apply(*arguments) if wants_gradient else _forward(*arguments))[0]
-
-
-def _common(
-    qkv: Tensor, num_heads: int, query_range: tuple[int, int] | None, scale: float | None
-) -> Tensor | None:
-    """The result of a usual call on the CPU, with the least Python: SDPA, as `_sdpa_cpu` runs it, without the
-    log-sum-exp. None for all other calls, whose arguments are then looked at one by one.
-
-    In bfloat16 too: without AMX that takes as long as converting to float32 and back, within 8%.
-    """
-    if not (
-        runs_eagerly(qkv)
-        and qkv.is_cpu
-        and qkv.dtype in FLOAT_DTYPES
-        and qkv.ndim == 3
-        and qkv.numel() > 0
-        and qkv.is_contiguous()
-        and type(num_heads) is int
-        and num_heads > 0
-        and (scale is None or (type(scale) is float and math.isfinite(scale)))
-        and not torch.is_autocast_enabled("cpu")
-    ):
-        return None
-    batch, tokens, width = qkv.shape
-    if width % (3 * num_heads):
-        return None
-    head_dim = width // (3 * num_heads)
-    q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind()
-    if query_range is not None:
-        start, stop = _checked_range(query_range, tokens)
-        if start == stop:
-            return None
-        q = q[:, :, start:stop]
-    ran("masked_attention", "sdpa")
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
 def _checked_range(query_range: Any, tokens: int) -> tuple[int, int]:
@@ -129,6 +98,11 @@ def _choose(qkv: Tensor, key_mask: Tensor | None, num_heads: int, backend: str) 
             return "it has no float64 kernel"
         return why_no_triton(qkv) if head_dim <= 128 else f"its heads have at most 128 channels, got {head_dim}"
 
+    def cpp() -> str | None:
+        if qkv.dtype not in _CPP_DTYPES:
+            return f"it takes float32 and bfloat16, got {str(qkv.dtype).removeprefix('torch.')}"
+        return why_no_cpp(qkv)
+
     def flash_attn() -> str | None:
         if qkv.dtype not in (torch.bfloat16, torch.float16):
             return f"it takes bfloat16 and float16, got {str(qkv.dtype).removeprefix('torch.')}"
@@ -137,7 +111,7 @@ def _choose(qkv: Tensor, key_mask: Tensor | None, num_heads: int, backend: str) 
     return choose(
         "masked_attention",
         backend,
-        {"triton": triton, "sdpa": lambda: None, "flash-attn": flash_attn, "plain": lambda: None},
+        {"triton": triton, "cpp": cpp, "sdpa": lambda: None, "flash-attn": flash_attn, "plain": lambda: None},
     )
 
 
@@ -154,6 +128,8 @@ def _forward(
         out, lse = _forward_empty(qkv, num_heads, start, stop, name)
         kernels.forward(*_for_triton(qkv, key_mask), out, lse, num_heads, start, scale)
         return out, lse
+    if name == "cpp":
+        return _cpp(qkv, key_mask, num_heads, start, stop, scale)
     with no_autocast(qkv):
         if name == "flash-attn":
             return _flash_attn(qkv, num_heads, start, stop, scale), qkv.new_empty(0, dtype=torch.float32)
@@ -200,6 +176,8 @@ def _backward(
         if name == "plain":
             return _plain_backward(grad, qkv, key_mask, num_heads, start, stop, scale)
         if qkv.device.type == "cpu":
+            if name == "cpp":  # keeps no log-sum-exp
+                _, lse = _sdpa_cpu(qkv, key_mask, num_heads, start, stop, scale)
             return _sdpa_cpu_backward(grad, qkv, key_mask, out, lse, num_heads, start, stop, scale)
         return _fused_backward(grad, qkv, key_mask, num_heads, start, stop, scale, name)
 
@@ -281,6 +259,61 @@ def _heads(qkv: Tensor, num_heads: int, start: int, stop: int) -> tuple[Tensor, 
 
 def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+# --- C++
+
+
+def _common(qkv: Tensor, num_heads: int) -> Tensor | None:
+    """The output of the usual call on the CPU, tested with the least Python; None where it is not one."""
+    if not (
+        type(num_heads) is int
+        and num_heads > 0
+        and qkv.is_cpu
+        and qkv.dtype in _CPP_DTYPES
+        and qkv.dim() == 3
+        and qkv.is_contiguous()
+        and qkv.numel() > 0
+        and why_no_cpp() is None
+    ):
+        return None
+    batch, tokens, width = qkv.shape
+    head_dim, rest = divmod(width, 3 * num_heads)
+    if rest:
+        return None
+    ran("masked_attention", "cpp")
+    out = qkv.new_empty(batch, tokens, width // 3)
+    _launch_cpp(qkv, None, num_heads, 0, head_dim**-0.5, out)
+    return out
+
+
+def _cpp(
+    qkv: Tensor, key_mask: Tensor | None, num_heads: int, start: int, stop: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_empty(qkv, num_heads, start, stop, "cpp")
+    _launch_cpp(_dense(qkv), None if key_mask is None else key_mask.contiguous(), num_heads, start, scale, out)
+    return out, lse
+
+
+def _launch_cpp(
+    qkv: Tensor, key_mask: Tensor | None, num_heads: int, start: int, scale: float, out: Tensor
+) -> None:
+    batch, tokens, width = qkv.shape
+    extension().masked_attention(
+        qkv.data_ptr(),
+        qkv.stride(0),
+        qkv.stride(1),
+        0 if key_mask is None else key_mask.data_ptr(),
+        out.data_ptr(),
+        qkv.dtype is torch.bfloat16,
+        batch,
+        tokens,
+        num_heads,
+        width // (3 * num_heads),
+        start,
+        out.shape[1],
+        scale,
+    )
 
 
 # --- PyTorch's fused attention, on views: it reads strided heads and writes tokens before heads
