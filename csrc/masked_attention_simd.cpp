@@ -83,16 +83,12 @@ struct Pairs {
 };
 #endif
 
-// A vector of words from channel `at` of a head; those past its last channel are 0. The next head's lies beside it and
-// is asked for, because what follows in memory is too far apart for the hardware to guess.
+// A vector of words from channel `at` of a head on; those past its last channel are 0.
 template <int kValues, class T, class Load>
-inline Words load_part(const T* p, int64_t at, int64_t head_dim, Load load) {
-  p += at;
-  __builtin_prefetch(p + head_dim);
-  const int64_t count = head_dim - at;
-  if (count >= kLanes * kValues) return load(p);
+inline Words load_part(const T* head, int64_t at, int64_t head_dim, Load load) {
+  if (at + kLanes * kValues <= head_dim) return load(head + at);
   T staged[kLanes * kValues] = {};
-  if (count > 0) std::memcpy(staged, p, count * sizeof(T));
+  if (at < head_dim) std::memcpy(staged, head + at, (head_dim - at) * sizeof(T));
   return load(staged);
 }
 
