@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks._results import quantiles
+from benchmarks._results import Results, quantiles
 from benchmarks._timing import interleave
 from titok import ops
 
@@ -28,6 +28,7 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device)
 
+    decode_step = partial(ops.maskgit_decode_step, step=0, steps=2, num_masked=2, mask_token=16)
     image = randn(1, 32, 4, 4).to(memory_format=torch.channels_last)
     return {
         "nearest_codebook": partial(ops.nearest_codebook, randn(4, 12), randn(16, 12)),
@@ -35,6 +36,7 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
         "code_mixture": partial(ops.code_mixture, randn(4, 16), randn(16, 16)),
         "group_norm_silu": partial(ops.group_norm_silu, image, 8, randn(32), randn(32), 1e-6),
         "add_layer_norm": partial(ops.add_layer_norm, randn(4, 64), randn(4, 64), randn(64), randn(64), 1e-5),
+        "maskgit_decode_step": partial(decode_step, torch.full((1, 4), 16, device=device), randn(1, 4, 16)),
     }
 
 
@@ -58,7 +60,9 @@ def _never(*tensors: torch.Tensor, **options: bool) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each op")
+    parser.add_argument("--json", metavar="FILE", help="append raw samples here")
     arguments = parser.parse_args()
+    results = Results(arguments.json)
     torch.set_num_threads(1)  # waking other threads for nothing would be most of the time
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("microseconds a call, medians of interleaved runs")
@@ -68,6 +72,7 @@ def main() -> None:
             samples = interleave(
                 {"eager": partial(repeated, call), "dispatched": partial(dispatched, op, call)}, arguments.seconds
             )
+        results.row("dispatch", {"op": op, "calls": CALLS, "backend": ops.last_backend(op)}, samples)
         eager, slow = (quantiles(samples[name])[0] / CALLS * 1e6 for name in ("eager", "dispatched"))
         print(f"{op:20}{ops.last_backend(op) or '':>10}{eager:12.1f}{slow:12.1f}{slow - eager:12.1f}")
 

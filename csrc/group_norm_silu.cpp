@@ -10,7 +10,9 @@
 namespace titok {
 namespace {
 
-constexpr size_t kStreamBytes = size_t{32} << 20;  // results larger than this leave the caches anyway
+// Of arguments and results together: more does not stay in the caches, and a streamed store saves reading what it
+// overwrites.
+constexpr size_t kStreamBytes = size_t{32} << 20;
 
 // The calling thread's, kept: its pages are touched by every call.
 double* scratch_of(size_t size) {
@@ -28,11 +30,12 @@ double* scratch_of(size_t size) {
 void launch_group_norm_silu(const GroupNormSiluArgs& given) {
   GroupNormSiluArgs args = given;
   const size_t elements = static_cast<size_t>(args.batch) * args.pixels * args.channels;
-  const size_t out_bytes = elements * (args.out_is_bf16 ? 2 : 4);
+  const size_t map_bytes = elements * (args.x_is_bf16 ? 2 : 4), out_bytes = elements * (args.out_is_bf16 ? 2 : 4);
   ask_for_huge_pages(args.out, out_bytes);
-  if (args.sum) ask_for_huge_pages(args.sum, elements * (args.x_is_bf16 ? 2 : 4));
+  if (args.sum) ask_for_huge_pages(args.sum, map_bytes);
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(args.out) | reinterpret_cast<uintptr_t>(args.sum);
-  args.stream = out_bytes >= kStreamBytes && addresses % 64 == 0 && args.channels % 32 == 0;
+  const bool large = (args.residual ? 3 : 1) * map_bytes + out_bytes >= kStreamBytes;
+  args.stream = large && addresses % 64 == 0 && args.channels % 32 == 0;
   const int threads = omp_get_max_threads();  // torch's number: both share one OpenMP runtime
   double* const scratch = scratch_of(threads * group_norm_silu_scratch(args));
   switch (cpu_isa()) {

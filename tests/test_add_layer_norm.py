@@ -80,7 +80,9 @@ def test_matches_float64(backend: str, dtypes: tuple[torch.dtype, ...], shape: t
 
 # every combination that the C++ kernel has loops for, with and without a whole vector, and rows for two threads
 @pytest.mark.parametrize("shape", [(3, 5), (2, 83), (70, 520)], ids=str)
-@pytest.mark.parametrize("dtypes", list(itertools.product((F32, BF16), repeat=4)), ids=lambda d: "-".join(map(str, d)))
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.product((F32, BF16), repeat=4)), ids=lambda d: "-".join(map(str, d))
+)
 def test_cpp_dtypes(dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
     with torch.no_grad():
         x, residual, weight, bias = inputs(shape, *dtypes[:3])
@@ -340,7 +342,11 @@ X, W = torch.zeros(2, 4), torch.zeros(4)
         (lambda: add_layer_norm(X, X, W, W.to("meta"), EPS), ValueError, r"bias: expected device cpu, got meta"),
         (lambda: add_layer_norm(X[:, :0], X[:, :0], W[:0], W[:0], EPS), ValueError, r"x: expected at least one"),
         (lambda: add_layer_norm(X, X, W, W, EPS, out_dtype=torch.int8), TypeError, r"out_dtype: .* torch.int8"),
-        (lambda: add_layer_norm(X, X, W, W, EPS, out=X), TypeError, r"out: expected a pair of tensors, got Tensor"),
+        (
+            lambda: add_layer_norm(X, X, W, W, EPS, out=X),
+            TypeError,
+            r"out: expected a pair of tensors, got Tensor",
+        ),
         (
             lambda: add_layer_norm(X, X, W, W, EPS, out=(X, X[:1])),
             ValueError,

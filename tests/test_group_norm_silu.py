@@ -191,6 +191,44 @@ def test_layouts() -> None:
     assert torch.equal(total, x + residual)
 
 
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("grad", [False, True])
+def test_out(backend: str | None, grad: bool) -> None:
+    x, residual, weight, bias = inputs((2, 40, 6, 5, 4), F32)
+    weight.requires_grad_(grad)
+    alone = group_norm_silu(x, 4, weight, bias, EPS, out_dtype=BF16, backend=backend)
+    buffer, other = torch.full_like(x, -7, dtype=BF16), torch.full_like(x, -7)
+    got = group_norm_silu(x, 4, weight, bias, EPS, out_dtype=BF16, out=buffer, backend=backend)
+    assert isinstance(got, torch.Tensor)
+    assert got.data_ptr() == buffer.data_ptr()
+    assert torch.equal(got, alone)
+    expected = group_norm_silu(x, 4, weight, bias, EPS, residual=residual, backend=backend)
+    buffers = other, torch.full_like(x, -7)
+    pair = group_norm_silu(x, 4, weight, bias, EPS, residual=residual, out=buffers, backend=backend)
+    for result, wanted, given in zip(pair, expected, buffers, strict=True):
+        assert torch.equal(result, wanted)
+        assert torch.equal(given, wanted)
+    if not grad:  # in place
+        stream = x.clone(memory_format=CHANNELS_LAST)
+        group_norm_silu(stream, 4, weight, bias, EPS, residual=residual, out=(stream, buffers[1]), backend=backend)
+        assert torch.equal(stream, expected[0])
+        assert torch.equal(buffers[1], expected[1])
+        plain = group_norm_silu(stream, 4, weight, bias, EPS, backend=backend)
+        assert torch.equal(group_norm_silu(stream, 4, weight, bias, EPS, out=stream, backend=backend), plain)
+        assert torch.equal(stream, plain)
+
+
+def test_large_maps_are_streamed_past_the_caches() -> None:
+    """More than 32 MiB of arguments and results: the same bits as in two halves of less."""
+    for dtype, width in ((F32, 160), (BF16, 272)):
+        x, residual, weight, bias = inputs((2, 32, 256, width, 4), dtype)
+        both = group_norm_silu(x, 4, weight, bias, EPS, residual=residual)
+        for i in range(2):
+            half = group_norm_silu(x[i : i + 1], 4, weight, bias, EPS, residual=residual[i : i + 1])
+            for whole, part in zip(both, half, strict=True):
+                assert torch.equal(whole[i : i + 1], part)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)], ids=str)
 def test_empty(shape: tuple[int, ...], backend: str) -> None:
@@ -358,6 +396,9 @@ BAD = [
     ({"residual": X[:1]}, ValueError, r"residual: expected shape \(2, 8, 3, 3\), got \(1, 8, 3, 3\)"),
     ({"residual": X.bfloat16()}, TypeError, "residual: expected dtype float32, got bfloat16"),
     ({"out_dtype": torch.int8}, TypeError, "out_dtype: .* got torch.int8"),
+    ({"out": X[:1]}, ValueError, r"out: expected shape \(2, 8, 3, 3\), got \(1, 8, 3, 3\)"),
+    ({"residual": X, "out": X}, TypeError, "out: expected a pair of tensors beside a residual, got Tensor"),
+    ({"out": X, "out_dtype": torch.bfloat16}, TypeError, "out: expected dtype bfloat16, got float32"),
     ({"backend": "metal"}, ValueError, "backend: .* got 'metal'"),
     ({"x": X.half(), "backend": "cpp"}, RuntimeError, "cannot run: the C\\+\\+ kernel takes float32 and bfloat16"),
     (

@@ -64,6 +64,22 @@ def test_each_dtype(backend, dtype):
     check(backend, qkv, 2, key_mask=key_mask, query_range=(3, 30), scale=0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("query_range", [None, (3, 30), (32, 33), (5, 5)], ids=str)
+def test_the_usual_call(dtype, query_range):
+    """Nothing asked for, no gradient: on a CPU that goes around most of the op."""
+    qkv, _ = make_inputs(2, 33, 2, 48, dtype)
+    for scale in (None, 0.3):
+        out = masked_attention(qkv, 2, query_range=query_range, scale=scale)
+        assert out.is_contiguous()
+        expected = oracles.attention(qkv.double().cpu(), 2, query_range=query_range, scale=scale)
+        if out.numel():
+            assert_close(out, expected, dtype)
+        assert out.shape == expected.shape
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert masked_attention(qkv, 2, query_range=query_range).dtype == dtype
+
+
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])
 def test_float64(backend):
     qkv, key_mask = make_inputs(2, 33, 2, 48, torch.float64)

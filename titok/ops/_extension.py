@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-
 # of `titok._C`, one for each op that has C++ for the CPU
 FUNCTIONS = frozenset(
     {"add_layer_norm", "group_norm_silu", "masked_attention", "maskgit_decode_cpu", "nearest_codebook"}

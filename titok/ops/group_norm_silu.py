@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titok.ops import _group_norm_silu_cpp as cpp
 from titok.ops._checks import check_tensor
-from titok.ops._extension import extension, why_no_cpp, why_no_triton
-from titok.ops._registry import choose, ran, register, runs_eagerly
+from titok.ops._extension import why_no_cpp, why_no_triton
 from titok.ops._ranges import ranged
+from titok.ops._registry import choose, register, runs_eagerly
 
-_CPP_DTYPES = (torch.float32, torch.bfloat16)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -92,16 +92,19 @@ def group_norm_silu(
 
     Source: Wu and He, "Group Normalization", ECCV 2018, eq. 1-3; the residual block of MaskGIT's VQGAN.
     """
-    if backend is None and (done := _common(x, num_groups, weight, bias, eps, residual, out_dtype, out)) is not None:
-        return done
+    eager = runs_eagerly(x, weight, bias) if residual is None else runs_eagerly(x, residual, weight, bias)
+    if eager and backend is None:
+        usual = cpp.usual_call(x, num_groups, weight, bias, eps, residual, out_dtype, out)
+        if usual is not None:
+            return usual
     _check(x, num_groups, weight, bias, eps, residual, out_dtype)
     if out is not None:
         _check_out(out, x, residual, out_dtype)
     if residual is None:
-        op = _forward if runs_eagerly(x, weight, bias) else _OP
+        op = _forward if eager else _OP
         normalised: Tensor = op(x, num_groups, weight, bias, eps, out_dtype, backend)[0]
         return normalised if out is None else cast(Tensor, out).copy_(normalised)
-    op = _add_forward if runs_eagerly(x, residual, weight, bias) else _ADD_OP
+    op = _add_forward if eager else _ADD_OP
     total, normalised, _, _ = op(x, residual, num_groups, weight, bias, eps, out_dtype, backend)
     return (total, normalised) if out is None else (out[0].copy_(total), out[1].copy_(normalised))
 
@@ -141,106 +144,6 @@ def _check_out(out: Any, x: Tensor, residual: Tensor | None, out_dtype: torch.dt
         check_tensor(name, tensor, shape=x.shape, dtypes=(dtype,), device=x.device)
 
 
-# --- the usual call on the CPU, with the least Python
-
-
-def _is_map(value: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
-    """Whether this is a map as the C++ kernel reads and writes it."""
-    return (
-        type(value) is Tensor
-        and value.is_cpu
-        and value.dtype is dtype
-        and value.shape == shape
-        and value.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def _common(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    out_dtype: torch.dtype | None,
-    out: Tensor | tuple[Tensor, Tensor] | None,
-) -> Tensor | tuple[Tensor, Tensor] | None:
-    """The result of a usual call; None for all others, whose arguments are then looked at one by one."""
-    if not (
-        runs_eagerly(x, weight, bias)
-        and x.is_cpu
-        and (dtype := x.dtype) in _CPP_DTYPES
-        and (out_dtype is None or out_dtype in _CPP_DTYPES)
-        and len(shape := x.shape) == 4
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and type(num_groups) is int
-        and num_groups > 0
-        and shape[1] % num_groups == 0
-        and weight.dtype is bias.dtype
-        and (weight.dtype is torch.float32 or weight.dtype is dtype)
-        and weight.is_cpu
-        and bias.is_cpu
-        and weight.shape == bias.shape == shape[1:2]
-        and weight.is_contiguous()
-        and bias.is_contiguous()
-        and eps > 0
-        and why_no_cpp() is None
-    ):
-        return None
-    if residual is None:
-        normalised = torch.empty_like(x, dtype=out_dtype) if out is None else out
-        if not (out is None or _is_map(out, out_dtype or dtype, shape)):
-            return None
-        _launch_cpp(x, None, weight, bias, eps, None, cast(Tensor, normalised), None, None, num_groups)
-        return normalised
-    if not (runs_eagerly(residual) and _is_map(residual, dtype, shape)):
-        return None
-    if out is None:
-        total, normalised = torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
-    elif not (type(out) is tuple and _is_map(out[0], dtype, shape) and _is_map(out[1], out_dtype or dtype, shape)):
-        return None
-    else:
-        total, normalised = out
-    _launch_cpp(x, residual, weight, bias, eps, total, normalised, None, None, num_groups)
-    return total, normalised
-
-
-def _launch_cpp(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    total: Tensor | None,
-    normalised: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    num_groups: int,
-) -> None:
-    """Channels-last maps, contiguous parameters of one dtype. Positional: names would cost microseconds."""
-    ran("group_norm_silu", "cpp")
-    batch, channels, height, width = x.shape
-    extension().group_norm_silu(
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if residual is None or total is None else total.data_ptr(),
-        normalised.data_ptr(),
-        x.dtype is torch.bfloat16,
-        normalised.dtype is torch.bfloat16,
-        weight.data_ptr(),
-        bias.data_ptr(),
-        weight.dtype is torch.bfloat16,
-        0 if mean is None else mean.data_ptr(),
-        0 if rstd is None else rstd.data_ptr(),
-        batch,
-        height * width,
-        channels,
-        num_groups,
-        eps,
-    )
-
-
 def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
 
@@ -253,7 +156,7 @@ def _why_no_cpp(x: Tensor, out_dtype: torch.dtype) -> str | None:
     if (reason := why_no_cpp(x)) is not None:
         return reason
     for dtype in (x.dtype, out_dtype):
-        if dtype not in _CPP_DTYPES:
+        if dtype not in cpp.DTYPES:
             return f"the C++ kernel takes float32 and bfloat16, not {dtype}"
     return _why_not_channels_last(x)
 
@@ -324,7 +227,7 @@ def _add_forward(
         return total, normalised, mean.zero_(), rstd.zero_()
     if chosen == "cpp":
         weight, bias = weight.contiguous(), bias.contiguous()
-        _launch_cpp(x, residual, weight, bias, eps, total, normalised, mean, rstd, num_groups)
+        cpp.launch(x, residual, weight, bias, eps, total, normalised, mean, rstd, num_groups)
         return total, normalised, mean, rstd
     if chosen == "triton":
         from titok.kernels import group_norm_silu as kernels
