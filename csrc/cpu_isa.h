@@ -36,7 +36,8 @@ inline CpuIsa cpu_isa() {
   return isa;
 }
 
-// Whether the kAvx512 of this machine includes products of bfloat16; TITOK_CPU_ISA=avx512 denies it.
+// Whether the AVX-512 of this machine multiplies bfloat16, for which few files have a variant of their own. A
+// TITOK_CPU_ISA that is set denies it.
 inline bool cpu_multiplies_bf16() {
 #if defined(__x86_64__)
   static const bool yes = cpu_isa() == CpuIsa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&

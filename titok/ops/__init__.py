@@ -5,7 +5,7 @@ Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which f
 
 from titok.ops._extension import backends
 from titok.ops._registry import last_backend, last_backends, only_plain, runs_eagerly
-from titok.ops.add_layer_norm import add_layer_norm
+from titok.ops.add_layer_norm import add_layer_norm, layer_norm
 from titok.ops.code_mixture import code_mixture
 from titok.ops.group_norm_silu import group_norm_silu
 from titok.ops.masked_attention import masked_attention
@@ -21,6 +21,7 @@ __all__ = [
     "group_norm_silu",
     "last_backend",
     "last_backends",
+    "layer_norm",
     "masked_attention",
     "maskgit_decode_step",
     "maskgit_decode_step_packed",

@@ -53,9 +53,8 @@ def masked_attention(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
         RuntimeError: the back end asked for cannot run here.
     """
-    usual = backend is None and key_mask is None and query_range is None and scale is None and runs_eagerly(qkv)
-    if usual and (out := _common(qkv, num_heads)) is not None:
-        return out
+    if backend is None and key_mask is None and (done := _common(qkv, num_heads, query_range, scale)) is not None:
+        return done
     check_tensor("qkv", qkv, shape=("B", "N", "3*H*D"), dtypes=FLOAT_DTYPES)
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"num_heads: expected an int, got {type(num_heads).__name__}")
@@ -78,6 +77,36 @@ def masked_attention(
     if not runs_eagerly(qkv, gradients=True):
         return _op(*arguments)[0]
     return (_Eager.apply(*arguments) if wants_gradient else _forward(*arguments))[0]
+
+
+def _common(
+    qkv: Tensor, num_heads: int, query_range: tuple[int, int] | None, scale: float | None
+) -> Tensor | None:
+    """The result of a usual call on the CPU, in C++, with the least Python; None for all other calls, whose arguments
+    are then looked at one by one."""
+    if not (
+        runs_eagerly(qkv)
+        and qkv.is_cpu
+        and qkv.dtype in _CPP_DTYPES
+        and qkv.ndim == 3
+        and qkv.numel() > 0
+        and qkv.is_contiguous()
+        and type(num_heads) is int
+        and num_heads > 0
+        and (scale is None or (type(scale) is float and math.isfinite(scale)))
+        and why_no_cpp() is None
+    ):
+        return None
+    batch, tokens, width = qkv.shape
+    if width % (3 * num_heads):
+        return None
+    start, stop = (0, tokens) if query_range is None else _checked_range(query_range, tokens)
+    if start == stop:
+        return None
+    ran("masked_attention", "cpp")
+    out = qkv.new_empty(batch, stop - start, width // 3)
+    _launch_cpp(qkv, None, num_heads, start, (width // (3 * num_heads)) ** -0.5 if scale is None else scale, out)
+    return out
 
 
 def _checked_range(query_range: Any, tokens: int) -> tuple[int, int]:
@@ -262,29 +291,6 @@ def _widened(x: Tensor) -> Tensor:
 
 
 # --- C++
-
-
-def _common(qkv: Tensor, num_heads: int) -> Tensor | None:
-    """The output of the usual call on the CPU, tested with the least Python; None where it is not one."""
-    if not (
-        type(num_heads) is int
-        and num_heads > 0
-        and qkv.is_cpu
-        and qkv.dtype in _CPP_DTYPES
-        and qkv.dim() == 3
-        and qkv.is_contiguous()
-        and qkv.numel() > 0
-        and why_no_cpp() is None
-    ):
-        return None
-    batch, tokens, width = qkv.shape
-    head_dim, rest = divmod(width, 3 * num_heads)
-    if rest:
-        return None
-    ran("masked_attention", "cpp")
-    out = qkv.new_empty(batch, tokens, width // 3)
-    _launch_cpp(qkv, None, num_heads, 0, head_dim**-0.5, out)
-    return out
 
 
 def _cpp(
