@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks import flops
 from benchmarks._sides import Models, Side
 from benchmarks.baselines.as_published import AsPublished, Upsample, sample_steps
+from titok import engine, onednn
 from titok.config import SamplingConfig
 from titok.images import to_uint8
 from titok.upsample import fold_upsample_conv, upsample_conv
@@ -39,6 +45,42 @@ def folded(rival: AsPublished) -> None:
     for level in channels_last(rival).levels:
         if isinstance(level.upsample, Upsample):
             level.upsample = FoldedUpsample(level.upsample)
+
+
+_SMALLEST_TRIM = 128 << 10  # glibc's own setting
+
+
+@contextmanager
+def without(*switches: str) -> Iterator[None]:
+    """titok without weights in oneDNN's layout and the sums fused there ("layouts"), or giving memory back to the
+    system after every use ("memory")."""
+    with ExitStack() as patches:
+        if "layouts" in switches:
+            patches.enter_context(mock.patch.object(onednn, "available", return_value=False))
+        if (libc := engine._glibc()) is not None and "memory" in switches:
+            patches.enter_context(mock.patch.object(engine, "_glibc", return_value=None))
+            libc.mallopt(engine._M_TRIM_THRESHOLD, _SMALLEST_TRIM)
+            libc.malloc_trim(0)
+        yield
+
+
+def held_back(side: Side, *switches: str) -> Side:
+    """That side, run without."""
+
+    def wrapped(run: Callable[[int], Callable[[], Any]]) -> Callable[[int], Callable[[], Any]]:
+        def prepare(batch: int) -> Callable[[], Any]:
+            call = run(batch)
+
+            def limited() -> Any:
+                with without(*switches):
+                    return call()
+
+            return limited
+
+        return prepare
+
+    parts = {name: dataclasses.replace(part, prepare=wrapped(part.prepare)) for name, part in side.parts.items()}
+    return dataclasses.replace(side, parts=parts)
 
 
 def fused_ops(name: str, models: Models) -> Side:
@@ -85,6 +127,13 @@ def rungs(preset: str, dtype: torch.dtype, models: Callable[..., Models]) -> dic
     published("SDPA: as published")
     published("channels-last", change=channels_last)
     published("folded upsampling", change=folded)
-    table["fused ops"] = lambda: fused_ops("fused ops", models(preset, dtype))
+
+    @functools.cache
+    def apart() -> Models:  # what is prepared of their weights differs
+        return copy.deepcopy(models(preset, dtype))
+
+    table["fused ops"] = lambda: held_back(fused_ops("fused ops", apart()), "layouts", "memory")
+    table["fused decode"] = lambda: held_back(apart().ours("fused decode"), "layouts", "memory")
+    table["weights laid out"] = lambda: held_back(models(preset, dtype).ours("weights laid out"), "memory")
     table["titok"] = lambda: models(preset, dtype).ours("titok")
     return table

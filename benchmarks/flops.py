@@ -56,11 +56,11 @@ def conv(batch: int, height: int, width: int, inputs: int, outputs: int, kernel:
 
 
 def upsample_conv(batch: int, height: int, width: int, channels: int, *, folded: bool) -> Work:
-    """Nearest-neighbour x2, then 3x3, to height x width. `folded`: the same result by four 2x2 kernels on the small
-    map, 4 taps a pixel in place of 9."""
+    """Nearest-neighbour x2, then 3x3, to height x width. `folded`: the same result by four 2x2 kernels at every window
+    of the small map and its rim, 4 taps a pixel in place of 9."""
     pixels, square = batch * height * width, channels * channels
-    taps = 4 if folded else 9
-    return Work(2 * pixels * taps * square, (16 if folded else 9) * square, (pixels // 4 + pixels) * channels)
+    taps = 16 * batch * (height // 2 + 1) * (width // 2 + 1) if folded else 9 * pixels
+    return Work(2 * taps * square, (16 if folded else 9) * square, (pixels // 4 + pixels) * channels)
 
 
 def attention(batch: int, queries: int, keys: int, width: int) -> Work:
@@ -141,22 +141,25 @@ def pixel_decoder(config: TokenizerConfig, batch: int = 1, *, folded: bool = Fal
 # --- convolutional decoders
 
 
-def _residual(batch: int, h: int, w: int, inputs: int, outputs: int, shortcut_of_result: bool = False) -> Work:
+def _residual(
+    batch: int, h: int, w: int, inputs: int, outputs: int, shortcut_of_result: bool = False, folded: bool = False
+) -> Work:
     parts = [conv(batch, h, w, inputs, outputs), conv(batch, h, w, outputs, outputs)]
-    if inputs != outputs:
+    if inputs != outputs and not (folded and shortcut_of_result):
         parts.append(conv(batch, h, w, outputs if shortcut_of_result else inputs, outputs, 1))
     return total(parts)
 
 
 def vqgan_decoder(config: VQGANConfig, batch: int, h: int, w: int, *, folded: bool = False) -> Work:
-    """Code vectors (batch, code_dim, h, w) to pixels."""
+    """Code vectors (batch, code_dim, h, w) to pixels. `folded`: as inference computes it, without what is exactly
+    part of a convolution beside it."""
     widths = [config.hidden_channels * m for m in config.channel_multipliers]
     parts = [conv(batch, h, w, config.code_dim, widths[-1])]
     parts += [_residual(batch, h, w, widths[-1], widths[-1])] * 2
     for level in reversed(range(len(widths))):
         before = widths[min(level + 1, len(widths) - 1)]
         for inputs in [before] + [widths[level]] * (config.blocks_per_level - 1):
-            parts.append(_residual(batch, h, w, inputs, widths[level], config.shortcut_of_result))
+            parts.append(_residual(batch, h, w, inputs, widths[level], config.shortcut_of_result, folded))
         if level > 0:
             h, w = 2 * h, 2 * w
             parts.append(upsample_conv(batch, h, w, widths[level], folded=folded))

@@ -20,7 +20,6 @@ from benchmarks.flops import Work
 from benchmarks.speedup import DTYPES, begin, ceiling_runs
 from titok import Pipeline, sample_tokens
 from titok.config import GENERATOR_PRESETS
-from titok.ops import code_mixture
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +44,6 @@ def stages(models: Models, batch: int) -> dict[str, tuple[Work, Run]]:
     latents = tokenizer.quantizer.lookup(tokens).to(tokenizer.dtype)
     with torch.no_grad():
         logits = tokenizer.decoder(latents)
-    pixels: Any = tokenizer.pixel_decoder
 
     def run(function: Callable[..., Any], *arguments: Any) -> Run:
         @torch.no_grad()
@@ -54,15 +52,12 @@ def stages(models: Models, batch: int) -> dict[str, tuple[Work, Run]]:
 
         return call
 
-    def pixel(logits: torch.Tensor) -> torch.Tensor:
-        return pixels(code_mixture(logits, tokenizer.pixel_codebook).movedim(-1, 1))
-
     labels = _labels(batch)
     return {
         "encoder": (flops.encoder(config, batch), run(tokenizer.encode, images)),
         "generator": (flops.generate(g, batch), run(sample_tokens, generator, labels)),
-        "decoder": (flops.decoder(config, batch), run(tokenizer.decoder, latents)),
-        "pixel decoder": (flops.pixel_decoder(config, batch, folded=True), run(pixel, logits)),
+        "decoder": (flops.decoder(config, batch), run(tokenizer.decode_head, tokens)),
+        "pixel decoder": (flops.pixel_decoder(config, batch, folded=True), run(tokenizer.paint, logits)),
         "labels to pictures": (
             flops.total(
                 (

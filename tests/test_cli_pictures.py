@@ -190,7 +190,7 @@ def test_generate_refuses_a_pair_that_does_not_fit(models: Path) -> None:
 
 def test_generate_goes_on_where_it_failed(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
-    decode = TiTok.decode
+    decode = TiTok.decode_head
 
     def fails_later(self: TiTok, tokens: torch.Tensor) -> torch.Tensor:
         batches.append(len(tokens))
@@ -198,7 +198,7 @@ def test_generate_goes_on_where_it_failed(models: Path, monkeypatch: pytest.Monk
             raise OSError("No space left on device")
         return decode(self, tokens)
 
-    monkeypatch.setattr(TiTok, "decode", fails_later)
+    monkeypatch.setattr(TiTok, "decode_head", fails_later)
     arguments = ["generate", "-t", models / "tokenizer", "-g", models / "generator", "--num", 8, "--batch-size", 4]
     outputs = ["-o", "a.png", "-o", "a.npz"]
     failed = CliRunner().invoke(app, [str(a) for a in arguments + outputs])

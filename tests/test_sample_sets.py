@@ -147,8 +147,10 @@ def test_only_what_is_missing_is_made(pipe: Pipeline, tmp_path: Path, monkeypatc
     stopped(2, pipe, path)
     assert [p.name for p in sorted((tmp_path / "a.npz.parts").glob("*.u8"))] == ["000000000000-000000000004.u8"]
     made: list[int] = []
-    decode = TiTok.decode
-    monkeypatch.setattr(TiTok, "decode", lambda self, tokens: made.append(len(tokens)) or decode(self, tokens))
+    decode = TiTok.decode_head
+    monkeypatch.setattr(
+        TiTok, "decode_head", lambda self, tokens: made.append(len(tokens)) or decode(self, tokens)
+    )
     generate_set(pipe, path, LABELS, batch_size=3)  # another size may go on
     assert sum(made) == 7
     whole, pictures = (np.load(p)["arr_0"].astype(int) for p in (tmp_path / "whole.npz", path))
@@ -199,7 +201,7 @@ def test_settings_without_pictures_bind_nobody(pipe: Pipeline, tmp_path: Path) -
 
 
 def test_two_runs_at_once_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
-    decode = TiTok.decode
+    decode = TiTok.decode_head
 
     def meanwhile(self: TiTok, tokens: torch.Tensor) -> torch.Tensor:
         if len(tokens) and not refused:
@@ -211,7 +213,7 @@ def test_two_runs_at_once_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
 
     refused: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TiTok, "decode", meanwhile)
+        patch.setattr(TiTok, "decode_head", meanwhile)
         generate_set(pipe, tmp_path / "a.npz", LABELS)
     assert refused[0] == f"{tmp_path / 'a.npz.parts'}: another process is at work here"
 

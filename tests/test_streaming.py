@@ -27,14 +27,14 @@ def pipe(tiny_tokenizer: Make, tiny_generator: Make) -> Pipeline:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The tokens of every batch that is decoded."""
     batches: list[Tensor] = []
-    decode = TiTok.decode
+    decode = TiTok.decode_head
 
     def recorded(self: TiTok, tokens: Tensor) -> Tensor:
         if len(tokens):
             batches.append(tokens)
         return decode(self, tokens)
 
-    monkeypatch.setattr(TiTok, "decode", recorded)
+    monkeypatch.setattr(TiTok, "decode_head", recorded)
     return batches
 
 
@@ -157,7 +157,7 @@ def test_auto_heeds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_goes_back_where_memory_ran_out(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = torch.stack(list(pipe.generate_many(LABELS, batch_size=4)))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    decode, batches = TiTok.decode, []
+    decode, batches = TiTok.decode_head, []
 
     def cramped(self: TiTok, tokens: Tensor) -> Tensor:
         batches.append(len(tokens))
@@ -165,7 +165,7 @@ def test_auto_goes_back_where_memory_ran_out(pipe: Pipeline, monkeypatch: pytest
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(self, tokens)
 
-    monkeypatch.setattr(TiTok, "decode", cramped)
+    monkeypatch.setattr(TiTok, "decode_head", cramped)
     monkeypatch.setattr(streaming.time, "perf_counter", itertools.count().__next__)  # every batch takes a second
     pictures = torch.stack(list(pipe.generate_many(LABELS, batch_size="auto")))
     assert batches == [0, 1, 1, 2, 2, 4, 2, 2, 1]

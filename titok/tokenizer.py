@@ -199,6 +199,7 @@ class TiTok(Pretrained):
             raise ValueError("decode_logits: expected a tokenizer with head 'proxy', got 'pixels'")
         return rearrange(self.decode_head(tokens), "b h w c -> b c h w")
 
+    @memory_that_stays()
     def decode_head(self, tokens: Tensor) -> Tensor:
         """tokens (B, K) -> what `paint` makes images of: images, or proxy logits (B, h, w, codes)."""
         return self.decoder(self._lookup(tokens).to(self.dtype))
@@ -207,6 +208,7 @@ class TiTok(Pretrained):
         """Quantised latents (B, K, C), as a bottleneck gives them -> images, not clamped. Differentiable."""
         return self.paint(self.decoder(latents.to(self.dtype)))
 
+    @memory_that_stays()
     def paint(self, x: Tensor) -> Tensor:
         """What the decoder's head says (an image, or proxy logits (B, h, w, codes)) -> images, not clamped."""
         if self.config.head == "proxy":
