@@ -149,7 +149,7 @@ def test_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {r["whole"]["step"] for r in found} == {64}
     shown = capsys.readouterr().out
     assert all(row["case"]["name"] in shown for row in found)
-    assert len(found) == 7
+    assert len(found) == 9
 
 
 def test_every_rung_runs_and_costs_what_the_formula_says() -> None:

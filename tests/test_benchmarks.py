@@ -235,6 +235,8 @@ def test_rows_can_be_chosen():
         "channels-last",
         "folded upsampling",
         "fused ops",
+        "fused decode",
+        "weights laid out",
         "titok",
     ]
     assert list(speedup.rows(ladder)) == rungs
