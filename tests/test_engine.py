@@ -340,14 +340,15 @@ def faults():
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / (64 << 20)
 
 torch.set_grad_enabled(False)
-print(faults(), faults())
+print(faults())
 with engine.memory_that_stays():
-    faults()
+    for _ in range(10):  # until a hole of the heap fits
+        faults()
     with engine.memory_that_stays():
         pass  # the inner end is not the outer one
-    print(faults())
+    print(sum(faults() for _ in range(10)) / 10)
 with engine.memory_that_stays():
-    print(faults())  # from one call to the next
+    print(sum(faults() for _ in range(10)) / 10)  # from one call to the next
 engine.release_memory()
 with engine.memory_that_stays():
     print(faults())
@@ -361,4 +362,4 @@ def test_memory_stays_within_and_goes_when_released(kept: bool) -> None:
     env = os.environ | {"TITOK_KEEP_HEAP": str(int(kept)), "THP_MEM_ALLOC_ENABLE": "0"}
     done = subprocess.run([sys.executable, "-c", FAULTS], env=env, check=True, capture_output=True, timeout=240)
     shares = [float(x) for x in done.stdout.split()]
-    assert [share > 0.5 for share in shares] == [True, True, not kept, not kept, True]
+    assert [share > 0.5 for share in shares] == [True, not kept, not kept, True]

@@ -1,4 +1,4 @@
-"""Linear and convolution layers: PyTorch's own, with the same parameters, that infer from prepared weights.
+"""Linear, norm and convolution layers: PyTorch's own, with the same parameters, that infer from prepared weights.
 
 See `titok.engine` for when, and docs/performance.md for what it gives.
 """
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from titok import official, onednn
 from titok.engine import Derived, prepares
+from titok.ops import layer_norm
 from titok.upsample import FoldedUpsampleConv, fold_upsample_conv, upsample_conv
 
 _SMALL = 1 << 17  # weights; below, oneDNN's op costs more than its layout saves
@@ -29,6 +30,13 @@ class Linear(nn.Linear):
             return onednn.packed_linear(x, packed, self.bias, gelu)
         y = F.linear(x, self.weight, self.bias)
         return F.gelu(y) if gelu else y
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm by `titok.ops.layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class Conv3x3(nn.Conv2d):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok.layers import Linear
+from titok.layers import LayerNorm, Linear
 from titok.ops import add_layer_norm, masked_attention
 
 Rows = tuple[int, int]  # the half-open range of tokens that somebody reads; None: all
@@ -64,9 +64,9 @@ class Block(nn.Module):
         self, width: int, heads: int, mlp_width: int, *, eps: float, qkv_bias: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.norm1 = LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads, qkv_bias=qkv_bias, dropout=dropout)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = MLP(width, mlp_width)
         self.dropout = nn.Dropout(dropout)
 
@@ -101,9 +101,9 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm_pre = nn.LayerNorm(width, eps=eps)
+        self.norm_pre = LayerNorm(width, eps=eps)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps=eps) for _ in range(layers))
-        self.norm_post = nn.LayerNorm(width, eps=eps)
+        self.norm_post = LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, rows: Rows, entered: Entered | None = None) -> Tensor:
         """x (B, N, D) -> norm_post of the tokens in `rows` (B, stop - start, D).
@@ -137,7 +137,7 @@ class PostNormTrunk(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, dropout: float) -> None:
         super().__init__()
         eps = 1e-12
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.norm = LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_width, eps=eps, dropout=dropout) for _ in range(layers)
@@ -164,7 +164,7 @@ class UViTTrunk(nn.Module):
         self.mid_block = block()
         self.out_blocks = nn.ModuleList(block() for _ in range(layers // 2))
         self.skips = nn.ModuleList(Linear(2 * width, width) for _ in range(layers // 2))
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.norm = LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         stack = []
