@@ -47,7 +47,7 @@ def folded(rival: AsPublished) -> None:
             level.upsample = FoldedUpsample(level.upsample)
 
 
-_SMALLEST_TRIM = 128 << 10  # glibc's own setting
+_USUAL_TRIM = 2 * engine._LARGEST_HEAP_BLOCK  # where glibc's own adaptation ends
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def without(*switches: str) -> Iterator[None]:
             patches.enter_context(mock.patch.object(onednn, "available", return_value=False))
         if (libc := engine._glibc()) is not None and "memory" in switches:
             patches.enter_context(mock.patch.object(engine, "_glibc", return_value=None))
-            libc.mallopt(engine._M_TRIM_THRESHOLD, _SMALLEST_TRIM)
+            libc.mallopt(engine._M_TRIM_THRESHOLD, _USUAL_TRIM)
             libc.malloc_trim(0)
         yield
 

@@ -131,8 +131,9 @@ def stand_in(model: M) -> M:
 # ---------------------------------------------------------------------------------------------------------------
 # Memory
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 _NEVER, _USUAL_MMAPS = (1 << 31) - 1, 65536
+_LARGEST_HEAP_BLOCK = 32 << 20
 _holders, _lock = 0, threading.Lock()
 
 
@@ -164,6 +165,8 @@ def memory_that_stays() -> Iterator[None]:
         return
     with _lock:
         _holders += 1
+        # The first call ends glibc's own adaptation of this threshold, so it is put where that ends up.
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK)
         libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
         libc.mallopt(_M_MMAP_MAX, 0)
     try:
