@@ -60,7 +60,7 @@ def without(*switches: str) -> Iterator[None]:
         if (libc := engine._glibc()) is not None and "memory" in switches:
             patches.enter_context(mock.patch.object(engine, "_glibc", return_value=None))
             libc.mallopt(engine._M_TRIM_THRESHOLD, _USUAL_TRIM)
-            libc.malloc_trim(0)
+            libc.malloc_trim(_USUAL_TRIM)
         yield
 
 
