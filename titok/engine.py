@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -112,8 +113,12 @@ def bfloat16_is_native() -> bool:
     """Whether this CPU multiplies bfloat16 itself, and `ONEDNN_MAX_CPU_ISA` lets it."""
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT_BFLOAT16:
         return False
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
+    names = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")
+    if (capabilities := getattr(torch.cpu, "get_capabilities", None)) is not None:
+        return any(capabilities().get(name, False) for name in names)
+    with contextlib.suppress(OSError):  # a release before that function
+        return not set(names).isdisjoint(Path("/proc/cpuinfo").read_text().split())
+    return False
 
 
 _twins: weakref.WeakKeyDictionary[nn.Module, Derived[Any]] = weakref.WeakKeyDictionary()
