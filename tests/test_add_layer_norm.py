@@ -379,3 +379,8 @@ X, W = torch.zeros(2, 4), torch.zeros(4)
 def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_layer_norm_of_shapes_alone() -> None:
+    x, p = torch.empty(2, 5, 8, device="meta"), torch.empty(8, device="meta")
+    assert layer_norm(x, p, p, 1e-5).shape == (2, 5, 8)

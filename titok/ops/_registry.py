@@ -79,7 +79,7 @@ def runs_eagerly(*tensors: torch.Tensor, gradients: bool = False) -> bool:
 def no_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which PyTorch's ops keep the dtypes they are given; next to free outside autocast."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
