@@ -7,10 +7,7 @@
 
 #include "float16.h"
 #include "nearest_codebook.h"
-
-#if defined(TITOK_ISA_AVX512) || defined(TITOK_ISA_AVX2)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 namespace titok {
 namespace TITOK_ISA {
@@ -18,17 +15,12 @@ namespace {
 
 // Accumulators take most of the registers: 24 of 32 with AVX-512, 12 of 16 with AVX2.
 #if defined(TITOK_ISA_AVX512)
-constexpr int kLanes = 16, kRows = 8, kPanels = 3;
-#elif defined(TITOK_ISA_AVX2)
-constexpr int kLanes = 8, kRows = 6, kPanels = 2;
+constexpr int kRows = 8, kPanels = 3;
 #else
-constexpr int kLanes = 4, kRows = 6, kPanels = 2;
+constexpr int kRows = 6, kPanels = 2;
 #endif
 constexpr int kTile = kLanes * kPanels;
 static_assert(kRowBlock % kRows == 0, "staged blocks are padded to whole groups of rows");
-
-typedef float Floats __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNormFloor = 1e-12f;
@@ -39,17 +31,6 @@ inline Floats load(const float* p) {
   return v;
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-
-// The build forbids the compiler to contract a * b + c, so that the fused product is asked for by name.
-inline Floats fma(Floats a, Floats b, Floats c) {
-#if defined(TITOK_ISA_AVX512)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(TITOK_ISA_AVX2)
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
 
 inline Floats square_root(Floats x) {
 #if defined(TITOK_ISA_AVX512)
@@ -72,7 +53,7 @@ void widen_row(const RowMatrix& m, int64_t row, int width, int step, float* to) 
 void read_row(const RowMatrix& m, int64_t row, int width, int step, float* to) {
   switch (m.type) {
     case FloatType::kFloat32: return widen_row<float>(m, row, width, step, to);
-    case FloatType::kBFloat16: return widen_row<BFloat16>(m, row, width, step, to);
+    case FloatType::kBFloat16: return widen_row<titok::BFloat16>(m, row, width, step, to);
     case FloatType::kFloat16: return widen_row<Float16>(m, row, width, step, to);
   }
 }

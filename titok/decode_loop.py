@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from titok.config import SamplingConfig
+from titok.engine import stamp
 from titok.generator import MaskGIT
 from titok.ops.maskgit_decode_step import maskgit_decode_step_packed, pack_step_params
 from titok.profiling import annotate, each
@@ -294,7 +295,7 @@ def _static(
     # of weights beforehand is baked into a graph, so behind the tokens their versions count as well.
     weights: list[tuple[Any, ...]] = [(p.data_ptr(), p.dtype) for p in generator.parameters()]
     if finish is not None:
-        weights += [(p.data_ptr(), p.dtype, p._version) for p in finish.parameters() if not p.is_inference()]
+        weights += map(stamp, finish.parameters())
     key = (size, distinct, guided, sampling.mask_schedule, sampling.confidence, finish, hash(tuple(weights)))
     cache = _graphs.setdefault(generator, OrderedDict())
     if key in cache:

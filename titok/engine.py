@@ -78,7 +78,7 @@ class Derived(Generic[T]):
     def get(self, make: Callable[[], T], *weights: Tensor | None, key: object = None) -> T:
         """What `make()` gives for these weights as they are now, and for this `key`."""
         given = [w for w in weights if w is not None]
-        state = [key, *((w.data_ptr(), w.dtype, None if w.is_inference() else w._version) for w in given)]
+        state = [key, *map(stamp, given)]
         if state != self._state or any(view.tobytes() != seen for view, seen in self._probes):
             self._made = make()
             self._state = state
@@ -91,6 +91,11 @@ class Derived(Generic[T]):
 
     def __reduce__(self) -> Any:
         return Derived, ()
+
+
+def stamp(weight: Tensor) -> tuple[int, torch.dtype, int | None]:
+    """What changes when a weight is replaced, moved, recast or written to (inference tensors count no versions)."""
+    return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
 
 
 def _probe(weight: Tensor) -> Any:
