@@ -41,9 +41,13 @@ struct ChannelSums {
   }
 };
 
-// Rows read side by side are more streams than the hardware's prefetcher follows.
-inline void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+// Rows read side by side are more streams than the hardware's prefetcher follows. Into the second cache only: the rows
+// between here and there may fill the first.
+constexpr int kAhead = 2 * kRun;
+template <class T>
+inline void prefetch_pair(const T* from) {
+  for (int i = 0; i < kPair * static_cast<int>(sizeof(T)); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + i, 0, 2);
 }
 
 template <bool kEvenOdd, bool kAdd, bool kStream, class T>
@@ -67,6 +71,10 @@ struct Source {
   template <int kCount>
   void add_run(int64_t p, ChannelSums to) const {
     each_pair<kEvenOdd, kStream>(channels, [&](int64_t c, auto access) {
+      for (int k = kAhead; k < kAhead + kCount; ++k) {
+        prefetch_pair(x + (p + k) * channels + c);
+        if constexpr (kAdd) prefetch_pair(residual + (p + k) * channels + c);
+      }
       const Pair origin = (*this)(p, c, access);
       Pair sums = {}, squares = {};
 #pragma GCC unroll 16
@@ -82,12 +90,7 @@ struct Source {
 
   void add_all(int64_t pixels, ChannelSums to) const {
     int64_t p = 0;
-    for (; p + kRun <= pixels; p += kRun) {
-      const int64_t next = (p + kRun) * channels, bytes = kRun * channels * static_cast<int64_t>(sizeof(T));
-      prefetch(x + next, bytes);
-      if constexpr (kAdd) prefetch(residual + next, bytes);
-      add_run<kRun>(p, to);
-    }
+    for (; p + kRun <= pixels; p += kRun) add_run<kRun>(p, to);
     for (; p < pixels; ++p) add_run<1>(p, to);
   }
 };
@@ -97,12 +100,17 @@ struct Affine {
   float* mean;
   float* scale;
   float* shift;
+
+  Affine from(int64_t c) const { return {mean + c, scale + c, shift + c}; }
 };
 
 inline float parameter(const void* values, bool is_bf16, int64_t c) {
   return is_bf16 ? as<float>(uint32_t{static_cast<const BFloat16*>(values)[c].bits} << 16)
                  : static_cast<const float*>(values)[c];
 }
+
+// In float32, any NaN as the usual one.
+inline float quiet(double value) { return value == value ? static_cast<float>(value) : __builtin_nanf(""); }
 
 template <bool kEvenOdd>
 void finish_statistics(const GroupNormSiluArgs& a, int64_t image, double* sums, int64_t chunks, Affine affine) {
@@ -130,59 +138,116 @@ void finish_statistics(const GroupNormSiluArgs& a, int64_t image, double* sums, 
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
       const int64_t at = lane(c);
       const double scale = rstd * parameter(a.weight, a.weight_is_bf16, c);
-      affine.mean[at] = static_cast<float>(mean);
-      affine.scale[at] = static_cast<float>(scale);
+      affine.mean[at] = quiet(mean);
+      affine.scale[at] = quiet(scale);
       // Subtracting the float32 mean first keeps a far mean from cancelling; its rounding is made good here.
       const double shift = parameter(a.bias, a.weight_is_bf16, c) + (affine.mean[at] - mean) * scale;
-      affine.shift[at] = static_cast<float>(shift);
+      affine.shift[at] = quiet(shift);
     }
   }
 }
 
 // -limit to limit; of a NaN, anything.
-inline Floats clamp(Floats x, float limit) {
+inline Floats clamp(Floats x, Floats limit) {
 #if defined(TITOK_ISA_AVX512)
-  return (Floats)_mm512_maskz_range_ps(0xffff, (__m512)x, (__m512)broadcast(limit), 0x2);  // least magnitude, sign of x
+  return (Floats)_mm512_maskz_range_ps(0xffff, (__m512)x, (__m512)limit, 0x2);  // least magnitude, sign of x
 #elif defined(TITOK_ISA_AVX2)
-  return (Floats)_mm256_min_ps(_mm256_max_ps((__m256)x, (__m256)broadcast(-limit)), (__m256)broadcast(limit));
+  return (Floats)_mm256_min_ps(_mm256_max_ps((__m256)x, (__m256)-limit), (__m256)limit);
 #else
-  x = x < limit ? x : broadcast(limit);
-  return x > -limit ? x : broadcast(-limit);
+  x = x < limit ? x : limit;
+  return x > -limit ? x : -limit;
 #endif
 }
 
-// 2^f for |f| <= 1/2: minimax polynomials of relative error 1.5e-7 for float32 and 7.5e-5, a 26th of half a unit in
-// the last place, for bfloat16.
+// 2^f for |f| <= 1/2, highest power first: minimax polynomials of relative error 1.5e-7 for float32 and 7.5e-5, a 26th
+// of half a unit in the last place, for bfloat16.
 template <class Out>
-inline Floats exp2_fraction(Floats f) {
-  if constexpr (sizeof(Out) == 2) {
-    const Floats p = fma(fma(broadcast(5.517166853e-02f), f, broadcast(2.426111400e-01f)), f, broadcast(6.932609677e-01f));
-    return fma(p, f, broadcast(9.999280572e-01f));
-  }
-  Floats p = fma(fma(broadcast(1.327647245e-03f), f, broadcast(9.675541893e-03f)), f, broadcast(5.550713092e-02f));
-  p = fma(fma(p, f, broadcast(2.402212024e-01f)), f, broadcast(6.931469440e-01f));
-  return fma(p, f, broadcast(1.000000119e+00f));
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr int kCount = 6;
+  static constexpr float kCoefficients[] = {1.327647245e-03f, 9.675541893e-03f, 5.550713092e-02f,
+                                            2.402212024e-01f, 6.931469440e-01f, 1.000000119e+00f};
+};
+template <>
+struct Exp2<BFloat16> {
+  static constexpr int kCount = 4;
+  static constexpr float kCoefficients[] = {5.517166853e-02f, 2.426111400e-01f, 6.932609677e-01f, 9.999280572e-01f};
+};
+
+// A constant that GCC would otherwise read from memory in each use: there are more uses than loads to spare.
+inline Floats in_register(float value) {
+  Floats v = broadcast(value);
+#if defined(TITOK_ISA_AVX512)
+  asm("" : "+v"(v));
+#endif
+  return v;
 }
 
-// z / (1 + exp(-z))
+// z / (1 + exp(-z)) of some vectors, step by step for all of them: one after the other, the chain of instructions that
+// wait for each other is longer than what a core looks ahead.
 template <class Out>
-inline Floats silu(Floats z) {
-  const Floats x = clamp(z, 87.0f);            // exp(-x) is a normal number; a NaN comes back through the numerator
-  const Floats log2e = broadcast(-1.44269504f);
-  const Floats round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Floats shifted = fma(x, log2e, round);
-  const Floats power = exp2_fraction<Out>(fma(x, log2e, round - shifted));
-  const Floats exp = as<Floats>(as<Words>(power) + (as<Words>(shifted) << 23));
-  return z / (1.0f + exp);
+struct Silu {
+  Floats limit = in_register(87.0f);  // exp(-limit) is a normal number; a NaN comes back through the numerator
+  Floats log2e = in_register(-1.44269504f);
+  Floats round = in_register(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  Floats one = in_register(1.0f);
+  Floats coefficients[Exp2<Out>::kCount];
+
+  Silu() {
+    for (int i = 0; i < Exp2<Out>::kCount; ++i) coefficients[i] = in_register(Exp2<Out>::kCoefficients[i]);
+  }
+
+  template <int kCount>
+  inline void operator()(Floats (&z)[kCount]) const {
+    Floats x[kCount], shifted[kCount], fraction[kCount], power[kCount];
+    for (int i = 0; i < kCount; ++i) x[i] = clamp(z[i], limit);
+    for (int i = 0; i < kCount; ++i) shifted[i] = fma(x[i], log2e, round);
+    for (int i = 0; i < kCount; ++i) fraction[i] = fma(x[i], log2e, round - shifted[i]);
+    for (int i = 0; i < kCount; ++i) power[i] = fma(coefficients[0], fraction[i], coefficients[1]);
+    for (int k = 2; k < Exp2<Out>::kCount; ++k) {
+      for (int i = 0; i < kCount; ++i) power[i] = fma(power[i], fraction[i], coefficients[k]);
+    }
+    for (int i = 0; i < kCount; ++i) power[i] = as<Floats>(as<Words>(power[i]) + (as<Words>(shifted[i]) << 23));
+    for (int i = 0; i < kCount; ++i) z[i] /= one + power[i];
+  }
+};
+
+// To the nearest bfloat16, once truncated, ties away from zero: a rounded SiLU is no nearer to one than to the other. A
+// NaN of all ones would leave its range; none is made of bfloat16 maps and quiet() parameters.
+inline Floats half_unit_up(Floats v) { return as<Floats>(as<Words>(v) + 0x8000); }
+
+// kPairs neighbouring pairs of one pixel from x, out and affine on.
+template <int kPairs, class Access, class In, class Out>
+inline void normalise_pairs(const Access& access, const In* x, Out* out, Affine affine, const Silu<Out>& silu) {
+  Floats z[2 * kPairs];
+  for (int i = 0; i < kPairs; ++i) {
+    const int at = i * kPair;
+    const Pair centred = access.load(x + at) - load<false>(affine.mean + at);
+    const Pair v = fma(centred, load<false>(affine.scale + at), load<false>(affine.shift + at));
+    z[2 * i] = v.first;
+    z[2 * i + 1] = v.second;
+  }
+  silu(z);
+  for (int i = 0; i < kPairs; ++i) {
+    const Pair y = {z[2 * i], z[2 * i + 1]};
+    if constexpr (sizeof(In) == 2 && sizeof(Out) == 2)
+      access.store_truncated(out + i * kPair, {half_unit_up(y.first), half_unit_up(y.second)});
+    else
+      access.store(out + i * kPair, y);
+  }
 }
 
 template <bool kEvenOdd, bool kStream, class In, class Out>
 void normalise_chunk(const In* x, Out* out, int64_t pixels, int64_t channels, Affine affine) {
+  constexpr int kPairs = 2;
+  const Silu<Out> silu;
   for (int64_t p = 0; p < pixels; ++p, x += channels, out += channels) {
-    each_pair<kEvenOdd, kStream>(channels, [&](int64_t c, auto access) {
-      const Pair centred = access.load(x + c) - load<false>(affine.mean + c);
-      const Pair z = fma(centred, load<false>(affine.scale + c), load<false>(affine.shift + c));
-      access.store(out + c, Pair{silu<Out>(z.first), silu<Out>(z.second)});
+    int64_t c = 0;
+    for (; c + kPairs * kPair <= channels; c += kPairs * kPair)
+      normalise_pairs<kPairs>(WholePair<kEvenOdd, kStream>{}, x + c, out + c, affine.from(c), silu);
+    each_pair<kEvenOdd, kStream>(channels - c, [&](int64_t more, auto access) {
+      normalise_pairs<1>(access, x + c + more, out + c + more, affine.from(c + more), silu);
     });
   }
 }

@@ -123,10 +123,16 @@ inline Words nearest_bfloat16(Floats v) {
   return v == v ? word + 0x7fff + ((word >> 16) & 1) : 0x7fc00000 - Words{};
 }
 
+// The upper halves of v as they are.
+template <bool kEvenOdd, bool kStream = false>
+inline void store_truncated(BFloat16* p, Pair v) {
+  static_assert(kEvenOdd);
+  store_bits<kStream>(p, as<Words>(v.first) >> 16 | (as<Words>(v.second) & 0xffff0000));
+}
+
 template <bool kEvenOdd, bool kStream = false>
 inline void store(BFloat16* p, Pair v) {
-  static_assert(kEvenOdd);
-  store_bits<kStream>(p, nearest_bfloat16(v.first) >> 16 | (nearest_bfloat16(v.second) & 0xffff0000));
+  store_truncated<kEvenOdd, kStream>(p, {as<Floats>(nearest_bfloat16(v.first)), as<Floats>(nearest_bfloat16(v.second))});
 }
 
 // What is left of values that are stored as T.
@@ -147,6 +153,7 @@ struct WholePair {
   void store(T* p, Pair v) const {
     TITOK_ISA::store<kEvenOdd, kStream>(p, v);
   }
+  void store_truncated(BFloat16* p, Pair v) const { TITOK_ISA::store_truncated<kEvenOdd, kStream>(p, v); }
   Pair keep(Pair v) const { return v; }
 };
 
@@ -164,6 +171,11 @@ struct EndOfRow {
     T staged[kPair];
     TITOK_ISA::store<kEvenOdd>(staged, v);
     std::memcpy(p, staged, count * sizeof(T));
+  }
+  void store_truncated(BFloat16* p, Pair v) const {
+    BFloat16 staged[kPair];
+    TITOK_ISA::store_truncated<kEvenOdd>(staged, v);
+    std::memcpy(p, staged, count * sizeof *p);
   }
   // v with 0 past the end.
   Pair keep(Pair v) const {

@@ -219,9 +219,9 @@ def test_out(backend: str | None, grad: bool) -> None:
 
 
 def test_large_maps_are_streamed_past_the_caches() -> None:
-    """More than 32 MiB of arguments and results: the same bits as in two halves of less."""
+    """More than 8 MiB of arguments and results: the same bits as in two halves of less."""
     for dtype, width in ((F32, 160), (BF16, 272)):
-        x, residual, weight, bias = inputs((2, 32, 256, width, 4), dtype)
+        x, residual, weight, bias = inputs((2, 32, 64, width, 4), dtype)
         both = group_norm_silu(x, 4, weight, bias, EPS, residual=residual)
         for i in range(2):
             half = group_norm_silu(x[i : i + 1], 4, weight, bias, EPS, residual=residual[i : i + 1])
@@ -258,6 +258,12 @@ def test_every_nan_survives_the_cast_to_bfloat16() -> None:
     x = torch.full((1, 8, 2, 2), -1, dtype=torch.int32).view(F32).contiguous(memory_format=CHANNELS_LAST)
     got = group_norm_silu(x, 2, torch.ones(8), torch.zeros(8), EPS, out_dtype=BF16, backend="cpp")
     assert got.isnan().all()
+    weight = x.flatten()[:8]
+    x = torch.randn(1, 8, 2, 2).to(BF16).contiguous(memory_format=CHANNELS_LAST)
+    assert group_norm_silu(x, 2, weight, torch.zeros(8), EPS, backend="cpp").isnan().all()
+    assert group_norm_silu(x, 2, torch.ones(8), weight, EPS, backend="cpp").isnan().all()
+    x = torch.full((1, 8, 2, 2), -1, dtype=torch.int16).view(BF16).contiguous(memory_format=CHANNELS_LAST)
+    assert group_norm_silu(x, 2, torch.ones(8), torch.zeros(8), EPS, backend="cpp").isnan().all()
 
 
 def test_constant_map() -> None:
