@@ -51,9 +51,8 @@ ISA_FLAGS = {
     ],
 }
 # Of single files, beside these: what only some of the machines of an instruction set can do.
-EXTRA_ISA_FLAGS = {
-    "masked_attention_simd": {"avx512bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-DTITOK_ISA_AVX512"]},
-}
+_AVX512BF16 = {"avx512bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-DTITOK_ISA_AVX512"]}
+EXTRA_ISA_FLAGS = {"masked_attention_simd": _AVX512BF16, "masked_attention_backward_simd": _AVX512BF16}
 CUDA_ARCHS = ("80", "90", "100")
 
 

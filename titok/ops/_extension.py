@@ -10,9 +10,16 @@ from typing import Any
 
 import torch
 
-# of `titok._C`, one for each op that has C++ for the CPU
+# of `titok._C`, what the ops call on a CPU
 FUNCTIONS = frozenset(
-    {"add_layer_norm", "group_norm_silu", "masked_attention", "maskgit_decode_cpu", "nearest_codebook"}
+    {
+        "add_layer_norm",
+        "group_norm_silu",
+        "masked_attention",
+        "masked_attention_backward",
+        "maskgit_decode_cpu",
+        "nearest_codebook",
+    }
 )
 
 

@@ -43,7 +43,7 @@ def masked_attention(
         scale: default D ** -0.5.
         backend: "triton" (D up to 128, no float64), "cpp" (CPU, float32 and bfloat16), "sdpa", "flash-attn" (16
             bits, no key_mask), "plain", or None for the fastest that can run. The backward of "sdpa" on a GPU and of
-            "flash-attn" runs their forward once more, that of "cpp" all of "sdpa": None trains with "sdpa" on a CPU.
+            "flash-attn" runs their forward once more.
 
     Returns:
         (B, Nq, H * D), contiguous, in qkv's dtype. A NaN in qkv reaches each row that depends on it, and so does an inf
@@ -70,12 +70,10 @@ def masked_attention(
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
     elif not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    wants_gradient = torch.is_grad_enabled() and qkv.requires_grad
-    if wants_gradient and qkv.is_cpu and backend in (None, "auto"):
-        backend = "sdpa"
     arguments = (qkv, key_mask, num_heads, start, stop, float(scale), backend or "auto")
     if not runs_eagerly(qkv, gradients=True):
         return _op(*arguments)[0]
+    wants_gradient = torch.is_grad_enabled() and qkv.requires_grad
     return (_Eager.apply(*arguments) if wants_gradient else _forward(*arguments))[0]
 
 
@@ -85,7 +83,7 @@ def _common(
     """The result of a usual call on the CPU, in C++, with the least Python; None for all other calls, whose arguments
     are then looked at one by one."""
     if not (
-        runs_eagerly(qkv)
+        runs_eagerly(qkv, gradients=True)
         and qkv.is_cpu
         and qkv.dtype in _CPP_DTYPES
         and qkv.ndim == 3
@@ -103,9 +101,13 @@ def _common(
     start, stop = (0, tokens) if query_range is None else _checked_range(query_range, tokens)
     if start == stop:
         return None
+    if scale is None:
+        scale = (width // (3 * num_heads)) ** -0.5
+    if qkv.requires_grad and torch.is_grad_enabled():
+        return _Eager.apply(qkv, None, num_heads, start, stop, scale, "cpp")[0]
     ran("masked_attention", "cpp")
     out = qkv.new_empty(batch, stop - start, width // 3)
-    _launch_cpp(qkv, None, num_heads, start, (width // (3 * num_heads)) ** -0.5 if scale is None else scale, out)
+    extension().masked_attention(*_for_cpp(qkv, None, out, None, num_heads, start, scale))
     return out
 
 
@@ -170,7 +172,7 @@ def _forward_empty(qkv: Tensor, num_heads: int, start: int, stop: int, name: str
     batch, _, width = qkv.shape
     out = qkv.new_empty(batch, stop - start, width // 3)
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    if name == "triton":
+    if name in ("triton", "cpp"):
         return out, qkv.new_empty(batch, num_heads, stop - start, dtype=dtype)
     if name == "sdpa" and qkv.device.type == "cpu":  # its log-sum-exp comes with the heads innermost
         return out, qkv.new_empty(batch, stop - start, num_heads, dtype=dtype).transpose(1, 2)
@@ -201,12 +203,12 @@ def _backward(
         return torch.zeros_like(qkv, memory_format=torch.contiguous_format)
     if name == "triton":
         return _triton_backward(grad, qkv, key_mask, out, lse, num_heads, start, stop, scale)
+    if name == "cpp":
+        return _cpp_backward(grad, qkv, key_mask, out, lse, num_heads, start, stop, scale)
     with no_autocast(qkv):
         if name == "plain":
             return _plain_backward(grad, qkv, key_mask, num_heads, start, stop, scale)
         if qkv.device.type == "cpu":
-            if name == "cpp":  # keeps no log-sum-exp
-                _, lse = _sdpa_cpu(qkv, key_mask, num_heads, start, stop, scale)
             return _sdpa_cpu_backward(grad, qkv, key_mask, out, lse, num_heads, start, stop, scale)
         return _fused_backward(grad, qkv, key_mask, num_heads, start, stop, scale, name)
 
@@ -297,20 +299,50 @@ def _cpp(
     qkv: Tensor, key_mask: Tensor | None, num_heads: int, start: int, stop: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_empty(qkv, num_heads, start, stop, "cpp")
-    _launch_cpp(_dense(qkv), None if key_mask is None else key_mask.contiguous(), num_heads, start, scale, out)
+    qkv, key_mask = _dense(qkv), None if key_mask is None else key_mask.contiguous()
+    extension().masked_attention(*_for_cpp(qkv, key_mask, out, lse, num_heads, start, scale))
     return out, lse
 
 
-def _launch_cpp(
-    qkv: Tensor, key_mask: Tensor | None, num_heads: int, start: int, scale: float, out: Tensor
-) -> None:
+def _cpp_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    start: int,
+    stop: int,
+    scale: float,
+) -> Tensor:
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    _zero_unused_queries(dqkv, start, stop)
+    grad, qkv, key_mask = _dense(grad), _dense(qkv), None if key_mask is None else key_mask.contiguous()
+    arguments = _for_cpp(qkv, key_mask, out, lse, num_heads, start, scale)
+    extension().masked_attention_backward(
+        *arguments, grad.data_ptr(), grad.stride(0), grad.stride(1), dqkv.data_ptr()
+    )
+    return dqkv
+
+
+def _for_cpp(
+    qkv: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    num_heads: int,
+    start: int,
+    scale: float,
+) -> tuple[Any, ...]:
+    """What the extension's forward and backward take; the caller keeps the tensors."""
     batch, tokens, width = qkv.shape
-    extension().masked_attention(
+    return (
         qkv.data_ptr(),
         qkv.stride(0),
         qkv.stride(1),
         0 if key_mask is None else key_mask.data_ptr(),
         out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
         qkv.dtype is torch.bfloat16,
         batch,
         tokens,
