@@ -191,12 +191,12 @@ def test_empty(backend):
         assert torch.equal(qkv.grad, torch.zeros_like(qkv))
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize("backend", [CPP, TRITON])
 @pytest.mark.parametrize("tokens", [33, 70])
-def test_backward_has_the_same_bits_every_time(tokens):
+def test_backward_has_the_same_bits_every_time(backend, tokens):
     qkv, _ = make_inputs(1, tokens, 1, 16)
     qkv.requires_grad_()
-    out = masked_attention(qkv, 1, backend="triton")
+    out = masked_attention(qkv, 1, backend=backend)
     grad = torch.randn_like(out)
     first, second = (torch.autograd.grad(out, qkv, grad, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)

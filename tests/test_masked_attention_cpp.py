@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,15 +21,24 @@ from titok import ops
 from titok.ops import masked_attention
 from titok.ops._extension import why_no_cpp
 
+CPP = partial(masked_attention, backend="cpp")
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(why_no_cpp() is not None, reason=str(why_no_cpp()))
 DTYPES = [torch.float32, torch.bfloat16]
 # of the largest value; the first is that of the other back ends' float32
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3}
+GRADIENT = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2}  # which is a difference, of rounded outputs among others
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+
+
+def gradient(
+    run: Callable[..., torch.Tensor], qkv: torch.Tensor, heads: int, grad: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    leaf = qkv.detach().requires_grad_()
+    return torch.autograd.grad(run(leaf, heads, **options), leaf, grad)[0]
 
 
 def rms(actual: torch.Tensor, exact: torch.Tensor) -> float:
@@ -58,24 +70,26 @@ def make_case(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[tor
     return qkv, {"key_mask": key_mask, "query_range": (tokens // 3, tokens), "scale": -0.2}
 
 
-def run_cases() -> list[torch.Tensor]:
+def run_cases(attention: Callable[..., torch.Tensor] = CPP) -> list[torch.Tensor]:
+    """Outputs and gradients."""
     results = []
     for dtype in DTYPES:
         for shape in SHAPES:
             qkv, options = make_case(dtype, shape)
-            results.append(masked_attention(qkv, shape[2], backend="cpp"))
-            results.append(masked_attention(qkv, shape[2], backend="cpp", **options))
+            for chosen in ({}, options):
+                leaf = qkv.clone().requires_grad_()
+                out = attention(leaf, shape[2], **chosen)
+                grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+                results += [out.detach(), *torch.autograd.grad(out, leaf, grad.to(out.dtype))]
     return results
 
 
 @pytest.fixture(scope="module")
 def exact() -> list[torch.Tensor]:
-    results = []
-    for dtype in DTYPES:
-        for shape in SHAPES:
-            qkv, options = make_case(dtype, shape)
-            results += [oracles.attention(qkv, shape[2]), oracles.attention(qkv, shape[2], **options)]
-    return results
+    def attention(leaf: torch.Tensor, heads: int, **options: Any) -> torch.Tensor:
+        return oracles.attention(leaf.double(), heads, **options)
+
+    return run_cases(attention)
 
 
 def run_program(path: Path, isa: str | None, threads: int) -> tuple[str, list[torch.Tensor]]:
@@ -95,10 +109,10 @@ def test_each_instruction_set_and_number_of_threads(
     ran_on, results = run_program(tmp_path / "two", isa, 2)
     if isa is not None and ran_on != isa:
         pytest.skip(f"a machine without {isa}")
-    for result, expected in zip(results, exact, strict=True):
+    for i, (result, expected) in enumerate(zip(results, exact, strict=True)):
         assert result.shape == expected.shape
         assert result.isfinite().all()
-        assert error(result, expected) < TOLERANCE[result.dtype]
+        assert error(result, expected) < (GRADIENT if i % 2 else TOLERANCE)[result.dtype]
     for threads in (1, 3):
         _, others = run_program(tmp_path / str(threads), isa, threads)
         assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
@@ -111,6 +125,23 @@ def test_bfloat16_is_as_exact_as_sdpa(tokens: int, spread: float) -> None:
     expected = oracles.attention(qkv, 2)
     ours, sdpa = (masked_attention(qkv, 2, backend=name) for name in ("cpp", "sdpa"))
     assert rms(ours, expected) < 1.02 * rms(sdpa, expected)
+
+
+def eager(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("tokens", [33, 65, 289])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_bfloat16_gradients_are_more_exact_than_those_of_products(tokens: int, spread: float) -> None:
+    qkv = (spread * torch.randn(2, tokens, 3 * 2 * 64)).bfloat16()
+    grad = torch.randn(2, tokens, 2 * 64).bfloat16()
+    expected = gradient(oracles.attention, qkv.double(), 2, grad.double())
+    ours, products = (gradient(run, qkv, 2, grad) for run in (CPP, eager))
+    for a, b, c in zip(*(x.chunk(3, -1) for x in (ours, products, expected)), strict=True):
+        assert rms(a, c) < rms(b, c)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -150,6 +181,17 @@ def test_hidden_tokens_may_hold_anything(dtype: torch.dtype) -> None:
     a, b = (masked_attention(x, 2, backend="cpp", **options) for x in (qkv, other))
     assert torch.equal(a, b)
     assert not a[1].any()
+    grad = torch.randn_like(a)
+    a, b = (gradient(CPP, x, 2, grad, **options) for x in (qkv, other))
+    assert torch.equal(a, b)
+    assert not a[1].any()
+    first = options["query_range"][0]
+    queries, keys, values = a.chunk(3, -1)
+    for zeros in (queries[:, :first], keys[~options["key_mask"]], values[~options["key_mask"]]):
+        assert zeros.numel()
+        assert not zeros.any()
+    for rest in (queries[0, first:], keys[options["key_mask"]], values[options["key_mask"]]):
+        assert rest.any(-1).all()
 
 
 def test_strides() -> None:
@@ -166,18 +208,73 @@ def test_strides() -> None:
     assert torch.equal(expanded, expected[:1].expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_of_the_gradient(dtype: torch.dtype) -> None:
+    qkv, options = make_case(dtype, (3, 19, 2, 16))
+    grad = torch.randn(3, 19, 32).to(dtype)
+    wide = torch.full((4, 21, 37), torch.nan, dtype=dtype)
+    wide[:3, 1:20, 3:-2] = grad
+    tokens_first = grad.transpose(0, 1).contiguous().transpose(0, 1)
+    every_second = torch.stack((grad, grad), -1).flatten(2)[..., ::2]
+    expected = gradient(CPP, qkv, 2, grad)
+    for x in (wide[:3, 1:20, 3:-2], tokens_first, every_second):
+        assert torch.equal(gradient(CPP, qkv, 2, x), expected)
+    for x in (
+        torch.tensor(2.0).to(dtype).expand(3, 19, 32),
+        grad[:1].expand(3, -1, -1),
+        grad[:, :1].expand(-1, 19, -1),
+    ):
+        assert torch.equal(gradient(CPP, qkv, 2, x), gradient(CPP, qkv, 2, x.contiguous()))
+    rows = {**options, "query_range": (4, 9)}
+    assert torch.equal(
+        gradient(CPP, qkv, 2, grad[:, 4:9], **rows), gradient(CPP, qkv, 2, grad[:, 4:9].clone(), **rows)
+    )
+
+
+def test_twice_under_autocast() -> None:
+    """As two layers in mixed precision: qkv in bfloat16 from a float32 leaf, the backward in and outside autocast."""
+    x, grad = torch.randn(2, 21, 96), torch.randn(2, 21, 32)
+
+    def both(leaf: torch.Tensor) -> torch.Tensor:
+        first = masked_attention(leaf.bfloat16(), 2)
+        return masked_attention((first.repeat(1, 1, 3) + leaf).bfloat16(), 2).float()
+
+    def oracle(leaf: torch.Tensor) -> torch.Tensor:
+        return oracles.attention(oracles.attention(leaf, 2).repeat(1, 1, 3) + leaf, 2)
+
+    (expected,) = torch.autograd.grad(both(leaf := x.clone().requires_grad_()), leaf, grad)
+    (exact,) = torch.autograd.grad(oracle(leaf := x.double().requires_grad_()), leaf, grad.double())
+    assert error(expected, exact) < 2e-2
+    for outside in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = both(leaf)
+            if not outside:
+                out.backward(grad)
+        if outside:
+            out.backward(grad)
+        assert ops.last_backend("masked_attention") == "cpp"
+        assert torch.equal(leaf.grad, expected)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
 def test_what_runs_without_a_name(dtype: torch.dtype) -> None:
-    """C++ where no gradient is wanted, with and without the short way in; SDPA, which keeps what a backward needs."""
+    """With and without the short way in, with and without a gradient."""
+    name = "cpp" if dtype in DTYPES else "sdpa"
     qkv, mask = torch.randn(2, 5, 48).to(dtype), torch.ones(2, 5, dtype=torch.bool)
     for options in ({}, {"key_mask": mask}, {"query_range": (0, 5)}, {"backend": "auto"}):
         out = masked_attention(qkv, 2, **options)
-        assert ops.last_backend("masked_attention") == ("cpp" if dtype in DTYPES else "sdpa")
+        assert ops.last_backend("masked_attention") == name
         assert error(out, oracles.attention(qkv, 2)) < TOLERANCE.get(dtype, 2e-3)
         with torch.no_grad():
             assert torch.equal(masked_attention(qkv.requires_grad_(), 2, **options), out)
-        masked_attention(qkv, 2, **options).sum().backward()
-        assert ops.last_backend("masked_attention") == "sdpa"
+        masked_attention(torch.zeros(1, 1, 3), 1, backend="plain")  # so that the next lines see their own
+        trained = masked_attention(qkv, 2, **options)
+        assert ops.last_backend("masked_attention") == name
+        assert torch.equal(trained, out)
+        masked_attention(torch.zeros(1, 1, 3), 1, backend="plain")
+        trained.sum().backward()
+        assert ops.last_backend("masked_attention") == name
         qkv = qkv.detach()
 
 
