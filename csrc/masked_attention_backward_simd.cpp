@@ -10,7 +10,7 @@
 namespace titok::TITOK_ISA {
 namespace {
 
-constexpr int64_t kBlock = 48;  // queries; even
+constexpr int64_t kBlock = 96;  // at most so many queries in a block; even
 
 // One thread's: what is packed of a head and of a block of queries, its tiles, and the gradients of the head.
 template <class Kind>
@@ -19,6 +19,7 @@ struct Scratch {
   int64_t step;   // words from packed query to query; a multiple of kLanes, as is the width
   int64_t width;  // channels of a row of sums
   int64_t span;   // words of a row of scores, in an odd number of cache lines: columns are read too
+  int64_t block;  // queries
   int64_t* seen;  // visible tokens
   uint32_t *keys, *values, *keys_by_token;
   uint32_t *queries, *grads, *queries_by_token, *grads_by_token;  // grads: of the output
@@ -31,20 +32,22 @@ struct Scratch {
     step = round_up(depth, kLanes);
     width = round_up(a.head_dim, kLanes);
     span = ((a.tokens + 15) / 16 | 1) * 16;
+    const int64_t most = span > 1024 ? kBlock / 2 : kBlock, blocks = (a.queries + most - 1) / most;
+    block = round_up((a.queries + blocks - 1) / blocks, kRows);
     Arena arena{static_cast<char*>(memory)};
     seen = arena.take<int64_t>(a.tokens);
     keys = arena.take<uint32_t>(depth * round_up(a.tokens, kTile));
     values = arena.take<uint32_t>(depth * round_up(a.tokens, kTile));
     keys_by_token = arena.take<uint32_t>(width * round_up(a.tokens, Kind::kValues) / Kind::kValues);
-    queries = queries_by_token = arena.take<uint32_t>(step * kBlock);
-    grads = grads_by_token = arena.take<uint32_t>(step * kBlock);
+    queries = queries_by_token = arena.take<uint32_t>(step * block);
+    grads = grads_by_token = arena.take<uint32_t>(step * block);
     if (Kind::kValues > 1) {  // with single words, rows and sums are packed the same way
-      queries_by_token = arena.take<uint32_t>(width * kBlock / Kind::kValues);
-      grads_by_token = arena.take<uint32_t>(width * kBlock / Kind::kValues);
+      queries_by_token = arena.take<uint32_t>(width * block / Kind::kValues);
+      grads_by_token = arena.take<uint32_t>(width * block / Kind::kValues);
     }
-    scores = arena.take<uint32_t>(span * kBlock);
-    slopes = arena.take<uint32_t>(span * kBlock);
-    dq = arena.take<float>(width * kBlock);
+    scores = arena.take<uint32_t>(span * block);
+    slopes = arena.take<uint32_t>(span * block);
+    dq = arena.take<float>(width * block);
     dk = arena.take<float>(width * a.tokens);
     dv = arena.take<float>(width * a.tokens);
     bytes = arena.next - static_cast<char*>(memory);
@@ -103,7 +106,7 @@ void differentiate(const Scratch<Kind>& tile, int64_t rows, int64_t count, float
 template <class T>
 inline float dot(const T* a, const T* b, int64_t head_dim) {
   const auto load = [&](const T* head, int64_t at) {
-    return as<Floats>(load_part<1>(head, at, head_dim, [](const T* p) { return widen(p); }));
+    return as<Floats>(widen(read_part<Stored<T>>(head, at, head_dim)));
   };
   Floats sums = {};
   for (int64_t at = 0; at < head_dim; at += kLanes) sums = fma(load(a, at), load(b, at), sums);
@@ -128,8 +131,8 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
     pack_columns<Kind>(keys, scratch.keys);
     pack_sums<Kind>(keys, scratch.width, scratch.keys_by_token);
     pack_columns<Kind>({qkv + 2 * model_dim, a.token_stride, a.head_dim, count, scratch.seen}, scratch.values);
-    for (int64_t start = 0; start < a.queries; start += kBlock) {
-      const int64_t rows = least(kBlock, a.queries - start);
+    for (int64_t start = 0; start < a.queries; start += scratch.block) {
+      const int64_t rows = least(scratch.block, a.queries - start);
       T* const dq = all_dq + start * row_dim;
       if (count == 0) {
         for (int64_t r = 0; r < rows; ++r) std::memset(dq + r * row_dim, 0, a.head_dim * sizeof(T));

@@ -36,12 +36,6 @@ inline Ints lane_numbers() {
   return lanes;
 }
 
-// kLanes values as float32.
-inline Words widen(const float* p) { return read<Words>(p); }
-inline Words widen(const BFloat16* p) {
-  return __builtin_convertvector(read<Halves>(p), Words) << 16;
-}
-
 // To the type of the output.
 inline Floats narrow(Floats v, const float*) { return v; }
 inline Halves narrow(Floats v, const BFloat16*) {
@@ -52,12 +46,19 @@ inline Halves narrow(Floats v, const BFloat16*) {
 #endif
 }
 
+// kLanes values as they are stored, and as words of float32.
+template <class T>
+using Stored = decltype(narrow(Floats{}, static_cast<const T*>(nullptr)));
+inline Words widen(Floats v) { return as<Words>(v); }
+inline Words widen(Halves v) { return __builtin_convertvector(v, Words) << 16; }
+
 // The two kinds of words.
 template <class T>
 struct Singles {
   using Value = T;
+  using Part = Stored<T>;  // of a row, that makes a vector of words
   static constexpr int kValues = 1;
-  static Words load(const T* p) { return widen(p); }
+  static Words load(Part part) { return widen(part); }
   static Floats multiply_add(Words a, Words b, Floats c) { return fma(as<Floats>(a), as<Floats>(b), c); }
   static void store_weights(Floats weights, uint32_t* row, int64_t at) {
     std::memcpy(row + at, &weights, sizeof weights);
@@ -67,8 +68,9 @@ struct Singles {
 #if defined(TITOK_ISA_AVX512BF16)
 struct Pairs {
   using Value = BFloat16;
+  using Part = Words;
   static constexpr int kValues = 2;
-  static Words load(const BFloat16* p) { return read<Words>(p); }
+  static Words load(Part part) { return part; }
   static Floats multiply_add(Words a, Words b, Floats c) {
     return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
@@ -80,13 +82,24 @@ struct Pairs {
 };
 #endif
 
-// A vector of words from channel `at` of a head on; those past its last channel are 0.
-template <int kValues, class T, class Load>
-inline Words load_part(const T* head, int64_t at, int64_t head_dim, Load load) {
-  if (at + kLanes * kValues <= head_dim) return load(head + at);
-  T staged[kLanes * kValues] = {};
-  if (at < head_dim) std::memcpy(staged, head + at, (head_dim - at) * sizeof(T));
-  return load(staged);
+// The part of a row from channel `at` on; what is past its last channel is 0.
+template <class Part, class T>
+inline Part read_part(const T* row, int64_t at, int64_t head_dim) {
+  const int64_t count = head_dim - at;
+  if (count >= static_cast<int64_t>(sizeof(Part) / sizeof(T))) return read<Part>(row + at);
+#if defined(TITOK_ISA_AVX512)
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4)
+    return as<Part>(_mm512_maskz_loadu_epi32(mask, row + at));
+  else if constexpr (sizeof(Part) == 32)
+    return as<Part>(_mm256_maskz_loadu_epi16(mask, row + at));
+  else
+    return as<Part>(_mm512_maskz_loadu_epi16(mask, row + at));
+#else
+  Part part = {};
+  std::memcpy(&part, row + at, count * sizeof(T));
+  return part;
+#endif
 }
 
 // kLanes x kLanes words across the diagonal: swaps blocks of half the size, a quarter and so on down to 1.
@@ -144,7 +157,8 @@ template <class Kind>
 void pack_rows(const Tokens<typename Kind::Value>& from, int64_t step, uint32_t* to) {
   for (int64_t i = 0; i < from.count; ++i) {
     for (int64_t word = 0; word < step; word += kLanes) {
-      const Words words = load_part<Kind::kValues>(from[i], word * Kind::kValues, from.head_dim, Kind::load);
+      const Words words =
+          Kind::load(read_part<typename Kind::Part>(from[i], word * Kind::kValues, from.head_dim));
       std::memcpy(to + i * step + word, &words, sizeof words);
     }
   }
@@ -161,7 +175,8 @@ void pack_columns(const Tokens<typename Kind::Value>& from, uint32_t* to) {
       Words rows[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        rows[i] = load_part<Kind::kValues>(from[least(token + i, from.count - 1)], at, from.head_dim, Kind::load);
+        const auto* const row = from[least(token + i, from.count - 1)];
+        rows[i] = Kind::load(read_part<typename Kind::Part>(row, at, from.head_dim));
       }
       transpose(rows);
       for (int64_t i = 0; i < least(kLanes, depth - word); ++i) {
@@ -176,7 +191,7 @@ template <class Kind>
 void pack_sums(const Tokens<typename Kind::Value>& from, int64_t width, uint32_t* to) {
   const auto load = [&](int64_t i, int64_t at) {
     if (i >= from.count) return Words{};
-    return load_part<1>(from[i], at, from.head_dim, [](const auto* p) { return widen(p); });
+    return widen(read_part<Stored<typename Kind::Value>>(from[i], at, from.head_dim));
   };
   for (int64_t i = 0; i < from.count; i += Kind::kValues) {
     for (int64_t at = 0; at < width; at += kLanes) {
