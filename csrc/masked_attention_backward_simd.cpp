@@ -154,12 +154,20 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
       over_channels(scratch.queries, scratch.keys, scratch.scores);
       over_channels(scratch.grads, scratch.values, scratch.slopes);
       float delta[kBlock];
-      for (int64_t r = 0; r < rows; ++r) delta[r] = dot(grads[r], out + (start + r) * model_dim, a.head_dim);
+      for (int64_t r = 0; r < rows; ++r) {
+        delta[r] = dot(grads[r], out + (start + r) * model_dim, a.head_dim);
+        fetch_next_head(grads[r], a.head_dim);
+        fetch_next_head(out + (start + r) * model_dim, a.head_dim);
+        fetch_next_head(queries[r], a.head_dim);
+      }
       differentiate<Kind>(scratch, rows, count, a.scale, lse + start, delta);
       multiply<Kind>(rows, scratch.width, (count + Kind::kValues - 1) / Kind::kValues, scratch.slopes, scratch.span,
                      scratch.keys_by_token, scratch.width, kTile, scratch.dq, scratch.width);
       for (int64_t r = 0; r < rows; ++r) {
         write_row(scratch.dq + r * scratch.width, a.scale, a.head_dim, dq + r * row_dim);
+        fetch_next_head(dq + r * row_dim, a.head_dim);
+        fetch_next_head(queries[r] + model_dim, a.head_dim);
+        fetch_next_head(queries[r] + 2 * model_dim, a.head_dim);
       }
       const auto over_queries = [&](const uint32_t* left, const uint32_t* right, float* to) {
         multiply<Kind, true>(count, scratch.width, (rows + Kind::kValues - 1) / Kind::kValues, left,
@@ -171,6 +179,8 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
     }
     for (int64_t token = 0, i = 0; token < a.tokens; ++token) {
       T *const dk = dqkv + token * row_dim + model_dim, *const dv = dk + model_dim;
+      fetch_next_head(dk, a.head_dim);
+      fetch_next_head(dv, a.head_dim);
       if (i < count && scratch.seen[i] == token) {
         write_row(scratch.dk + i * scratch.width, a.scale, a.head_dim, dk);
         write_row(scratch.dv + i * scratch.width, 1, a.head_dim, dv);

@@ -93,6 +93,7 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
                    kTile * scratch.depth, reinterpret_cast<float*>(scratch.scores), scratch.span);
     float totals[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
+      for (int part = 0; part < 3; ++part) fetch_next_head(first + r * a.token_stride + part * model_dim, a.head_dim);
       const Softmax row = softmax<Kind>(scratch.scores + r * scratch.span, count, a.scale);
       totals[r] = row.total;
       if (a.lse) a.lse[(sample * a.heads + head) * a.queries + start + r] = row.largest + __builtin_log2f(row.total);
