@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from titok.ops import _masked_attention_cpp as cpp
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
-from titok.ops._extension import extension, why_no_cpp, why_no_flash_attn, why_no_triton
+from titok.ops._extension import why_no_cpp, why_no_flash_attn, why_no_triton
 from titok.ops._ranges import ranged
 from titok.ops._registry import choose, no_autocast, ran, register, runs_eagerly
 
 _SDPA_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _SDPA_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_CPP_DTYPES = (torch.float32, torch.bfloat16)
 _SCORES_AT_ONCE = 1 << 21  # of the plain path: 8 MiB in float32, so that the passes over them stay in the cache
 
 
@@ -85,7 +85,7 @@ def _common(
     if not (
         runs_eagerly(qkv, gradients=True)
         and qkv.is_cpu
-        and qkv.dtype in _CPP_DTYPES
+        and qkv.dtype in cpp.DTYPES
         and qkv.ndim == 3
         and qkv.numel() > 0
         and qkv.is_contiguous()
@@ -107,7 +107,7 @@ def _common(
         return _Eager.apply(qkv, None, num_heads, start, stop, scale, "cpp")[0]
     ran("masked_attention", "cpp")
     out = qkv.new_empty(batch, stop - start, width // 3)
-    extension().masked_attention(*_for_cpp(qkv, None, out, None, num_heads, start, scale))
+    cpp.forward(qkv, None, num_heads, start, scale, out)
     return out
 
 
@@ -129,8 +129,8 @@ def _choose(qkv: Tensor, key_mask: Tensor | None, num_heads: int, backend: str) 
             return "it has no float64 kernel"
         return why_no_triton(qkv) if head_dim <= 128 else f"its heads have at most 128 channels, got {head_dim}"
 
-    def cpp() -> str | None:
-        if qkv.dtype not in _CPP_DTYPES:
+    def why_not_cpp() -> str | None:
+        if qkv.dtype not in cpp.DTYPES:
             return f"it takes float32 and bfloat16, got {str(qkv.dtype).removeprefix('torch.')}"
         return why_no_cpp(qkv)
 
@@ -142,7 +142,13 @@ def _choose(qkv: Tensor, key_mask: Tensor | None, num_heads: int, backend: str) 
     return choose(
         "masked_attention",
         backend,
-        {"triton": triton, "cpp": cpp, "sdpa": lambda: None, "flash-attn": flash_attn, "plain": lambda: None},
+        {
+            "triton": triton,
+            "cpp": why_not_cpp,
+            "sdpa": lambda: None,
+            "flash-attn": flash_attn,
+            "plain": lambda: None,
+        },
     )
 
 
@@ -160,7 +166,9 @@ def _forward(
         kernels.forward(*_for_triton(qkv, key_mask), out, lse, num_heads, start, scale)
         return out, lse
     if name == "cpp":
-        return _cpp(qkv, key_mask, num_heads, start, stop, scale)
+        out, lse = _forward_empty(qkv, num_heads, start, stop, name)
+        cpp.forward(_dense(qkv), key_mask, num_heads, start, scale, out, lse)
+        return out, lse
     with no_autocast(qkv):
         if name == "flash-attn":
             return _flash_attn(qkv, num_heads, start, stop, scale), qkv.new_empty(0, dtype=torch.float32)
@@ -204,7 +212,10 @@ def _backward(
     if name == "triton":
         return _triton_backward(grad, qkv, key_mask, out, lse, num_heads, start, stop, scale)
     if name == "cpp":
-        return _cpp_backward(grad, qkv, key_mask, out, lse, num_heads, start, stop, scale)
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        _zero_unused_queries(dqkv, start, stop)
+        cpp.backward(_dense(grad), _dense(qkv), key_mask, out, lse, num_heads, start, scale, dqkv)
+        return dqkv
     with no_autocast(qkv):
         if name == "plain":
             return _plain_backward(grad, qkv, key_mask, num_heads, start, stop, scale)
@@ -290,68 +301,6 @@ def _heads(qkv: Tensor, num_heads: int, start: int, stop: int) -> tuple[Tensor, 
 
 def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-# --- C++
-
-
-def _cpp(
-    qkv: Tensor, key_mask: Tensor | None, num_heads: int, start: int, stop: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_empty(qkv, num_heads, start, stop, "cpp")
-    qkv, key_mask = _dense(qkv), None if key_mask is None else key_mask.contiguous()
-    extension().masked_attention(*_for_cpp(qkv, key_mask, out, lse, num_heads, start, scale))
-    return out, lse
-
-
-def _cpp_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    num_heads: int,
-    start: int,
-    stop: int,
-    scale: float,
-) -> Tensor:
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    _zero_unused_queries(dqkv, start, stop)
-    grad, qkv, key_mask = _dense(grad), _dense(qkv), None if key_mask is None else key_mask.contiguous()
-    arguments = _for_cpp(qkv, key_mask, out, lse, num_heads, start, scale)
-    extension().masked_attention_backward(
-        *arguments, grad.data_ptr(), grad.stride(0), grad.stride(1), dqkv.data_ptr()
-    )
-    return dqkv
-
-
-def _for_cpp(
-    qkv: Tensor,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
-    num_heads: int,
-    start: int,
-    scale: float,
-) -> tuple[Any, ...]:
-    """What the extension's forward and backward take; the caller keeps the tensors."""
-    batch, tokens, width = qkv.shape
-    return (
-        qkv.data_ptr(),
-        qkv.stride(0),
-        qkv.stride(1),
-        0 if key_mask is None else key_mask.data_ptr(),
-        out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        qkv.dtype is torch.bfloat16,
-        batch,
-        tokens,
-        num_heads,
-        width // (3 * num_heads),
-        start,
-        out.shape[1],
-        scale,
-    )
 
 
 # --- PyTorch's fused attention, on views: it reads strided heads and writes tokens before heads
