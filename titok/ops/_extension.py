@@ -12,7 +12,14 @@ import torch
 
 # of `titok._C`, one for each op that has C++ for the CPU
 FUNCTIONS = frozenset(
-    {"add_layer_norm", "group_norm_silu", "masked_attention", "maskgit_decode_cpu", "nearest_codebook"}
+    {
+        "add_layer_norm",
+        "add_layer_norm_backward",
+        "group_norm_silu",
+        "masked_attention",
+        "maskgit_decode_cpu",
+        "nearest_codebook",
+    }
 )
 
 
