@@ -1,7 +1,7 @@
 """`add_layer_norm` against an add and torch's layer_norm: `python -m benchmarks.bench_add_layer_norm`.
 
 Bytes: each input and result once, four tensors forward and four more backward. FLOPs: about 8 an element forward,
-which never bound it.
+which never bound it. Forward, on a CPU, all sides write to memory that the process already holds, as within the models.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._report import Report, options
+from titok.engine import memory_that_stays
 from titok.ops import add_layer_norm
 
 EPS = 1e-5
@@ -63,9 +64,9 @@ def main() -> None:
             for direction, runs, tensors in (("forward", forward, 4), ("forward+backward", both, 8)):
                 sizes = {"direction": direction, "B": batch, "N": tokens, "D": width}
                 count = leaves[0].numel()
-                report.case(
-                    sizes, runs, num_bytes=tensors * count * leaves[0].element_size(), flops=2.0 * tensors * count
-                )
+                moved = tensors * count * leaves[0].element_size()
+                with torch.set_grad_enabled(runs is both), memory_that_stays():
+                    report.case(sizes, runs, num_bytes=moved, flops=2.0 * tensors * count)
 
 
 if __name__ == "__main__":

@@ -89,9 +89,12 @@ def speed_against_flops(rows: Sequence[Row], axes: Axes) -> bool:
     low, high = min(r["flops"] for r in sides), max(r["flops"] for r in sides)
     for name, ceiling in _tables.ceilings(rows).items():
         if name.startswith("mm "):
-            ends = [low / 2, high * 2]
+            ends, middle = [low / 2, high * 2], (low * high) ** 0.5
             axes.plot([f / 1e9 for f in ends], [ceiling / f for f in ends], "--", color="0.6", linewidth=0.8)
-            axes.annotate(f"torch.{name}", (ends[0] / 1e9, ceiling / ends[0]), fontsize=6, color="0.4")
+            axes.annotate(
+                f"torch.{name}", (middle / 1e9, ceiling / middle), xytext=(3, 3), textcoords="offset points",
+                fontsize=6, color="0.4",
+            )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="GFLOP an image", ylabel="images/s")
     axes.set_xlim(low / 3e9, high * 3 / 1e9)
     _titled(axes, "Speed against work", sides)

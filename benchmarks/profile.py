@@ -64,8 +64,8 @@ def kernel_names() -> list[str]:
     """Every GPU kernel of this repository, as its sources name it: what profilers show."""
     names = []
     for path in sorted((_ROOT / "kernels").glob("*.py")):
-        kernels = re.findall(r"^@triton\.jit\n(?:^@.*\n)*def (\w+)\(", path.read_text(), re.MULTILINE)
-        names += [name for name in kernels if not name.startswith("_")]  # the others are inlined into them
+        functions = re.findall(r"^@triton\.jit\b.*\ndef (\w+)\(", path.read_text(), re.MULTILINE)
+        names += [name for name in functions if name.startswith(path.stem)]  # the others are inlined into them
     for path in sorted((_ROOT / "csrc").glob("*.cu*")):
         names += re.findall(r"__global__[^;{]*?(\w+)\s*\([^()]*\)\s*{", path.read_text())
     return sorted(set(names))

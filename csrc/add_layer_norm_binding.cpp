@@ -1,4 +1,4 @@
-// titok._C.add_layer_norm: addresses and sizes in, nothing out. titok/ops/add_layer_norm.py checks them.
+// titok._C.add_layer_norm and its backward: addresses and sizes in, nothing out. titok/ops/add_layer_norm.py checks them.
 #include <pybind11/pybind11.h>
 
 #include "add_layer_norm.h"
@@ -28,6 +28,28 @@ void bind_add_layer_norm(py::module_& m) {
         args.width = width;
         args.eps = eps;
         launch_add_layer_norm(args);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "add_layer_norm_backward",
+      [](uintptr_t grad_sum, uintptr_t grad_out, int out_type, uintptr_t sum, uintptr_t grad, int sum_type,
+         uintptr_t weight, int weight_type, uintptr_t partial, int64_t rows, int64_t width, int64_t chunk_rows,
+         float eps) {
+        AddLayerNormBackwardArgs args{};
+        args.grad_sum = reinterpret_cast<const void*>(grad_sum);
+        args.grad_out = reinterpret_cast<const void*>(grad_out);
+        args.sum = reinterpret_cast<const void*>(sum);
+        args.grad = reinterpret_cast<void*>(grad);
+        args.weight = reinterpret_cast<const void*>(weight);
+        args.partial = reinterpret_cast<float*>(partial);
+        args.out_type = static_cast<RowType>(out_type);
+        args.sum_type = static_cast<RowType>(sum_type);
+        args.weight_type = static_cast<RowType>(weight_type);
+        args.rows = rows;
+        args.width = width;
+        args.chunk_rows = chunk_rows;
+        args.eps = eps;
+        launch_add_layer_norm_backward(args);
       },
       py::call_guard<py::gil_scoped_release>());
 }

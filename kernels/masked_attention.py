@@ -80,7 +80,7 @@ def _write_output(
 
 
 @triton.jit(do_not_specialize=["tokens", "start", "queries"])
-def _forward_one_block(
+def masked_attention_forward_whole(
     qkv_ptr,
     key_mask_ptr,  # (B, N) or None
     out_ptr,  # (B, Nq, H*D)
@@ -173,7 +173,7 @@ def _online_step(
 
 
 @triton.jit(do_not_specialize=["tokens", "start", "queries"])
-def _forward_tiled(
+def masked_attention_forward_tiled(
     qkv_ptr,
     key_mask_ptr,
     out_ptr,
@@ -271,9 +271,9 @@ def _plan(dtype: torch.dtype, head_dim: int, tokens: int) -> tuple[Any, dict[str
     """Kernel, constants and tile."""
     key = tuning_key(dtype, head_dim)
     if tile := whole_tile(_tuning.MASKED_ATTENTION_FORWARD_WHOLE[key], tokens):
-        return _forward_one_block, constants_of(tile, dtype, head_dim, tokens), tile
+        return masked_attention_forward_whole, constants_of(tile, dtype, head_dim, tokens), tile
     tile = _tuning.MASKED_ATTENTION_FORWARD[key]
-    return _forward_tiled, constants_of(tile, dtype, head_dim, tokens), tile
+    return masked_attention_forward_tiled, constants_of(tile, dtype, head_dim, tokens), tile
 
 
 def forward(

@@ -49,7 +49,7 @@ def _key_gradients(
 
 
 @triton.jit(do_not_specialize=["tokens", "start", "queries"])
-def _backward_keys(
+def masked_attention_backward_keys(
     qkv_ptr,
     key_mask_ptr,
     out_ptr,  # (B, Nq, H*D), read where FUSED
@@ -164,7 +164,7 @@ def _query_gradient_step(
 
 
 @triton.jit(do_not_specialize=["tokens", "start", "queries"])
-def _backward_queries(
+def masked_attention_backward_queries(
     qkv_ptr,
     key_mask_ptr,
     out_ptr,
@@ -233,12 +233,14 @@ def _plan(dtype: torch.dtype, head_dim: int, tokens: int) -> list[tuple[Any, dic
     """Kernel, constants and tile of each launch, in order."""
     key = tuning_key(dtype, head_dim)
     if tile := whole_tile(_tuning.MASKED_ATTENTION_BACKWARD_WHOLE[key], tokens):
-        return [(_backward_keys, constants_of(tile, dtype, head_dim, tokens) | {"FUSED": True}, tile)]
+        return [
+            (masked_attention_backward_keys, constants_of(tile, dtype, head_dim, tokens) | {"FUSED": True}, tile)
+        ]
     queries, keys = _tuning.MASKED_ATTENTION_BACKWARD_QUERIES[key], _tuning.MASKED_ATTENTION_BACKWARD_KEYS[key]
     of_keys = constants_of(keys, dtype, head_dim, tokens) | {"FUSED": False, "TAIL": 0}
     return [
-        (_backward_queries, constants_of(queries, dtype, head_dim, tokens), queries),
-        (_backward_keys, of_keys, keys),
+        (masked_attention_backward_queries, constants_of(queries, dtype, head_dim, tokens), queries),
+        (masked_attention_backward_keys, of_keys, keys),
     ]
 
 
@@ -260,7 +262,7 @@ def backward(
     delta = None if len(plan) == 1 else torch.empty_like(lse)
     for kernel, constants, tile in plan:
         blocks = triton.cdiv(queries, tile.rows)
-        if kernel is _backward_keys:
+        if kernel is masked_attention_backward_keys:
             blocks = 1 if constants["FUSED"] else triton.cdiv(tokens, tile.columns)
         kernel[(blocks * batch * num_heads,)](
             qkv, key_mask, out, lse, delta, grad, dqkv, qkv.stride(0), qkv.stride(1), num_heads, tokens, start,
@@ -275,5 +277,5 @@ def aot_variants() -> list[AotVariant]:
         for shape in shapes
         for launch in _plan(*shape[:3])
         # the one that is known to spill, and why: _tuning.py
-        if not (launch[0] is _backward_queries and shape[0] == torch.float32 and shape[1] > 64)
+        if not (launch[0] is masked_attention_backward_queries and shape[0] == torch.float32 and shape[1] > 64)
     ]

@@ -97,6 +97,23 @@ def test_cpp_dtypes(dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> 
         assert last_backend("add_layer_norm") == "cpp"
         assert alone.dtype == dtypes[3]
         assert_close(alone, expected, TOLERANCE[alone.dtype])
+    check_against_oracle([x, residual, weight, bias], dtypes[3], "cpp")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_usual_calls_on_a_cpu(dtype: torch.dtype) -> None:
+    """PyTorch's own gradient in float32, C++ in bfloat16; gradients of broadcast sums, which are not contiguous."""
+    leaves = inputs((3, 40, 33), dtype, dtype, dtype)
+    results = add_layer_norm(*leaves, EPS)
+    assert last_backend("add_layer_norm") == ("plain" if dtype == F32 else "cpp")
+    named = add_layer_norm(*leaves, EPS, backend="cpp")
+    for got, want in zip(results, named, strict=True):
+        assert_close(got, want.double(), TOLERANCE[dtype])
+    grads, wanted = (torch.autograd.grad([t.float().sum() for t in r], leaves) for r in (results, named))
+    for got, want in zip(grads, wanted, strict=True):
+        assert_close(got, want.double(), TOLERANCE[dtype])
+    if dtype == BF16:
+        assert all(torch.equal(a, b) for a, b in zip((*results, *grads), (*named, *wanted), strict=True))
 
 
 def test_layer_norm_elsewhere() -> None:
@@ -147,8 +164,11 @@ torch.manual_seed(1)
 torch.set_num_threads(int(sys.argv[1]))
 results = []
 for dtype in (torch.float32, torch.bfloat16):
-    x, residual = torch.randn(2, 70, 1030).to(dtype)
-    results += add_layer_norm(x, residual, *torch.randn(2, 1030), 1e-5, backend="cpp")
+    x, residual, *grads = torch.randn(4, 70, 1030).to(dtype)
+    leaves = [t.requires_grad_() for t in (x, residual, *torch.randn(2, 1030))]
+    outputs = add_layer_norm(*leaves, 1e-5, backend="cpp")
+    results += [t.detach() for t in outputs]
+    results += torch.autograd.grad(outputs, leaves, grads)
 torch.save(results, sys.argv[2])
 """
     runs = {}

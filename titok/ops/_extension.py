@@ -14,6 +14,7 @@ import torch
 FUNCTIONS = frozenset(
     {
         "add_layer_norm",
+        "add_layer_norm_backward",
         "group_norm_silu",
         "masked_attention",
         "masked_attention_backward",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from titok.ops import _registry
 from titok.ops._checks import FLOAT_DTYPES, check_tensor
@@ -13,6 +14,8 @@ from titok.ops._extension import extension, why_no_cpp, why_no_triton
 from titok.ops._ranges import ranged
 
 _CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # RowType in csrc/add_layer_norm.h
+# The gradients of weight and bias are summed by chunks of rows, so that no number of threads changes a bit.
+_CHUNK_ROWS, _MOST_CHUNKS = 16, 64
 
 
 @ranged("add_layer_norm")
@@ -27,7 +30,7 @@ def add_layer_norm(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + residual, LayerNorm(x + residual)) over the last axis.
+    """(x + residual, LayerNorm(x + residual)) over the last axis, differentiable once.
 
     Pre-norm blocks read the sum as the stream and the normalised rows as the next layer's input; post-norm blocks
     read the normalised rows alone. `layer_norm` is the op where there is nothing to add.
@@ -53,8 +56,13 @@ def add_layer_norm(
     """
     tensors = (x, residual, weight, bias)
     eager = _registry.runs_eagerly(*tensors)
-    if eager and backend is None and (done := _common(*tensors, eps, out_dtype, out)) is not None:
-        return done
+    watched = not eager and _registry.runs_eagerly(*tensors, gradients=True)
+    if backend is None and (eager or (watched and out is None)) and _is_common(*tensors, out_dtype):
+        if watched and x.dtype is residual.dtype is weight.dtype is torch.float32:
+            _registry.ran("add_layer_norm", "plain")  # PyTorch's own gradient is as fast, and there sooner
+            return _plain_forward(*tensors, eps, out_dtype)
+        if (done := (_common if eager else _Common.apply)(*tensors, eps, out_dtype, out)) is not None:
+            return done
     _check(*tensors, out_dtype)
     backend = None if backend == "auto" else backend
     if out is not None:
@@ -62,17 +70,15 @@ def add_layer_norm(
     if eager:
         return _forward(*tensors, eps, out_dtype, backend, out)
     results: tuple[torch.Tensor, torch.Tensor]
-    # PyTorch's own gradient costs less than the op's, but on a CPU it keeps 16-bit statistics for 16-bit rows
-    own_gradient = torch.promote_types(x.dtype, residual.dtype).itemsize >= 4
-    wanted = "plain" if backend is None and x.device.type == "cpu" else backend
-    if (
-        own_gradient
-        and _registry.runs_eagerly(*tensors, gradients=True)
-        and _choose(wanted, *tensors, out_dtype=out_dtype) == "plain"
+    if not watched:
+        results = _OP(*tensors, eps, out_dtype, backend)
+    elif (  # on a CPU PyTorch's own gradient keeps 16-bit statistics for 16-bit rows
+        torch.promote_types(x.dtype, residual.dtype).itemsize >= 4
+        and _choose(backend, *tensors, out_dtype=out_dtype) == "plain"
     ):
         results = _plain_forward(*tensors, eps, out_dtype)
     else:
-        results = _OP(x, residual, weight, bias, eps, out_dtype, backend)
+        results = _Eager.apply(*tensors, eps, out_dtype, backend)
     return results if out is None else (out[0].copy_(results[0]), out[1].copy_(results[1]))
 
 
@@ -169,6 +175,24 @@ def _is_like(out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype | None) -> b
     )
 
 
+def _is_common(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    out_dtype: torch.dtype | None,
+) -> bool:
+    """Whether this is a usual call on the CPU; all others are looked at one argument at a time."""
+    return (
+        _usual(x, weight, bias)
+        and residual.is_cpu
+        and residual.shape == x.shape
+        and residual.dtype in _CPP_TYPES
+        and residual.is_contiguous()
+        and _is_cpp_type(out_dtype)
+    )
+
+
 def _common(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -178,16 +202,7 @@ def _common(
     out_dtype: torch.dtype | None,
     out: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The results of a usual call on the CPU; None for all others, which are looked at one argument at a time."""
-    if not (
-        _usual(x, weight, bias)
-        and residual.is_cpu
-        and residual.shape == x.shape
-        and residual.dtype in _CPP_TYPES
-        and residual.is_contiguous()
-        and _is_cpp_type(out_dtype)
-    ):
-        return None
+    """The results of a usual call; None where `out` can't take them."""
     wide = x if x.dtype is torch.float32 else residual  # float32 if one of them is
     if out is None:
         total, normalised = torch.empty_like(wide), torch.empty_like(wide, dtype=out_dtype)
@@ -333,19 +348,54 @@ def _backward(
 
     The statistics are computed again from the sum, which is read anyway.
     """
-    if _choose(backend, total, grad_normalised, weight) != "triton":
+    name = _choose(backend, total, grad_normalised, weight)
+    if name == "plain":
         return _plain_backward(grad_total, grad_normalised, total, weight, eps)
     grad, channels = torch.empty_like(total), total.shape[-1]
     if not total.numel():
         return grad, weight.new_zeros((2, channels), dtype=torch.float32)
-    from titok.kernels import add_layer_norm as kernels
-
     if grad_total is not None:
         grad_total = grad_total.to(total.dtype).contiguous()
+    grad_normalised, weight = grad_normalised.contiguous(), weight.contiguous()
+    if name == "cpp":
+        return grad, _cpp_backward(grad_total, grad_normalised, total, weight, eps, grad)
+    from titok.kernels import add_layer_norm as kernels
+
     rows = total.view(-1, channels)
     partial = total.new_empty((2, kernels.programs(rows.shape[0], channels), channels), dtype=torch.float32)
-    kernels.backward(grad_total, grad_normalised.contiguous(), rows, weight.contiguous(), eps, grad, partial)
+    kernels.backward(grad_total, grad_normalised, rows, weight, eps, grad, partial)
     return grad, partial.sum(1)
+
+
+def _cpp_backward(
+    grad_total: torch.Tensor | None,
+    grad_normalised: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    grad: torch.Tensor,
+) -> torch.Tensor:
+    """Fills `grad`; returns the gradients of weight and bias (2, D) float32. All contiguous."""
+    channels = weight.shape[0]
+    rows = total.numel() // channels
+    chunk_rows = max(_CHUNK_ROWS, -(-rows // _MOST_CHUNKS))
+    partial = total.new_empty((-(-rows // chunk_rows), 2, channels), dtype=torch.float32)
+    extension().add_layer_norm_backward(
+        0 if grad_total is None else grad_total.data_ptr(),
+        grad_normalised.data_ptr(),
+        _CPP_TYPES[grad_normalised.dtype],
+        total.data_ptr(),
+        grad.data_ptr(),
+        _CPP_TYPES[total.dtype],
+        weight.data_ptr(),
+        _CPP_TYPES[weight.dtype],
+        partial.data_ptr(),
+        rows,
+        channels,
+        chunk_rows,
+        eps,
+    )
+    return partial.sum(0)
 
 
 def _plain_backward(
@@ -385,16 +435,49 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(output[0], weight)
 
 
-def _autograd(
-    ctx: Any, grad_total: torch.Tensor | None, grad_normalised: torch.Tensor | None
+def _gradients(
+    ctx: Any, backward: Any, grad_total: torch.Tensor | None, grad_normalised: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     total, weight = ctx.saved_tensors
     grads = (grad_total, grad_total, None, None)
     if grad_normalised is not None:
-        grad, parameters = _BACKWARD_OP(grad_total, grad_normalised, total, weight, ctx.eps, ctx.backend)
+        grad, parameters = backward(grad_total, grad_normalised, total, weight, ctx.eps, ctx.backend)
         grads = (grad, grad, *parameters)
     wanted = zip(grads, ctx.dtypes, ctx.needs_input_grad[:4], strict=True)
     return (*(g.to(dtype) if g is not None and need else None for g, dtype, need in wanted), None, None, None)
+
+
+def _autograd(
+    ctx: Any, grad_total: torch.Tensor | None, grad_normalised: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    return _gradients(ctx, _BACKWARD_OP, grad_total, grad_normalised)
+
+
+class _Eager(torch.autograd.Function):
+    """What `register_autograd` makes of the op, without the dispatcher's cost for an op written in Python."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_total: torch.Tensor | None, grad_normalised: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        return _gradients(ctx, _backward, grad_total, grad_normalised)
+
+
+class _Common(_Eager):
+    """`_Eager` for a usual call on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output = cast(tuple[torch.Tensor, torch.Tensor], _common(*inputs))  # there is no `out`
+        _setup_context(ctx, (*inputs[:6], None), output)
+        return output
 
 
 _BACKWARD_OP = _registry.register(
