@@ -3,7 +3,7 @@
 Every candidate starts from qkv (B, N, 3*H*D) and ends with (B, N, H*D), so each pays for the transposes it needs.
 `eager`: matrix products and softmax on split heads. `sdpa`: heads split by transposed copies, then
 scaled_dot_product_attention. `views`, on a CPU: titok's `backend="sdpa"`, which spares these copies; `titok` is C++
-there, forward. `flash-attn`: reads the packed qkv; where that package is installed.
+there. `flash-attn`: reads the packed qkv; where that package is installed.
 
 FLOPs: two products of 2 * B * H * N * N * D forward, five more backward, where one recomputes the scores.
 Bytes: qkv and the output once forward; backward reads both and the output's gradient, and writes that of qkv.
