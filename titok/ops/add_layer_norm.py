@@ -58,9 +58,11 @@ def add_layer_norm(
     eager = _registry.runs_eagerly(*tensors)
     watched = not eager and _registry.runs_eagerly(*tensors, gradients=True)
     if backend is None and (eager or (watched and out is None)) and _is_common(*tensors, out_dtype):
-        if watched and x.dtype is residual.dtype is weight.dtype is torch.float32:
+        if watched and x.dtype is residual.dtype is weight.dtype is torch.float32 and out_dtype is None:
             _registry.ran("add_layer_norm", "plain")  # PyTorch's own gradient is as fast, and there sooner
-            return _plain_forward(*tensors, eps, out_dtype)
+            with _registry.no_autocast(x):
+                total = x + residual
+                return total, F.layer_norm(total, weight.shape, weight, bias, eps)
         if (done := (_common if eager else _Common.apply)(*tensors, eps, out_dtype, out)) is not None:
             return done
     _check(*tensors, out_dtype)
