@@ -46,6 +46,8 @@ GROUP_NORM_SILU_ONE_PASS_VALUES = 16384  # of a map that a program of 8 warps ke
 # kernel that no preset uses: the queries' gradient in float32 for heads of more than 64 channels, whose two operands
 # of 16 x 128 values, split in three-pass products, are more than a thread's registers (about 350 spills on sm_90).
 # Rows are queries, columns keys; 0 columns: all of them, up to the number before the tile.
+# 289 to 385 tokens go over blocks: without spills on all three, programs that hold all keys would have 32 queries, and
+# read keys and values twice as often as those of 64.
 # By (bytes per element, head dim as a power of two, at least 64).
 MASKED_ATTENTION_FORWARD_WHOLE = {
     (2, 64): ((160, Tile(64, 0, 4, 1)),),
