@@ -13,7 +13,6 @@ import math
 import re
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,12 +158,12 @@ class Bench:
                 spent, started = 0.0, time.monotonic()
                 for name, part in side.parts.items():
                     run = part.prepare(batch)
-                    counts = device == "cpu" and batch == 1
                     called = time.monotonic()
-                    with FlopCounterMode(display=False) if counts else nullcontext() as counter:
-                        growth = peak_growth(run, device)
+                    growth = peak_growth(run, device)
                     first = time.monotonic() - called
-                    if counter is not None:
+                    if device == "cpu" and batch == 1:  # in a call of its own: what is counted is not prepared
+                        with FlopCounterMode(display=False) as counter:
+                            run()
                         self.counted[side.name] += part.whole * counter.get_total_flops()
                     if growth is not None:
                         peak = growth + side.weight_bytes()
