@@ -193,26 +193,12 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
   }
 }
 
-template <class Kind>
-int64_t bytes(const MaskedAttentionArgs& a) {
-  return Scratch<Kind>(a, nullptr).bytes;
-}
-
 int64_t scratch_bytes(const MaskedAttentionArgs& a) {
-#if defined(TITOK_ISA_AVX512BF16)
-  return bytes<Pairs>(a);
-#else
-  return bytes<Singles<float>>(a);
-#endif
+  return with_kind(a, [&](auto kind) { return Scratch<decltype(kind)>(a, nullptr).bytes; });
 }
 
 void run_items(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, void* scratch) {
-#if defined(TITOK_ISA_AVX512BF16)
-  run<Pairs>(a, first_item, last_item, scratch);
-#else
-  a.is_bf16 ? run<Singles<BFloat16>>(a, first_item, last_item, scratch)
-            : run<Singles<float>>(a, first_item, last_item, scratch);
-#endif
+  with_kind(a, [&](auto kind) { run<decltype(kind)>(a, first_item, last_item, scratch); });
 }
 
 }  // namespace

@@ -82,6 +82,16 @@ struct Pairs {
 };
 #endif
 
+// Calls visit with a value of the kind for these arguments.
+template <class Visit>
+inline auto with_kind([[maybe_unused]] const MaskedAttentionArgs& a, Visit visit) {
+#if defined(TITOK_ISA_AVX512BF16)
+  return visit(Pairs{});
+#else
+  return a.is_bf16 ? visit(Singles<BFloat16>{}) : visit(Singles<float>{});
+#endif
+}
+
 // The part of a row from channel `at` on; what is past its last channel is 0.
 template <class Part, class T>
 inline Part read_part(const T* row, int64_t at, int64_t head_dim) {

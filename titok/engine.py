@@ -165,8 +165,8 @@ def _glibc() -> Any:
 def memory_that_stays() -> Iterator[None]:
     """Large tensors made within come from the heap and go back to it, not to the system.
 
-    glibc maps blocks of 32 MB and more anew each time, and the kernel zeroes every page of them: a quarter of the
-    pixel decoder's time at 512 pixels. Only Linux with glibc; `TITOK_KEEP_HEAP=0` turns it off.
+    glibc maps blocks of 32 MB and more anew each time, and the kernel zeroes every page of them, which the
+    pixel decoder notices. Only Linux with glibc; `TITOK_KEEP_HEAP=0` turns it off.
     """
     global _holders
     libc = _glibc()

@@ -365,7 +365,7 @@ def _sdpa_cpu_backward(
     stop: int,
     scale: float,
 ) -> Tensor:
-    """In float32 at least: SDPA's backward in bfloat16 takes ten times as long on a CPU."""
+    """In float32 at least: SDPA's backward in bfloat16 takes far longer on a CPU."""
     q, k, v = _heads(_dense(_widened(qkv)), num_heads, start, stop)
     do, o = (_dense(_widened(t)).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (grad, out))
     gradients = _SDPA_CPU_BACKWARD(
