@@ -20,7 +20,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -145,7 +145,7 @@ class BuildExtension(build_ext):
 
 
 setup(
-    packages=["titok", "titok.ops", "titok.training", "titok.kernels"],
+    packages=[*find_packages(include=["titok", "titok.*"]), "titok.kernels"],
     package_dir={
         "titok": "titok",
         "titok.kernels": "kernels",

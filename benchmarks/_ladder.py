@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from benchmarks import flops
 from benchmarks._sides import Models, Side
 from benchmarks.baselines.as_published import AsPublished, Upsample, sample_steps
-from titok import engine, onednn
 from titok.config import SamplingConfig
-from titok.images import to_uint8
-from titok.upsample import fold_upsample_conv, upsample_conv
+from titok.data.images import to_uint8
+from titok.inference import memory, onednn
+from titok.inference.folded_upsample import fold_upsample_conv, upsample_conv
 
 
 class FoldedUpsample(nn.Module):
@@ -47,7 +47,7 @@ def folded(rival: AsPublished) -> None:
             level.upsample = FoldedUpsample(level.upsample)
 
 
-_USUAL_TRIM = 2 * engine._LARGEST_HEAP_BLOCK  # where glibc's own adaptation ends
+_USUAL_TRIM = 2 * memory._LARGEST_HEAP_BLOCK  # where glibc's own adaptation ends
 
 
 @contextmanager
@@ -57,9 +57,9 @@ def without(*switches: str) -> Iterator[None]:
     with ExitStack() as patches:
         if "layouts" in switches:
             patches.enter_context(mock.patch.object(onednn, "available", return_value=False))
-        if (libc := engine._glibc()) is not None and "memory" in switches:
-            patches.enter_context(mock.patch.object(engine, "_glibc", return_value=None))
-            libc.mallopt(engine._M_TRIM_THRESHOLD, _USUAL_TRIM)
+        if (libc := memory._glibc()) is not None and "memory" in switches:
+            patches.enter_context(mock.patch.object(memory, "_glibc", return_value=None))
+            libc.mallopt(memory._M_TRIM_THRESHOLD, _USUAL_TRIM)
             libc.malloc_trim(_USUAL_TRIM)
         yield
 

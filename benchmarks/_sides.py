@@ -18,7 +18,7 @@ from benchmarks import dit, flops
 from benchmarks.baselines.as_published import AsPublished
 from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, Pipeline, TiTok, TokenizerConfig, sample_tokens
 from titok.config import SamplingConfig
-from titok.images import to_uint8
+from titok.data.images import to_uint8
 
 Run = Callable[[], Any]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._report import Report, options
-from titok.engine import memory_that_stays
+from titok.inference.memory import memory_that_stays
 from titok.ops import add_layer_norm
 
 EPS = 1e-5

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._report import Report, options
-from titok.engine import memory_that_stays
+from titok.inference.memory import memory_that_stays
 from titok.ops import group_norm_silu
 
 EPS, GROUPS = 1e-6, 32

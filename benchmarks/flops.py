@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 import titok.ops  # noqa: F401  (registers torch.ops.titok)
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
-from titok.schedules import schedule
+from titok.generation.schedules import schedule
 
 
 class Work(NamedTuple):
@@ -209,7 +209,7 @@ def generate(
     Args:
         distinct: different labels in the batch (None: all differ); the first step runs once for each.
         as_written: a second pass for every sample in every guided step, the head at every position, as the official
-            code; otherwise what `titok.decode_loop` leaves of it.
+            code; otherwise what `titok.generation.decode_loop` leaves of it.
     """
     sampling, tokens = sampling or config.sampling, config.num_latent_tokens
     parts, now = [], tokens

@@ -57,7 +57,7 @@ def stages(models: Models, batch: int) -> dict[str, tuple[Work, Run]]:
         "encoder": (flops.encoder(config, batch), run(tokenizer.encode, images)),
         "generator": (flops.generate(g, batch), run(sample_tokens, generator, labels)),
         "decoder": (flops.decoder(config, batch), run(tokenizer.decode_head, tokens)),
-        "pixel decoder": (flops.pixel_decoder(config, batch, folded=True), run(tokenizer.paint, logits)),
+        "pixel decoder": (flops.pixel_decoder(config, batch, folded=True), run(tokenizer.decode_pixels, logits)),
         "labels to pictures": (
             flops.total(
                 (

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from titok import TiTok
-from titok.cli import app
+from titok.cli.app import app
 
 SIZE = (16, 24)
 NAMES = ["a.png", "b.png", "cats/a.png", "cats/old/c.jpg", "d.bmp"]  # what the fixture `photos` holds

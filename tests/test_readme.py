@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With untrained models of the quickstart in the place where it leaves trained ones."""
-    from titok.quickstart import GENERATOR, TOKENIZER
+    from titok.quickstart.run import GENERATOR, TOKENIZER
 
     monkeypatch.chdir(tmp_path)
     TiTok(TOKENIZER).save_pretrained("runs/quickstart/tokenizer")
@@ -41,7 +41,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_commands_exist() -> None:
-    from titok.cli import app
+    from titok.cli.app import app
 
     text = "\n".join(blocks("sh"))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))

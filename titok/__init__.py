@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
-    from titok.generator import MaskGIT
-    from titok.pipeline import Pipeline
-    from titok.sampling import sample_tokens
-    from titok.tokenizer import TiTok
-    from titok.vqgan import MaskGITVQGAN
+    from titok.generation.pipeline import Pipeline
+    from titok.generation.sampling import sample_tokens
+    from titok.models.generator import MaskGIT
+    from titok.models.tokenizer import TiTok
+    from titok.models.vqgan import MaskGITVQGAN
 
 __version__ = "0.1.0"
 
 _HOME = {
     "GeneratorConfig": "titok.config",
-    "MaskGIT": "titok.generator",
-    "MaskGITVQGAN": "titok.vqgan",
-    "Pipeline": "titok.pipeline",
+    "MaskGIT": "titok.models.generator",
+    "MaskGITVQGAN": "titok.models.vqgan",
+    "Pipeline": "titok.generation.pipeline",
     "SamplingConfig": "titok.config",
-    "TiTok": "titok.tokenizer",
+    "TiTok": "titok.models.tokenizer",
     "TokenizerConfig": "titok.config",
     "VQGANConfig": "titok.config",
     "ViTConfig": "titok.config",
-    "sample_tokens": "titok.sampling",
+    "sample_tokens": "titok.generation.sampling",
 }
 
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m titok`."""
 
-from titok.cli import main
+from titok.cli.app import main
 
 main()

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titok import MaskGIT, TiTok
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, VQGANConfig
-from titok.schedules import schedule
+from titok.generation.schedules import schedule
 
 Predict = Callable[
     [Tensor, Tensor, float], Tensor

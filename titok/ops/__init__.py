@@ -4,7 +4,7 @@ Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which f
 """
 
 from titok.ops._extension import backends
-from titok.ops._registry import last_backend, last_backends, only_plain, runs_eagerly
+from titok.ops._registry import is_plain, last_backend, last_backends, only_plain, runs_eagerly
 from titok.ops.add_layer_norm import add_layer_norm, layer_norm
 from titok.ops.code_mixture import code_mixture
 from titok.ops.group_norm_silu import group_norm_silu
@@ -19,6 +19,7 @@ __all__ = [
     "backends",
     "code_mixture",
     "group_norm_silu",
+    "is_plain",
     "last_backend",
     "last_backends",
     "layer_norm",

@@ -16,6 +16,11 @@ _LAST_BACKEND: dict[str, str] = {}
 _only_plain = False
 
 
+def is_plain() -> bool:
+    """Whether ops that are asked for no back end by name run their plain PyTorch path now."""
+    return _only_plain
+
+
 @contextmanager
 def only_plain(on: bool = True) -> Iterator[None]:
     """Within, an op that is asked for no back end by name runs its plain PyTorch path."""

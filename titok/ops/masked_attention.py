@@ -312,7 +312,7 @@ def _sdpa(
     q, k, v = _heads(qkv, num_heads, start, stop)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
-    return _without_blind_rows(out, key_mask).contiguous(), qkv.new_empty(0, dtype=torch.float32)
+    return _zero_rows_without_keys(out, key_mask).contiguous(), qkv.new_empty(0, dtype=torch.float32)
 
 
 def _flash_attn(qkv: Tensor, num_heads: int, start: int, stop: int, scale: float) -> Tensor:
@@ -341,7 +341,7 @@ def _fused_backward(
         else:
             out, _ = _sdpa(leaf, key_mask, num_heads, start, stop, scale)
         (dqkv,) = torch.autograd.grad(out, leaf, grad)
-    return _without_blind_rows(dqkv, key_mask).contiguous()
+    return _zero_rows_without_keys(dqkv, key_mask).contiguous()
 
 
 def _sdpa_cpu(
@@ -351,7 +351,7 @@ def _sdpa_cpu(
     q, k, v = _heads(_dense(qkv), num_heads, start, stop)
     out, lse = _SDPA_CPU(q, k, v, attn_mask=_additive(key_mask, q.dtype), scale=scale)
     out = out.transpose(1, 2).reshape(q.shape[0], stop - start, -1)
-    return _without_blind_rows(out, key_mask), lse
+    return _zero_rows_without_keys(out, key_mask), lse
 
 
 def _sdpa_cpu_backward(
@@ -373,7 +373,7 @@ def _sdpa_cpu_backward(
     )
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _fill(dqkv, gradients, num_heads, start, stop)
-    return _without_blind_rows(dqkv, key_mask)
+    return _zero_rows_without_keys(dqkv, key_mask)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -388,7 +388,7 @@ def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(key_mask.shape, dtype=dtype).masked_fill_(~key_mask, -math.inf)[:, None, None, :]
 
 
-def _without_blind_rows(x: Tensor, key_mask: Tensor | None) -> Tensor:
+def _zero_rows_without_keys(x: Tensor, key_mask: Tensor | None) -> Tensor:
     """0 where a sample's keys are all hidden, for which SDPA gives 0 or NaN, as its version has it."""
     return x if key_mask is None else x.masked_fill(~key_mask.any(1)[:, None, None], 0)
 
@@ -442,7 +442,7 @@ def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) 
     if key_mask is None:
         return scores.softmax(-1)
     scores.masked_fill_(~key_mask[:, None, None, :], -math.inf)
-    return _without_blind_rows(scores.softmax(-1).flatten(1, 2), key_mask).view_as(scores)
+    return _zero_rows_without_keys(scores.softmax(-1).flatten(1, 2), key_mask).view_as(scores)
 
 
 _ARGUMENTS = "int num_heads, SymInt start, SymInt stop, float scale, str backend"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from titok._validate import check_labels, check_tokens
-from titok.data import Images, read_batches, shifted
-from titok.generator import MaskGIT
-from titok.tokenizer import TiTok
+from titok.checks import check_labels, check_tokens
+from titok.data.folders import Images, read_batches, shifted
+from titok.models.generator import MaskGIT
+from titok.models.tokenizer import TiTok
 from titok.training.config import GeneratorTraining
 from titok.training.masking import drop_classes, masked_token_loss, random_mask
 from titok.training.run import Run, seed_of, shuffled_batches

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from titok.checkpoints import read_weights, write_safetensors
-from titok.generator import MaskGIT
+from titok.checkpoints.pretrained import read_weights, write_safetensors
+from titok.models.generator import MaskGIT
+from titok.models.tokenizer import TiTok
 from titok.profiling import annotate, each
-from titok.tokenizer import TiTok
 from titok.training.config import TrainingConfig
 from titok.training.optim import learning_rate, make_optimizer
 

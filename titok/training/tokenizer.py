@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.data import Images, read_batches, shifted
-from titok.tokenizer import TiTok
+from titok.data.folders import Images, read_batches, shifted
+from titok.models.tokenizer import TiTok
 from titok.training.config import TokenizerTraining
 from titok.training.run import Run, seed_of, shuffled_batches
 
@@ -27,7 +27,7 @@ def train_tokenizer(
 
     Args:
         images: a tensor (n, C, H, W) with values in [0, 1], or anything with a length that gives (C, H, W) by index,
-            such as `titok.data.ImageFolder`.
+            such as `titok.data.folders.ImageFolder`.
         config: the model and the schedule.
         out_dir: also takes `training.safetensors`, from which `resume` continues; without one, `resume` starts.
         progress: show a progress bar: loss, PSNR of the batch in dB, and how many codes are in use.

@@ -1,0 +1,175 @@
+"""Formulas of `benchmarks.flops` against PyTorch's own count of what the models really run, on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import flops
+from titok import GeneratorConfig, MaskGIT, SamplingConfig, TiTok, TokenizerConfig, engine, sample_tokens
+from titok.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, VQGANConfig
+from titok.models.vqgan import VQGANDecoder
+from titok.ops import code_mixture, masked_attention, nearest_codebook
+
+
+def counted(run) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+def close(formula: int, count: int) -> bool:
+    return abs(formula - count) <= 0.02 * count
+
+
+@pytest.mark.parametrize("name", TOKENIZER_PRESETS)
+def test_tokenizer_presets(name):
+    config = TokenizerConfig.preset(name)
+    with torch.device("meta"):
+        model, batch = TiTok(config), 3
+        images, latents = (
+            torch.empty(batch, 3, *config.image_size),
+            torch.empty(batch, config.num_latent_tokens, config.code_dim),
+        )
+
+    def encode():
+        x = model.encoder(images)
+        if model.quantizer is not None:
+            model.quantizer.indices(x)
+
+    assert close(flops.encoder(config, batch).flops, counted(encode))
+    assert close(flops.decoder(config, batch).flops, counted(lambda: model.decoder(latents)))
+    if config.pixel_decoder:
+        side = config.image_size[0] // config.proxy.factor
+        logits = torch.empty(batch, side, side, config.proxy.codebook_size, device="meta")
+
+        def pixels():
+            model.pixel_decoder(code_mixture(logits, model.pixel_codebook).permute(0, 3, 1, 2))
+
+        assert close(flops.pixel_decoder(config, batch, folded=True).flops, counted(pixels))
+        with engine.plain():
+            assert close(flops.pixel_decoder(config, batch).flops, counted(pixels))
+
+
+@pytest.mark.parametrize("name", GENERATOR_PRESETS)
+def test_generator_presets_pass(name):
+    config = GeneratorConfig.preset(name)
+    with torch.device("meta"):
+        model = MaskGIT(config).eval()
+        x = torch.empty(2, 1 + config.num_latent_tokens, config.width)
+    count = counted(lambda: model.lm_head(model.trunk(x)[:, 1:]))
+    assert close(flops.generator_pass(config, 2, 2 * config.num_latent_tokens).flops, count)
+
+
+@pytest.mark.parametrize(
+    ("guidance_schedule", "labels", "steps"),
+    [("constant", [3, 1, 3], 4), ("linear", [2, 2, 2], 4), ("linear", [0, 1], 14)],
+)
+def test_generate_knows_what_the_loop_saves(guidance_schedule, labels, steps):
+    sampling = SamplingConfig(steps=steps, guidance_schedule=guidance_schedule)
+    config = GeneratorConfig(12, 40, num_classes=5, width=32, layers=2, heads=4, mlp_width=48, sampling=sampling)
+    generator = MaskGIT(config)
+    formula = flops.generate(config, len(labels), distinct=len(set(labels))).flops
+    assert formula == counted(lambda: sample_tokens(generator, labels))
+    assert formula < flops.generate(config, len(labels), as_written=True).flops
+
+
+def test_vqgan_decoder_alone():
+    config = VQGANConfig(shortcut_of_result=False)
+    with torch.device("meta"):
+        model, codes = VQGANDecoder(config), torch.empty(2, config.code_dim, 5, 7)
+    assert close(flops.vqgan_decoder(config, 2, 5, 7, folded=True).flops, counted(lambda: model(codes)))
+    with engine.plain():
+        assert close(flops.vqgan_decoder(config, 2, 5, 7).flops, counted(lambda: model(codes)))
+
+
+def test_folded_upsampling_is_the_same_map_with_fewer_taps():
+    """The saving that `folded=True` counts: one convolution of a nearest-neighbour x2 is four 2x2 ones."""
+    x, w = torch.randn(1, 2, 4, 5, dtype=torch.float64), torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    whole = torch.conv2d(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"), w, padding=1)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    for i in (0, 1):
+        for j in (0, 1):
+            rows = [w[:, :, 0], w[:, :, 1] + w[:, :, 2]] if i == 0 else [w[:, :, 0] + w[:, :, 1], w[:, :, 2]]
+            kernel = torch.stack(rows, dim=2)
+            columns = (
+                [kernel[..., 0], kernel[..., 1] + kernel[..., 2]]
+                if j == 0
+                else [kernel[..., 0] + kernel[..., 1], kernel[..., 2]]
+            )
+            phase = torch.conv2d(padded[:, :, i : i + 5, j : j + 6], torch.stack(columns, dim=3))
+            torch.testing.assert_close(whole[:, :, i::2, j::2], phase)
+    windows = 5 * 6  # with the rim, each for four kernels of four taps
+    assert flops.upsample_conv(1, 8, 10, 2, folded=True).flops == 2 * 16 * windows * 2 * 2
+    assert flops.upsample_conv(1, 8, 10, 2, folded=False).flops == 2 * 9 * 8 * 10 * 2 * 2
+
+
+def test_diffusers():
+    pytest.importorskip("diffusers")
+    from benchmarks import dit
+
+    for size, width, layers in ((16, 1152, 28), (32, 96, 3)):
+        grid = size // 2
+        config = {**dit.TRANSFORMER, "sample_size": size, "num_layers": layers, "attention_head_dim": width // 16}
+        with torch.device("meta"):
+            model = dit.transformer(config)
+            arguments = (
+                torch.empty(2, 4, size, size),
+                torch.empty(2, dtype=torch.int64),
+                torch.empty(2, dtype=torch.int64),
+            )
+        count = counted(lambda model=model, a=arguments: model(a[0], timestep=a[1], class_labels=a[2]))
+        assert close(flops.dit_pass(2, grid, width=width, layers=layers).flops, count)
+    with torch.device("meta"):
+        vae, latents = dit.vae(), torch.empty(1, 4, 32, 32)
+    assert close(flops.vae_decoder(1, 32).flops, counted(lambda: vae.decode(latents)))
+
+
+def test_our_ops_are_counted():
+    qkv, mask = torch.randn(2, 7, 3 * 8, requires_grad=True), None
+    with FlopCounterMode(display=False) as counter:
+        masked_attention(qkv, 2, key_mask=mask, query_range=(1, 5)).sum().backward()
+    forward = 2 * 2 * (2 * 4 * 7 * 8)
+    assert counter.get_total_flops() == forward + forward * 5 // 2
+    logits, codebook = torch.randn(3, 11, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        code_mixture(logits, codebook).sum().backward()
+    assert counter.get_total_flops() == 3 * (2 * 3 * 11 * 4)
+    assert counted(lambda: nearest_codebook(torch.randn(3, 4), torch.randn(11, 4))) == 2 * 3 * 4 * 11
+
+
+def test_table_of_floors():
+    """TFLOP of one image: as the official code computes it, and after the exact savings."""
+    floors = {  # preset: whole as written, then generator, ViT decoder and pixel decoder after savings
+        "titok-l-32": (0.544, 0.172, 0.182, 0.160),
+        "titok-b-64": (0.588, 0.340, 0.059, 0.160),
+        "titok-l-64-512": (1.298, 0.342, 0.203, 0.641),
+    }
+    for name, (as_written, *parts) in floors.items():
+        tokenizer, generator = TokenizerConfig.preset(name), GeneratorConfig.preset(name)
+        whole = (
+            flops.generate(generator, as_written=True),
+            flops.decoder(tokenizer, all_rows=True),
+            flops.pixel_decoder(tokenizer),
+        )
+        ours = (flops.generate(generator), flops.decoder(tokenizer), flops.pixel_decoder(tokenizer, folded=True))
+        assert sum(w.flops for w in whole) == pytest.approx(as_written * 1e12, rel=0.02)
+        for work, expected in zip(ours, parts, strict=True):
+            assert work.flops == pytest.approx(expected * 1e12, rel=0.025)
+    for pixels, expected in ((256, 1.575e12), (512, 7.156e12)):
+        side = pixels // 16
+        config = GeneratorConfig(side * side, 1024)
+        whole = (
+            flops.generate(config, as_written=True).flops + flops.vqgan_decoder(VQGANConfig(), 1, side, side).flops
+        )
+        assert whole == pytest.approx(expected, rel=0.02)
+    for pixels, expected in ((256, 119.2e12), (512, 527.0e12)):
+        whole = 250 * flops.dit_pass(2, pixels // 16).flops + flops.vae_decoder(1, pixels // 8).flops
+        assert whole == pytest.approx(expected, rel=0.02)
+
+
+def test_bytes_are_of_weights_and_of_what_passes_between_products():
+    work = flops.linear(10, 3, 5)
+    assert work.bytes(2) == 2 * (15 + 30 + 50)
+    assert flops.conv(2, 8, 8, 3, 16, 4, 4) == (2 * 128 * 16 * 3 * 16, 16 * 3 * 16, 128 * 16 * 3 + 128 * 16)

@@ -1,0 +1,251 @@
+"""The command line, as a user meets it: help, errors, training, what is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cli_runner import NAMES, pixels, refused, titok
+from titok import TiTok, __version__
+from titok.cli.app import app
+from titok.config import TOKENIZER_PRESETS
+
+Make = Callable[..., Any]
+COMMANDS = [["quickstart"], ["tokenize"], ["detokenize"], ["reconstruct"], ["generate"], ["info"]]
+COMMANDS += [["train", "tokenizer"], ["train", "generator"]]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Help, version, errors
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_explains_every_option(command: list[str]) -> None:
+    lines = titok(*command, "--help")
+    assert any(line.strip().startswith(f"titok {' '.join(command)}") for line in lines), "no example"
+    text = " ".join(lines)
+    for parameter in [p for p in walk(command).params if p.name != "help"]:
+        assert parameter.help, f"{parameter.name} is not explained"
+        required = parameter.required or parameter.is_flag or parameter.default is None
+        assert required or "[default:" in text
+
+
+def walk(command: list[str]) -> Any:
+    import typer.main
+
+    found: Any = typer.main.get_command(app)
+    for name in command:
+        found = found.commands[name]
+    return found
+
+
+def test_every_command_is_tested_for_its_help() -> None:
+    def leaves(command: Any, path: list[str]) -> list[list[str]]:
+        inner = getattr(command, "commands", None)
+        return [path] if inner is None else [leaf for name in inner for leaf in leaves(inner[name], [*path, name])]
+
+    assert sorted(leaves(walk([]), [])) == sorted(COMMANDS)
+
+
+def test_version_and_help_do_without_torch() -> None:
+    """`titok --help` has to answer at once."""
+    code = "import sys, titok.cli.app as cli; sys.argv[0] = 'titok'; import atexit; "
+    code += "atexit.register(lambda: print('torch' in sys.modules)); cli.main()"
+    for option, expected in (("--help", "Usage: titok"), ("--version", f"titok {__version__}")):
+        run = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=True)
+        assert run.stdout.startswith(expected)
+        assert run.stdout.endswith("False\n")
+        assert run.stderr == ""
+
+
+@pytest.mark.slow
+def test_python_dash_m() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "titok", "tokenize", "nowhere", "-t", "x"], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr == "error: nowhere: no such file or folder\n"
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(photos: Path) -> None:
+    Path("runs").mkdir()
+    for path in ("tokenizer", "runs/tokenizer", "runs/quickstart/tokenizer", "/tokenizer", "./tokenizer"):
+        assert "no such file or folder (a repository is called owner/name)" in refused(
+            "tokenize", photos, "-t", path
+        )
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
+        CliRunner().invoke(app, ["--debug", "tokenize", "nowhere", "-t", "x"], catch_exceptions=False)
+
+
+def test_unknown_options_and_missing_ones() -> None:
+    for arguments in (["tokenize"], ["tokenize", "x"], ["paint"], ["generate", "--num", "0"], ["info", "--xml"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert "Usage: " in result.stderr
+
+
+def test_interrupt(models: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TiTok, "encode", interrupted)
+    result = CliRunner().invoke(app, ["tokenize", str(photos), "-t", str(models / "tokenizer")])
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: no file is half-written\n"
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.slow
+def test_control_c_in_the_middle_of_a_run(models: Path, tmp_path: Path) -> None:
+    arguments = ["generate", "-t", models / "tokenizer", "-g", models / "generator", "--num", 10**6, "-o", "a.npz"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "titok", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background has its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("a.npz.parts/*.u8")):  # pictures are being written
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert errors == "interrupted: no file is half-written\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz.parts"], "with which the same command goes on"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# train, quickstart
+
+SMALL = ("--width", 64, "--layers", 1, "--batch-size", 4, "--steps", 3)
+
+
+@pytest.fixture
+def classes(photos: Path) -> Path:
+    """Two classes of two pictures."""
+    for name, source in {
+        "dog/1.png": "a.png",
+        "dog/2.png": "b.png",
+        "cat/1.png": "d.bmp",
+        "cat/2.jpg": NAMES[3],
+    }.items():
+        path = Path("classes", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(photos / source)
+    return Path("classes")
+
+
+def test_train_both_and_generate(classes: Path) -> None:
+    tokenizer = ("train", "tokenizer", classes, *SMALL, "--image-size", 16, "--tokens", 4, "--codebook-size", 16)
+    assert titok(*tokenizer)[-1].startswith("runs/tokenizer: a tokenizer of 4 pictures, 4 tokens each")
+    model = TiTok.from_pretrained("runs/tokenizer")
+    assert (model.config.image_size, model.config.num_latent_tokens, model.config.codebook_size) == (
+        (16, 16),
+        4,
+        16,
+    )
+    said = titok("train", "generator", classes, "-t", "runs/tokenizer", *SMALL)
+    assert said[-1].startswith("runs/generator: a generator of 2 classes")
+    assert json.loads(Path("runs/generator/classes.json").read_text()) == ["cat", "dog"]
+    titok("generate", "-t", "runs/tokenizer", "-g", "runs/generator", "--per-class", 2)
+    assert pixels(Path("samples.png")).shape == (34, 34, 3)
+
+    weights = Path("runs/tokenizer/model.safetensors").read_bytes()
+    assert "runs/tokenizer: a training run is here already" in refused(*tokenizer)
+    titok(*tokenizer, "--resume")
+    assert Path("runs/tokenizer/model.safetensors").read_bytes() == weights, "all steps were done"
+    assert "cannot be resumed with another config: seed was 0, is 1" in refused(
+        *tokenizer, "--resume", "--seed", 1
+    )
+
+
+def test_train_refuses(classes: Path, models: Path) -> None:
+    assert "none: no such folder" in refused("train", "tokenizer", "none")
+    assert "multiples of the patch size 8, got (20, 20)" in refused(
+        "train", "tokenizer", classes, "--image-size", 20
+    )
+    assert "--width: expected a multiple of 64, got 100" in refused("train", "tokenizer", classes, "--width", 100)
+    assert "got nan" in refused("train", "tokenizer", classes, "--learning-rate", "nan")
+    assert "expected a vector-quantised one" in refused("train", "generator", classes, "-t", models / "vae")
+    Path("classes/loose.png").symlink_to((classes / "dog/1.png").resolve())
+    assert "loose.png: expected every picture in a sub-folder" in refused("train", "tokenizer", classes)
+    Path("classes/loose.png").unlink()
+    (classes / "dog/3.png").write_text("no picture")
+    assert "3.png: not a readable picture" in refused("train", "generator", classes, "-t", models / "tokenizer")
+
+
+def test_quickstart_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import titok.quickstart.run as quickstart
+
+    calls: list[Any] = []
+    monkeypatch.setattr(quickstart, "run", lambda out, seed, *, resume: calls.append((out, seed, resume)))
+    titok("quickstart")
+    titok("quickstart", "-o", "here", "--seed", 3, "--resume")
+    assert calls == [(Path("runs/quickstart"), 0, False), (Path("here"), 3, True)]
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise ModuleNotFoundError("the quickstart needs scikit-learn: pip install 'titok[quickstart]'")
+
+    monkeypatch.setattr(quickstart, "run", missing)
+    assert refused("quickstart") == "the quickstart needs scikit-learn: pip install 'titok[quickstart]'"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# info
+
+
+def test_info() -> None:
+    facts = json.loads("\n".join(titok("info", "--json")))
+    assert facts["versions"]["titok"] == __version__
+    assert facts["versions"]["torch"] == torch.__version__
+    assert set(facts["backends"]) == {"plain", "cpp", "cuda", "triton", "sdpa", "flash-attn"}
+    assert facts["backends"]["plain"] == "available"
+    assert facts["presets"]["tokenizers"] == list(TOKENIZER_PRESETS)
+    assert "cpu" in facts["devices"]
+    text = "\n".join(titok("info"))
+    for section, values in facts.items():
+        assert section in text
+        for name, value in values.items():
+            assert name in text
+            assert (" ".join(value) if isinstance(value, list) else value) in text
+    if not torch.cuda.is_available():
+        assert facts["backends"]["cuda"] != "available"
+
+
+@pytest.mark.slow
+def test_info_without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child process in which titok._C is broken: the reason is told in one line."""
+    code = "import sys; sys.modules['titok._C'] = None; sys.argv = ['titok', 'info', '--json']; "
+    code += "import titok.cli.app; titok.cli.app.main()"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    facts = json.loads(run.stdout)
+    assert facts["devices"]["cpu"].endswith("no compiled kernels")
+    assert facts["backends"]["cpp"].startswith("titok._C does not import here")

@@ -1,0 +1,259 @@
+"""Pictures in and out: 8 bits, reading, grids, sample sets, PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from titok.data.images import find_images, grid, psnr, read_image, to_uint8, write_png
+
+RNG = np.random.default_rng(0)
+
+
+def smooth_picture(height: int, width: int) -> np.ndarray:
+    """uint8 (H, W, 3) with detail that a resize must blend."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / 3 + c) * np.cos(y / (2 + c)) for c in range(3)]
+    return (127.5 + 100 * np.stack(waves, axis=-1) + RNG.uniform(-20, 20, (height, width, 3))).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 8 bits
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "truncate"])
+def test_every_level_survives_the_way_to_float_and_back(rounding: Any) -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    images = (levels.float() / 255).reshape(1, 16, 16)
+    assert torch.equal(to_uint8(images, rounding).flatten(), levels)
+
+
+def test_rounding_and_truncation() -> None:
+    between = (torch.tensor([0.2, 0.4, 0.6, 0.8, 254.6]) / 255).reshape(1, 1, 5)
+    assert to_uint8(between).flatten().tolist() == [0, 0, 1, 1, 255]
+    assert to_uint8(between, "truncate").flatten().tolist() == [0, 0, 0, 0, 254]
+    outside = torch.tensor([-3.0, -0.001, 1.001, 7.0, float("inf")]).reshape(1, 1, 5)
+    assert to_uint8(outside).flatten().tolist() == [0, 0, 255, 255, 255]
+
+
+def test_to_uint8_moves_channels_last_and_takes_bfloat16() -> None:
+    images = torch.rand(2, 3, 4, 5)
+    assert torch.equal(to_uint8(images)[1, 2, 3], (images[1, :, 2, 3] * 255).round().to(torch.uint8))
+    levels = (images.bfloat16().double() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert torch.equal(to_uint8(images.bfloat16()), levels)
+    assert to_uint8(images[:0]).shape == (0, 4, 5, 3)
+
+
+def test_unknown_rounding() -> None:
+    with pytest.raises(ValueError, match="rounding: expected 'nearest' or 'truncate', got 'up'"):
+        to_uint8(torch.zeros(1, 2, 2), "up")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+# Sizes whose longer side, or the margin of the crop, does not come out whole.
+@pytest.mark.parametrize("picture", [(40, 61), (61, 40), (50, 50), (33, 100), (16, 16), (10, 13), (17, 24)])
+def test_read_image_is_resize_and_centre_crop(picture: tuple[int, int], tmp_path: Path) -> None:
+    """The shorter side to 16, the longer one cut off below; margins rounded to even (torchvision's rules)."""
+    array = smooth_picture(*picture)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    height, width = picture
+    small = (int(16 * width / height), 16) if height < width else (16, int(16 * height / width))
+    resized = np.asarray(Image.fromarray(array).resize(small, Image.Resampling.BICUBIC))
+    top, left = (round((side - 16) / 2) for side in resized.shape[:2])
+    want = resized[top : top + 16, left : left + 16]
+    got = read_image(tmp_path / "a.png", (16, 16))
+    assert got.dtype == torch.float32
+    assert got.is_contiguous()
+    assert torch.equal(got, torch.from_numpy(want.astype(np.float32) / 255).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("picture", [(40, 61), (61, 40), (9, 100), (100, 9)])
+def test_read_image_covers_a_target_that_is_not_square(picture: tuple[int, int], tmp_path: Path) -> None:
+    array = np.full((*picture, 3), 90, dtype=np.uint8)
+    array[picture[0] // 2, picture[1] // 2] = 255  # the centre stays in
+    Image.fromarray(array).save(tmp_path / "a.png")
+    got = read_image(tmp_path / "a.png", (16, 24))
+    assert got.shape == (3, 16, 24)
+    assert got.min() > 0.3, "no border was made up"
+    brightest = divmod(int(got[0].argmax()), 24)
+    assert abs(brightest[0] - 8) <= 3
+    assert abs(brightest[1] - 12) <= 3
+
+
+def test_read_image_keeps_the_pixels_of_a_picture_that_fits(tmp_path: Path) -> None:
+    array = RNG.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    assert torch.equal(to_uint8(read_image(tmp_path / "a.png", (16, 24))), torch.from_numpy(array))
+
+
+def modes() -> dict[str, tuple[Image.Image, np.ndarray]]:
+    """Pictures of 4x4 in every mode, and the RGB values that they stand for."""
+    rgb = RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    grey = RNG.integers(0, 256, (4, 4), dtype=np.uint8)
+    alpha = RNG.integers(0, 256, (4, 4, 1), dtype=np.uint8)
+    few = rgb[:2, :2].repeat(2, axis=0).repeat(2, axis=1)  # four colours: a palette holds them exactly
+    palette = Image.fromarray(few).quantize(4)
+    palette.info["transparency"] = bytes([0, 255, 128, 7])
+    as_grey = np.stack([grey] * 3, axis=-1)
+    return {
+        "RGB": (Image.fromarray(rgb), rgb),
+        "RGBA": (Image.fromarray(np.concatenate([rgb, alpha], axis=2)), rgb),
+        "L": (Image.fromarray(grey), as_grey),
+        "LA": (Image.fromarray(np.concatenate([grey[..., None], alpha], axis=2)), as_grey),
+        "P": (palette, few),
+        "1": (Image.fromarray(grey > 127), np.where(as_grey > 127, 255, 0)),
+        "I;16": (Image.fromarray(grey.astype(np.uint16) * 257), as_grey),
+    }
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_modes(mode: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    picture, want = modes()[mode]
+    extra = {"transparency": picture.info["transparency"]} if mode == "P" else {}
+    picture.save(tmp_path / "a.png", **extra)
+    with Image.open(tmp_path / "a.png") as opened:
+        assert opened.mode == mode
+    got = to_uint8(read_image(tmp_path / "a.png", (4, 4)))
+    assert np.abs(got.numpy().astype(int) - want).max() == 0
+    luma = (want @ [0.299, 0.587, 0.114]).round()
+    assert np.abs(to_uint8(read_image(tmp_path / "a.png", (4, 4), 1))[..., 0].numpy() - luma).max() <= 1
+    assert not recwarn.list
+
+
+def test_cmyk_and_first_frame(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    red = to_uint8(read_image(tmp_path / "a.jpg", (8, 8))).float().mean(dim=(0, 1))
+    assert (red - torch.tensor([255.0, 0, 0])).abs().max() <= 2
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("blue", "yellow")]
+    frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:])
+    assert to_uint8(read_image(tmp_path / "b.gif", (8, 8)))[0, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_white_level_are_refused(dtype: Any, tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 1000, dtype=dtype)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=r"deep\.tif: not a readable picture \(32-bit pixels"):
+        read_image(tmp_path / "deep.tif", (4, 4))
+
+
+def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
+    """As in the published evaluation: what the file stores is what the model sees."""
+    array = smooth_picture(16, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        assert opened.getexif()[0x0112] == 6
+    assert torch.equal(to_uint8(read_image(tmp_path / "a.png", (16, 16))), torch.from_numpy(array))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "tif", "webp"])
+def test_damaged_files_are_named(kind: str, tmp_path: Path) -> None:
+    whole = tmp_path / f"whole.{kind}"
+    Image.fromarray(smooth_picture(32, 32)).save(whole)
+    data = whole.read_bytes()
+    for name, content in {"cut": data[: len(data) // 2], "text": b"no picture at all", "empty": b""}.items():
+        path = tmp_path / f"{name}.{kind}"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.{kind}: not a readable picture"):
+            read_image(path, (16, 16))
+
+
+def test_missing_file_and_bad_channels(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        read_image(tmp_path / "none.png", (16, 16))
+    with pytest.raises(ValueError, match="channels: expected 1 or 3, got 4"):
+        read_image(tmp_path / "none.png", (16, 16), 4)
+
+
+def test_find_images(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "deep/er/c.webp", "notes.txt", "deep/d.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)]
+    assert found == ["a.JPG", "b.png", "deep/er/c.webp"]
+    assert find_images(tmp_path / "b.png") == [tmp_path / "b.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty: no picture here"):
+        find_images(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="none: no such file or folder"):
+        find_images(tmp_path / "none")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def test_psnr() -> None:
+    a = torch.from_numpy(RNG.integers(0, 200, (3, 8, 9, 3), dtype=np.uint8))
+    b = a.clone()
+    b[1] += 5
+    b[2, 0, 0, 0] += 55
+    want = [np.inf, 20 * np.log10(255 / 5), 10 * np.log10(255**2 * 8 * 9 * 3 / 55**2)]
+    assert psnr(a, b).tolist() == pytest.approx(want)
+    assert torch.equal(psnr(a, b), psnr(b, a))
+    with pytest.raises(TypeError, match="references: expected dtype uint8"):
+        psnr(a, b.float())
+
+
+@pytest.mark.parametrize(("count", "columns", "rows_columns"), [(6, 3, (2, 3)), (5, None, (2, 3)), (1, 4, (1, 4))])
+def test_grid_places_every_picture(count: int, columns: int | None, rows_columns: tuple[int, int]) -> None:
+    images = torch.from_numpy(RNG.integers(0, 200, (count, 4, 5, 3), dtype=np.uint8))
+    rows, across = rows_columns
+    picture = grid(images, columns, gap=2)
+    assert picture.shape == (rows * 6 - 2, across * 7 - 2, 3)
+    seen = torch.zeros(picture.shape[:2], dtype=torch.bool)
+    for i, image in enumerate(images):
+        top, left = i // across * 6, i % across * 7
+        assert torch.equal(picture[top : top + 4, left : left + 5], image)
+        seen[top : top + 4, left : left + 5] = True
+    assert (picture[~seen] == 255).all(), "gaps and free places are white"
+
+
+def test_grid_scale_and_bad_input() -> None:
+    images = torch.tensor([[[[10], [20]]], [[[30], [40]]]], dtype=torch.uint8)  # two pictures of 1x2
+    assert grid(images, 2, gap=1, scale=2)[..., 0].tolist() == [[10, 10, 20, 20, 255, 30, 30, 40, 40]] * 2
+    with pytest.raises(TypeError, match="images: expected dtype uint8, got float32"):
+        grid(images.float())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_write_png_round_trip_and_parents(channels: int, tmp_path: Path) -> None:
+    image = torch.from_numpy(RNG.integers(0, 256, (5, 7, channels), dtype=np.uint8))
+    path = tmp_path / "new" / "folders" / "a.png"
+    write_png(path, image)
+    with Image.open(path) as opened:
+        assert (opened.format, opened.mode) == ("PNG", "L" if channels == 1 else "RGB")
+        assert np.array_equal(np.asarray(opened).reshape(5, 7, channels), image.numpy())
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    write_png(path, torch.zeros(4, 4, 3, dtype=torch.uint8))
+    before = path.read_bytes()
+
+    def full_disk(self: Any, target: Path, **_: Any) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_png(path, torch.ones(4, 4, 3, dtype=torch.uint8))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_png_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="image: expected dtype uint8, got float32"):
+        write_png(tmp_path / "a.png", torch.zeros(4, 4, 3))
+    with pytest.raises(ValueError, match="image: expected shape"):
+        write_png(tmp_path / "a.png", torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,328 @@
+"""Sample sets: their layout, what a run that was stopped leaves and how it goes on, several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from titok import Pipeline, SamplingConfig, TiTok
+from titok.generation import sample_sets
+from titok.generation.sample_sets import generate_set
+
+Make = Callable[..., Any]
+LABELS = [0, 1, 2, 2, 1, 0, 0, 3, 1, 2, 0]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_tokenizer: Make, tiny_generator: Make) -> Pipeline:
+    return Pipeline(tiny_tokenizer(), tiny_generator())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads of small models mostly wait for each other, for long where others use the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What was flushed, in order; to wait for a disk that others use as well would be most of the time taken here."""
+    paths: list[Path] = []
+    monkeypatch.setattr(sample_sets, "_flush", paths.append)
+    return paths
+
+
+@pytest.mark.parametrize("size", [1, 4, 100, "auto"])
+def test_layout_of_adm(pipe: Pipeline, size: Any, tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "samples.npz"
+    config = SamplingConfig(steps=3)
+    generate_set(pipe, path, LABELS, batch_size=size, seed=2, first_sample=3, sampling=config, rounding="truncate")
+    with np.load(path, allow_pickle=False) as file:
+        assert file.files == ["arr_0", "arr_1"]
+        assert (file["arr_0"].dtype, file["arr_1"].dtype) == (np.uint8, np.int64)
+        pictures, labels = file["arr_0"], file["arr_1"]
+    assert labels.tolist() == LABELS
+    want = pipe(LABELS, seed=2, first_sample=3, sampling=config, rounding="truncate").numpy()
+    assert pictures.shape == want.shape == (11, 16, 24, 3)
+    assert np.abs(pictures.astype(int) - want).max() <= 1
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_empty_set(pipe: Pipeline, tmp_path: Path) -> None:
+    generate_set(pipe, tmp_path / "a.npz", [])
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["arr_0"].shape == (0, 16, 24, 3)
+        assert file["arr_1"].shape == (0,)
+
+
+def test_a_set_is_replaced_whole(pipe: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    generate_set(pipe, path, LABELS, batch_size=4)
+    before = path.read_bytes()
+    generate_set(pipe, path, LABELS, batch_size=4)
+    assert path.read_bytes() == before, "equal settings, equal files"
+    generate_set(pipe, path, LABELS, batch_size=4, seed=1)
+    assert path.read_bytes() != before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs that are stopped
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def stopped(step: int, pipe: Pipeline, path: Path) -> bool:
+    """Generates, but dies at a step if the run gets so far. Every change of a name on the disk is a step."""
+    count = itertools.count()
+
+    def mortal(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*args: Any, **options: Any) -> None:
+            if next(count) >= step:
+                raise Killed
+            change(*args, **options)
+
+        return changed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", mortal(os.replace))
+        patch.setattr(Path, "unlink", mortal(Path.unlink))
+        patch.setattr(Path, "rmdir", mortal(Path.rmdir))
+        try:
+            generate_set(pipe, path, LABELS, batch_size=4)
+        except Killed:
+            return True
+    return False
+
+
+def test_a_run_that_dies_at_any_step_goes_on(pipe: Pipeline, tmp_path: Path) -> None:
+    generate_set(pipe, tmp_path / "whole.npz", LABELS, batch_size=4)
+    want = (tmp_path / "whole.npz").read_bytes()
+    path = tmp_path / "run" / "a.npz"
+    # The settings, three parts and the output get their names; settings, parts, lock and folder go.
+    for step in range(11):
+        assert stopped(step, pipe, path)
+        assert path.exists() == (step > 4)
+        generate_set(pipe, path, LABELS, batch_size=4)
+        assert path.read_bytes() == want
+        assert list(path.parent.iterdir()) == [path]
+        path.unlink()
+    assert not stopped(11, pipe, path), "there are no more steps"
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flushed: list[Path]
+) -> None:
+    replace, named = os.replace, []
+
+    def checked(source: Path, target: Path) -> None:
+        assert flushed[-1] == source
+        named.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", checked)
+    generate_set(pipe, tmp_path / "a.npz", LABELS, batch_size=6)
+    assert named == ["settings.json", "000000000000-000000000006.u8", "000000000006-000000000011.u8", "a.npz"]
+    assert flushed[-1] == tmp_path, "the name itself, before the parts go"
+
+
+def test_only_what_is_missing_is_made(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.npz"
+    generate_set(pipe, tmp_path / "whole.npz", LABELS, batch_size=4)
+    stopped(2, pipe, path)
+    assert [p.name for p in sorted((tmp_path / "a.npz.parts").glob("*.u8"))] == ["000000000000-000000000004.u8"]
+    made: list[int] = []
+    decode = TiTok.decode_head
+    monkeypatch.setattr(
+        TiTok, "decode_head", lambda self, tokens: made.append(len(tokens)) or decode(self, tokens)
+    )
+    generate_set(pipe, path, LABELS, batch_size=3)  # another size may go on
+    assert sum(made) == 7
+    whole, pictures = (np.load(p)["arr_0"].astype(int) for p in (tmp_path / "whole.npz", path))
+    assert np.abs(pictures - whole).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"seed": 1}, "seed 0, as in the run that was stopped here, got 1"),
+        ({"first_sample": 1}, "first_sample 0"),
+        ({"labels": LABELS[:-1]}, "pictures 11, as in the run that was stopped here, got 10"),
+        ({"labels": LABELS[::-1]}, "labels "),
+        ({"rounding": "truncate"}, "rounding nearest"),
+        ({"sampling": SamplingConfig(temperature=3.0)}, "sampling.temperature 9.5"),
+    ],
+)
+def test_other_settings_are_not_mixed_in(
+    pipe: Pipeline, change: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    path, parts = tmp_path / "a.npz", tmp_path / "a.npz.parts"
+    stopped(3, pipe, path)
+    before = {p: p.read_bytes() for p in parts.iterdir()}
+    with pytest.raises(ValueError, match=f"parts: expected {name}"):
+        generate_set(pipe, path, **{"labels": LABELS, "batch_size": 4, **change})
+    assert {p: p.read_bytes() for p in parts.iterdir()} == before
+    generate_set(pipe, path, LABELS, batch_size=4)
+
+
+def test_other_weights_are_not_mixed_in(
+    pipe: Pipeline, tiny_tokenizer: Make, tiny_generator: Make, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.npz"
+    stopped(3, pipe, path)
+    for name, tokenizer, generator in (
+        ("tokenizer", tiny_tokenizer(seed=1), tiny_generator()),
+        ("generator", tiny_tokenizer(), tiny_generator(seed=1)),
+        ("dtype", tiny_tokenizer().bfloat16(), tiny_generator().bfloat16()),
+    ):
+        with pytest.raises(ValueError, match=f"parts: expected {name} "):
+            generate_set(Pipeline(tokenizer, generator), path, LABELS, batch_size=4)
+    generate_set(Pipeline(tiny_tokenizer(), tiny_generator()), path, LABELS, batch_size=4)
+
+
+def test_settings_without_pictures_bind_nobody(pipe: Pipeline, tmp_path: Path) -> None:
+    stopped(1, pipe, tmp_path / "a.npz")
+    generate_set(pipe, tmp_path / "a.npz", LABELS, seed=1)
+
+
+def test_two_runs_at_once_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
+    decode = TiTok.decode_head
+
+    def meanwhile(self: TiTok, tokens: torch.Tensor) -> torch.Tensor:
+        if len(tokens) and not refused:
+            refused.append("")
+            with pytest.raises(ValueError, match="another process is at work here") as caught:
+                generate_set(pipe, tmp_path / "a.npz", LABELS)
+            refused[0] = str(caught.value)
+        return decode(self, tokens)
+
+    refused: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TiTok, "decode_head", meanwhile)
+        generate_set(pipe, tmp_path / "a.npz", LABELS)
+    assert refused[0] == f"{tmp_path / 'a.npz.parts'}: another process is at work here"
+
+
+def test_what_is_not_ours_stays(pipe: Pipeline, tmp_path: Path) -> None:
+    parts = tmp_path / "a.npz.parts"
+    parts.mkdir()
+    (parts / "notes.u8").write_text("mine")
+    generate_set(pipe, tmp_path / "a.npz", LABELS)
+    assert [p.name for p in parts.iterdir()] == ["notes.u8"]
+
+
+def test_bad_input_leaves_nothing(pipe: Pipeline, tmp_path: Path) -> None:
+    for change in ({"labels": [4]}, {"seed": -1}, {"batch_size": 0}, {"rounding": "up"}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            generate_set(pipe, tmp_path / "a.npz", **{"labels": [0], **change})  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_disk_stops_the_run(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        if path.name.startswith("000000000004"):
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(sample_sets, "_flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        generate_set(pipe, tmp_path / "a.npz", LABELS, batch_size=4)
+    assert not (tmp_path / "a.npz").exists()
+
+
+@pytest.mark.parametrize("grid", [1, 4, 7])
+@pytest.mark.parametrize("world", [1, 2, 3, 16])
+def test_shares_are_all_that_is_missing_once(world: int, grid: int) -> None:
+    rng = np.random.default_rng(0)
+    for missing in (np.arange(30), np.arange(0), np.array([29]), np.flatnonzero(rng.random(30) < 0.6)):
+        runs = [run for rank in range(world) for run in sample_sets._share(missing, rank, world, grid)]
+        assert [i for start, stop in runs for i in range(start, stop)] == missing.tolist()
+        for (_, stop), (start, _) in itertools.pairwise(runs):
+            assert stop < start or stop % grid == 0, "processes part at the start of a batch"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def command(models: Path, output: Path, count: int, *, world: int) -> list[str]:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m"] if world > 1 else []
+    arguments = ["-t", models / "tokenizer", "-g", models / "generator", "-n", count, "--batch-size", 4]
+    return [sys.executable, "-m", *launcher, "titok", "generate", *map(str, arguments), "-o", str(output)]
+
+
+def family(pid: int) -> list[int]:
+    """The process and all that descend from it."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for member in found:
+        found += [child for child, parent in parents.items() if parent == member]
+    return found
+
+
+def kill(run: subprocess.Popen[str]) -> None:
+    """Launcher and workers at once, so that none can tidy up."""
+    members = family(run.pid)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    run.communicate(timeout=60)
+
+
+def start(models: Path, output: Path, count: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(models, output, count, world=2),
+        env=ONE_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_killed_in_the_middle(models: Path, tmp_path: Path) -> None:
+    count = 600
+    whole, path, parts = tmp_path / "whole.npz", tmp_path / "a.npz", tmp_path / "a.npz.parts"
+    subprocess.run(command(models, whole, count, world=1), env=ONE_THREAD, check=True, capture_output=True)
+    run = start(models, path, count)
+    try:
+        deadline = time.monotonic() + 120
+        done = [0, 0]
+        while min(done) < 10:
+            assert run.poll() is None, run.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+            starts = [int(part.name[:12]) for part in parts.glob("*.u8")]
+            done = [sum(start < count // 2 for start in starts), sum(start >= count // 2 for start in starts)]
+    finally:
+        kill(run)
+    assert not path.exists()
+    assert 20 <= len(list(parts.glob("*.u8"))) < count // 4
+    again = start(models, path, count)
+    said, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, said
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [path, whole]
+    assert said.count("600 pictures of 3 classes") == 1, "one process reports"

@@ -1,0 +1,157 @@
+"""`sample_tokens`: what a sample's tokens depend on, what is kept, what is refused. Parity is in test_parity.py."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from titok import GeneratorConfig, MaskGIT, SamplingConfig, sample_tokens
+from titok.generation.schedules import mask_ratio, schedule
+
+K, V, CLASSES = 16, 64, 10
+RULES = ["titok", "maskgit"]
+
+
+@pytest.fixture(scope="module")
+def generator() -> MaskGIT:
+    torch.manual_seed(0)
+    config = GeneratorConfig(K, V, num_classes=CLASSES, width=64, layers=2, heads=4, mlp_width=128)
+    model = MaskGIT(config)
+    for p in model.parameters():  # weights of 0.02 give flat logits: draws would not depend on the input
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sample_depends_on_seed_and_index_alone(generator: MaskGIT, rule: Any) -> None:
+    labels = torch.arange(12) % CLASSES
+    config = SamplingConfig(confidence=rule, guidance_scale=2.0, temperature=4.5)
+    whole = sample_tokens(generator, labels, config, seed=7)
+    for size in (1, 5):
+        cut = [
+            sample_tokens(generator, labels[i : i + size], config, seed=7, first_sample=i)
+            for i in range(0, 12, size)
+        ]
+        assert torch.equal(torch.cat(cut), whole)
+    assert torch.equal(sample_tokens(generator, labels, config, seed=7), whole)
+    other = sample_tokens(generator, labels, config, seed=8)
+    assert (other != whole).float().mean() > 0.5
+    same_label = sample_tokens(generator, torch.zeros(12, dtype=torch.int64), config, seed=7)
+    assert len(same_label.unique(dim=0)) == 12, "samples of one class must differ by their index"
+    assert int(whole.min()) >= 0
+    assert int(whole.max()) < V
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 15, 16, 17, 40])
+def test_masked_counts_and_known_tokens(generator: MaskGIT, steps: int) -> None:
+    config = SamplingConfig(steps=steps)
+    tokens, trace = sample_tokens(generator, [1, 2, 3], config, trace=True)
+    assert trace.tokens.shape == (steps + 1, 3, K)
+    assert torch.equal(trace.tokens[-1], tokens)
+    left, want = K, [K]
+    for step in range(steps):  # the definition, written out: at least one is decided, at least one is left
+        target = math.floor(K * math.acos((step + 1) / steps) / (math.pi / 2))
+        left = 0 if step == steps - 1 else max(1, min(left - 1, target))
+        want.append(left)
+    masked = trace.tokens == V
+    assert masked.sum(-1).tolist() == [[n] * 3 for n in want]
+    for before, after in zip(trace.tokens[:-1], trace.tokens[1:], strict=True):
+        known = before != V
+        assert torch.equal(before[known], after[known])
+    # Steps that could only draw the last token and mask it again are left out when nobody looks: same result.
+    assert torch.equal(sample_tokens(generator, [1, 2, 3], config), tokens)
+
+
+def test_init_tokens_keep_what_is_known(generator: MaskGIT) -> None:
+    init = torch.randint(V, (5, K))
+    init[0], init[1, :5], init[2, -1] = V, V, V
+    before = init.clone()
+    tokens, trace = sample_tokens(generator, [0, 1, 2, 3, 4], init_tokens=init, trace=True)
+    assert torch.equal(init, before), "the argument must not change"
+    known = init != V
+    assert torch.equal(tokens[known], init[known])
+    assert (tokens < V).all()
+    counts = (trace.tokens == V).sum(-1)
+    assert counts[0].tolist() == [K, 5, 1, 0, 0]
+    assert counts[1].tolist() == [14, 4, 1, 0, 0]  # floor(n * acos(1/8) / (pi/2)), at least one left
+    assert torch.equal(trace.confidences == math.inf, trace.tokens[:-1] != V)
+    alone = sample_tokens(generator, [1], init_tokens=init[1:2], first_sample=1)
+    assert torch.equal(alone[0], tokens[1])
+
+
+def test_unconditional_and_guidance_free_runs_agree(generator: MaskGIT) -> None:
+    """Guiding towards "no class" is no guidance: w * u + (1 - w) * u = u."""
+    labels = torch.full((3,), generator.no_class)
+    guided = SamplingConfig(guidance_scale=3.0, temperature=0.0)
+    free = SamplingConfig(guidance_scale=0.0, temperature=0.0)
+    assert torch.equal(sample_tokens(generator, labels, guided), sample_tokens(generator, labels, free))
+
+
+def test_dropout_is_off_while_sampling(generator: MaskGIT) -> None:
+    want = sample_tokens(generator, [1, 2], seed=3)
+    generator.train()
+    try:
+        assert torch.equal(sample_tokens(generator, [1, 2], seed=3), want)
+        assert generator.training
+    finally:
+        generator.eval()
+
+
+def test_empty_batch(generator: MaskGIT) -> None:
+    tokens, trace = sample_tokens(generator, [], trace=True)
+    assert tokens.shape == (0, K)
+    assert tokens.dtype == torch.int64
+    assert trace.tokens.shape == (9, 0, K)
+
+
+def test_one_token_and_one_code() -> None:
+    model = MaskGIT(GeneratorConfig(1, 1, num_classes=1, width=8, layers=1, heads=1, mlp_width=8))
+    assert sample_tokens(model, [0, 0], SamplingConfig(steps=3)).tolist() == [[0], [0]]
+
+
+def test_mask_ratios_fall_from_one_to_zero() -> None:
+    for name in ("arccos", "cosine", "linear", "root", "square"):
+        ratios = [mask_ratio(name, i / 100) for i in range(101)]  # type: ignore[arg-type]
+        assert ratios[0] == pytest.approx(1)
+        assert ratios[-1] == pytest.approx(0, abs=1e-12)
+        assert all(a > b for a, b in itertools.pairwise(ratios)), name
+    assert mask_ratio("root", 0.25) == pytest.approx(0.5)
+    assert mask_ratio("square", 0.5) == pytest.approx(0.75)
+    assert mask_ratio("cosine", 0.5) == pytest.approx(math.sqrt(0.5))
+
+
+def test_last_step_is_greedy_and_final() -> None:
+    *_, last = schedule(SamplingConfig(steps=5, temperature=9.0))
+    assert last.final
+    assert last.noise_temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [CLASSES + 1]}, r"labels: expected classes in \[0, 10\], got 11"),
+        ({"labels": [-1]}, "labels: expected classes"),
+        ({"labels": torch.zeros(2, 2, dtype=torch.int64)}, r"labels: expected shape \(B\), got \(2, 2\)"),
+        ({"seed": -1}, r"seed: expected an int in \[0, 2\^64\), got -1"),
+        ({"seed": 1 << 64}, "seed"),
+        ({"first_sample": -1}, "first_sample"),
+        ({"init_tokens": torch.zeros(1, K - 1, dtype=torch.int64)}, r"tokens: expected shape \(B, 16\)"),
+        ({"init_tokens": torch.full((1, K), V + 1)}, r"tokens: expected ids in \[0, 65\)"),
+        ({"init_tokens": torch.zeros(2, K, dtype=torch.int64)}, "init_tokens: expected 1 rows"),
+    ],
+)
+def test_bad_values(generator: MaskGIT, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample_tokens(generator, **{"labels": [0], **change})
+
+
+def test_bad_types(generator: MaskGIT) -> None:
+    with pytest.raises(TypeError, match="labels: expected dtype int64, got float32"):
+        sample_tokens(generator, torch.zeros(1))
+    with pytest.raises(TypeError, match="tokens: expected dtype int64"):
+        sample_tokens(generator, [0], init_tokens=torch.zeros(1, K))

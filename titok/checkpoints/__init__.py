@@ -1,0 +1,1 @@
+"""Reading and writing models, and everything that the official checkpoints demand."""

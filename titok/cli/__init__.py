@@ -1,0 +1,1 @@
+"""The command line: `titok ...` and `python -m titok ...`."""

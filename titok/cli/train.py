@@ -1,0 +1,138 @@
+"""`titok train`: a tokenizer or a generator from scratch, on a folder of pictures.
+
+The defaults are small models for small pictures, trained as the quickstart's are. Whoever wants more than these options
+calls `titok.training`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from titok.cli import options as _cli
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures; every sub-folder is a class.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", help="For the model and the checkpoint of the run.")
+]
+Width = Annotated[
+    int, typer.Option(metavar="N", help="Of the transformer, a multiple of 64 (the width of a head).")
+]
+Steps = Annotated[int, typer.Option(metavar="N", min=2, help="Optimizer steps.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Pictures in a step.")]
+LearningRate = Annotated[
+    float, typer.Option(metavar="X", help="The highest: a warm-up leads to it, a cosine down.")
+]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Same seed and pictures, same model.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in the output folder was stopped.")]
+
+
+def _heads(width: int) -> int:
+    if width < 64 or width % 64:
+        raise ValueError(f"--width: expected a multiple of 64, got {width}")
+    return width // 64
+
+
+@app.command()
+def tokenizer(
+    images: Folder,
+    output: Output = Path("runs/tokenizer"),
+    image_size: Annotated[int, typer.Option(metavar="N", help="Side of the pictures in pixels.")] = 64,
+    patch_size: Annotated[int, typer.Option(metavar="N", help="Side of a patch in pixels.")] = 8,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of a picture.")] = 32,
+    codebook_size: Annotated[int, typer.Option(metavar="N", help="Codes that a token can be.")] = 1024,
+    grey: Annotated[bool, typer.Option("--grey", help="One channel in place of three.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror pictures at random.")] = False,
+    width: Width = 256,
+    layers: Annotated[int, typer.Option(metavar="N", help="Of the encoder and of the decoder.")] = 4,
+    steps: Steps = 10_000,
+    batch_size: BatchSize = 32,
+    learning_rate: LearningRate = 1e-3,
+    seed: Seed = 0,
+    resume: Resume = False,
+    device: _cli.DeviceOption = "auto",
+) -> None:
+    """Train a single-stage tokenizer: pixels to tokens to pixels.
+
+    \b
+    titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32
+    titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32 --resume
+    """
+    _cli.check_output(output)
+    heads = _heads(width)
+    from titok import TokenizerConfig, ViTConfig
+    from titok.data.folders import ImageFolder
+    from titok.training import TokenizerTraining, train_tokenizer
+
+    side = ViTConfig(width, layers, heads, patch_size)
+    model = TokenizerConfig(
+        image_size=(image_size, image_size), encoder=side, decoder=side, num_latent_tokens=tokens, code_dim=12,
+        codebook_size=codebook_size, channels=1 if grey else 3, l2_normalize=True, signed_pixels=True,
+    )  # fmt: skip
+    run = TokenizerTraining(
+        model=model, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed, random_flip=flip,
+        final_learning_rate=learning_rate / 50, warmup_steps=steps // 20,
+    )  # fmt: skip
+    pictures = ImageFolder(images, model.image_size, model.channels)
+    train_tokenizer(pictures, run, output, resume=resume, device=_cli.device_of(device))
+    typer.echo(f"{output}: a tokenizer of {len(pictures)} pictures, {tokens} tokens each, {_last_figures(output)}")
+
+
+@app.command()
+def generator(
+    images: Folder,
+    tokenizer: _cli.TokenizerOption,
+    output: Output = Path("runs/generator"),
+    flip: Annotated[bool, typer.Option("--flip", help="Learn from mirrored pictures too.")] = False,
+    width: Width = 256,
+    layers: Annotated[int, typer.Option(metavar="N", help="Of the transformer.")] = 8,
+    steps: Steps = 10_000,
+    batch_size: BatchSize = 64,
+    learning_rate: LearningRate = 1e-3,
+    seed: Seed = 0,
+    resume: Resume = False,
+    device: _cli.DeviceOption = "auto",
+) -> None:
+    """Train a MaskGIT on a tokenizer's tokens. Sub-folders, sorted, are classes 0, 1, 2, ...: see classes.json.
+
+    \b
+    titok train generator photos -t runs/tokenizer -o runs/generator
+    """
+    _cli.check_output(output)
+    heads = _heads(width)
+    from titok import GeneratorConfig, SamplingConfig
+    from titok.checkpoints.pretrained import atomic_path
+    from titok.data.folders import ImageFolder
+    from titok.training import GeneratorTraining, tokenize_images, train_generator
+
+    coder = _cli.load_tokenizer(tokenizer, device, "float32")
+    pictures = ImageFolder(images, coder.config.image_size, coder.config.channels)
+    model = GeneratorConfig(
+        num_latent_tokens=coder.config.num_latent_tokens, codebook_size=coder.config.codebook_size,
+        num_classes=len(pictures.classes), width=width, layers=layers, heads=heads, mlp_width=4 * width,
+        sampling=SamplingConfig(
+            guidance_scale=0.0, guidance_schedule="constant", temperature=4.5, softmax_annealing=False,
+            confidence="maskgit",
+        ),
+    )  # fmt: skip
+    run = GeneratorTraining(
+        model=model, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        final_learning_rate=learning_rate / 50, warmup_steps=steps // 20,
+    )  # fmt: skip
+    rows = tokenize_images(coder, pictures, flip=flip)
+    train_generator(rows, pictures.labels, run, output, resume=resume, device=coder.device)
+    with atomic_path(output / "classes.json") as temporary:
+        temporary.write_text(json.dumps(pictures.classes, indent=2) + "\n")
+    typer.echo(f"{output}: a generator of {len(pictures.classes)} classes, {_last_figures(output)}")
+
+
+def _last_figures(folder: Path) -> str:
+    from titok.training.run import CHECKPOINT, read_about
+
+    history = read_about(folder / CHECKPOINT)["history"]
+    return ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()) if history else "no figures yet"

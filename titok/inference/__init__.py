@@ -1,0 +1,1 @@
+"""How inference computes fast: prepared weights, oneDNN, folded upsampling, memory that is kept."""

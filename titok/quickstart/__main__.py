@@ -1,0 +1,5 @@
+"""`python -m titok.quickstart`."""
+
+from titok.quickstart.run import main
+
+main()

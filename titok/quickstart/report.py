@@ -1,0 +1,193 @@
+"""The quickstart's pictures and its one-page report: a single HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from titok.checkpoints.pretrained import atomic_path
+from titok.data.images import to_uint8
+from titok.quickstart.metrics import BARS
+
+_INK, _MUTED, _ACCENT, _GOOD, _BAD = "#1b1f24", "#6b7280", "#2f5fd0", "#1a7f4b", "#c2372e"
+
+
+def picture_rows(
+    rows: list[tuple[str, Tensor]], *, font_size: int = 20, scale: int = 3, gap: int = 6
+) -> Image.Image:
+    """One picture out of labelled rows, each its text and images (n, 1, H, W) in [0, 1]; "" is a thin space."""
+    font = ImageFont.load_default(size=font_size)
+    images = next(images for text, images in rows if text)
+    count, _, height, width = images.shape
+    height, width = height * scale, width * scale
+    left = 24 + int(max(font.getlength(text) for text, _ in rows))
+    total = sum(height + gap if text else 3 * gap for text, _ in rows)
+    canvas = Image.new("L", (left + count * (width + gap) + gap, total + gap), 255)
+    draw = ImageDraw.Draw(canvas)
+    top = gap
+    for text, images in rows:
+        if not text:
+            top += 3 * gap
+            continue
+        draw.text((left - 12, top + height // 2), text, fill=40, font=font, anchor="rm")
+        for i, image in enumerate(to_uint8(images).squeeze(-1)):
+            tile = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+            canvas.paste(tile, (left + i * (width + gap), top))
+        top += height + gap
+    return canvas
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
+
+
+def reconstruction_rows(images: Tensor, reconstructions: Tensor, labels: Tensor) -> list[tuple[str, Tensor]]:
+    """Two digits of each class, each held-out image above what the decoder makes of its tokens."""
+    rows: list[tuple[str, Tensor]] = []
+    for nth in range(2):
+        chosen = torch.tensor([int((labels == digit).nonzero()[nth]) for digit in range(10)])
+        rows += [("", images)] if rows else []
+        rows += [("held out", images[chosen]), ("decoded", reconstructions[chosen])]
+    return rows
+
+
+def curves(histories: dict[str, list[dict[str, float]]]) -> str:
+    """The figures of each run over its steps, as SVG."""
+    from matplotlib.figure import Figure
+
+    titles = {
+        "loss": "loss",
+        "psnr": "PSNR of the batch, dB",
+        "codes": "codes in use",
+        "accuracy": "masked tokens right",
+    }
+    panels = [(run, key) for run, rows in histories.items() if rows for key in rows[0] if key != "step"]
+    figure = Figure(figsize=(2.5 * len(panels), 2.1), layout="constrained")
+    for axes, (run, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        steps, values = zip(*[(row["step"], row[key]) for row in histories[run]], strict=True)
+        axes.plot(steps, values, color="#c9d4ee", linewidth=0.8)
+        axes.plot(steps, _smoothed(list(values)), color=_ACCENT, linewidth=1.6)
+        axes.set_title(f"{run}: {titles.get(key, key)}", fontsize=8, color=_INK, loc="left")
+        axes.tick_params(labelsize=7, colors=_MUTED, length=2)
+        axes.grid(alpha=0.25, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#d5d9e0")
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _smoothed(values: list[float], reach: int = 3) -> list[float]:
+    """Mean over up to `reach` neighbours on both sides, as many on one as on the other: it does not lag."""
+    means = []
+    for i in range(len(values)):
+        r = min(reach, i, len(values) - 1 - i)
+        means.append(sum(values[i - r : i + r + 1]) / (2 * r + 1))
+    return means
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _table(metrics: dict[str, Any]) -> str:
+    rows = []
+    for bar in BARS:
+        value = metrics[bar.key]
+        good = bar.reached(value)
+        sign = "≥" if bar.at_least else "≤"
+        mark = f'<span class="mark" style="color:{_GOOD if good else _BAD}">{"✓" if good else "✗"}</span>'
+        rows.append(
+            f"<tr><td>{mark}</td><td>{html.escape(bar.meaning)}</td>"
+            f'<td class="n"><b>{bar.text(value)}</b></td><td class="n bar">{sign} {bar.text(bar.value)}</td></tr>'
+        )
+    return "\n".join(rows)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>titok quickstart</title>
+<style>
+:root {{ color-scheme: light; }}
+body {{ margin: 0; background: #f4f5f7; color: {ink};
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, sans-serif; }}
+main {{ max-width: 1020px; margin: 28px auto; background: #fff; padding: 28px 40px 32px; border-radius: 10px;
+  box-shadow: 0 1px 4px rgb(0 0 0 / 9%); }}
+h1 {{ font-size: 25px; line-height: 1.25; margin: 0 0 6px; letter-spacing: -.01em; }}
+h2 {{ font-size: 16px; margin: 26px 0 8px; }}
+p {{ margin: 0 0 10px; max-width: 76ch; }}
+.muted, figcaption {{ color: {muted}; font-size: 13px; }}
+.two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 26px; align-items: start; }}
+figure {{ margin: 0; }} figure img {{ width: 100%; display: block; border-radius: 4px; }}
+figcaption {{ margin-top: 6px; }}
+table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
+th {{ text-align: left; font-weight: 600; font-size: 12px; color: {muted}; }}
+td, th {{ padding: 5px 8px 5px 0; border-bottom: 1px solid #eceef1; }}
+.n {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }} .bar {{ color: {muted}; }}
+.mark {{ font-weight: 700; }}
+svg {{ width: 100%; height: auto; display: block; }}
+pre {{ background: #f4f5f7; padding: 12px 14px; border-radius: 6px; font-size: 13px; line-height: 1.45; margin: 0;
+  overflow-x: auto; }}
+@media (max-width: 760px) {{ main {{ padding: 20px; }} .two {{ grid-template-columns: 1fr; }} }}
+</style></head><body><main>
+<h1>Handwritten digits in {tokens} tokens</h1>
+<p>{summary}</p>
+<div class="two">
+<figure><img src="{samples}" alt="generated digits, one row a class">
+<figcaption>Generated: one row a class, none picked by hand; {steps} decoding steps each.</figcaption></figure>
+<div><table><thead><tr><th></th><th>measured</th><th class="n">value</th><th class="n">bar</th></tr></thead>
+<tbody>
+{table}
+</tbody></table>
+<p class="muted" style="margin-top:10px">{notes}</p></div>
+</div>
+<h2>What the tokens keep</h2>
+<figure><img src="{reconstructions}" alt="held-out digits above their reconstructions">
+<figcaption>Digits that no model saw in training, above their reconstructions from {tokens} tokens.</figcaption>
+</figure>
+<h2>Training</h2>
+{curves}
+<h2>Use the two models</h2>
+<pre>import titok
+pipeline = titok.Pipeline.from_pretrained("{folder}/tokenizer", "{folder}/generator")
+images = pipeline([3, 1, 4, 1, 5], seed=9)   # uint8 (5, 32, 32, 1)</pre>
+</main></body></html>
+"""
+
+
+def write_report(
+    folder: Path, metrics: dict[str, Any], histories: dict[str, list[dict[str, float]]], about: dict[str, Any]
+) -> Path:
+    """Writes `report.html` into `folder`, which holds `samples.png` and `reconstructions.png` already.
+
+    Args:
+        metrics: as `quickstart_metrics.measure` returns them.
+        histories: of each training run, by name.
+        about: "tokens", "decoding_steps", "summary" and "notes", for the text.
+    """
+    page = _PAGE.format(
+        ink=_INK,
+        muted=_MUTED,
+        tokens=about["tokens"],
+        steps=about["decoding_steps"],
+        summary=html.escape(about["summary"]),
+        notes=html.escape(about["notes"]),
+        samples=_embedded(folder / "samples.png"),
+        reconstructions=_embedded(folder / "reconstructions.png"),
+        table=_table(metrics),
+        curves=curves(histories),
+        folder=html.escape(str(folder)),
+    )
+    path = folder / "report.html"
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
