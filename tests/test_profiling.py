@@ -160,7 +160,7 @@ def test_nvtx_missing(monkeypatch):
 @pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False)])
 def test_environment_variable(value, on):
     pytest.importorskip("nvtx")
-    code = "from titok.ops import _ranges; print(type(_ranges._sink).__name__)"
+    code = "from titok import profiling; print(type(profiling._SINK.get()).__name__)"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "TITOK_NVTX": value},

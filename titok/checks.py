@@ -1,7 +1,7 @@
-"""Checks of what users hand to the models: images, tokens, labels. `ValueError`/`TypeError`, one line each.
+"""Checks of arguments, shared by every public entry: `ValueError` or `TypeError` in one line that names the argument.
 
-Values are looked at on the CPU only. On a GPU that would make the host wait in every call; there the same condition
-is asserted on the device, and a violation surfaces as CUDA's device-side assertion.
+Values (ids, classes, pixels) are looked at on the CPU only. On a GPU that would make the host wait in every call. There
+the same condition is asserted on the device, and a violation surfaces as CUDA's device-side assertion.
 """
 
 from __future__ import annotations
@@ -12,9 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titok.ops._checks import check_tensor
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+def check_tensor(
+    name: str,
+    value: Any,
+    *,
+    shape: Sequence[int | str | None] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raises `TypeError` for a wrong type or dtype and `ValueError` for a wrong shape or device.
+
+    Args:
+        shape: an int must match; a str names a free dimension in the message; a leading `...` is spelled `"..."`.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if dtypes is not None and value.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected dtype {wanted}, got {str(value.dtype).removeprefix('torch.')}")
+    if shape is not None:
+        leading = bool(shape) and shape[0] == "..."
+        tail = list(shape[1:]) if leading else list(shape)
+        got = list(value.shape)
+        fits = len(got) >= len(tail) if leading else len(got) == len(tail)
+        aligned = got[len(got) - len(tail) :] if fits else []
+        if not fits or any(isinstance(w, int) and w != g for w, g in zip(tail, aligned, strict=True)):
+            wanted = ", ".join(str(s) for s in shape)
+            raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
 def _check_values(name: str, value: Tensor, fine: Tensor, expected: str) -> None:
@@ -35,7 +64,7 @@ def check_images(images: Any, channels: int, size: tuple[int, int]) -> None:
         raise TypeError(
             f"images: expected a floating dtype with values in [0, 1], got {kind} (divide uint8 by 255)"
         )
-    check_tensor("images", images, shape=("B", channels, *size), dtypes=_FLOATS)
+    check_tensor("images", images, shape=("B", channels, *size), dtypes=FLOAT_DTYPES)
     _check_values("images", images, (images >= 0) & (images <= 1), "values in [0, 1]")
 
 
@@ -47,7 +76,7 @@ def check_tokens(tokens: Any, length: int, bound: int) -> None:
 
 def check_latents(latents: Any, length: int, dim: int) -> None:
     """latents (B, length, dim) of a VAE, a floating dtype, finite."""
-    check_tensor("latents", latents, shape=("B", length, dim), dtypes=_FLOATS)
+    check_tensor("latents", latents, shape=("B", length, dim), dtypes=FLOAT_DTYPES)
     _check_values("latents", latents, latents.isfinite(), "finite values")
 
 

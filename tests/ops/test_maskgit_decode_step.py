@@ -50,7 +50,11 @@ def plain_digest() -> str:
 @pytest.mark.skipif(bool(why_no_cpp()), reason=str(why_no_cpp()))
 def test_every_instruction_set_gives_the_plain_paths_bits(isa: str, plain_digest: str) -> None:
     code = "import test_maskgit_decode_step as t, titok._C as c; print(c.cpu_isa(), t.digest('cpp'))"
-    env = {**os.environ, "TITOK_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(map(str, (TESTS / "ops", TESTS, TESTS.parent)))}
+    env = {
+        **os.environ,
+        "TITOK_CPU_ISA": isa,
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS / "ops", TESTS, TESTS.parent))),
+    }
     output = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     ).stdout

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from titok.checkpoints.pretrained import atomic_path
-from titok.ops._checks import check_tensor
+from titok.checks import check_tensor
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titok.checks import FLOAT_DTYPES, check_tensor
 from titok.inference.onednn import conv
-from titok.ops._checks import FLOAT_DTYPES, check_tensor
 
 
 class FoldedUpsampleConv(NamedTuple):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from titok.checks import FLOAT_DTYPES, check_tensor
 from titok.ops import _registry
-from titok.ops._checks import FLOAT_DTYPES, check_tensor
 from titok.ops._extension import extension, why_no_cpp, why_no_triton
-from titok.ops._ranges import ranged
+from titok.profiling import ranged
 
 _CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # RowType in csrc/add_layer_norm.h
 # The gradients of weight and bias are summed by chunks of rows, so that no number of threads changes a bit.

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from titok.checks import FLOAT_DTYPES, check_tensor
 from titok.ops import _registry
-from titok.ops._checks import FLOAT_DTYPES, check_tensor
 from titok.ops._extension import why_no_triton
-from titok.ops._ranges import ranged
+from titok.profiling import ranged
 
 
 @ranged("code_mixture")

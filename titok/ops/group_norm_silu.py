@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titok.checks import check_tensor
 from titok.ops import _group_norm_silu_cpp as cpp
-from titok.ops._checks import check_tensor
 from titok.ops._extension import why_no_cpp, why_no_triton
-from titok.ops._ranges import ranged
 from titok.ops._registry import choose, register, runs_eagerly
+from titok.profiling import ranged
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

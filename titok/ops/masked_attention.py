@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from titok.checks import FLOAT_DTYPES, check_tensor
 from titok.ops import _masked_attention_cpp as cpp
-from titok.ops._checks import FLOAT_DTYPES, check_tensor
 from titok.ops._extension import why_no_cpp, why_no_flash_attn, why_no_triton
-from titok.ops._ranges import ranged
 from titok.ops._registry import choose, no_autocast, ran, register, runs_eagerly
+from titok.profiling import ranged
 
 _SDPA_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _SDPA_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

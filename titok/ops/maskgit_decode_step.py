@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titok.ops._checks import check_tensor
+from titok.checks import check_tensor
 from titok.ops._extension import extension, why_no_cpp, why_no_cuda
 from titok.ops._maskgit_decode_plain import StepParams, StepTensors, decode_plain
-from titok.ops._ranges import ranged
 from titok.ops._registry import choose, register, runs_eagerly
+from titok.profiling import ranged
 
 __all__ = ["maskgit_decode_step", "maskgit_decode_step_packed", "pack_step_params"]
 

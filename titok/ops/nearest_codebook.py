@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.ops._checks import check_tensor
+from titok.checks import check_tensor
 from titok.ops._extension import extension, why_no_cpp, why_no_triton
-from titok.ops._ranges import ranged
 from titok.ops._registry import choose, register, runs_eagerly
+from titok.profiling import ranged
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum FloatType of csrc/nearest_codebook.h

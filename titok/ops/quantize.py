@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.ops._ranges import ranged
 from titok.ops.nearest_codebook import compute_dtype, look_up, nearest_codebook
+from titok.profiling import ranged
 
 
 class Quantized(NamedTuple):
