@@ -1,6 +1,6 @@
 // exp and log as fixed sequences of float32 multiplications and additions: with contraction into FMA switched off
 // (-ffp-contract=off, -fmad=false) every compiler, instruction set and GPU gives the same bits.
-// titok/ops/_fixed_math.py is the same in PyTorch: change both or neither.
+// titok/ops/fixed_math.py is the same in PyTorch: change both or neither.
 //
 // The templates take F = float, or on the host a GCC vector of floats.
 #pragma once

@@ -19,7 +19,7 @@ import torch
 import oracles
 from titok import ops
 from titok.ops import masked_attention
-from titok.ops._extension import why_no_cpp
+from titok.ops.core.available import why_no_cpp
 
 CPP = partial(masked_attention, backend="cpp")
 TESTS = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ PROGRAM = """
 import sys, torch
 sys.path.insert(0, sys.argv[3])
 from test_masked_attention_cpp import run_cases
-from titok.ops._extension import extension
+from titok.ops.core.available import extension
 torch.set_num_threads(int(sys.argv[1]))
 torch.save((extension().cpu_isa(), run_cases()), sys.argv[2])
 """

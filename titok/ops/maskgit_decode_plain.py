@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titok.ops._fixed_math import WEIGHT_BITS, exp_weight, gumbel, log_fixed
+from titok.ops.fixed_math import WEIGHT_BITS, exp_weight, gumbel, log_fixed
 from titok.ops.philox import decode_words
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
