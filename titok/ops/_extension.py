@@ -15,10 +15,11 @@ FUNCTIONS = frozenset(
     {
         "add_layer_norm",
         "add_layer_norm_backward",
+        "add_layer_norm_chunks",
         "group_norm_silu",
         "masked_attention",
         "masked_attention_backward",
-        "maskgit_decode_cpu",
+        "maskgit_decode_step",
         "nearest_codebook",
     }
 )

@@ -89,22 +89,5 @@ def launch(
 ) -> None:
     """Channels-last maps, contiguous parameters of one dtype. Positional: names would cost microseconds."""
     ran("group_norm_silu", "cpp")
-    batch, channels, height, width = x.shape
-    extension().group_norm_silu(
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if residual is None or total is None else total.data_ptr(),
-        normalised.data_ptr(),
-        x.dtype is torch.bfloat16,
-        normalised.dtype is torch.bfloat16,
-        weight.data_ptr(),
-        bias.data_ptr(),
-        weight.dtype is torch.bfloat16,
-        0 if mean is None else mean.data_ptr(),
-        0 if rstd is None else rstd.data_ptr(),
-        batch,
-        height * width,
-        channels,
-        num_groups,
-        eps,
-    )
+    total = None if residual is None else total
+    extension().group_norm_silu(x, residual, num_groups, weight, bias, eps, total, normalised, mean, rstd)

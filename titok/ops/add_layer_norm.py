@@ -14,8 +14,6 @@ from titok.ops._extension import extension, why_no_cpp, why_no_triton
 from titok.profiling import ranged
 
 _CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # RowType in csrc/add_layer_norm.h
-# The gradients of weight and bias are summed by chunks of rows, so that no number of threads changes a bit.
-_CHUNK_ROWS, _MOST_CHUNKS = 16, 64
 
 
 @ranged("add_layer_norm")
@@ -227,22 +225,7 @@ def _launch_cpp(
 ) -> None:
     """Contiguous rows of any shape. Positional: names would cost a microsecond."""
     _registry.ran("add_layer_norm", "cpp")
-    width = weight.shape[0]
-    extension().add_layer_norm(
-        x.data_ptr(),
-        _CPP_TYPES[x.dtype],
-        0 if residual is None else residual.data_ptr(),
-        0 if residual is None else _CPP_TYPES[residual.dtype],
-        0 if total is None else total.data_ptr(),
-        normalised.data_ptr(),
-        _CPP_TYPES[normalised.dtype],
-        weight.data_ptr(),
-        bias.data_ptr(),
-        _CPP_TYPES[weight.dtype],
-        x.numel() // width,
-        width,
-        eps,
-    )
+    extension().add_layer_norm(x, residual, weight, bias, eps, total, normalised)
 
 
 def _choose(backend: str | None, *tensors: torch.Tensor, out_dtype: torch.dtype | None = None) -> str:
@@ -379,24 +362,9 @@ def _cpp_backward(
 ) -> torch.Tensor:
     """Fills `grad`; returns the gradients of weight and bias (2, D) float32. All contiguous."""
     channels = weight.shape[0]
-    rows = total.numel() // channels
-    chunk_rows = max(_CHUNK_ROWS, -(-rows // _MOST_CHUNKS))
-    partial = total.new_empty((-(-rows // chunk_rows), 2, channels), dtype=torch.float32)
-    extension().add_layer_norm_backward(
-        0 if grad_total is None else grad_total.data_ptr(),
-        grad_normalised.data_ptr(),
-        _CPP_TYPES[grad_normalised.dtype],
-        total.data_ptr(),
-        grad.data_ptr(),
-        _CPP_TYPES[total.dtype],
-        weight.data_ptr(),
-        _CPP_TYPES[weight.dtype],
-        partial.data_ptr(),
-        rows,
-        channels,
-        chunk_rows,
-        eps,
-    )
+    chunks = extension().add_layer_norm_chunks(total.numel() // channels)
+    partial = total.new_empty((chunks, 2, channels), dtype=torch.float32)
+    extension().add_layer_norm_backward(grad_total, grad_normalised, total, weight, eps, grad, partial)
     return partial.sum(0)
 
 

@@ -354,60 +354,24 @@ def _run(
     new = out if out is not None and out.is_contiguous() else torch.empty_like(inputs.tokens)
     scores = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
     if tokens.numel():
-        args = _args(inputs, packed, params, mask_token, maskgit, new, scores)
+        args = (*inputs, packed, tuple(params), mask_token, maskgit, new, scores)
         if name == "cuda":
             _launch(args, tokens, workspace)
-        elif extension().maskgit_decode_cpu(args, torch.get_num_threads()):
+        elif extension().maskgit_decode_step(*args, torch.get_num_threads()):
             _check_values(inputs, mask_token)
     return (new if out is None or new is out else out.copy_(new)), scores
-
-
-def _args(
-    inputs: StepTensors,
-    packed: Tensor | None,
-    params: StepParams,
-    mask_token: int,
-    maskgit: bool,
-    new: Tensor,
-    scores: Tensor,
-) -> Any:
-    """csrc's DecodeArgs. It holds addresses alone: the tensors must outlive it."""
-    cond, uncond = inputs.cond, inputs.uncond
-
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
-    def strides(logits: Tensor | None) -> tuple[int, int]:
-        return (0, 0) if logits is None else (logits.stride(0) if logits.ndim == 3 else 0, logits.stride(-2))
-
-    return extension().DecodeArgs(
-        tokens=inputs.tokens.data_ptr(),
-        logits=(cond.data_ptr(), address(uncond)),
-        rows=(address(inputs.rows), address(inputs.uncond_rows)),
-        strides=(*strides(cond), *strides(uncond)),
-        row_counts=(cond.shape[0], 0 if uncond is None else uncond.shape[0]),
-        keep=address(inputs.keep),
-        params_at=address(packed),
-        shape=(*inputs.tokens.shape, cond.shape[-1]),
-        type=_LOGIT_DTYPES.index(cond.dtype),
-        mask_token=mask_token,
-        maskgit=maskgit,
-        out=new.data_ptr(),
-        confidence=scores.data_ptr(),
-        params=tuple(params),
-    )
 
 
 _ZEROS: dict[tuple[int, int], Tensor] = {}
 
 
-def _launch(args: Any, tokens: Tensor, workspace: Tensor | None) -> None:
+def _launch(args: tuple[Any, ...], tokens: Tensor, workspace: Tensor | None) -> None:
     with torch.cuda.device(tokens.device):
         stream = torch.cuda.current_stream().cuda_stream
         drawn = torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device)
         if workspace is None:
             workspace = _zeros(tokens, stream)
-        extension().maskgit_decode_cuda(args, drawn.data_ptr(), workspace.data_ptr(), stream)
+        extension().maskgit_decode_step_cuda(*args, drawn, workspace, stream)
 
 
 def _zeros(tokens: Tensor, stream: int) -> Tensor:

@@ -15,7 +15,6 @@ from titok.ops._registry import choose, register, runs_eagerly
 from titok.profiling import ranged
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum FloatType of csrc/nearest_codebook.h
 # Scores that the plain path holds at a time: 16 MiB of float32.
 _PLAIN_CHUNK = 1 << 22
 
@@ -181,19 +180,7 @@ def _products_are_reduced(device_type: str) -> bool:
 
 def _cpp(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
     latents, codebook = _unit_stride(latents), _unit_stride(codebook)
-    extension().nearest_codebook(
-        latents.data_ptr(),
-        _CPP_TYPES[latents.dtype],
-        latents.shape[0],
-        latents.stride(0),
-        codebook.data_ptr(),
-        _CPP_TYPES[codebook.dtype],
-        codebook.shape[0],
-        codebook.stride(0),
-        codebook.shape[1],
-        normalize,
-        out.data_ptr(),
-    )
+    extension().nearest_codebook(latents, codebook, normalize, out)
 
 
 def _triton(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
