@@ -408,7 +408,7 @@ BAD = [
     (
         {"x": X.half(), "backend": "cpp"},
         RuntimeError,
-        "cannot run: the C\\+\\+ kernel takes float32 and bfloat16, not float16",
+        "C\\+\\+ kernel takes float32 and bfloat16, not float16",
     ),
     (
         {"x": X.double(), "weight": ONES.double(), "bias": ONES.double(), "backend": "triton"},
