@@ -229,16 +229,16 @@ def _backward_triton(a: BackwardArguments, grad: Tensor, grad_parameters: Tensor
 
 def _backward_plain(a: BackwardArguments) -> tuple[Tensor, Tensor]:
     wide = _statistics_dtype(a.total)
-    grad_normalised = a.grad_normalised.to(wide)
 
-    def normalised(rows: Tensor, scale: Tensor) -> Tensor:
-        return F.layer_norm(rows, rows.shape[-1:], scale, None, a.eps)
+    def normalised(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(rows, rows.shape[-1:], weight, bias, a.eps)
 
-    grad, grad_weight = vjp(normalised, (a.total.to(wide), a.weight.to(wide)), grad_normalised)
+    weight = a.weight.to(wide)
+    inputs = (a.total.to(wide), weight, torch.zeros_like(weight))
+    grad, *grad_parameters = vjp(normalised, inputs, a.grad_normalised.to(wide))
     if a.grad_total is not None:
         grad = grad + a.grad_total
-    grad_bias = grad_normalised.reshape(-1, grad_normalised.shape[-1]).sum(0)
-    return grad.to(a.total.dtype).contiguous(), torch.stack((grad_weight, grad_bias))
+    return grad.to(a.total.dtype).contiguous(), torch.stack(grad_parameters)
 
 
 # ---------------------------------------------------------------------------------------------------------------

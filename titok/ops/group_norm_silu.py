@@ -324,6 +324,8 @@ def _save(a: Arguments, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _backward_arguments(grads: Any, saved: Any, a: Any, needs: Any) -> tuple[Any, ...] | None:
     grad_total, grad = grads
+    if a.residual is None:
+        grad_total = None  # compiled code hands on an empty tensor
     return None if grad is None else (grad, grad_total, *saved)
 
 

@@ -7,6 +7,7 @@ can follow any forward pass. SDPA on a GPU and flash-attn keep NaN: their backwa
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -339,12 +340,15 @@ def _backward_flash_attn(a: BackwardArguments) -> tuple[Tensor]:
 
 
 def _plain(a: Arguments) -> tuple[Tensor, Tensor]:
-    if a.qkv.numel() == 0 or a.start == a.stop:
-        return _results(a)[0], _kept(a)[0]
-    step = max(1, _SCORES_AT_ONCE // (a.num_heads * (a.stop - a.start) * a.qkv.shape[1]))
-    masks = [None] * len(a.qkv) if a.key_mask is None else a.key_mask.split(step)
+    step = _samples_at_once(a)
+    masks = itertools.repeat(None) if a.key_mask is None else a.key_mask.split(step)
     parts = [_attend(qkv, mask, a) for qkv, mask in zip(a.qkv.split(step), masks, strict=False)]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def _samples_at_once(a: Arguments | BackwardArguments) -> int:
+    scores = a.num_heads * (a.stop - a.start) * a.qkv.shape[1]
+    return max(1, _SCORES_AT_ONCE // max(1, scores))
 
 
 def _attend(qkv: Tensor, key_mask: Tensor | None, a: Arguments | BackwardArguments) -> tuple[Tensor, Tensor]:
@@ -360,10 +364,8 @@ def _attend(qkv: Tensor, key_mask: Tensor | None, a: Arguments | BackwardArgumen
 
 
 def _backward_plain(a: BackwardArguments) -> tuple[Tensor]:
-    if a.qkv.numel() == 0 or a.start == a.stop:
-        return (torch.zeros_like(a.qkv, memory_format=torch.contiguous_format),)
-    step = max(1, _SCORES_AT_ONCE // (a.num_heads * (a.stop - a.start) * a.qkv.shape[1]))
-    masks = [None] * len(a.qkv) if a.key_mask is None else a.key_mask.split(step)
+    step = _samples_at_once(a)
+    masks = itertools.repeat(None) if a.key_mask is None else a.key_mask.split(step)
     parts = []
     for qkv, mask, grad in zip(a.qkv.split(step), masks, a.grad.split(step), strict=False):
         (dqkv,) = vjp(lambda qkv, mask=mask: _attend(qkv, mask, a)[0], (qkv,), grad)

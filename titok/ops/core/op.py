@@ -95,7 +95,7 @@ class Gradient:
         op: the op of the backward pass.
         save: called with the arguments and all outputs; returns the tensors (or None) that the backward pass reads.
         arguments: called with the gradients of the results (None where a result has none), the saved tensors, the
-            forward pass's arguments, in which None stands for each tensor, and whether each tensor argument needs a
+            forward pass's arguments, in which `...` stands for each tensor, and whether each tensor argument needs a
             gradient; returns the arguments of `op`, or None where `op` has nothing to do.
         gradients: called with the gradients of the results and what `op` returned (nothing where it had nothing to do);
             returns the gradient of each tensor argument in order, or None.
@@ -193,7 +193,8 @@ class Op:
             if torch.is_grad_enabled():
                 wants_gradient = any(t.requires_grad for t in tensors)
         if backend is None and mode is DEFAULT and self._direct is not None and not wants_gradient:
-            results = self._offer(self._direct, arguments, out) if tensors[0].is_cpu else None
+            first = tensors[0]
+            results = self._offer(self._direct, arguments, out) if first.is_cpu and first.numel() else None
             if results is not None:
                 return results
         self.check(arguments)
@@ -359,7 +360,7 @@ class Op:
         outputs = output if isinstance(output, tuple) else (output,)
         arguments, ctx.backend = self._split(inputs)
         ctx.dtypes = [None if arguments[i] is None else arguments[i].dtype for i in self._tensor_at]
-        ctx.arguments = self.arguments(*(None if i in self._tensor_at else a for i, a in enumerate(arguments)))
+        ctx.arguments = self.arguments(*(... if isinstance(a, Tensor) else a for a in arguments))
         ctx.set_materialize_grads(False)
         if self.gradient is None:
             return
@@ -369,16 +370,17 @@ class Op:
     def _gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient of every input of the registered op; None for those that have or need none."""
         assert self.gradient is not None
-        everything: list[Tensor | None] = [None] * (len(ctx.arguments) + 1)
+        needs_grad = ctx.needs_input_grad
+        everything: list[Tensor | None] = [None] * len(needs_grad)
         grads = grads[: self._num_results]
         if all(grad is None for grad in grads):
             return tuple(everything)
-        needs = [ctx.needs_input_grad[i] for i in self._tensor_at]
+        needs = [i < len(needs_grad) and needs_grad[i] for i in self._tensor_at]
         arguments = self.gradient.arguments(grads, ctx.saved_tensors, ctx.arguments, needs)
         returned = () if arguments is None else self.gradient.op(*arguments, backend=ctx.backend)
         found = self.gradient.gradients(grads, returned)
-        for i, grad, dtype in zip(self._tensor_at, found, ctx.dtypes, strict=True):
-            if grad is not None and ctx.needs_input_grad[i]:
+        for i, grad, need, dtype in zip(self._tensor_at, found, needs, ctx.dtypes, strict=True):
+            if grad is not None and need:
                 everything[i] = grad.to(dtype)
         return tuple(everything)
 
@@ -400,7 +402,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *ctx.op._gradients(ctx, *grads), None, None
+        gradients: tuple[Tensor | None, ...] = ctx.op._gradients(ctx, *grads)
+        return gradients
 
 
 def register_composite(schema: str, function: Callable[..., Any]) -> None:
