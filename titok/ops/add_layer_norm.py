@@ -293,8 +293,7 @@ def _forward(
         else:
             from titok.kernels import add_layer_norm as kernels
 
-            rows = [t.view(-1, t.shape[-1]) for t in (x, residual, total, normalised)]
-            kernels.forward(rows[0], rows[1], weight, bias, eps, rows[2], rows[3])
+            kernels.forward(x, residual, weight, bias, eps, total, normalised)
     return total, normalised
 
 
@@ -363,10 +362,7 @@ def _backward(
         return grad, _cpp_backward(grad_total, grad_normalised, total, weight, eps, grad)
     from titok.kernels import add_layer_norm as kernels
 
-    rows = total.view(-1, channels)
-    partial = total.new_empty((2, kernels.programs(rows.shape[0], channels), channels), dtype=torch.float32)
-    kernels.backward(grad_total, grad_normalised, rows, weight, eps, grad, partial)
-    return grad, partial.sum(1)
+    return grad, kernels.backward(grad_total, grad_normalised, total, weight, eps, grad)
 
 
 def _cpp_backward(

@@ -121,14 +121,11 @@ def _backward_triton(
     grad_logits, grad_codebook = torch.zeros_like(logits), torch.zeros_like(codebook)
     if logits.numel():
         (num_codes, channels), rows = codebook.shape, logits.view(-1, logits.shape[-1])
-        lse = rows.new_empty(rows.shape[0], dtype=torch.float32)
         grad = grad.view(-1, channels)
         codes = codebook.to(logits.dtype).contiguous()
-        kernels.dlogits(grad, rows, codes, mixture.view(-1, channels), grad_logits.view(-1, num_codes), lse)
-        if need_codebook:
-            partial = lse.new_empty(kernels.splits(len(rows)), num_codes, channels)
-            kernels.dcodebook(grad, rows, lse, partial)
-            grad_codebook = partial.sum(0).to(codebook.dtype)
+        out = (mixture.view(-1, channels), grad_logits.view(-1, num_codes))
+        if (summed := kernels.backward(grad, rows, codes, *out, need_codebook)) is not None:
+            grad_codebook = summed.to(codebook.dtype)
     return grad_logits if need_logits else logits.new_empty(
         0
     ), grad_codebook if need_codebook else codebook.new_empty(0)

@@ -233,7 +233,7 @@ def _add_forward(
         from titok.kernels import group_norm_silu as kernels
 
         weight, bias = weight.contiguous(), bias.contiguous()
-        kernels.forward(x, residual, weight, bias, eps, total, normalised, mean, rstd)
+        kernels.forward(x, residual, num_groups, weight, bias, eps, total, normalised, mean, rstd)
         return total, normalised, mean, rstd
     total = x if residual is None else x + residual
     return (total, *_plain_forward(total, num_groups, weight, bias, eps, out_dtype))
@@ -279,7 +279,12 @@ def _backward(
     if backend != "plain" and _why_no_triton(x, grad.dtype) is None and (x.is_cuda or backend == "triton"):
         if grad_sum is not None:
             grad_sum = grad_sum.contiguous(memory_format=memory_format)
-        grad_x, sums = _triton_backward(grad, grad_sum, x, weight.contiguous(), bias.contiguous(), mean, rstd)
+        from titok.kernels import group_norm_silu as kernels
+
+        grad_x = torch.empty_like(x)
+        parameters = (weight.contiguous(), bias.contiguous())
+        grad_weight, grad_bias = kernels.backward(grad, grad_sum, x, *parameters, mean, rstd, grad_x)
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
     else:
         grad_x, sums = _plain_backward(grad, grad_sum, x, weight, bias, mean, rstd)
     return grad_x, sums[:, 1].sum(0).to(weight.dtype), sums[:, 0].sum(0).to(bias.dtype)
@@ -293,18 +298,6 @@ def _group_means(sums: Tensor, weight: Tensor, x: Tensor, num_groups: int) -> Te
     """Sums (B, 2, C) over pixels of g and g * s -> means (B, 2, G) over a group of those times weight."""
     weighted = (sums * weight.to(sums.dtype)).unflatten(2, (num_groups, -1)).sum(3)
     return weighted / (x[0].numel() // num_groups)
-
-
-def _triton_backward(
-    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    from titok.kernels import group_norm_silu as kernels
-
-    grad_x = torch.empty_like(x)
-    sums = kernels.backward_sums(grad, x, weight, bias, mean, rstd)
-    means = _group_means(sums, weight, x, mean.shape[1])
-    kernels.backward_input(grad, grad_sum, x, weight, bias, mean, rstd, means, grad_x)
-    return grad_x, sums
 
 
 def _plain_backward(

@@ -163,7 +163,7 @@ def _forward(
         from titok.kernels import masked_attention as kernels
 
         out, lse = _forward_empty(qkv, num_heads, start, stop, name)
-        kernels.forward(*_for_triton(qkv, key_mask), out, lse, num_heads, start, scale)
+        kernels.forward(*_for_triton(qkv, key_mask), num_heads, start, scale, out, lse)
         return out, lse
     if name == "cpp":
         out, lse = _forward_empty(qkv, num_heads, start, stop, name)
@@ -280,7 +280,7 @@ def _triton_backward(
 
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _zero_unused_queries(dqkv, start, stop)
-    kernels.backward(grad.contiguous(), *_for_triton(qkv, key_mask), out, lse, dqkv, num_heads, start, scale)
+    kernels.backward(grad.contiguous(), *_for_triton(qkv, key_mask), out, lse, num_heads, start, scale, dqkv)
     return dqkv
 
 

@@ -197,15 +197,9 @@ def _cpp(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> Non
 
 
 def _triton(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
-    from titok.kernels.nearest_codebook import count_splits, launch_nearest_codebook
+    from titok.kernels import nearest_codebook as kernels
 
-    splits = count_splits(latents.shape[0], *codebook.shape, latents.device)
-    scores = codes = None
-    if splits > 1:
-        scores = torch.empty((splits, latents.shape[0]), dtype=torch.float32, device=latents.device)
-        codes = torch.empty_like(scores, dtype=torch.int32)
-    latents, codebook = latents.float().contiguous(), codebook.float().contiguous()
-    launch_nearest_codebook(latents, codebook, normalize, out, scores, codes)
+    kernels.forward(latents.float().contiguous(), codebook.float().contiguous(), normalize, out)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
