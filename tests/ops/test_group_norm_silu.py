@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -157,19 +158,16 @@ def test_cpp_by_name_refuses_gradients() -> None:
         group_norm_silu(x.requires_grad_(), SHAPES[0][-1], weight, bias, EPS, residual=residual, backend="cpp")
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
-def test_second_order_gradients_raise_or_are_right(memory_format: torch.memory_format) -> None:
-    x, _, weight, bias = (t.double() for t in inputs((2, 8, 3, 4, 2), F32))
-    x = x.contiguous(memory_format=memory_format)
-    for backend in (None, "plain"):
-        assert torch.autograd.gradgradcheck(
-            lambda x, backend=backend: group_norm_silu(x, 2, weight, bias, EPS, backend=backend),
-            (x.requires_grad_(),),
+@pytest.mark.parametrize("dispatched", [False, True])
+@pytest.mark.parametrize("backend", [None, "plain"])
+def test_second_order_gradients_raise(backend: str | None, dispatched: bool) -> None:
+    x, _, weight, bias = inputs((2, 8, 3, 4, 2), F32)
+    x.requires_grad_()
+    with ops.through_dispatcher() if dispatched else nullcontext():
+        (grad,) = torch.autograd.grad(
+            group_norm_silu(x, 2, weight, bias, EPS, backend=backend).sum(), x, create_graph=True
         )
-    x, weight, bias = x.float().detach().requires_grad_(), weight.float(), bias.float()
-    with ops.through_dispatcher():
-        (grad,) = torch.autograd.grad(group_norm_silu(x, 2, weight, bias, EPS).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="titok::group_norm_silu_backward is not differentiable"):
+        with pytest.raises(RuntimeError, match=r"is not differentiable|once_differentiable"):
             grad.square().sum().backward()
 
 

@@ -356,7 +356,7 @@ _GROUP_NORM_SILU = Op(
     backends=(
         Kernel("triton", _triton, _why_no_triton, _like_x),
         Kernel("cpp", _cpp, _why_no_cpp, _like_x, checks_itself=True),
-        Composite("plain", _plain),
+        Composite("plain", _plain, differentiable=False),
     ),
     gradient=Gradient(
         _BACKWARD,
