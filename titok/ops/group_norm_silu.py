@@ -262,6 +262,7 @@ def _backward_plain(a: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
 
     with means over the pixels and channels of a group.
     """
+    a = _like_x(a)  # one memory format, so that sums are taken in one order
     if a.x.numel() == 0:
         return a.x.clone(), torch.zeros_like(a.weight), torch.zeros_like(a.bias)
     groups = (a.mean.shape[1], -1)

@@ -20,7 +20,6 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from titok import profiling
 from titok.checks import check_tensor
@@ -192,6 +191,10 @@ class Op:
                 return self._into(out, self._compute(self._plain, arguments))
             if torch.is_grad_enabled():
                 wants_gradient = any(t.requires_grad for t in tensors)
+        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self._dispatched(
+                arguments, out, backend
+            )  # whoever differentiates the results is told that none can
         if backend is None and mode is DEFAULT and self._direct is not None and not wants_gradient:
             first = tensors[0]
             results = self._offer(self._direct, arguments, out) if first.is_cpu and first.numel() else None
@@ -385,7 +388,7 @@ class Op:
         return tuple(everything)
 
     def _no_gradient(self, ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(f"titok::{self.name} is not differentiable")
+        raise RuntimeError(f"titok::{self.name} is not differentiable: its gradient was asked for")
 
 
 class _Differentiable(torch.autograd.Function):
@@ -400,7 +403,6 @@ class _Differentiable(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients: tuple[Tensor | None, ...] = ctx.op._gradients(ctx, *grads)
         return gradients
