@@ -138,7 +138,7 @@ def test_the_decoder_takes_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(model.pixel_decoder, "_decode", lambda codes: sizes.append(len(codes)) or decode(codes))
     with torch.no_grad():
         whole = model.decode(TOKENS)
-        monkeypatch.setattr(vqgan, "_MAP_BYTES", (2 * 64 * 96 * 64 * 8, 0))
+        monkeypatch.setattr(vqgan, "_MAX_MAP_BYTES_CPU", 2 * 64 * 96 * 64 * 8)
         assert torch.allclose(model.decode(TOKENS), whole, rtol=1e-12)
         assert model.decode(TOKENS[:0]).shape == (0, 3, 64, 96)
     assert sizes == [3, 2, 1, 0]
