@@ -9,6 +9,7 @@ condition is asserted on the device, so a violation surfaces later, as CUDA's de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def check_tensor(
     name: str,
     value: Any,
     *,
-    shape: Sequence[int | str | None] | None = None,
+    shape: Sequence[int | str | torch.SymInt] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> None:
@@ -53,6 +54,19 @@ def check_tensor(
             raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def check_eps(eps: Any) -> None:
+    """Checks the number that a norm adds to the variance: finite and above 0.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite, or not above 0.
+    """
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps: expected a number above 0, got {type(eps).__name__}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected a number above 0, got {eps}")
 
 
 def _check_values(name: str, value: Tensor, valid: Tensor, expected: str) -> None:

@@ -398,7 +398,7 @@ def _facts() -> dict[str, dict[str, Any]]:
 
     from titok import __version__, ops
     from titok.config import GENERATOR_PRESETS, TOKENIZER_PRESETS
-    from titok.ops._extension import extension
+    from titok.ops.core.available import extension
 
     versions = {"titok": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "numpy"):
