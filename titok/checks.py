@@ -1,5 +1,4 @@
-"""Checks of arguments. Each raises a `TypeError` or `ValueError` of one line: the argument, what was expected,
-what came.
+"""Checks of arguments. The error is one line that names the argument, what was expected and what came.
 
 Public functions check their arguments once, at the entry. What they call behind it trusts its arguments.
 

@@ -130,9 +130,29 @@ def run_length(values: Iterator[int], count: int) -> list[int]:
 
 
 def test_auto_grows_while_it_pays() -> None:
-    assert run_length(sizes(BatchSizeSearch("auto", CPU), lambda n: 1 + 0.25 * n), 50) == [1, 2, 4, 8, 16, 32, 64, 32]
+    assert run_length(sizes(BatchSizeSearch("auto", CPU), lambda n: 1 + 0.25 * n), 50) == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+        32,
+    ]
     assert run_length(sizes(BatchSizeSearch("auto", CPU), lambda n: float(n)), 50) == [1, 2, 1], "no faster: back"
-    assert run_length(sizes(BatchSizeSearch("auto", CPU), lambda n: 1.0), 50) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert run_length(sizes(BatchSizeSearch("auto", CPU), lambda n: 1.0), 50) == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+        128,
+        256,
+        512,
+    ]
     assert run_length(sizes(BatchSizeSearch("auto", torch.device("cuda")), lambda n: 1.0), 4) == [16, 32]
     assert run_length(sizes(BatchSizeSearch(3, CPU), lambda n: 1.0), 9) == [3]
 

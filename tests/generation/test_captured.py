@@ -37,7 +37,9 @@ def make(device: str = "cpu") -> MaskGIT:
     return model.to(device)
 
 
-def request(labels: Any, config: SamplingConfig = GUIDED, seed: int = 0, first_sample: int = 0) -> GenerationRequest:
+def request(
+    labels: Any, config: SamplingConfig = GUIDED, seed: int = 0, first_sample: int = 0
+) -> GenerationRequest:
     model = GeneratorConfig(16, 64, num_classes=10)
     return GenerationRequest.checked(model, labels, seed=seed, first_sample=first_sample, sampling=config)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from titok import Pipeline, SamplingConfig, VQGANConfig, sample_tokens
+from titok.inference.prepared import uses_prepared_weights
+from titok.ops import is_plain
 
 Make = Callable[..., Any]
 PROXY = VQGANConfig(
@@ -116,3 +120,82 @@ def test_from_pretrained(pipe: Pipeline, tmp_path: Path) -> None:
     assert half([0, 1]).shape == (2, 16, 24, 3)
     with pytest.raises(ValueError, match="expected a TiTok, got a 'MaskGIT'"):
         Pipeline.from_pretrained(tmp_path / "generator", tmp_path / "tokenizer")
+
+
+def test_models_keep_their_mode(tiny_tokenizer: Make, tiny_generator: Make) -> None:
+    """A generator in training mode stays in it, and generates what it generates in eval mode."""
+    tokenizer, generator = tiny_tokenizer(), tiny_generator(dropout=0.5)
+    want = Pipeline(tokenizer, generator)([0, 1], seed=2)
+    generator.train()
+    assert torch.equal(Pipeline(tokenizer, generator)([0, 1], seed=2), want)
+    assert generator.training
+    assert not tokenizer.training
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+def paused(pipe: Pipeline, on_entry: Callable[[], None]) -> list[bool]:
+    """Calls `on_entry` in the middle of each call of `pipe`. Returns a list that tells of each call if it ran plain."""
+    modes: list[bool] = []
+    decode = pipe.tokenizer.decode_head
+
+    def decode_head(tokens: Tensor) -> Tensor:
+        on_entry()
+        modes.append(is_plain() and not uses_prepared_weights())
+        return decode(tokens)
+
+    pipe.tokenizer.decode_head = decode_head  # type: ignore[method-assign]
+    return modes
+
+
+def test_plain_pipelines_in_two_threads_leave_the_process_as_it_was(
+    tiny_tokenizer: Make, tiny_generator: Make
+) -> None:
+    """Both are in plain mode at the same time, and the one that was first leaves it first."""
+    both, first_is_done = threading.Barrier(2, timeout=60), threading.Event()
+    pipes = [Pipeline(tiny_tokenizer(), tiny_generator(), engine="plain") for _ in range(2)]
+
+    def second_enters() -> None:
+        both.wait()
+        assert first_is_done.wait(60)
+
+    modes = [paused(pipes[0], both.wait), paused(pipes[1], second_enters)]  # type: ignore[arg-type]
+    results: list[Tensor] = []
+
+    def run(index: int) -> None:
+        results.append(pipes[index]([0, 1]))
+        assert not is_plain()
+        if index == 0:
+            first_is_done.set()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert modes == [[True], [True]]
+    assert torch.equal(*results)
+    assert not is_plain()
+    with torch.no_grad():
+        assert uses_prepared_weights()
+
+
+def test_a_fast_pipeline_beside_a_plain_one_stays_fast(tiny_tokenizer: Make, tiny_generator: Make) -> None:
+    entered, fast_is_done = threading.Event(), threading.Event()
+    plain = Pipeline(tiny_tokenizer(), tiny_generator(), engine="plain")
+    fast = Pipeline(tiny_tokenizer(), tiny_generator())
+
+    def pause() -> None:
+        entered.set()
+        assert fast_is_done.wait(60)
+
+    plain_modes, fast_modes = paused(plain, pause), paused(fast, lambda: None)
+    thread = threading.Thread(target=plain, args=([0, 1],))
+    thread.start()
+    assert entered.wait(60)
+    fast([0, 1])
+    fast_is_done.set()
+    thread.join()
+    assert (plain_modes, fast_modes) == ([True], [False])

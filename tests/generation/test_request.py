@@ -1,4 +1,4 @@
-"""`GenerationRequest`: what it refuses, what it owns, and how it is cut; arguments are checked once, at the public entry."""
+"""`GenerationRequest`: what it refuses and how it is cut; and that every public entry checks its arguments once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from titok.generation.sample_sets import generate_set
 
 Make = Callable[..., Any]
 CONFIG = GeneratorConfig(4, 16, num_classes=3, sampling=SamplingConfig(steps=5))
-DEFAULTS: dict[str, Any] = {"labels": [0, 1], "seed": 0, "first_sample": 0, "sampling": None, "rounding": "nearest"}
+DEFAULTS: dict[str, Any] = {
+    "labels": [0, 1],
+    "seed": 0,
+    "first_sample": 0,
+    "sampling": None,
+    "rounding": "nearest",
+}
 
 
 @pytest.mark.parametrize(

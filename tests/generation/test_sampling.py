@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -92,6 +93,24 @@ def test_unconditional_and_guidance_free_runs_agree(generator: MaskGIT) -> None:
     assert torch.equal(sample_tokens(generator, labels, guided), sample_tokens(generator, labels, free))
 
 
+def test_init_tokens_that_are_all_masked_are_no_init_tokens(generator: MaskGIT) -> None:
+    for count in (1, 3):
+        init = torch.full((count, K), V)
+        tokens, trace = sample_tokens(generator, range(count), seed=2, init_tokens=init, trace=True)
+        assert torch.equal(tokens, sample_tokens(generator, range(count), seed=2))
+        assert (trace.tokens == V).sum(-1)[:, 0].tolist() == [16, 14, 13, 12, 10, 9, 7, 5, 0]
+
+
+def test_init_tokens_with_as_many_known_ones_in_every_sample(generator: MaskGIT) -> None:
+    """Samples that share their counts take another way to the op than samples that do not."""
+    init = torch.randint(V, (3, K))
+    init[0, :9], init[1, 3:12], init[2, ::2], init[2, 1] = V, V, V, V
+    assert (init == V).sum(1).tolist() == [9, 9, 9]
+    other = torch.cat([init, torch.randint(V, (1, K))])
+    tokens = sample_tokens(generator, [1, 2, 3], init_tokens=init)
+    assert torch.equal(sample_tokens(generator, [1, 2, 3, 4], init_tokens=other)[:3], tokens)
+
+
 def test_dropout_is_off_while_sampling(generator: MaskGIT) -> None:
     want = sample_tokens(generator, [1, 2], seed=3)
     generator.train()
@@ -100,6 +119,42 @@ def test_dropout_is_off_while_sampling(generator: MaskGIT) -> None:
         assert generator.training
     finally:
         generator.eval()
+
+
+def test_sampling_leaves_a_model_that_another_thread_trains_alone() -> None:
+    """The other thread reads the mode and computes with dropout, also while a forward pass of the sampling runs."""
+    torch.manual_seed(0)
+    config = GeneratorConfig(K, V, num_classes=CLASSES, width=32, layers=2, heads=2, mlp_width=64, dropout=0.5)
+    model = MaskGIT(config).eval()
+    want = sample_tokens(model, [1, 2], seed=3)
+    model.train()
+    tokens, labels = torch.full((2, K), V), torch.tensor([1, 2])
+    modes, gradients, within = [], [], threading.Event()
+
+    def train() -> None:
+        for _ in range(5):
+            assert within.wait(60)
+            within.clear()
+            first, second = model(tokens, labels), model(tokens, labels)
+            modes.append(all(module.training for module in model.modules()))
+            modes.append(not torch.equal(first, second))  # dropout is random
+            gradients.append(torch.autograd.grad(first.sum(), model.lm_head.weight)[0])
+
+    trainer = threading.Thread(target=train)
+
+    def let_the_trainer_run(*_: Any) -> None:
+        if threading.current_thread() is not trainer:
+            within.set()
+
+    hook = model.trunk.register_forward_pre_hook(let_the_trainer_run)
+    trainer.start()
+    while trainer.is_alive():
+        assert torch.equal(sample_tokens(model, [1, 2], seed=3), want)
+        assert all(module.training for module in model.modules())
+    trainer.join()
+    hook.remove()
+    assert modes == [True] * 10
+    assert len(gradients) == 5
 
 
 def test_empty_batch(generator: MaskGIT) -> None:
@@ -140,8 +195,8 @@ def test_last_step_is_greedy_and_final() -> None:
         ({"seed": -1}, r"seed: expected an int in \[0, 2\^64\), got -1"),
         ({"seed": 1 << 64}, "seed"),
         ({"first_sample": -1}, "first_sample"),
-        ({"init_tokens": torch.zeros(1, K - 1, dtype=torch.int64)}, r"tokens: expected shape \(B, 16\)"),
-        ({"init_tokens": torch.full((1, K), V + 1)}, r"tokens: expected ids in \[0, 65\)"),
+        ({"init_tokens": torch.zeros(1, K - 1, dtype=torch.int64)}, r"init_tokens: expected shape \(B, 16\)"),
+        ({"init_tokens": torch.full((1, K), V + 1)}, r"init_tokens: expected ids in \[0, 65\)"),
         ({"init_tokens": torch.zeros(2, K, dtype=torch.int64)}, "init_tokens: expected 1 rows"),
     ],
 )
@@ -153,5 +208,5 @@ def test_bad_values(generator: MaskGIT, change: dict[str, Any], message: str) ->
 def test_bad_types(generator: MaskGIT) -> None:
     with pytest.raises(TypeError, match="labels: expected dtype int64, got float32"):
         sample_tokens(generator, torch.zeros(1))
-    with pytest.raises(TypeError, match="tokens: expected dtype int64"):
+    with pytest.raises(TypeError, match="init_tokens: expected dtype int64"):
         sample_tokens(generator, [0], init_tokens=torch.zeros(1, K))

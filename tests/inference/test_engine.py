@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,33 +165,33 @@ def test_one_graph_ends_in_pictures() -> None:
 
 
 def calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
-    seen: list[str] = []
+    called: list[str] = []
     for name in names:
         was = getattr(onednn, name)
-        monkeypatch.setattr(onednn, name, lambda *a, was=was, name=name: seen.append(name) or was(*a))
-    return seen
+        monkeypatch.setattr(onednn, name, lambda *a, was=was, name=name: called.append(name) or was(*a))
+    return called
 
 
 @pytest.mark.skipif(not onednn.available(torch.ones(1)), reason="this PyTorch has not oneDNN's ops")
 def test_inference_on_a_cpu_runs_onednn_on_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = calls(monkeypatch, "packed_linear", "pack_linear", "pack_conv")
+    called = calls(monkeypatch, "packed_linear", "pack_linear", "pack_conv")
     model = tokenizer()
     with torch.no_grad():
         model.decode(TOKENS)
-        assert {"packed_linear", "pack_linear", "pack_conv"} <= set(seen)
-        products = seen.count("packed_linear")
-        seen.clear()
+        assert {"packed_linear", "pack_linear", "pack_conv"} <= set(called)
+        products = called.count("packed_linear")
+        called.clear()
         model.decode(TOKENS)
-        assert set(seen) == {"packed_linear"}  # nothing is packed twice
-        assert seen.count("packed_linear") == products - 1  # the tokens that are the same in every image
-        seen.clear()
+        assert set(called) == {"packed_linear"}  # nothing is packed twice
+        assert called.count("packed_linear") == products - 1  # the tokens that are the same in every image
+        called.clear()
         with engine.plain():
             model.decode(TOKENS)
         with torch.autocast("cpu", torch.bfloat16):
             model.decode(TOKENS)
         model.double().decode(TOKENS)
     model.float().decode(TOKENS)
-    assert seen == []
+    assert called == []
 
 
 def test_plain_runs_no_kernel_of_ours() -> None:
@@ -314,6 +315,47 @@ def test_emulated_bfloat16_gives_way_to_float32(monkeypatch: pytest.MonkeyPatch)
         with engine.plain():
             assert relative(coder.decode(TOKENS), exact.decode(TOKENS)) > 2.5e-3  # bfloat16 all the way
     assert Pipeline(coder, model)([1, 2]).shape == (2, 64, 96, 3)
+
+
+def test_the_float32_copy_belongs_to_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "bfloat16_is_native", lambda: False)
+    model = Linear(4, 4).bfloat16()
+    names, owned = list(model.state_dict()), prepared.Float32Copy()
+    model.float32_copy = owned
+    with torch.no_grad():
+        float32 = owned.of(model)
+        assert float32.weight.dtype == torch.float32
+        assert owned.of(model) is float32
+        assert float32.float32_copy is not owned
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert other.float32_copy._copy._kept is None
+        model.weight.mul_(2)
+        assert torch.equal(owned.of(model).weight, model.weight.float())
+        with engine.plain():
+            assert owned.of(model) is model
+    assert owned.of(model) is model, "gradients are on"
+    assert list(model.state_dict()) == names
+    for kind in (tokenizer(), generator()):
+        assert isinstance(kind.float32_copy, prepared.Float32Copy)
+
+
+def test_prepared_weights_are_shared_between_threads() -> None:
+    """Threads that pass other keys get the values of their own keys."""
+    weight, made = torch.ones(4), PreparedWeight()
+    wrong: list[tuple[int, int]] = []
+
+    def use(key: int) -> None:
+        for _ in range(300):
+            got = made.get(lambda: key, weight, key=key)
+            if got != key:
+                wrong.append((got, key))
+
+    threads = [threading.Thread(target=use, args=(key,)) for key in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 @pytest.mark.slow

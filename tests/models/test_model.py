@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, TiTok, TokenizerConfig, ViTConfig, VQGANConfig
+from titok.checkpoints import quirks
 from titok.models.quantizer import VectorQuantizer
+from titok.models.vqgan import ResidualBlock
 
 SMALL = ViTConfig(32, 2, 4, 8)
 PROXY = VQGANConfig(
@@ -62,22 +66,22 @@ def test_a_patch_predicts_the_codes_that_it_covers() -> None:
     """Patch (i, j) of the decoder answers for proxy codes (4i..4i+3, 4j..4j+3), rows before columns."""
     c = KINDS["two-stage, 4x4 codes a patch"]
     model = TiTok(c)
-    seen: list[torch.Tensor] = []
-    model.decoder.head.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    predictions: list[torch.Tensor] = []
+    model.decoder.head.register_forward_hook(lambda _module, _input, output: predictions.append(output))
     with torch.no_grad():
         logits = model.decode_logits(torch.zeros(1, 6, dtype=torch.int64))
     assert logits.shape == (1, 24, 16, 24)
-    patches = seen[0].view(4, 6, 4, 4, 24)  # grid of 32/8 x 48/8 patches, codes within each, logits
+    patches = predictions[0].view(4, 6, 4, 4, 24)  # grid of 32/8 x 48/8 patches, codes within each, logits
     for y, x in [(0, 0), (5, 11), (15, 23)]:
         assert torch.equal(logits[0, :, y, x], patches[y // 4, x // 4, y % 4, x % 4])
 
 
 def test_signed_pixels_map_outside_the_networks() -> None:
     model = TiTok(KINDS["grey, signed, l2"])
-    seen: list[torch.Tensor] = []
-    model.encoder.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    inputs: list[torch.Tensor] = []
+    model.encoder.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
     model.encode(torch.full((1, 1, 32, 48), 0.25))
-    assert torch.equal(seen[0], torch.full((1, 1, 32, 48), -0.5))
+    assert torch.equal(inputs[0], torch.full((1, 1, 32, 48), -0.5))
 
 
 def test_bfloat16_model_keeps_the_codebook_in_float32(tmp_path: Any) -> None:
@@ -104,6 +108,26 @@ def test_generator_shapes_and_gradients(architecture: Any) -> None:
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
     assert model(tokens[:0]).shape == (0, 6, 20)
+
+
+def test_dropout_is_for_training_mode_alone() -> None:
+    tokens, labels = torch.tensor([[0, 19, 20, 20, 3, 4]]), torch.tensor([2])
+    for architecture, rate, random in (("vit", 0.3, True), ("vit", 0.0, False), ("uvit", 0.3, False)):
+        config = GeneratorConfig(
+            6,
+            20,
+            num_classes=5,
+            architecture=architecture,
+            width=32,
+            layers=2,
+            heads=4,
+            mlp_width=64,
+            dropout=rate,
+        )  # type: ignore[arg-type]
+        model = MaskGIT(config)
+        assert torch.equal(model(tokens, labels), model(tokens, labels)) is not random
+        model.eval()
+        assert torch.equal(model(tokens, labels), model(tokens, labels))
 
 
 BAD_IMAGES = [
@@ -163,14 +187,30 @@ def test_vqgan_bad_input() -> None:
 
 
 def test_corrected_shortcut_leads_around_the_block() -> None:
-    """With both convolutions zero the corrected block passes its input on; the official one gives 0."""
-    from titok.models.vqgan import ResidualBlock
-
+    """With a second convolution of zeros the corrected block passes its input on, and the official one returns 0."""
     x = torch.randn(1, 32, 4, 4)
-    for accident, alive in ((False, True), (True, False)):
-        block = ResidualBlock(32, 64, shortcut_of_result=accident)
+    for shortcut_of_result, passes_input in ((False, True), (True, False)):
+        block = ResidualBlock(32, 64, shortcut_of_result=shortcut_of_result)
         torch.nn.init.zeros_(block.conv2.weight)
-        assert bool(block(x).abs().sum() > 0) is alive
+        assert bool(block(x).abs().sum() > 0) is passes_input
+
+
+def test_folded_shortcut_is_the_shortcut_of_the_result() -> None:
+    weight, shortcut = torch.randn(6, 4, 3, 3, dtype=torch.float64), torch.randn(6, 6, 1, 1, dtype=torch.float64)
+    x = torch.randn(2, 4, 5, 7, dtype=torch.float64)
+    result = F.conv2d(x, weight, padding=1)
+    want = result + F.conv2d(result, shortcut)
+    got = F.conv2d(x, quirks.fold_shortcut_of_result(weight, shortcut), padding=1)
+    assert torch.allclose(got, want, rtol=1e-12)
+    assert torch.equal(quirks.shortcut_of_result(result, lambda y: F.conv2d(y, shortcut)), want)
+
+
+def test_latents_are_read_again_across_tokens() -> None:
+    """Value d of token k is element d * K + k of the flattened latents of its image."""
+    latents = torch.arange(2 * 3 * 5).view(2, 3, 5)
+    got = quirks.reread_latents(latents)
+    for image, token, value in itertools.product(range(2), range(3), range(5)):
+        assert got[image, token, value] == latents[image].flatten()[value * 3 + token]
 
 
 def test_generator_bad_input() -> None:

@@ -1,8 +1,7 @@
-"""What the published weights need from the layers, against the papers: mistakes of the official code they were
-trained with.
+"""Mistakes of the official code that the published weights were trained with, and that layers repeat for them.
 
-The weights have learned to live with these mistakes, so a model that reads them must repeat them. Each one is a
-function that a layer calls when its flag in the configuration is on:
+The weights have adapted to these mistakes, so a model that reads them must compute what the official code does.
+Each mistake is a function that a layer calls when its flag in the configuration is on:
 
 | function | flag | turned on for |
 | --- | --- | --- |
@@ -53,8 +52,7 @@ def shortcut_of_result(result: Tensor, shortcut: Callable[[Tensor], Tensor]) -> 
 
 
 def fold_shortcut_of_result(weight: Tensor, shortcut: Tensor) -> Tensor:
-    """The weight of one convolution that does the work of two: of a 3x3 convolution and `shortcut_of_result` after
-    it.
+    """The weight of one convolution that replaces a convolution and `shortcut_of_result` after it.
 
     Both are linear and have no bias, so their composition is one convolution with the weight (I + shortcut) @
     weight.

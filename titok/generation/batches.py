@@ -21,9 +21,8 @@ from tqdm import tqdm
 from titok.generation.request import GenerationRequest
 
 BatchSize = int | Literal["auto"]
-Generate = Callable[
-    [GenerationRequest], Tensor
-]  # a request to its pictures (B, H, W, channels) uint8, on any device
+# Turns a request into its pictures, (B, H, W, channels) uint8 on any device.
+Generate = Callable[[GenerationRequest], Tensor]
 
 
 def check_batch_size(batch_size: object) -> None:
@@ -107,6 +106,7 @@ class _HostCopy(NamedTuple):
     done: torch.cuda.Event | None  # None: they are there already
 
     def wait(self) -> Tensor:
+        """The pictures, when they have arrived."""
         if self.done is not None:
             self.done.synchronize()
         return self.pictures

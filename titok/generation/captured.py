@@ -1,5 +1,4 @@
-"""The decoding loop as a CUDA graph: captured once for each shape of the work, replayed for every batch of that
-shape.
+"""The decoding loop as a CUDA graph: captured once for each shape of the work, then replayed for every batch.
 
 A run that starts fully masked has shapes that are known beforehand and never waits for the device, so it can be
 captured, together with the decoding of the tokens to pictures. Labels, seed, first sample, guidance and
@@ -59,15 +58,15 @@ class PictureDecoder:
 
 
 class StaticDecode:
-    """The decoding loop over buffers of fixed shape, captured as a graph or, for tests without a GPU, run each
-    time.
+    """The decoding loop over buffers of fixed shape, captured as a graph.
 
     Args:
         request: of the first batch. Only what shapes the work is taken from it.
         size: samples that the buffers hold, at least those of the request.
         num_distinct: distinct labels that the buffers hold, at least those of the request and at most `size`.
-        pictures: what the graph ends in; None ends in tokens.
-        graphs: captures the graph, which needs a CUDA device; None captures none.
+        picture_decoder: what the graph ends with; None ends it with the tokens.
+        graphs: captures the graph, which needs a CUDA device. With None, for tests without a GPU, the loop is
+            computed over the same buffers each time.
 
     Raises:
         RuntimeError: the capture fails.
@@ -79,11 +78,11 @@ class StaticDecode:
         request: GenerationRequest,
         size: int,
         num_distinct: int,
-        pictures: PictureDecoder | None = None,
+        picture_decoder: PictureDecoder | None = None,
         graphs: GraphCache | None = None,
     ) -> None:
         self._size, self._num_distinct = size, num_distinct
-        self._sampling, self._pictures = request.sampling, pictures
+        self._sampling, self._picture_decoder = request.sampling, picture_decoder
         self._buffers = self._padded_batch(generator, request)
         self._graph: torch.cuda.CUDAGraph | None = None
         if graphs is not None:
@@ -107,7 +106,7 @@ class StaticDecode:
 
     def _compute(self, generator: MaskGIT) -> Tensor:
         tokens = decode(generator, self._sampling, self._buffers)
-        return tokens if self._pictures is None else self._pictures(tokens)
+        return tokens if self._picture_decoder is None else self._picture_decoder(tokens)
 
     def _padded_batch(self, generator: MaskGIT, request: GenerationRequest) -> DecodeBatch:
         """The batch of a request, filled up with copies of its first label."""
@@ -126,19 +125,18 @@ def decode_captured(
     generator: MaskGIT,
     request: GenerationRequest,
     graphs: GraphCache,
-    pictures: PictureDecoder | None = None,
+    picture_decoder: PictureDecoder | None = None,
     *,
     capture: bool = True,
 ) -> Tensor:
-    """Generates the samples of a request, all tokens masked at the start, by replays of at most `BUCKETS[-1]`
-    samples.
+    """Generates the samples of a request by replays of graphs, of at most `BUCKETS[-1]` samples each.
 
     Where the capture of a graph fails, it warns once and decodes without that graph from then on.
 
     Args:
         request: of at least one sample.
         graphs: where the graphs are kept.
-        pictures: decodes the tokens to pictures within the graph.
+        picture_decoder: decodes the tokens to pictures within the graph; None returns the tokens.
         capture: False runs the same code without graphs, for tests without a GPU.
 
     Returns:
@@ -148,12 +146,12 @@ def decode_captured(
     with graphs.exclusive(generator.device):
         for start in range(0, len(request), BUCKETS[-1]):
             part = request.part(start, start + BUCKETS[-1])
-            static = _static_decode(generator, part, graphs, pictures, capture)
+            static = _static_decode(generator, part, graphs, picture_decoder, capture)
             if static is not None:
                 results.append(static.run(generator, part))
             else:
                 tokens = decode(generator, part.sampling, DecodeBatch.prepare(generator, part))
-                results.append(tokens if pictures is None else pictures(tokens))
+                results.append(tokens if picture_decoder is None else picture_decoder(tokens))
     return torch.cat(results)
 
 
@@ -161,7 +159,7 @@ def _static_decode(
     generator: MaskGIT,
     request: GenerationRequest,
     graphs: GraphCache,
-    pictures: PictureDecoder | None,
+    picture_decoder: PictureDecoder | None,
     capture: bool,
 ) -> StaticDecode | None:
     """The kept or newly captured loop for a request; None where its capture failed."""
@@ -170,7 +168,9 @@ def _static_decode(
 
     def make() -> StaticDecode | None:
         try:
-            return StaticDecode(generator, request, size, num_distinct, pictures, graphs if capture else None)
+            return StaticDecode(
+                generator, request, size, num_distinct, picture_decoder, graphs if capture else None
+            )
         except torch.OutOfMemoryError:
             raise  # the capture of a smaller batch may succeed
         except RuntimeError as error:
@@ -178,7 +178,7 @@ def _static_decode(
             warnings.warn(f"titok: decoding without a CUDA graph, its capture failed: {reason}", stacklevel=5)
             return None
 
-    return graphs.get(_graph_key(generator, request, size, num_distinct, pictures), make)
+    return graphs.get(_graph_key(generator, request, size, num_distinct, picture_decoder), make)
 
 
 def _graph_key(
@@ -186,7 +186,7 @@ def _graph_key(
     request: GenerationRequest,
     size: int,
     num_distinct: int,
-    pictures: PictureDecoder | None,
+    picture_decoder: PictureDecoder | None,
 ) -> Hashable:
     """What a graph has fixed: the shape of the work, and the addresses of the weights.
 
@@ -196,6 +196,14 @@ def _graph_key(
     sampling = request.sampling
     guided = tuple(step.guidance != 1.0 for step in schedule(sampling))
     weights: list[tuple[Any, ...]] = [(weight.data_ptr(), weight.dtype) for weight in generator.parameters()]
-    if pictures is not None:
-        weights += map(weight_state, pictures.tokenizer.parameters())
-    return size, num_distinct, guided, sampling.mask_schedule, sampling.confidence, pictures, hash(tuple(weights))
+    if picture_decoder is not None:
+        weights += map(weight_state, picture_decoder.tokenizer.parameters())
+    return (
+        size,
+        num_distinct,
+        guided,
+        sampling.mask_schedule,
+        sampling.confidence,
+        picture_decoder,
+        hash(tuple(weights)),
+    )

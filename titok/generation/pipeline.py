@@ -115,8 +115,8 @@ class Pipeline:
         with select(self.engine), memory_that_stays():
             if is_captured(self.generator, request):
                 with stopwatch.stage("generate"):
-                    pictures = PictureDecoder(self.tokenizer, request.rounding)
-                    return decode_captured(self.generator, request, self._graphs, pictures)
+                    picture_decoder = PictureDecoder(self.tokenizer, request.rounding)
+                    return decode_captured(self.generator, request, self._graphs, picture_decoder)
             with stopwatch.stage("generator"), annotate("sample tokens"):
                 tokens = draw_tokens(self.generator, request)
             tokenizer = self.tokenizer.float32_copy.of(self.tokenizer)
@@ -173,7 +173,7 @@ class Pipeline:
     def generate_batches(
         self, request: GenerationRequest, *, batch_size: BatchSize = "auto", progress: bool | None = None
     ) -> Iterator[Tensor]:
-        """The pictures of a request in batches, made as by `generate_many`: (B, H, W, channels) uint8 on the CPU."""
+        """`generate_many` for a request, in batches (B, H, W, channels) uint8 on the CPU."""
         return generate_batches(
             self.generate, request, device=self.tokenizer.device, batch_size=batch_size, progress=progress
         )

@@ -1,5 +1,4 @@
-"""Writes many generated pictures into one .npz, from one process or several, which may be killed and started
-again.
+"""Writes many generated pictures into one .npz, by one process or several; a run that was killed can go on later.
 
 Beside the output lies the folder `<output>.parts`. It holds the settings of the run, and each finished batch as a
 file that is named by the samples in it. Such a file gets its name only when all of it is on the disk, so the names
@@ -47,12 +46,12 @@ def generate_set(
     rounding: Rounding = "nearest",
     progress: bool | None = None,
 ) -> None:
-    """Writes one picture for each label as the .npz that FID tools read (the layout of ADM, Dhariwal & Nichol
-    2021).
+    """Writes one picture for each label into an .npz that FID tools read.
 
-    The file holds `arr_0`, the pictures, uint8 (N, H, W, channels), and `arr_1`, the labels, int64 (N,). No
-    process holds more than three batches. Where `torch.distributed` is initialised, every process of the group
-    must call this with the same arguments. Each generates a share, and all return when the file is in place.
+    Its layout is that of ADM (Dhariwal & Nichol 2021). The file holds `arr_0`, the pictures, uint8 (N, H, W,
+    channels), and `arr_1`, the labels, int64 (N,). No process holds more than three batches. Where
+    `torch.distributed` is initialised, every process of the group must call this with the same arguments. Each
+    generates a share, and all return when the file is in place.
 
     A run that was stopped, however abruptly, goes on when it is started again, by any number of processes. With an
     int for `batch_size` the file is then, byte for byte, that of a run that was never stopped, on machines and

@@ -1,5 +1,4 @@
-"""Confidence-based iterative decoding (MaskGIT, Chang et al. 2022), with the schedules and rules of TiTok (Yu et
-al. 2024).
+"""Confidence-based iterative decoding of MaskGIT (Chang et al. 2022), with TiTok's schedules (Yu et al. 2024).
 
 All tokens start masked. Each of `steps` forward passes predicts every masked token and keeps the most confident
 predictions; the others stay masked. The last pass keeps all. What a step decides is one op,

@@ -1,5 +1,4 @@
-"""Nearest-neighbour upsampling by 2 followed by a 3x3 convolution, computed as four 2x2 convolutions of the small
-map.
+"""Nearest-neighbour upsampling by 2 and a 3x3 convolution, computed as four 2x2 convolutions of the small map.
 
 An output pixel reads a 3x3 window of the enlarged map. That window holds only 2x2 distinct pixels of the small
 map, and which taps of the kernel meet on each of them depends on whether the pixel's row and column are even or
@@ -37,8 +36,9 @@ class FoldedUpsampleConv(NamedTuple):
 
 
 def fold_upsample_conv(weight: Tensor, bias: Tensor | None = None) -> FoldedUpsampleConv:
-    """Folds a 3x3 convolution for `upsample_conv`. Taps are added in float64 and rounded once, to the weight's
-    dtype.
+    """Folds a 3x3 convolution for `upsample_conv`.
+
+    Taps are added in float64 and rounded once, to the weight's dtype.
 
     Args:
         weight: (O, C, 3, 3) of any floating dtype.

@@ -1,5 +1,4 @@
-"""Keeps the memory that generation has freed within the process, so that the next large tensor need not ask for it
-again.
+"""Keeps memory that generation has freed within the process, for its next large tensors.
 
 glibc maps every block of 32 MiB or more anew, and the kernel then fills each of its pages with zeros. The feature
 maps of the pixel decoder are such blocks, and that work is a noticeable part of its time.

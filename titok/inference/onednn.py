@@ -1,5 +1,4 @@
-"""oneDNN's linear and convolution ops on weights in its own blocked layout, called the way torch.compile calls
-them.
+"""oneDNN's linear and convolution ops on weights in its own blocked layout, called as torch.compile calls them.
 
 PyTorch does not document these ops. Where a release lacks one of them, `available` is false and PyTorch's own
 layers run. They have no gradient, so they serve inference only.
@@ -8,6 +7,9 @@ layers run. They have no gradient, so they serve inference only.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,10 +22,27 @@ from titok.ops import runs_eagerly
 _GEOMETRY: Any = ([1, 1], [1, 1], [1, 1], 1)
 
 
+_WITHOUT_LAYOUTS: ContextVar[bool] = ContextVar("titok_onednn_without_layouts", default=False)
+
+
+@contextmanager
+def without_layouts() -> Iterator[None]:
+    """A context in which layers of this thread or task use neither oneDNN's packed weights nor its fused sums.
+
+    It is there to measure what they gain.
+    """
+    token = _WITHOUT_LAYOUTS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_LAYOUTS.reset(token)
+
+
 def available(x: Tensor) -> bool:
     """Whether the ops can be called on x: plain, not empty, float32 or bfloat16, on a CPU that supports them."""
     return (
         x.device.type == "cpu"
+        and not _WITHOUT_LAYOUTS.get()
         and x.numel() > 0
         and x.dtype in (torch.float32, torch.bfloat16)
         and runs_eagerly(x)

@@ -77,8 +77,7 @@ class PreparedWeight(Generic[T]):
         self._kept: _Kept | None = None
 
     def get(self, make: Callable[[], T], *weights: Tensor | None, key: object = None) -> T:
-        """The value of `make()` for these weights, called only if weights or key differ from those of the last
-        call.
+        """The value of `make()`, which is called only if weights or key differ from those of the last call.
 
         Args:
             make: computes the value from the weights as they are now.
@@ -114,8 +113,10 @@ _SAMPLES_PER_WEIGHT = 16
 
 
 def _strided_view(weight: Tensor) -> Any:
-    """A numpy view of about 16 values of a weight, or None where reading them is not cheap: another device, or a
-    weight that is not contiguous."""
+    """A numpy view of about 16 values of a weight.
+
+    None where reading them is not cheap: on another device, or in a weight that is not contiguous.
+    """
     if weight.device.type != "cpu" or not weight.is_contiguous() or not weight.numel():
         return None
     same_size_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
@@ -141,11 +142,10 @@ def bfloat16_is_native() -> bool:
 
 
 class Float32Copy(Generic[M]):
-    """The float32 copy of one bfloat16 model, for CPUs that only emulate bfloat16: faster there, and no less
-    exact.
+    """The float32 copy of one bfloat16 model, for CPUs that only emulate bfloat16.
 
-    The model owns it as a plain attribute: it is in no state dict, and a copied or unpickled model starts without
-    one.
+    There it is faster, and no less exact. The model owns it as a plain attribute: it is in no state dict, and a
+    copied or unpickled model starts without one.
     """
 
     def __init__(self) -> None:

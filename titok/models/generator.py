@@ -71,8 +71,9 @@ class MaskGIT(Pretrained):
         return self.lm_head.weight.device
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits over the codebook at every position. In training mode a "vit" applies the dropout of its
-        configuration.
+        """Logits over the codebook at every position.
+
+        In training mode the "vit" architecture applies the dropout of its configuration.
 
         Args:
             tokens: (B, K) int64, codes or `mask_token`, on the device of the model.

@@ -1,5 +1,4 @@
-"""The two bottlenecks: a vector quantizer (van den Oord et al. 2017) and a diagonal Gaussian (Kingma & Welling
-2014).
+"""The bottlenecks: vector quantizer (van den Oord et al. 2017) and diagonal Gaussian (Kingma & Welling 2014).
 
 Shapes: B images, K tokens, C values of a latent, V codes.
 """

@@ -164,6 +164,7 @@ class TiTok(Pretrained):
         """Images to tokens.
 
         Args:
+            images: (B, channels, H, W), as described at the class.
             sample: of a VAE, draw from the posterior; otherwise its mean is returned.
             generator: of the draw's noise, on the device of the model; None takes PyTorch's global one.
 

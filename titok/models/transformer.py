@@ -188,7 +188,7 @@ class UViT(nn.Module):
     """U-ViT (Bao et al. 2023): pre-norm blocks in two halves around one more, then a norm.
 
     Each block of the second half first reads the output of its mirror image in the first half, by a linear layer
-    on both: x = skip([x, output of the mirror image]).
+    on both, concatenated: x = skip([x, output of the mirror image]).
     """
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-5) -> None:
@@ -216,8 +216,7 @@ class UViT(nn.Module):
 
 
 def init_weights(module: nn.Module, scheme: Literal["xavier", "trunc_normal"]) -> None:
-    """Draws the weights of all linear layers and norms of `module` anew. Embedding tables are drawn by their
-    owners.
+    """Initialises all linear layers and norms of `module`. The owners of embedding tables initialise those.
 
     Args:
         scheme: for the weights of linear layers. "xavier" (Glorot & Bengio 2010) for the tokenizers;
