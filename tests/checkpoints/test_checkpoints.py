@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from golden import recipe_state
 from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, TiTok, TokenizerConfig, ViTConfig, VQGANConfig
-from titok.checkpoints.pretrained import atomic_path, read_weights
+from titok.checkpoints.files import atomic_path, read_weights, write_safetensors
 
 VIT = ViTConfig(16, 1, 2, 8)
 TOKENIZER = TokenizerConfig(16, VIT, VIT, num_latent_tokens=3, code_dim=4, codebook_size=8, channels=1)
@@ -167,18 +167,34 @@ def test_repository_is_read_through_the_hub(tmp_path: Path, monkeypatch: pytest.
     ]
 
 
-def test_nothing_half_written(tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
-    target.write_text("old")
+    target.write_text("before")
     with pytest.raises(RuntimeError), atomic_path(target) as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise RuntimeError
-    assert target.read_text() == "old"
+    assert target.read_text() == "before"
     assert os.listdir(tmp_path) == ["file.txt"]
     with atomic_path(target) as temporary:
-        temporary.write_text("new")
-    assert target.read_text() == "new"
-    assert target.stat().st_mode & 0o777 == 0o666 & ~int(os.popen("umask").read(), 8)
+        temporary.write_text("after")
+    assert target.read_text() == "after"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_permissions_are_those_of_the_umask_or_of_the_replaced_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The umask belongs to the whole process: writing a file must not change it, not even for a moment."""
+    (tmp_path / "touched").touch()
+    by_umask = (tmp_path / "touched").stat().st_mode
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+    target = tmp_path / "weights.safetensors"
+    write_safetensors(target, {"x": torch.zeros(1)})
+    assert target.stat().st_mode == by_umask
+    target.chmod(0o640)
+    write_safetensors(target, {"x": torch.ones(1)})
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert read_weights(target)["x"].item() == 1
 
 
 def test_import_is_silent_and_needs_nothing_optional() -> None:

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from cli_runner import NAMES, SIZE, load, pixels, refused, titok
 from titok import Pipeline, TiTok
-from titok.cli import options as _cli
 from titok.cli.app import app
 from titok.config import TOKENIZER_PRESETS
 from titok.data.images import read_image, to_uint8
@@ -176,7 +175,7 @@ def test_generate_refuses(arguments: tuple[Any, ...], message: str, models: Path
 
 
 def test_several_processes_write_a_set_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cli, "processes", lambda: contextlib.nullcontext((1, 2)))
+    monkeypatch.setattr("titok.cli.generate.process_group", lambda: contextlib.nullcontext((1, 2)))
     message = "--output: expected a .npz, because several processes generate, got none"
     assert refused("generate", "-t", models / "tokenizer", "-g", models / "generator", "-o", "a.png") == message
 

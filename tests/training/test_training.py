@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ViTConfig
-from titok.checkpoints.pretrained import read_weights
+from titok.checkpoints.files import read_weights
 from titok.training import (
     GeneratorTraining,
     TokenizerTraining,

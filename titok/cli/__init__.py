@@ -1,1 +1,1 @@
-"""The command line: `titok ...` and `python -m titok ...`."""
+"""The command line: `titok COMMAND` and `python -m titok COMMAND`. One module for each command or pair of commands."""

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from titok.checkpoints.pretrained import atomic_path
+from titok.checkpoints.files import atomic_path
 from titok.checks import check_tensor
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})

@@ -18,7 +18,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from titok.checkpoints.pretrained import atomic_path, write_safetensors
+from titok.checkpoints.files import atomic_path, write_safetensors
 from titok.checks import check_latents, check_tokens
 from titok.models.tokenizer import TiTok
 

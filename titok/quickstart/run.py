@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from titok.checkpoints.pretrained import atomic_path
+from titok.checkpoints.files import write_json
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig
 from titok.data.folders import Digits, load_digits
 from titok.generation.pipeline import Pipeline
@@ -184,8 +183,7 @@ def _train(
 
 @torch.no_grad()
 def _write(folder: Path, digits: Digits, tokenizer: TiTok, samples: torch.Tensor, metrics: dict[str, Any]) -> None:
-    with atomic_path(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(folder / "metrics.json", metrics)
     reconstructions = tokenizer.decode(tokenizer.encode(digits.test_images))
     rows = reconstruction_rows(digits.test_images, reconstructions, digits.test_labels)
     save_picture(folder / "reconstructions.png", picture_rows(rows))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from titok.checkpoints.pretrained import read_weights, write_safetensors
+from titok.checkpoints.files import read_weights, write_safetensors
 from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
 from titok.profiling import annotate, each
