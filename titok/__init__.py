@@ -1,6 +1,7 @@
 """TiTok: images as short 1D token sequences, and MaskGIT to generate them.
 
-Names are imported on first use, so that `import titok` costs next to nothing and needs no optional package.
+The public names are imported when they are first used. `import titok` therefore loads neither PyTorch nor any
+optional package, and `titok --help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from titok.models.tokenizer import TiTok
     from titok.models.vqgan import MaskGITVQGAN
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it from here
 
-_HOME = {
+_MODULES = {
     "GeneratorConfig": "titok.config",
     "MaskGIT": "titok.models.generator",
     "MaskGITVQGAN": "titok.models.vqgan",
@@ -46,10 +47,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'titok' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_MODULES])

@@ -78,7 +78,10 @@ class Pretrained(nn.Module):
         if values.get("format") == FORMAT:
             if values.get("model") != cls.__name__:
                 raise ValueError(f"{config_file}: expected a {cls.__name__}, got a {values.get('model')!r}")
-            values = values.get("config", {})
+            described = values.get("config")
+            if not isinstance(described, dict):
+                raise ValueError(f"{config_file}: config: expected a JSON object, got {type(described).__name__}")
+            values = described
         try:
             config, official = cls.read_config(values)
         except (TypeError, ValueError) as error:

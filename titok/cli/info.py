@@ -57,14 +57,15 @@ def _versions() -> dict[str, str]:
 
 
 def _devices() -> dict[str, str]:
+    import importlib
+
     import torch
 
-    from titok.ops._extension import extension
+    from titok import ops
 
-    try:
-        kernels = f"kernels for {extension().cpu_isa()}"
-    except RuntimeError:
-        kernels = "no compiled kernels"
+    kernels = "no compiled kernels"
+    if ops.backends()["cpp"] == "available":
+        kernels = f"kernels for {importlib.import_module('titok._C').cpu_isa()}"
     devices = {"cpu": f"{torch.get_num_threads()} threads, {kernels}"}
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)

@@ -11,7 +11,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from titok.checkpoints.files import atomic_path, write_safetensors
 from titok.checks import check_latents, check_tokens
-from titok.models.tokenizer import TiTok
+
+if TYPE_CHECKING:
+    from titok.models.tokenizer import TiTok
 
 SUFFIXES = (".npz", ".safetensors")
 
