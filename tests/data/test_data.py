@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from titok.data.folders import ImageFolder, load_digits, read_batches, shifted
+from titok.data.augment import shift_images
+from titok.data.digits import load_digits
+from titok.data.folders import ImageFolder, read_batches
 
 
 def picture(path: Path, level: int, size: tuple[int, int] = (20, 12)) -> None:
@@ -88,7 +90,7 @@ def test_endless_order_can_be_left(folder: Path) -> None:
 def test_shift_moves_each_image_by_its_own_pixels() -> None:
     images = torch.rand(3, 2, 5, 6)
     down, right = [0, 1, -2], [0, -1, 3]
-    got = shifted(images, torch.tensor(down), torch.tensor(right))
+    got = shift_images(images, torch.tensor(down), torch.tensor(right))
     for b in range(3):
         padded = np.pad(images[b].numpy(), ((0, 0), (3, 3), (3, 3)), mode="edge")
         want = padded[:, 3 - down[b] : 8 - down[b], 3 - right[b] : 9 - right[b]]

@@ -24,8 +24,8 @@ from titok.training import (
     train_generator,
     train_tokenizer,
 )
-from titok.training.run import CHECKPOINT, Run, read_about
-from titok.training.tokenizer import _Loop, augmented
+from titok.training.run import CHECKPOINT, Run, read_run_info
+from titok.training.tokenizer import TokenizerLoop, augment
 
 VIT = ViTConfig(width=16, layers=1, heads=2, patch_size=8)
 TOKENIZER = TokenizerConfig(
@@ -93,7 +93,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
         stop_at(patch, 8)
         with pytest.raises(Stop):
             train_one(kind, tmp_path / "cut")
-    assert read_about(tmp_path / "cut" / CHECKPOINT)["step"] == 5
+    assert read_run_info(tmp_path / "cut" / CHECKPOINT)["step"] == 5
     torch.rand(3)  # the global generator is elsewhere by now
     resumed = train_one(kind, tmp_path / "cut", resume=True)
     assert same_weights(whole, resumed)
@@ -126,11 +126,11 @@ def test_the_folder_holds_the_model_and_resuming_a_finished_run_changes_nothing(
 
 def test_history_has_the_figures_of_the_progress_bar(tmp_path: Path) -> None:
     train_one("tokenizer", tmp_path / "t")
-    history = read_about(tmp_path / "t" / CHECKPOINT)["history"]
+    history = read_run_info(tmp_path / "t" / CHECKPOINT)["history"]
     assert [row["step"] for row in history] == [4, 8, 12]
     assert {"step", "loss", "psnr", "codes"} == set(history[0])
     train_one("generator", tmp_path / "g")
-    assert set(read_about(tmp_path / "g" / CHECKPOINT)["history"][0]) == {"step", "loss", "accuracy"}
+    assert set(read_run_info(tmp_path / "g" / CHECKPOINT)["history"][0]) == {"step", "loss", "accuracy"}
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_killed_run_leaves_a_loadable_state(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert process.returncode == -signal.SIGKILL
-    about = read_about(tmp_path / CHECKPOINT)
+    about = read_run_info(tmp_path / CHECKPOINT)
     assert about["step"] >= 1
     config = TokenizerTraining.from_dict(about["config"])
     run = Run(TiTok(TOKENIZER), config, tmp_path, resume=True, data={"images": 20})
@@ -169,7 +169,7 @@ def test_tokenizer_learns(tmp_path: Path) -> None:
         image[0, : 2 * i + 2] = 1
     changes = {"steps": 120, "warmup_steps": 10, "random_shift": 0, "random_flip": False, "learning_rate": 5e-3}
     train_tokenizer(images, tokenizer_training(**changes), tmp_path, progress=False)
-    history = read_about(tmp_path / CHECKPOINT)["history"]
+    history = read_run_info(tmp_path / CHECKPOINT)["history"]
     assert history[-1]["psnr"] > history[0]["psnr"] + 6
 
 
@@ -189,7 +189,7 @@ def test_bfloat16_keeps_weights_and_optimizer_in_float32(kind: str, tmp_path: Pa
     assert not same_weights(full, half)
     state = read_weights(tmp_path / "half" / CHECKPOINT)
     assert {v.dtype for name, v in state.items() if name.startswith("optimizer/")} == {torch.float32}
-    histories = [read_about(tmp_path / name / CHECKPOINT)["history"] for name in ("full", "half")]
+    histories = [read_run_info(tmp_path / name / CHECKPOINT)["history"] for name in ("full", "half")]
     assert histories[0][0]["loss"] == pytest.approx(histories[1][0]["loss"], rel=0.1)
 
 
@@ -215,10 +215,10 @@ def test_vae_trains(tmp_path: Path) -> None:
     assert kl < 0.5 * free
 
 
-def _loop(tmp_path: Path, **changes: object) -> _Loop:
+def _loop(tmp_path: Path, **changes: object) -> TokenizerLoop:
     config = tokenizer_training(**changes)
     run = Run(TiTok(config.model), config, tmp_path, resume=False, data={})
-    return _Loop(run, config)
+    return TokenizerLoop(run, config)
 
 
 def test_codes_start_from_the_first_batch(tmp_path: Path) -> None:
@@ -269,12 +269,12 @@ def test_fewer_latents_than_codes(tmp_path: Path) -> None:
 def test_augmentation_moves_and_mirrors() -> None:
     torch.manual_seed(0)
     image = torch.arange(16.0).reshape(1, 1, 4, 4).expand(200, -1, -1, -1)
-    assert torch.equal(augmented(image, tokenizer_training(random_shift=0, random_flip=False)), image)
-    flipped = augmented(image, tokenizer_training(random_shift=0, random_flip=True))
+    assert torch.equal(augment(image, tokenizer_training(random_shift=0, random_flip=False)), image)
+    flipped = augment(image, tokenizer_training(random_shift=0, random_flip=True))
     mirrored = (flipped == image.flip(-1)).flatten(1).all(dim=1)
     assert 60 < mirrored.sum() < 140
     assert torch.equal(flipped[~mirrored], image[~mirrored])
-    moved = augmented(image, tokenizer_training(random_shift=1, random_flip=False))
+    moved = augment(image, tokenizer_training(random_shift=1, random_flip=False))
     assert len(moved.unique(dim=0)) == 9
 
 
@@ -320,14 +320,14 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_diverged_run_keeps_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = _Loop.losses
+    losses = TokenizerLoop.losses
     monkeypatch.setattr(
-        _Loop, "losses",
+        TokenizerLoop, "losses",
         lambda self, images: {k: v * (torch.nan if self.run.step >= 7 else 1) for k, v in losses(self, images).items()},
     )  # fmt: skip
     with pytest.raises(FloatingPointError, match="step 8"):
         train_one("tokenizer", tmp_path)
-    assert read_about(tmp_path / CHECKPOINT)["step"] == 5
+    assert read_run_info(tmp_path / CHECKPOINT)["step"] == 5
     assert all(v.isfinite().all() for v in TiTok.from_pretrained(tmp_path).state_dict().values())
 
 

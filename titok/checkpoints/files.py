@@ -27,9 +27,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in whi
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path in the folder of `path`, made where it is missing, to write to instead of `path`.
 
-    When the block ends, the temporary file replaces `path`; when the block raises, the temporary file is removed and
-    `path` stays as it was. A new file gets the permissions that the process's umask gives, and a file that is replaced
-    passes on its own.
+    When the block ends, the temporary file replaces `path`; when the block raises, the temporary file is removed
+    and `path` stays as it was. A new file gets the permissions that the process's umask gives, and a file that is
+    replaced passes on its own.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         mode = stat.S_IMODE(os.stat(path if path.exists() else temporary).st_mode)
         yield temporary
-        # Set at the end, because safetensors replaces the temporary file by one of its own, with other permissions.
+        # Set at the end, because safetensors replaces the temporary file by one with other permissions.
         os.chmod(temporary, mode)
         os.replace(temporary, path)
     finally:
@@ -111,7 +111,7 @@ def locate_checkpoint(path_or_repo: str | os.PathLike[str], revision: str | None
     elif path.is_file():
         weights = path
     else:
-        # A path that cannot be a repository id is refused here: without a network, asking the hub takes 30 seconds.
+        # A path that cannot be a repository id is refused here, because asking the hub without a network takes 30 s.
         owner, *name = str(path_or_repo).split("/")
         if len(name) != 1 or Path(owner).is_dir():
             raise FileNotFoundError(f"{path}: no such file or folder (a repository is called owner/name)")

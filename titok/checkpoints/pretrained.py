@@ -62,8 +62,8 @@ class Pretrained(nn.Module):
         """Loads a model, in eval mode, from a folder, from one weights file, or from a Hugging Face repository.
 
         Args:
-            path_or_repo: a folder that holds `config.json` beside `model.safetensors` or `pytorch_model.bin`; one
-                such file (`config.json` is looked for beside it); else the id of a repository, which is downloaded.
+            path_or_repo: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`; one such weights
+                file, with `config.json` beside it; else the id of a repository, which is downloaded.
             dtype: of the networks. The codebook of a vector quantizer stays in float32 at least.
             device: of the networks.
             revision: of the repository; None takes the latest.

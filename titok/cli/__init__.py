@@ -1,1 +1,1 @@
-"""The command line: `titok COMMAND` and `python -m titok COMMAND`. One module for each command or pair of commands."""
+"""The command line, `titok COMMAND` or `python -m titok COMMAND`: one module for each command or pair of commands."""

@@ -91,8 +91,8 @@ def generate(
 ) -> None:
     """Generate pictures of classes.
 
-    Writes a PNG grid, or a .npz with `arr_0` uint8 (N, H, W, C) and `arr_1` int64 labels (N,), or both. A .npz that
-    was stopped goes on when the same command is given again; under torchrun, processes share the work.
+    Writes a PNG grid, or a .npz with `arr_0` uint8 (N, H, W, C) and `arr_1` int64 labels (N,), or both. A .npz
+    that was stopped goes on when the same command is given again; under torchrun, processes share the work.
 
     \b
     titok generate -t yucornetto/tokenizer_titok_l32_imagenet \\
@@ -198,8 +198,8 @@ def process_group() -> Iterator[tuple[int, int]]:
 
     import torch.distributed as dist
 
-    # The processes exchange lists and barriers only, and one may wait for another for hours. The long timeout cannot
-    # leave a process waiting forever, because torchrun ends all processes when one fails.
+    # The processes exchange lists and barriers only, and one may wait for another for hours. The long timeout
+    # cannot leave a process waiting forever, because torchrun ends all processes when one fails.
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     try:
         yield rank, world_size

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(source: str, device: str, dtype: str) -> TiTok:
-    """The tokenizer that the options --tokenizer, --device and --dtype ask for, in eval mode and without gradients."""
+    """The tokenizer that --tokenizer, --device and --dtype ask for, in eval mode and without gradients."""
     from titok import TiTok, TokenizerConfig
 
     return cast("TiTok", _load(TiTok, TokenizerConfig, source, device, dtype))
 
 
 def load_generator(source: str, device: str, dtype: str) -> MaskGIT:
-    """The generator that the options --generator, --device and --dtype ask for, in eval mode and without gradients."""
+    """The generator that --generator, --device and --dtype ask for, in eval mode and without gradients."""
     from titok import GeneratorConfig, MaskGIT
 
     return cast("MaskGIT", _load(MaskGIT, GeneratorConfig, source, device, dtype))
@@ -103,7 +103,7 @@ def read_pictures(
 
 
 def picture_name(path: Path, source: Path) -> str:
-    """The name in a token file of the picture at `path`: relative to `source`, the IMAGES argument of a command."""
+    """The name that a token file gives a picture: relative to `source`, the IMAGES argument of a command."""
     return path.name if path == source else path.relative_to(source).as_posix()
 
 

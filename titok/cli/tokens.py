@@ -82,8 +82,8 @@ def detokenize(
 ) -> None:
     """Turn tokens back into pictures.
 
-    Writes a PNG for each row, under the name that the file holds. The tokens of another tokenizer are refused. A file
-    made elsewhere needs `tokens` (N, K) alone.
+    Writes a PNG for each row, under the name that the file holds. The tokens of another tokenizer are refused. A
+    file made elsewhere needs `tokens` (N, K) alone.
 
     \b
     titok detokenize tokens.npz -t yucornetto/tokenizer_titok_l32_imagenet -o decoded

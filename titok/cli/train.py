@@ -1,7 +1,7 @@
 """`titok train`: a tokenizer or a generator from scratch, on a folder of pictures.
 
-The defaults describe small models for small pictures, trained as the quickstart trains its models. `titok.training` has
-settings that these commands do not offer.
+The defaults describe small models for small pictures, trained as the quickstart trains its models.
+`titok.training` has settings that these commands do not offer.
 """
 
 from __future__ import annotations
@@ -160,9 +160,9 @@ def generator(
 
 def _last_figures(folder: Path) -> str:
     """The last entry of the training history in `folder`, as text."""
-    from titok.training.run import CHECKPOINT, read_about
+    from titok.training.run import CHECKPOINT, read_run_info
 
-    history = read_about(folder / CHECKPOINT)["history"]
+    history = read_run_info(folder / CHECKPOINT)["history"]
     if not history:
         return "no figures yet"
     return ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items())
