@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -44,15 +45,18 @@ def wing_of(name: str) -> str:
     return parts[1] if len(parts) > 1 and parts[1] in LAYER_OF else "titok"
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
-    """The name and the syntax tree of every module of titok; kernels/ is installed as titok.kernels."""
+@functools.cache
+def sources() -> dict[str, ast.Module]:
+    """The syntax tree of every module of titok, by its name; kernels/ is installed as titok.kernels."""
+    trees = {}
     for folder, package in (("titok", "titok"), ("kernels", "titok.kernels")):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             if parts[0] == "kernels":  # a link to kernels/, with which titok runs without being installed
                 continue
             name = ".".join([package, *(part for part in parts if part != "__init__")])
-            yield name, ast.parse(path.read_text())
+            trees[name] = ast.parse(path.read_text())
+    return trees
 
 
 def imports_of(module: str, tree: ast.AST, *, inside_functions: bool) -> Iterator[Import]:
@@ -73,11 +77,15 @@ def imports_of(module: str, tree: ast.AST, *, inside_functions: bool) -> Iterato
 
 
 def all_imports(*, inside_functions: bool) -> list[Import]:
-    return [i for name, tree in sources() for i in imports_of(name, tree, inside_functions=inside_functions)]
+    return [
+        found
+        for name, tree in sources().items()
+        for found in imports_of(name, tree, inside_functions=inside_functions)
+    ]
 
 
 def test_every_wing_has_a_layer() -> None:
-    wings = {name.split(".")[1] for name, _ in sources() if name.count(".")}
+    wings = {name.split(".")[1] for name in sources() if "." in name}
     assert wings - {"__main__"} <= set(LAYER_OF)
 
 
@@ -99,7 +107,7 @@ def test_only_the_command_line_imports_the_public_names() -> None:
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
-    modules = {name for name, _ in sources()}
+    modules = set(sources())
     graph: dict[str, set[str]] = {name: set() for name in modules}
     for found in all_imports(inside_functions=False):
         imported = found.name if found.name in modules else found.name.rpartition(".")[0]

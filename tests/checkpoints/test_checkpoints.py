@@ -1,4 +1,4 @@
-"""Reading and writing models: round trips, damaged files, code in pickles, contradictions, nothing half-written."""
+"""Reading and writing models: round trips, damaged files, pickles with code, interrupted writes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from golden import recipe_state
 from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, TiTok, TokenizerConfig, ViTConfig, VQGANConfig
 from titok.checkpoints.files import atomic_path, read_weights, write_safetensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VIT = ViTConfig(16, 1, 2, 8)
 TOKENIZER = TokenizerConfig(16, VIT, VIT, num_latent_tokens=3, code_dim=4, codebook_size=8, channels=1)
@@ -53,8 +55,8 @@ def test_round_trip(kind: Any, config: Any, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "deep" / "folder")) == ["config.json", "model.safetensors"]
 
 
-def test_official_bin_and_old_position_ids(tmp_path: Path) -> None:
-    """A pickled state dict of an older release, with the buffer that transformers used to save."""
+def test_official_pickle_with_position_ids(tmp_path: Path) -> None:
+    """A pickled state dict with `position_ids`, a buffer that older releases of transformers saved."""
     state = recipe_state("generator_vit")
     (tmp_path / "config.json").write_text(json.dumps(OFFICIAL_GENERATOR))
     torch.save({**state, "model.embeddings.position_ids": torch.arange(17)[None]}, tmp_path / "pytorch_model.bin")
@@ -64,7 +66,9 @@ def test_official_bin_and_old_position_ids(tmp_path: Path) -> None:
     assert torch.equal(qkv[128:256], state["model.encoder.layer.0.attention.self.key.weight"])
 
 
-class Evil:
+class RunsAShellCommand:
+    """Unpickling it runs a command."""
+
     def __reduce__(self) -> Any:
         return os.system, ("touch pwned",)
 
@@ -73,8 +77,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     MaskGIT(GENERATOR).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    for write in (lambda f: torch.save({"x": Evil()}, f), lambda f: f.write_bytes(pickle.dumps({"x": Evil()}))):
-        write(tmp_path / "pytorch_model.bin")
+    state, file = {"x": RunsAShellCommand()}, tmp_path / "pytorch_model.bin"
+    for write in (lambda: torch.save(state, file), lambda: file.write_bytes(pickle.dumps(state))):
+        write()
         with pytest.raises(ValueError, match=r"pytorch_model.bin: not a plain state dict"):
             MaskGIT.from_pretrained(tmp_path)
         assert not (tmp_path / "pwned").exists()
@@ -144,7 +149,7 @@ def test_unknown_repository_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_repository_is_read_through_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the hub's client would fetch, served from a folder: names and revision are passed on."""
+    """File names and revision are passed on to the hub's client, which is replaced by one that reads a folder."""
     from huggingface_hub.errors import EntryNotFoundError
 
     model = MaskGIT(GENERATOR)
@@ -197,8 +202,9 @@ def test_permissions_are_those_of_the_umask_or_of_the_replaced_file(
     assert read_weights(target)["x"].item() == 1
 
 
+@pytest.mark.slow
 def test_import_is_silent_and_needs_nothing_optional() -> None:
-    """With Triton, the extension and flash-attn made unimportable, and warnings made errors."""
+    """In a process that cannot import Triton, the extension or flash-attn, and in which warnings are errors."""
     code = """
 import sys
 class Block:
@@ -221,7 +227,7 @@ assert "does not import here" in titok.ops.backends()["cpp"]
 
 @pytest.mark.skipif("TITOK_OFFICIAL_WEIGHTS" not in os.environ, reason="TITOK_OFFICIAL_WEIGHTS names no folder")
 def test_official_weights() -> None:
-    """The published L-32 on the official sample image (ILSVRC2012_val_00010240.png, 256x256)."""
+    """The tokens of the published L-32 for the official sample image (ILSVRC2012_val_00010240.png, 256x256)."""
     from titok.data.images import read_image
 
     folder = Path(os.environ["TITOK_OFFICIAL_WEIGHTS"])

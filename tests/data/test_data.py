@@ -1,4 +1,4 @@
-"""Images to train on: folders, digits, shifts."""
+"""Folders of pictures, batches read by threads, digits, augmentation."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_batches_come_in_the_order_asked_for(folder: Path, as_tensor: bool) -> N
 
 
 def test_batches_of_several_shapes_are_refused() -> None:
-    images = [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)]  # one would broadcast into the place of the other
+    images = [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)]  # the second would broadcast
     with pytest.raises(ValueError, match=r"images: expected \(3, 8, 8\), as the first, got \(1, 8, 8\)"):
         list(read_batches(images, [torch.tensor([0, 1])]))
 

@@ -1,4 +1,4 @@
-"""The quickstart from end to end with few steps, and its figures on made-up images."""
+"""The whole quickstart with few steps, and its figures on random images."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from titok.quickstart.metrics import (
 )
 from titok.training.run import CHECKPOINT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_extra = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None or importlib.util.find_spec("matplotlib") is None,
     reason="needs the extra 'quickstart'",
@@ -54,7 +55,7 @@ def test_from_nothing_to_a_report(
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "<svg" in page
-    assert not re.findall(r"(?:src|href)=.?https?:", page)  # nothing is loaded from elsewhere
+    assert not re.findall(r"(?:src|href)=.?https?:", page)  # the page loads nothing from the network
     for requirement in REQUIREMENTS:
         assert requirement.text(metrics["metrics"][requirement.key]) in page
 
