@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it from here
 
-_MODULES = {
+_HOME = {
     "GeneratorConfig": "titok.config",
     "MaskGIT": "titok.models.generator",
     "MaskGITVQGAN": "titok.models.vqgan",
@@ -47,10 +47,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'titok' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted([*globals(), *_HOME])
