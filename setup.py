@@ -93,18 +93,17 @@ class BuildExtension(build_ext):
         print(f"titok: built without {what}: {why}", file=sys.stderr, flush=True)
 
     def _compile(self, target: Path, nvcc: str | None) -> None:
-        import pybind11
-
         cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
         includes = [f"-I{CSRC}"]
-        python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+        python = [f"-isystem{sysconfig.get_path('include')}"]
         cuda = ["-DTITOK_WITH_CUDA"] if nvcc else []
         # Not `self.build_temp`, which editable installs throw away: ninja rebuilds only what changed.
         build = ROOT / "build" / f"csrc-{sys.implementation.cache_tag}-{platform.machine()}"
         build.mkdir(parents=True, exist_ok=True)
 
         jobs: list[tuple[Path, Path, list[str]]] = []  # object, source, command up to the file names
-        for source in sorted(CSRC.glob("*.cpp")):
+        for source in sorted(CSRC.rglob("*.cpp")):
+            name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
             base = [cxx, *CXX_FLAGS, *includes, *cuda]
             if source.stem.endswith("_simd"):
                 isas = {**ISA_FLAGS, **EXTRA_ISA_FLAGS.get(source.stem, {})}
@@ -112,15 +111,20 @@ class BuildExtension(build_ext):
                     isas = {"generic": []}
                 for isa, flags in isas.items():
                     job = [*base, *flags, f"-DTITOK_ISA={isa}", f"-DTITOK_ISA_{isa.upper()}"]
-                    jobs.append((build / f"{source.stem}.{isa}.o", source, job))
+                    jobs.append((build / f"{name}.{isa}.o", source, job))
             else:
-                binds = source.stem.endswith("_binding") or source.stem == "module"
-                jobs.append((build / f"{source.stem}.o", source, [*base, *(python if binds else [])]))
+                jobs.append((build / f"{name}.o", source, [*base, *python]))
         if nvcc:
             host = f"-Xcompiler={','.join(['-fPIC', '-fvisibility=hidden', '-ffp-contract=off'])}"
             flags = [nvcc, "-std=c++17", "-O3", host, "-ccbin", cxx, "-fmad=false", *cuda_arch_flags(nvcc)]
-            for source in sorted(CSRC.glob("*.cu")):
-                jobs.append((build / f"{source.stem}.cu.o", source, [*flags, *includes, *cuda]))
+            for source in sorted(CSRC.rglob("*.cu")):
+                jobs.append(
+                    (
+                        build / f"{'-'.join(source.relative_to(CSRC).with_suffix('').parts)}.cu.o",
+                        source,
+                        [*flags, *includes, *cuda],
+                    )
+                )
 
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = [str(obj) for obj, _, _ in jobs]

@@ -1,17 +1,15 @@
 """What PyTorch's dispatcher adds to a call: `python -m benchmarks.bench_dispatch`.
 
 Each op on inputs so small that a call is all overhead, twice: as eager code without gradients calls it, which goes
-around the dispatcher (`titok.ops._registry.runs_eagerly`), and made to take the registered op all the same.
+around the dispatcher (`titok.ops.core.op`), and made to take the registered op all the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -45,16 +43,9 @@ def repeated(call: Callable[[], Any]) -> None:
         call()
 
 
-def dispatched(op: str, call: Callable[[], Any]) -> None:
-    with (
-        patch.object(sys.modules["titok.ops._registry"], "runs_eagerly", _never),
-        patch.object(sys.modules[f"titok.ops.{op}"], "runs_eagerly", _never, create=True),
-    ):
+def dispatched(call: Callable[[], Any]) -> None:
+    with ops.through_dispatcher():
         repeated(call)
-
-
-def _never(*tensors: torch.Tensor, **options: bool) -> bool:
-    return False
 
 
 def main() -> None:
@@ -70,7 +61,7 @@ def main() -> None:
     for op, call in cases(device).items():
         with torch.no_grad():
             samples = interleave(
-                {"eager": partial(repeated, call), "dispatched": partial(dispatched, op, call)}, arguments.seconds
+                {"eager": partial(repeated, call), "dispatched": partial(dispatched, call)}, arguments.seconds
             )
         results.row("dispatch", {"op": op, "calls": CALLS, "backend": ops.last_backend(op)}, samples)
         eager, slow = (quantiles(samples[name])[0] / CALLS * 1e6 for name in ("eager", "dispatched"))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks._report import Report, options
 from titok.ops import masked_attention
-from titok.ops._extension import why_no_flash_attn
+from titok.ops.core.available import why_no_flash_attn
 
 # (tokens, heads, head dim): generators of L-32 (ViT), B-64 (ViT) and S-128 (U-ViT); encoders of L-32, B-64 and S-128
 SHAPES = ((33, 16, 48), (65, 16, 48), (129, 16, 64), (289, 16, 64), (321, 12, 64), (385, 8, 64))

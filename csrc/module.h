@@ -1,14 +1,15 @@
-// Declarations of the bind_<op> functions that module.cpp calls.
+// Declarations of the bind_<op> functions that module.cpp calls. Each adds the functions of one op to the module and
+// returns 0, or -1 with a Python exception set.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "common/python_call.h"
 
 namespace titok {
 
-void bind_add_layer_norm(pybind11::module_& m);
-void bind_masked_attention(pybind11::module_& m);
-void bind_maskgit_decode(pybind11::module_& m);
-void bind_nearest_codebook(pybind11::module_& m);
-void bind_group_norm_silu(pybind11::module_& m);
+int bind_add_layer_norm(PyObject* module);
+int bind_group_norm_silu(PyObject* module);
+int bind_masked_attention(PyObject* module);
+int bind_maskgit_decode(PyObject* module);
+int bind_nearest_codebook(PyObject* module);
 
 }  // namespace titok

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from titok.kernels._launch import Launch
 
 
-class AotVariant(NamedTuple):
-    """One compiled form of one kernel, as a preset launches it.
+@dataclass(frozen=True)
+class AotVariant(Launch):
+    """A recorded launch with its label in the table and what its machine code must contain."""
 
-    Pointers and the arguments named `stride_*` are taken for multiples of 16, as launches with whole aligned tensors
-    specialise on; `unaligned` names the exceptions. Other integers are taken to be anything.
-    """
+    label: str  # e.g. "bf16 D=512"
+    expects_tensor_cores: bool = False
+    expects_wide_loads: bool = True  # at least one load of 16 bytes from global memory
 
-    kernel: Any  # the @triton.jit function
-    signature: dict[str, str]  # run-time argument -> "*bf16", "*fp32", "*i64", "i32", "i64", "fp32"
-    constexprs: dict[str, Any]  # tl.constexpr argument -> value; also a stride that is 1, a pointer that is None
-    num_warps: int
-    num_stages: int
-    label: str  # what the table shows, e.g. "forward bf16 L-32"
-    expects_tensor_cores: bool  # whether its dots must become tensor-core instructions
-    unaligned: frozenset[str] = frozenset()
-    expects_wide_loads: bool = True  # whether it must read global memory 16 bytes at a time
+
+def label_launches(
+    launches: Iterable[Launch], label: str, *, expects_tensor_cores: bool = False
+) -> list[AotVariant]:
+    return [
+        AotVariant(**vars(launch), label=label, expects_tensor_cores=expects_tensor_cores) for launch in launches
+    ]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without memory, for a launcher whose launches are recorded."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The dtype as labels name it."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]

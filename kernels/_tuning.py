@@ -1,6 +1,7 @@
-"""Tile sizes, warps and pipeline stages of every kernel, in one place, with where they were measured.
+"""Tile sizes, warps and pipeline stages of every kernel, and why they are as they are.
 
-A change here changes speed only: no result depends on it but in the order of float sums.
+They were chosen from the table of resources (RESOURCES.md): no register spills on sm_80, sm_90 and sm_100. None has
+been chosen by timing yet. A change here changes speed, and results only by the order of float sums.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """A kernel's launch: rows and columns of its tile, warps, software-pipeline stages."""
+    """Rows and columns of a program's tile, warps, and stages of the software pipeline."""
 
     rows: int
     columns: int
@@ -17,38 +18,43 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# nearest_codebook: not yet measured. Exact float32 FMAs; each thread keeps a score, the best score and its tile for
-# every element, which bounds the tile. From the resource table: no spills. Columns are codes.
+# nearest_codebook. Rows are latents, columns are codes. Products are exact float32 FMAs. For every element of its tile
+# a thread keeps the product, the best score and the tile of that score, so registers bound the tile.
 NEAREST_CODEBOOK = Tile(64, 64, 4, 2)
-NEAREST_CODEBOOK_SLICED = Tile(64, 64, 4, 1)  # more channels than a slice: prefetching as well would spill
-NEAREST_CODEBOOK_CHANNELS = 64  # in a slice
-NEAREST_CODEBOOK_PROGRAMS = 4  # per multiprocessor that splitting the codes aims at when latents are few
+NEAREST_CODEBOOK_SLICED = Tile(64, 64, 4, 1)  # for more channels than one slice: a second stage would spill
+NEAREST_CODEBOOK_CHANNELS = 64  # in one slice
+NEAREST_CODEBOOK_PROGRAMS = 4  # per multiprocessor: codes are split among programs until there are as many
+NEAREST_CODEBOOK_REDUCE = Tile(128, 1, 4, 3)
 
-# code_mixture: not yet measured. Chosen from the resource table: no spills, two programs or more on an SM.
-# 16-bit dots run on tensor cores, float32 ones as exact FMAs, which need smaller tiles.
-CODE_MIXTURE_FORWARD = {2: Tile(64, 64, 4, 2), 4: Tile(32, 32, 8, 2)}  # by bytes per logit; columns are codes
+# code_mixture. Rows are rows of logits, columns are codes; the key is the number of bytes per logit. 16-bit products
+# run on tensor cores, float32 ones as exact FMAs, which need smaller tiles. Two or more programs fit a multiprocessor.
+CODE_MIXTURE_FORWARD = {2: Tile(64, 64, 4, 2), 4: Tile(32, 32, 8, 2)}
 CODE_MIXTURE_DLOGITS = {2: Tile(64, 64, 4, 2), 4: Tile(32, 32, 8, 2)}
 CODE_MIXTURE_DCODEBOOK = {2: Tile(64, 64, 4, 2), 4: Tile(16, 32, 4, 2)}
-CODE_MIXTURE_SPLITS = 8  # of the rows in d codebook: 16 tiles of codes times 8 fill 132 SMs once
+# The gradient of the codebook is summed in parts of at least so many rows, and in at most so many parts: 1,024 codes
+# are 16 tiles of 64, and 16 * 8 programs are about one for each of the 132 multiprocessors of an H100.
+CODE_MIXTURE_ROWS_PER_SPLIT = 256
+CODE_MIXTURE_SPLITS = 8
 
-# add_layer_norm: not yet measured. Rows to 1,024 channels fit one warp, which then needs no barrier to reduce them.
+# add_layer_norm. A row of up to 1,024 channels has one warp, which reduces it without a barrier.
 ADD_LAYER_NORM_CHANNELS_PER_WARP = 1024
-ADD_LAYER_NORM_BACKWARD_VALUES = 4096  # in a tile of whole rows
-ADD_LAYER_NORM_PROGRAMS = 512  # of the backward pass, each with its own partial d weight and d bias
+ADD_LAYER_NORM_BACKWARD_VALUES = 4096  # in a program's block of rows
+ADD_LAYER_NORM_PROGRAMS = 512  # of the backward pass at most: each writes a partial sum
 
-# group_norm_silu: not yet measured. Rows are pixels. 2,048 values leave a thread's share of a tile and of its two sums
-# under 128 registers; 128 channels make a row of a tile 256 bytes or more.
+# group_norm_silu. Rows are pixels, columns are channels. With 2,048 values in a tile, a thread's share of the tile and
+# of its two sums stays below 128 registers. 128 channels are 256 bytes of a pixel or more, read in one go.
 GROUP_NORM_SILU = Tile(16, 128, 4, 2)
-GROUP_NORM_SILU_CHUNK = 128  # pixels to a partial sum: 32 programs for one 64 x 64 map, 512 for one 256 x 256
-GROUP_NORM_SILU_ONE_PASS_VALUES = 16384  # of a map that a program of 8 warps keeps in registers
+GROUP_NORM_SILU_CHUNK = 128  # pixels in a partial sum: 32 programs for a map of 64 x 64, 512 for 256 x 256
+GROUP_NORM_SILU_ONE_PASS_VALUES = 16384  # of a map that one program of 8 warps can hold in registers
 
-# masked_attention: not yet measured. Chosen from the resource table: no spills on sm_80, sm_90 and sm_100, but for one
-# kernel that no preset uses: the queries' gradient in float32 for heads of more than 64 channels, whose two operands
-# of 16 x 128 values, split in three-pass products, are more than a thread's registers (about 350 spills on sm_90).
-# Rows are queries, columns keys; 0 columns: all of them, up to the number before the tile.
-# 289 to 385 tokens go over blocks: without spills on all three, programs that hold all keys would have 32 queries, and
-# read keys and values twice as often as those of 64.
-# By (bytes per element, head dim as a power of two, at least 64).
+# masked_attention. Rows are queries, columns are keys. The key of each table is (bytes per element, head dim rounded up
+# to a power of two and at least 64).
+# One kernel spills, in a form that no preset uses: the gradient of the queries in float32 for more than 64 channels a
+# head. Its two operands of 16 x 128 values, split for three TF32 products, exceed a thread's registers (about 350
+# spills on sm_90).
+# 289 to 385 tokens are walked over in blocks. Programs that hold all keys could take 32 queries at once without spills,
+# and would read keys and values twice as often as these, which take 64.
+# `WHOLE`: (most columns, tile of the kernel that holds all keys; 0 stands for all keys), the first that fits is used.
 MASKED_ATTENTION_FORWARD_WHOLE = {
     (2, 64): ((160, Tile(64, 0, 4, 1)),),
     (2, 128): ((160, Tile(64, 0, 4, 1)),),

@@ -1,7 +1,22 @@
-"""Residual add and LayerNorm: every row is read once, kept in registers, and written as sum and normalised.
+"""Residual add and LayerNorm (Ba et al. 2016, arXiv:1607.06450) of M rows of D channels.
 
-The backward pass computes the statistics again from the sum. Each of its programs takes the same rows in the same
-order in every run, so that d weight and d bias are deterministic.
+    total      = x + residual                                  rounded to its dtype
+    normalised = u * weight + bias,   u = (total - mean) * rstd,   rstd = 1 / sqrt(variance + eps)
+
+Forward: one program per row. BLOCK_D is D rounded up to a power of two, so that the row stays in registers and each
+value is read and written once. The variance is the mean of squared distances from the mean, which loses no digits
+where E[x^2] - E[x]^2 would cancel.
+
+Backward, with dy the gradient of `normalised`, sums over rows and means over the channels of a row:
+
+    d weight = sum(dy * u),   d bias = sum(dy)
+    d x = d residual = rstd * (dy * weight - mean(dy * weight) - u * mean(dy * weight * u)) + grad_total
+
+The statistics are computed again from `total`, which has to be read anyway. Each program takes every programs-th block
+of BLOCK_M rows and writes its own partial sums, which PyTorch adds up: no atomics, the same bits in every run.
+
+    block of rows   0   1   ...   programs - 1   programs   programs + 1   ...
+    its program     0   1   ...   programs - 1   0          1              ...
 """
 
 from __future__ import annotations
@@ -10,15 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
-from titok.kernels._aot import AotVariant
+from titok.kernels._aot import AotVariant, label_launches, meta, name_of
+from titok.kernels._launch import launch, record
 from titok.kernels._tuning import (
     ADD_LAYER_NORM_BACKWARD_VALUES,
     ADD_LAYER_NORM_CHANNELS_PER_WARP,
     ADD_LAYER_NORM_PROGRAMS,
     Tile,
 )
-
-MAX_CHANNELS = 8192  # a row stays in one program's registers
 
 
 @triton.jit
@@ -27,8 +41,8 @@ def add_layer_norm_forward(
     residual_ptr,  # (M, D)
     weight_ptr,  # (D,)
     bias_ptr,  # (D,)
-    total_ptr,  # (M, D)
-    normalised_ptr,  # (M, D)
+    total_ptr,  # (M, D), written
+    normalised_ptr,  # (M, D), written
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -40,7 +54,7 @@ def add_layer_norm_forward(
     x += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     total = x.to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + offsets, total, mask=mask)
-    x = total.to(tl.float32)  # the rounded sum is what the backward pass will see
+    x = total.to(tl.float32)  # normalise the rounded sum: the backward pass reads nothing else
     centred = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
     weight = tl.load(weight_ptr + channels, mask=mask, other=0.0).to(tl.float32)
@@ -51,18 +65,17 @@ def add_layer_norm_forward(
 
 @triton.jit
 def add_layer_norm_backward(
-    grad_total_ptr,  # (M, D), read where HAS_GRAD_TOTAL
+    grad_total_ptr,  # (M, D) or None
     grad_normalised_ptr,  # (M, D)
     total_ptr,  # (M, D)
     weight_ptr,  # (D,)
-    grad_ptr,  # (M, D): gradient of the sum
-    partial_ptr,  # (2, programs, D) float32: d weight, d bias
+    grad_ptr,  # (M, D), written: gradient of x and of residual
+    partial_ptr,  # (2, programs, D) float32, written: d weight, d bias
     M,
     eps,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_GRAD_TOTAL: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     channels = tl.arange(0, BLOCK_D)[None, :]
@@ -77,12 +90,12 @@ def add_layer_norm_backward(
         dy = tl.load(grad_normalised_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         centred = tl.where(mask, x - tl.sum(x, 1)[:, None] / D, 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)[:, None]
-        unit = centred * rstd
-        grad_weight += tl.sum(dy * unit, 0)
+        u = centred * rstd
+        grad_weight += tl.sum(dy * u, 0)
         grad_bias += tl.sum(dy, 0)
-        dunit = dy * weight
-        dx = (dunit - tl.sum(dunit, 1)[:, None] / D - unit * (tl.sum(dunit * unit, 1)[:, None] / D)) * rstd
-        if HAS_GRAD_TOTAL:
+        du = dy * weight
+        dx = (du - tl.sum(du, 1)[:, None] / D - u * (tl.sum(du * u, 1)[:, None] / D)) * rstd
+        if grad_total_ptr is not None:
             dx += tl.load(grad_total_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_ptr + offsets, dx.to(grad_ptr.dtype.element_ty), mask=mask)
     columns = tl.arange(0, BLOCK_D)
@@ -100,18 +113,21 @@ def forward(
     total: torch.Tensor,
     normalised: torch.Tensor,
 ) -> None:
-    """Fills total and normalised (M, D); everything contiguous."""
-    rows, channels = x.shape
-    tensors = (x, residual, weight, bias, total, normalised)
-    tile = _forward_tile(channels)
-    add_layer_norm_forward[(rows,)](
-        *tensors, eps, D=channels, BLOCK_D=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages
+    """Fills total and normalised (..., D) from x and residual (..., D), weight and bias (D,).
+
+    Every tensor is contiguous and of its own floating dtype; there is at least one row, and D is at most 8,192.
+    """
+    D = weight.shape[0]
+    tile = _forward_tile(D)
+    launch(
+        add_layer_norm_forward,
+        (x.numel() // D,),
+        *(x, residual, weight, bias, total, normalised, eps),
+        D=D,
+        BLOCK_D=tile.columns,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
-
-
-def programs(rows: int, channels: int) -> int:
-    """How many partial sums `backward` writes for this many rows."""
-    return min(ADD_LAYER_NORM_PROGRAMS, triton.cdiv(rows, _backward_tile(channels).rows))
 
 
 def backward(
@@ -121,49 +137,58 @@ def backward(
     weight: torch.Tensor,
     eps: float,
     grad: torch.Tensor,
-    partial: torch.Tensor,
-) -> None:
-    """Fills grad (M, D), and partial (2, programs(M, D), D) float32: summed over programs, d weight and d bias."""
-    rows, channels = total.shape
-    tile = _backward_tile(channels)
-    unread = grad_normalised if grad_total is None else grad_total
-    add_layer_norm_backward[(partial.shape[1],)](
-        *(unread, grad_normalised, total, weight, grad, partial, rows, eps),
-        D=channels,
+) -> torch.Tensor:
+    """Fills grad (..., D), the gradient of x and of residual; returns those of weight and bias, (2, D) float32.
+
+    Rows (..., D) and weight (D,) are contiguous and of their own floating dtypes; there is at least one row, and D is
+    at most 8,192.
+    """
+    D = weight.shape[0]
+    M = total.numel() // D
+    tile = _backward_tile(D)
+    programs = min(ADD_LAYER_NORM_PROGRAMS, triton.cdiv(M, tile.rows))
+    partial = torch.empty((2, programs, D), dtype=torch.float32, device=total.device)
+    launch(
+        add_layer_norm_backward,
+        (programs,),
+        *(grad_total, grad_normalised, total, weight, grad, partial, M, eps),
+        D=D,
         BLOCK_M=tile.rows,
         BLOCK_D=tile.columns,
-        HAS_GRAD_TOTAL=grad_total is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    return partial.sum(1)
 
 
-def _forward_tile(channels: int) -> Tile:
-    block = triton.next_power_of_2(channels)
+def _forward_tile(D: int) -> Tile:
+    block = triton.next_power_of_2(D)
     return Tile(1, block, min(8, max(1, block // ADD_LAYER_NORM_CHANNELS_PER_WARP)), 1)
 
 
-def _backward_tile(channels: int) -> Tile:
-    block = triton.next_power_of_2(channels)
+def _backward_tile(D: int) -> Tile:
+    block = triton.next_power_of_2(D)
     rows = max(1, min(16, ADD_LAYER_NORM_BACKWARD_VALUES // block))
     return Tile(rows, block, 4 if rows * block <= ADD_LAYER_NORM_BACKWARD_VALUES else 8, 1)
 
 
 def aot_variants() -> list[AotVariant]:
-    """The widths of TiTok's S, B and L; all in bfloat16, and a float32 stream with bfloat16 branches (autocast)."""
+    """The widths of TiTok's S, B and L: all in bfloat16, and a float32 stream with bfloat16 branches (autocast)."""
+    half = torch.bfloat16
     variants = []
-    for channels in (512, 768, 1024):
-        for wide, label in (("*bf16", f"bf16, D {channels}"), ("*fp32", f"fp32 + bf16, D {channels}")):
-            tile = _forward_tile(channels)
-            args = {"x_ptr": wide, "residual_ptr": "*bf16", "weight_ptr": wide, "bias_ptr": wide}
-            args |= {"total_ptr": wide, "normalised_ptr": "*bf16", "eps": "fp32"}
-            constants = {"D": channels, "BLOCK_D": tile.columns}
-            launch = (tile.num_warps, tile.num_stages, label, False)
-            variants.append(AotVariant(add_layer_norm_forward, args, constants, *launch))
-            tile = _backward_tile(channels)
-            args = {"grad_total_ptr": wide, "grad_normalised_ptr": "*bf16", "total_ptr": wide, "weight_ptr": wide}
-            args |= {"grad_ptr": wide, "partial_ptr": "*fp32", "M": "i32", "eps": "fp32"}
-            constants = {"D": channels, "BLOCK_M": tile.rows, "BLOCK_D": tile.columns, "HAS_GRAD_TOTAL": True}
-            launch = (tile.num_warps, tile.num_stages, label, False)
-            variants.append(AotVariant(add_layer_norm_backward, args, constants, *launch))
+    for D in (512, 768, 1024):
+        for stream in (torch.bfloat16, torch.float32):
+            M = 289  # one sample; odd, so that the machine code is that for any number of rows
+            parameter = meta(D, dtype=stream)
+            with record() as launches:
+                forward(
+                    *(meta(M, D, dtype=stream), meta(M, D, dtype=half), parameter, parameter, 1e-6),
+                    *(meta(M, D, dtype=stream), meta(M, D, dtype=half)),
+                )
+                backward(
+                    *(meta(M, D, dtype=stream), meta(M, D, dtype=half), meta(M, D, dtype=stream), parameter, 1e-6),
+                    meta(M, D, dtype=stream),
+                )
+            branch = "" if stream == half else "+bf16"
+            variants += label_launches(launches, f"{name_of(stream)}{branch} D={D}")
     return variants

@@ -1,12 +1,14 @@
-"""Compiles every kernel variant that the presets use for three GPU generations, without a GPU, and checks the code.
+"""Compiles what the presets launch for three GPU generations, without a GPU, and checks the machine code.
 
     python -m titok.kernels.aot                  the table on standard output; exit status 1 where a check fails
-    python -m titok.kernels.aot --write          ... into RESOURCES.md beside this file
+    python -m titok.kernels.aot --write          the table into RESOURCES.md beside this file
     python -m titok.kernels.aot --arch 90 --sample 4 code_mixture    four of its variants for one architecture
 
-A variant fails when it spills registers, wants more shared memory than a block can have, lacks the tensor-core
-instructions or the 16-byte loads that it is expected to hold (`AotVariant`), or does not compile. Needs Triton
-alone, whose wheel carries ptxas and cuobjdump.
+Every module's `aot_variants()` calls its own launchers with the shapes of the presets, on tensors without memory, and
+returns the launches that were recorded (`_launch.py`): what is compiled here is what runs. A variant fails when it
+does not compile, spills registers, needs more shared memory than a block can have, or lacks the tensor-core
+instructions or 16-byte loads that it is expected to contain (`AotVariant`). Triton's wheel brings the tools, ptxas and
+cuobjdump.
 """
 
 from __future__ import annotations
@@ -29,27 +31,32 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from titok.kernels._aot import AotVariant
+from titok.kernels._launch import Launch
 
 TABLE = Path(__file__).parent / "RESOURCES.md"
-SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one block, CUDA programming guide
+# Compute capability -> most bytes of shared memory for one block (CUDA programming guide, compute capabilities)
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX = re.compile(r"\s(HMMA|HGMMA|UTC\w*MMA|IMMA|IGMMA|QMMA|QGMMA|DMMA)\b")
 LOAD = re.compile(r"\s(?:LDG|LDGSTS)\.([\w.]+)")
-BULK_LOAD = re.compile(r"\s(?:UTMALDG|UBLKCP)\b")  # the copy engine moves whole tiles
+BULK_LOAD = re.compile(r"\s(?:UTMALDG|UBLKCP)\b")  # one instruction that copies a whole tile
 HEADER = """\
 | kernel | variant | warps | stages | registers | spills | shared KiB | matrix instructions | 16-byte loads |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
 class Report(NamedTuple):
+    """The outcome for one variant and one compute capability."""
+
     arch: int
     row: str  # of the table
     failures: list[str]
 
 
 def modules(names: list[str]) -> list[str]:
-    """Modules of titok.kernels that have `aot_variants`, or those of the given names."""
+    """Modules of titok.kernels that have `aot_variants`, or those of them with the given names."""
     package = importlib.import_module("titok.kernels")
-    found = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("aot", "_aot", "_tuning")]
+    names_of_files = [m.name for m in pkgutil.iter_modules(package.__path__)]
+    found = [name for name in names_of_files if name != "aot" and not name.startswith("_")]
     if unknown := set(names) - set(found):
         raise SystemExit(f"no such kernel module: {', '.join(sorted(unknown))}; there are {', '.join(found)}")
     return [name for name in names or found if hasattr(_module(name), "aot_variants")]
@@ -60,21 +67,18 @@ def _module(name: str) -> Any:
 
 
 def _examine_by_name(module: str, index: int, arch: int) -> Report:
-    """`examine` for another process, to which a kernel can't be sent."""
+    """`examine` in another process, which cannot be sent a kernel."""
     return examine(_module(module).aot_variants()[index], arch)
 
 
 def examine(variant: AotVariant, arch: int) -> Report:
-    """Compiles a variant for one compute capability and reads its machine code."""
-    kernel = variant.kernel
-    while not isinstance(kernel, triton.JITFunction):  # under @triton.autotune or @triton.heuristics
-        kernel = kernel.fn
-    name = kernel.__name__
+    """Compiles a variant for one compute capability, e.g. 90, and reads its machine code."""
+    name = variant.kernel.__name__
     where = f"{name} ({variant.label}) on sm_{arch}"
     start = f"| {name} | {variant.label} | {variant.num_warps} | {variant.num_stages} |"
     try:
-        compiled = _compile(kernel, variant, arch)
-    except Exception as error:  # whatever a compiler may raise is a finding about this variant, not the end
+        compiled = compile_launch(variant, arch)
+    except Exception as error:  # whatever the compiler raises is a failure of this variant; the others go on
         cause = str(error).strip().splitlines() or [""]
         return Report(
             arch, f"{start} does not compile | | | | |", [f"{where}: {type(error).__name__}: {cause[-1]}"]
@@ -93,7 +97,7 @@ def examine(variant: AotVariant, arch: int) -> Report:
     if spills:
         failures.append(f"{spills} spill instructions")
     if shared > SHARED_LIMITS[arch]:
-        failures.append(f"{shared} bytes of shared memory, {SHARED_LIMITS[arch]} are there")
+        failures.append(f"{shared} bytes of shared memory, a block can have {SHARED_LIMITS[arch]}")
     if variant.expects_tensor_cores and not matrix:
         failures.append("no tensor-core instruction")
     if variant.expects_wide_loads and not wide:
@@ -103,18 +107,15 @@ def examine(variant: AotVariant, arch: int) -> Report:
     return Report(arch, row, [f"{where}: {failure}" for failure in failures])
 
 
-def _compile(kernel: Any, variant: AotVariant, arch: int) -> Any:
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """Compiles a recorded launch for one compute capability, as Triton would on a GPU of that generation."""
     signature = {
-        name: "constexpr" if name in variant.constexprs else variant.signature[name] for name in kernel.arg_names
+        name: "constexpr" if name in launch.constexprs else launch.signature[name]
+        for name in launch.kernel.arg_names
     }
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if (kind.startswith("*") or (kind.startswith("i") and name.startswith("stride_")))
-        and name not in variant.unaligned
-    }
-    source = ASTSource(kernel, signature, variant.constexprs, aligned)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in launch.aligned}
+    source = ASTSource(launch.kernel, signature, launch.constexprs, attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -134,8 +135,9 @@ def table(reports: list[Report]) -> str:
     lines = [
         "# Resources of the Triton kernels",
         "",
-        f"Written by `make kernels` with Triton {triton.__version__}; no GPU was involved. Spills count instructions;",
-        "16-byte loads are those of all global loads, the rest being per-row numbers, gathers and odd tails.",
+        f"Written by `make kernels` with Triton {triton.__version__}; no GPU was involved. Variants are launches of",
+        "the presets. Spills are instructions that move registers to or from memory. The last column counts loads from",
+        "global memory that are 16 bytes wide; the others read one number per row, a mask or an unaligned tail.",
     ]
     for arch in dict.fromkeys(report.arch for report in reports):
         lines += ["", f"## sm_{arch}", "", HEADER, *(report.row for report in reports if report.arch == arch)]
@@ -143,7 +145,7 @@ def table(reports: list[Report]) -> str:
 
 
 def _spread(count: int, sample: int | None) -> list[int]:
-    """All of range(count), or `sample` of it from the first to the last."""
+    """Every index below count, or `sample` of them, evenly spread from the first to the last."""
     if sample is None or sample >= count:
         return list(range(count))
     return [round(i * (count - 1) / max(sample - 1, 1)) for i in range(sample)]

@@ -1,6 +1,22 @@
-"""softmax(logits) @ codebook with an online softmax: the probabilities live in registers, one tile at a time.
+"""softmax(logits) @ codebook for M rows of logits over K codes of C channels; no probability reaches memory.
 
-The backward pass computes them again from the logits. Its sums over codes and over rows have a fixed order.
+Forward: a program takes BLOCK_M rows and walks over the codes in blocks of BLOCK_K with an online softmax (Milakov and
+Gimelshein 2018, arXiv:1805.02867): where a block raises the maximum of a row, the row's sum and its accumulated mixture
+are scaled down to it. C is held whole, rounded up to a power of two: BLOCK_C.
+
+                K codes ->                             C channels
+              +-------------+-------------+- -        +-----------+
+    BLOCK_M   | logits tile | next tile   |   BLOCK_K | codebook  |   acc (BLOCK_M, BLOCK_C)
+    rows      +-------------+-------------+- -        | tile      |     += exp(logits tile - max) @ codebook tile
+                BLOCK_K                               +-----------+
+
+Backward, with p the probabilities, computed again from the logits, and g the gradient of the mixture (M, C):
+
+    d logits   = p * (g @ codebook^T - sum(g * mixture))     the last sum, over C, equals that of p * (g @ codebook^T)
+    d codebook = p^T @ g
+
+`code_mixture_dlogits` takes blocks of rows as the forward pass does. `code_mixture_dcodebook` takes BLOCK_K codes and
+one of several equal parts of the rows; PyTorch adds up the parts. Sums have a fixed order: the same bits in every run.
 """
 
 from __future__ import annotations
@@ -9,21 +25,21 @@ import torch
 import triton
 import triton.language as tl
 
-from titok.kernels._aot import AotVariant
+from titok.kernels._aot import AotVariant, label_launches, meta, name_of
+from titok.kernels._launch import launch, record
 from titok.kernels._tuning import (
     CODE_MIXTURE_DCODEBOOK,
     CODE_MIXTURE_DLOGITS,
     CODE_MIXTURE_FORWARD,
+    CODE_MIXTURE_ROWS_PER_SPLIT,
     CODE_MIXTURE_SPLITS,
     Tile,
 )
 
-MAX_CHANNELS = 256  # C stays whole in one tile
-
 
 @triton.jit
 def _load_logits(row_ptr, codes, rows, M, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One float32 tile in base 2, -inf where there is no code; rows past the last are taken as zeros."""
+    """A float32 tile of logits * log2(e), for exp2; -inf past the last code, 0 past the last row."""
     if K % BLOCK_K == 0:
         return tl.load(row_ptr + codes, mask=rows < M, other=0.0).to(tl.float32) * 1.4426950408889634
     x = tl.load(row_ptr + codes, mask=(rows < M) & (codes < K), other=0.0).to(tl.float32)
@@ -40,7 +56,7 @@ def _load_codes(codebook_ptr, codes, channels, dtype, K: tl.constexpr, C: tl.con
 def code_mixture_forward(
     logits_ptr,  # (M, K)
     codebook_ptr,  # (K, C)
-    out_ptr,  # (M, C)
+    out_ptr,  # (M, C), written
     M,
     K: tl.constexpr,
     C: tl.constexpr,
@@ -51,21 +67,21 @@ def code_mixture_forward(
     dtype = logits_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     channels = tl.arange(0, BLOCK_C)[None, :]
-    highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, K, BLOCK_K):
         x = _load_logits(logits_ptr + rows * K, start + tl.arange(0, BLOCK_K)[None, :], rows, M, K, BLOCK_K)
-        raised = tl.maximum(highest, tl.max(x, 1))
-        # while every logit so far is -inf, the shift is 0: exp2(-inf) is then 0 rather than NaN
-        shift = tl.where(raised == -float("inf"), 0.0, raised)
+        new_max = tl.maximum(row_max, tl.max(x, 1))
+        # While every logit so far is -inf, shift by 0: exp2(-inf - 0) is 0, but exp2(-inf + inf) is NaN.
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
         p = tl.exp2(x - shift[:, None])
-        shrink = tl.exp2(highest - shift)
-        highest = raised
-        total = total * shrink + tl.sum(p, 1)
+        rescale = tl.exp2(row_max - shift)
+        row_max = new_max
+        row_sum = row_sum * rescale + tl.sum(p, 1)
         codes = _load_codes(codebook_ptr, start + tl.arange(0, BLOCK_K)[:, None], channels, dtype, K, C)
-        acc = tl.dot(p.to(dtype), codes, acc * shrink[:, None], input_precision="ieee")
-    acc = acc / total[:, None]
+        acc = tl.dot(p.to(dtype), codes, acc * rescale[:, None], input_precision="ieee")
+    acc = acc / row_sum[:, None]
     tl.store(out_ptr + rows * C + channels, acc.to(dtype), mask=(rows < M) & (channels < C))
 
 
@@ -74,9 +90,9 @@ def code_mixture_dlogits(
     grad_ptr,  # (M, C)
     logits_ptr,  # (M, K)
     codebook_ptr,  # (K, C)
-    out_ptr,  # (M, C): what the forward pass returned
-    grad_logits_ptr,  # (M, K)
-    lse_ptr,  # (M,) float32: base-2 logarithm of the softmax's denominator, for code_mixture_dcodebook
+    mixture_ptr,  # (M, C): result of the forward pass
+    grad_logits_ptr,  # (M, K), written
+    lse_ptr,  # (M,) float32, written: base-2 log-sum-exp of the logits; None where code_mixture_dcodebook does not run
     M,
     K: tl.constexpr,
     C: tl.constexpr,
@@ -86,24 +102,24 @@ def code_mixture_dlogits(
 ):
     dtype = logits_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, K, BLOCK_K):
         x = _load_logits(logits_ptr + rows * K, start + tl.arange(0, BLOCK_K)[None, :], rows, M, K, BLOCK_K)
-        raised = tl.maximum(highest, tl.max(x, 1))
-        shift = tl.where(raised == -float("inf"), 0.0, raised)
-        total = total * tl.exp2(highest - shift) + tl.sum(tl.exp2(x - shift[:, None]), 1)
-        highest = raised
-    lse = highest + tl.log2(total)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + row, lse, mask=row < M)
+        new_max = tl.maximum(row_max, tl.max(x, 1))
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(x - shift[:, None]), 1)
+        row_max = new_max
+    lse = row_max + tl.log2(row_sum)
+    if lse_ptr is not None:
+        row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tl.store(lse_ptr + row, lse, mask=row < M)
 
     channels = tl.arange(0, BLOCK_C)[None, :]
     mask = (rows < M) & (channels < C)
     grad = tl.load(grad_ptr + rows * C + channels, mask=mask, other=0.0)
-    out = tl.load(out_ptr + rows * C + channels, mask=mask, other=0.0)
-    # sum over codes of p * (grad . code) = grad . out: one pass over the codes is enough
-    inner = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    mixture = tl.load(mixture_ptr + rows * C + channels, mask=mask, other=0.0)
+    inner = tl.sum(grad.to(tl.float32) * mixture.to(tl.float32), 1)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)[None, :]
         x = _load_logits(logits_ptr + rows * K, k, rows, M, K, BLOCK_K)
@@ -118,9 +134,9 @@ def code_mixture_dcodebook(
     grad_ptr,  # (M, C)
     logits_ptr,  # (M, K)
     lse_ptr,  # (M,) float32, from code_mixture_dlogits
-    partial_ptr,  # (splits, K, C) float32
+    partial_ptr,  # (splits, K, C) float32, written
     M,
-    rows_per_split,
+    rows_per_split,  # a multiple of BLOCK_M
     K: tl.constexpr,
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -134,89 +150,92 @@ def code_mixture_dcodebook(
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for start in range(0, rows_per_split, BLOCK_M):
         row = first + start + tl.arange(0, BLOCK_M)
-        lse = tl.load(lse_ptr + row, mask=row < M, other=float("inf"))  # no weight for rows past the last
+        lse = tl.load(lse_ptr + row, mask=row < M, other=float("inf"))  # makes p 0 past the last row
         x = _load_logits(logits_ptr + row[None, :] * K, codes, row[None, :], M, K, BLOCK_K)
         p = tl.exp2(x - lse[None, :])
-        inside = (row[:, None] < M) & (channels < C)
-        grad = tl.load(grad_ptr + row[:, None] * C + channels, mask=inside, other=0.0)
+        mask = (row[:, None] < M) & (channels < C)
+        grad = tl.load(grad_ptr + row[:, None] * C + channels, mask=mask, other=0.0)
         acc = tl.dot(p.to(dtype), grad, acc, input_precision="ieee")
     offset = tl.program_id(1).to(tl.int64) * K * C
     tl.store(partial_ptr + offset + codes * C + channels, acc, mask=(codes < K) & (channels < C))
 
 
 def forward(logits: torch.Tensor, codebook: torch.Tensor, out: torch.Tensor) -> None:
-    """out = softmax(logits) @ codebook: (M, K), (K, C) -> (M, C), all contiguous, C at most MAX_CHANNELS."""
-    tile = CODE_MIXTURE_FORWARD[_width(logits)]
-    grid = (triton.cdiv(logits.shape[0], tile.rows),)
-    code_mixture_forward[grid](logits, codebook, out, logits.shape[0], **_launch(tile, *codebook.shape))
+    """Fills out (M, C) with softmax(logits) @ codebook, from logits (M, K) and codebook (K, C).
+
+    All are contiguous and of one dtype, float16, bfloat16 or float32; M is at least 1 and C at most 256.
+    """
+    M = logits.shape[0]
+    tile = CODE_MIXTURE_FORWARD[logits.element_size()]
+    grid = (triton.cdiv(M, tile.rows),)
+    launch(code_mixture_forward, grid, logits, codebook, out, M, **_constexprs(tile, codebook))
 
 
-def dlogits(
+def backward(
     grad: torch.Tensor,
     logits: torch.Tensor,
     codebook: torch.Tensor,
-    out: torch.Tensor,
+    mixture: torch.Tensor,
     grad_logits: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Fills grad_logits (M, K), and lse (M,) float32 for `dcodebook`."""
-    tile = CODE_MIXTURE_DLOGITS[_width(logits)]
-    grid = (triton.cdiv(logits.shape[0], tile.rows),)
-    tensors = (grad, logits, codebook, out, grad_logits, lse)
-    code_mixture_dlogits[grid](*tensors, logits.shape[0], **_launch(tile, *codebook.shape))
+    need_codebook: bool,
+) -> torch.Tensor | None:
+    """Fills grad_logits (M, K); returns the gradient of the codebook, (K, C) float32, or None if not needed.
+
+    grad and mixture, the result of the forward pass, are (M, C), logits (M, K), codebook (K, C): all contiguous and of
+    one dtype, float16, bfloat16 or float32; M is at least 1 and C at most 256.
+    """
+    M = logits.shape[0]
+    lse = torch.empty(M, dtype=torch.float32, device=logits.device) if need_codebook else None
+    tile = CODE_MIXTURE_DLOGITS[logits.element_size()]
+    launch(
+        code_mixture_dlogits,
+        (triton.cdiv(M, tile.rows),),
+        *(grad, logits, codebook, mixture, grad_logits, lse, M),
+        **_constexprs(tile, codebook),
+    )
+    return None if lse is None else _codebook_gradient(grad, logits, codebook, lse)
 
 
-def splits(rows: int) -> int:
-    """How many partial sums `dcodebook` writes for this many rows."""
-    return min(CODE_MIXTURE_SPLITS, triton.cdiv(rows, 256))
+def _codebook_gradient(
+    grad: torch.Tensor, logits: torch.Tensor, codebook: torch.Tensor, lse: torch.Tensor
+) -> torch.Tensor:
+    (M, K), C = logits.shape, codebook.shape[1]
+    splits = min(CODE_MIXTURE_SPLITS, triton.cdiv(M, CODE_MIXTURE_ROWS_PER_SPLIT))
+    tile = CODE_MIXTURE_DCODEBOOK[logits.element_size()]
+    rows_per_split = triton.cdiv(triton.cdiv(M, splits), tile.rows) * tile.rows
+    partial = torch.empty((splits, K, C), dtype=torch.float32, device=logits.device)
+    launch(
+        code_mixture_dcodebook,
+        (triton.cdiv(K, tile.columns), splits),
+        *(grad, logits, lse, partial, M, rows_per_split),
+        **_constexprs(tile, codebook),
+    )
+    return partial.sum(0)
 
 
-def dcodebook(grad: torch.Tensor, logits: torch.Tensor, lse: torch.Tensor, partial: torch.Tensor) -> None:
-    """Fills partial (splits(M), K, C) float32, whose sum over the first axis is the codebook's gradient."""
-    tile = CODE_MIXTURE_DCODEBOOK[_width(logits)]
-    count, num_codes, channels = partial.shape
-    per_split = triton.cdiv(triton.cdiv(logits.shape[0], count), tile.rows) * tile.rows
-    launch = _launch(tile, num_codes, channels)
-    grid = (triton.cdiv(num_codes, tile.columns), count)
-    code_mixture_dcodebook[grid](grad, logits, lse, partial, logits.shape[0], per_split, **launch)
-
-
-def _width(logits: torch.Tensor) -> int:
-    return logits.element_size()
-
-
-def _constants(tile: Tile, num_codes: int, channels: int) -> dict[str, int]:
-    block_c = max(16, triton.next_power_of_2(channels))
-    return {"K": num_codes, "C": channels, "BLOCK_M": tile.rows, "BLOCK_K": tile.columns, "BLOCK_C": block_c}
-
-
-def _launch(tile: Tile, num_codes: int, channels: int) -> dict[str, int]:
-    stages = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return {**_constants(tile, num_codes, channels), **stages}
+def _constexprs(tile: Tile, codebook: torch.Tensor) -> dict[str, int]:
+    K, C = codebook.shape
+    return {
+        "K": K,
+        "C": C,
+        "BLOCK_M": tile.rows,
+        "BLOCK_K": tile.columns,
+        "BLOCK_C": max(16, triton.next_power_of_2(C)),  # tl.dot takes no fewer than 16
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
 
 def aot_variants() -> list[AotVariant]:
-    """TiTok's 1,024 proxy codes of 256 channels, in both precisions; the codebook as stored, float32."""
+    """TiTok's proxy codes, 1,024 of 256 channels, for three pictures of 16 x 16 patches, in two precisions."""
+    M, K, C = 3 * 256, 1024, 256
     variants = []
-    for dtype, width in (("bf16", 2), ("fp32", 4)):
-        x = f"*{dtype}"
-        forward_args = {"logits_ptr": x, "codebook_ptr": x, "out_ptr": x, "M": "i32"}
-        dlogits_args = dict.fromkeys(
-            ("grad_ptr", "logits_ptr", "codebook_ptr", "out_ptr", "grad_logits_ptr"), x
-        ) | {"lse_ptr": "*fp32", "M": "i32"}
-        dcodebook_args = {"grad_ptr": x, "logits_ptr": x, "lse_ptr": "*fp32", "partial_ptr": "*fp32"} | {
-            "M": "i32",
-            "rows_per_split": "i32",
-        }
-        for kernel, tiles, args in (
-            (code_mixture_forward, CODE_MIXTURE_FORWARD, forward_args),
-            (code_mixture_dlogits, CODE_MIXTURE_DLOGITS, dlogits_args),
-            (code_mixture_dcodebook, CODE_MIXTURE_DCODEBOOK, dcodebook_args),
-        ):
-            tile = tiles[width]
-            constants = _constants(tile, 1024, 256)
-            label, tensor_cores = f"{dtype} 1024 x 256", dtype == "bf16"
-            variants.append(
-                AotVariant(kernel, args, constants, tile.num_warps, tile.num_stages, label, tensor_cores)
-            )
+    for dtype in (torch.bfloat16, torch.float32):
+        logits, codebook, rows = meta(M, K, dtype=dtype), meta(K, C, dtype=dtype), meta(M, C, dtype=dtype)
+        with record() as launches:
+            forward(logits, codebook, rows)
+            backward(rows, logits, codebook, rows, meta(M, K, dtype=dtype), need_codebook=True)
+        label = f"{name_of(dtype)} K={K} C={C}"
+        # float32 products are exact FMAs: they run on no tensor core
+        variants += label_launches(launches, label, expects_tensor_cores=dtype == torch.bfloat16)
     return variants

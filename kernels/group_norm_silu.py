@@ -1,55 +1,130 @@
-"""GroupNorm and SiLU of channels-last maps (B, P, C), P pixels, optionally of the sum of two maps.
+"""GroupNorm (Wu and He 2018, arXiv:1803.08494) and SiLU of channels-last maps, optionally of the sum of two maps.
 
-Small maps in one pass: a program keeps all pixels of a few groups in registers. Large ones in two: programs sum
-chunks of pixels channel by channel, a small kernel makes mean and rstd of them, and a third reads the map again.
-Backward likewise. No atomics: sums are taken in an order that the shape alone decides.
+    total      = x + residual                                rounded to its dtype; x itself without a residual
+    z          = s * weight + bias,   s = (total - mean) * rstd,   rstd = 1 / sqrt(variance + eps)
+    normalised = silu(z) = z / (1 + exp(-z))
+
+Mean and variance are over the P pixels and the C / G channels of one group of one image. A map in memory is (B, P, C):
+
+    one image       C channels: G groups side by side
+                   +-----------------+-----------------+
+    P pixels       | tile: BLOCK_P   | next tile       |      chunk: CHUNK pixels, which one program
+                   |    x BLOCK_C    |                 |      of the `sums` kernels walks down
+                   +-----------------+-----------------+
+
+Forward, small maps: `one_pass`, a program keeps all pixels of BLOCK_C channels (whole groups) in registers.
+Forward, large maps: `sums` writes mean and squared distances of each chunk and channel, `statistics` merges them into
+mean and rstd of each group, `normalise` reads the map once more.
+
+There are no atomics: sums are taken in an order that the shape alone decides, so the same bits come out in every
+run. The backward pass is in `group_norm_silu_backward.py`; its launcher is `backward` here as well.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from titok.kernels._aot import AotVariant
-from titok.kernels._tuning import GROUP_NORM_SILU, GROUP_NORM_SILU_CHUNK, GROUP_NORM_SILU_ONE_PASS_VALUES
+from titok.kernels._aot import AotVariant, label_launches, meta, name_of
+from titok.kernels._group_norm_silu import load_float32, load_statistics, tile_constexprs
+from titok.kernels._launch import launch, record
+from titok.kernels._tuning import GROUP_NORM_SILU_CHUNK, GROUP_NORM_SILU_ONE_PASS_VALUES
+from titok.kernels.group_norm_silu_backward import backward
+
+
+@triton.jit
+def _load_total(x_ptr, residual_ptr, total_ptr, offsets, mask):
+    """A tile of x, or with a residual of the sum: rounded, stored, and as it was rounded."""
+    x = load_float32(x_ptr + offsets, mask)
+    if residual_ptr is not None:
+        x += load_float32(residual_ptr + offsets, mask)
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offsets, total, mask=mask)
+        x = total.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _silu(z):
+    return z / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def _per_channel(values, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr):
+    """For each of BLOCK_C channels the sum of the values of its group."""
+    sums = tl.sum(tl.reshape(values, (BLOCK_C // WIDTH, WIDTH)), 1)
+    return tl.reshape(tl.broadcast_to(sums[:, None], (BLOCK_C // WIDTH, WIDTH)), (BLOCK_C,))
+
+
+@triton.jit
+def group_norm_silu_one_pass(
+    x_ptr,  # (B, P, C)
+    residual_ptr,  # (B, P, C) or None
+    total_ptr,  # (B, P, C), written; None without a residual
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    normalised_ptr,  # (B, P, C), written
+    mean_ptr,  # (B, G), written
+    rstd_ptr,  # (B, G), written
+    P,
+    eps,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,  # channels in a group, a power of two
+    BLOCK_P: tl.constexpr,  # at least P
+    BLOCK_C: tl.constexpr,  # a multiple of WIDTH
+):
+    image = tl.program_id(1).to(tl.int64)
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = tl.arange(0, BLOCK_P)
+    inside = channels < C
+    offsets = image * P * C + (rows[:, None] * C + channels[None, :])
+    mask = (rows < P)[:, None] & inside[None, :]
+    x = _load_total(x_ptr, residual_ptr, total_ptr, offsets, mask)
+    size = WIDTH * P.to(tl.float32)
+    mean = _per_channel(tl.sum(x, 0), WIDTH, BLOCK_C) / size
+    centred = tl.where(mask, x - mean[None, :], 0.0)
+    # A mean far from zero is rounded by much; the mean of the differences is what the rounding took off.
+    rest = _per_channel(tl.sum(centred, 0), WIDTH, BLOCK_C) / size
+    variance = _per_channel(tl.sum(centred * centred, 0), WIDTH, BLOCK_C) / size - rest * rest
+    rstd = 1.0 / tl.sqrt_rn(tl.where(variance < 0, 0.0, variance) + eps)
+    weight, bias = load_float32(weight_ptr + channels, inside), load_float32(bias_ptr + channels, inside)
+    y = _silu((centred - rest[None, :]) * (rstd * weight)[None, :] + bias[None, :])
+    tl.store(normalised_ptr + offsets, y.to(normalised_ptr.dtype.element_ty), mask=mask)
+    is_first_of_group = inside & (channels % WIDTH == 0)
+    groups = image * (C // WIDTH) + channels // WIDTH
+    tl.store(mean_ptr + groups, mean + rest, mask=is_first_of_group)
+    tl.store(rstd_ptr + groups, rstd, mask=is_first_of_group)
 
 
 @triton.jit
 def group_norm_silu_sums(
     x_ptr,  # (B, P, C)
-    residual_ptr,  # (B, P, C), read where HAS_RESIDUAL
-    total_ptr,  # (B, P, C), written where HAS_RESIDUAL
-    partial_ptr,  # (B, chunks, 2, C) float32: mean and sum of squared distances from it
+    residual_ptr,  # (B, P, C) or None
+    total_ptr,  # (B, P, C), written; None without a residual
+    partial_ptr,  # (B, chunks, 2, C) float32, written: mean, sum of squared distances from it
     P,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
 ):
     chunk, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = tl.arange(0, BLOCK_P)
+    inside = channels < C
     first = chunk * CHUNK
     base = (image * P + first) * C
-    # Distances are taken from the chunk's first pixel: one of the values, so that squares cancel at most CHUNK-fold.
-    shift = tl.load(x_ptr + base + channels, mask=channels < C, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        shift += tl.load(residual_ptr + base + channels, mask=channels < C, other=0.0).to(tl.float32)
+    # Distances are from the chunk's first pixel, which is one of the values: squares cancel at most CHUNK-fold.
+    shift = load_float32(x_ptr + base + channels, inside)
+    if residual_ptr is not None:
+        shift += load_float32(residual_ptr + base + channels, inside)
     sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(0, CHUNK, BLOCK_P):
         offsets = base + start * C + (rows[:, None] * C + channels[None, :])
-        mask = (first + start + rows < P)[:, None] & (channels < C)[None, :]
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            x += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            total = x.to(total_ptr.dtype.element_ty)
-            tl.store(total_ptr + offsets, total, mask=mask)
-            x = total.to(tl.float32)  # the rounded sum is what is normalised
+        mask = (first + start + rows < P)[:, None] & inside[None, :]
+        x = _load_total(x_ptr, residual_ptr, total_ptr, offsets, mask)
         distance = tl.where(mask, x - shift[None, :], 0.0)
         sums += distance
         squares += distance * distance
@@ -57,39 +132,39 @@ def group_norm_silu_sums(
     sum_ = tl.sum(sums, 0)
     mean = sum_ / count
     partial_ptr += (image * tl.num_programs(0) + chunk) * 2 * C + channels
-    tl.store(partial_ptr, shift + mean, mask=channels < C)
-    tl.store(partial_ptr + C, tl.sum(squares, 0) - sum_ * mean, mask=channels < C)
+    tl.store(partial_ptr, shift + mean, mask=inside)
+    tl.store(partial_ptr + C, tl.sum(squares, 0) - sum_ * mean, mask=inside)
 
 
 @triton.jit
 def group_norm_silu_statistics(
-    partial_ptr,  # (B, chunks, 2, C) as written by group_norm_silu_sums
-    mean_ptr,  # (B, G)
-    rstd_ptr,  # (B, G)
+    partial_ptr,  # (B, chunks, 2, C) float32, from group_norm_silu_sums
+    mean_ptr,  # (B, G), written
+    rstd_ptr,  # (B, G), written
     P,
     chunks,
     eps,
     C: tl.constexpr,
-    WIDTH: tl.constexpr,  # channels in a group
+    WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # chunks at a time
-    BLOCK_W: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,  # at least WIDTH
 ):
+    """One program: one group of one image. In float64, which may subtract squares of means and costs little here."""
     group, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK_W)[None, :]
     partial_ptr += image * chunks * 2 * C + group * WIDTH + columns
-    # float64, for little data: squares of means far from zero may then be subtracted.
-    sums = tl.zeros((BLOCK_K, BLOCK_W), tl.float64)
-    squares = tl.zeros((BLOCK_K, BLOCK_W), tl.float64)
-    for start in range(0, chunks, BLOCK_K):
-        rows = start + tl.arange(0, BLOCK_K)[:, None]
+    sums = tl.zeros((BLOCK_CHUNKS, BLOCK_W), tl.float64)
+    squares = tl.zeros((BLOCK_CHUNKS, BLOCK_W), tl.float64)
+    for start in range(0, chunks, BLOCK_CHUNKS):
+        rows = start + tl.arange(0, BLOCK_CHUNKS)[:, None]
         mask = (rows < chunks) & (columns < WIDTH)
         offsets = rows.to(tl.int64) * (2 * C)
         mean = tl.load(partial_ptr + offsets, mask=mask, other=0.0).to(tl.float64)
-        inside = tl.load(partial_ptr + offsets + C, mask=mask, other=0.0).to(tl.float64)
+        distances = tl.load(partial_ptr + offsets + C, mask=mask, other=0.0).to(tl.float64)
         count = tl.minimum(P - rows * CHUNK, CHUNK).to(tl.float64)
         sums += count * mean
-        squares += tl.where(mask, inside + count * mean * mean, 0.0)
+        squares += tl.where(mask, distances + count * mean * mean, 0.0)
     size = WIDTH * P.to(tl.float64)
     mean = tl.sum(tl.sum(sums, 1), 0) / size
     variance = tl.sum(tl.sum(squares, 1), 0) / size - mean * mean
@@ -100,24 +175,13 @@ def group_norm_silu_statistics(
 
 
 @triton.jit
-def _silu(z):
-    return z / (1.0 + tl.exp(-z))
-
-
-@triton.jit
-def _silu_gradient(z):
-    sigmoid = 1.0 / (1.0 + tl.exp(-z))
-    return sigmoid * (1.0 + z * (1.0 - sigmoid))
-
-
-@triton.jit
 def group_norm_silu_normalise(
-    x_ptr,  # (B, P, C)
-    mean_ptr,  # (B, G)
-    rstd_ptr,  # (B, G)
+    total_ptr,  # (B, P, C)
     weight_ptr,  # (C,)
     bias_ptr,  # (C,)
-    out_ptr,  # (B, P, C)
+    normalised_ptr,  # (B, P, C), written
+    mean_ptr,  # (B, G)
+    rstd_ptr,  # (B, G)
     P,
     C: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -128,302 +192,114 @@ def group_norm_silu_normalise(
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = tl.arange(0, BLOCK_P)
     inside = channels < C
-    groups = image * (C // WIDTH) + channels // WIDTH
-    mean = tl.load(mean_ptr + groups, mask=inside, other=0.0)
-    scale = tl.load(rstd_ptr + groups, mask=inside, other=0.0)
-    scale *= tl.load(weight_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    mean, rstd = load_statistics(mean_ptr, rstd_ptr, image, channels, C, WIDTH)
+    weight, bias = load_float32(weight_ptr + channels, inside), load_float32(bias_ptr + channels, inside)
     offsets = (image * P + first) * C + (rows[:, None] * C + channels[None, :])
     mask = (first + rows < P)[:, None] & inside[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = _silu((x - mean[None, :]) * scale[None, :] + bias[None, :])
-    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _per_channel(values, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The sum over its group for each of BLOCK_C channels."""
-    sums = tl.sum(tl.reshape(values, (BLOCK_C // WIDTH, WIDTH)), 1)
-    return tl.reshape(tl.broadcast_to(sums[:, None], (BLOCK_C // WIDTH, WIDTH)), (BLOCK_C,))
-
-
-@triton.jit
-def group_norm_silu_one_pass(
-    x_ptr,  # (B, P, C)
-    residual_ptr,  # (B, P, C), read where HAS_RESIDUAL
-    total_ptr,  # (B, P, C), written where HAS_RESIDUAL
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,)
-    out_ptr,  # (B, P, C)
-    mean_ptr,  # (B, G)
-    rstd_ptr,  # (B, G)
-    P,
-    eps,
-    C: tl.constexpr,
-    WIDTH: tl.constexpr,  # a power of two
-    BLOCK_P: tl.constexpr,  # at least P
-    BLOCK_C: tl.constexpr,  # a multiple of WIDTH
-    HAS_RESIDUAL: tl.constexpr,
-):
-    image = tl.program_id(1).to(tl.int64)
-    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    rows = tl.arange(0, BLOCK_P)
-    inside = channels < C
-    offsets = image * P * C + (rows[:, None] * C + channels[None, :])
-    mask = (rows < P)[:, None] & inside[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        total = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + offsets, total, mask=mask)
-        x = total.to(tl.float32)
-    size = WIDTH * P.to(tl.float32)
-    mean = _per_channel(tl.sum(x, 0), WIDTH, BLOCK_C) / size
-    centred = tl.where(mask, x - mean[None, :], 0.0)
-    # What rounding left of the mean, far from zero, is in the mean of the differences.
-    rest = _per_channel(tl.sum(centred, 0), WIDTH, BLOCK_C) / size
-    variance = _per_channel(tl.sum(centred * centred, 0), WIDTH, BLOCK_C) / size - rest * rest
-    rstd = 1.0 / tl.sqrt_rn(tl.where(variance < 0, 0.0, variance) + eps)
-    weight = tl.load(weight_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    y = _silu((centred - rest[None, :]) * (rstd * weight)[None, :] + bias[None, :])
-    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
-    leads = inside & (channels % WIDTH == 0)
-    groups = image * (C // WIDTH) + channels // WIDTH
-    tl.store(mean_ptr + groups, mean + rest, mask=leads)
-    tl.store(rstd_ptr + groups, rstd, mask=leads)
-
-
-@triton.jit
-def group_norm_silu_backward_sums(
-    grad_ptr,  # (B, P, C)
-    x_ptr,  # (B, P, C)
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,)
-    mean_ptr,  # (B, G)
-    rstd_ptr,  # (B, G)
-    partial_ptr,  # (B, chunks, 2, C) float32: sums of dz and of dz * standardised x
-    P,
-    C: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    chunk, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    rows = tl.arange(0, BLOCK_P)
-    inside = channels < C
-    groups = image * (C // WIDTH) + channels // WIDTH
-    mean = tl.load(mean_ptr + groups, mask=inside, other=0.0)
-    rstd = tl.load(rstd_ptr + groups, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    first = chunk * CHUNK
-    base = (image * P + first) * C
-    sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    products = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, CHUNK, BLOCK_P):
-        offsets = base + start * C + (rows[:, None] * C + channels[None, :])
-        mask = (first + start + rows < P)[:, None] & inside[None, :]
-        standard = (tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
-        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        grad *= _silu_gradient(standard * weight[None, :] + bias[None, :])
-        sums += grad
-        products += grad * standard
-    partial_ptr += (image * tl.num_programs(0) + chunk) * 2 * C + channels
-    tl.store(partial_ptr, tl.sum(sums, 0), mask=inside)
-    tl.store(partial_ptr + C, tl.sum(products, 0), mask=inside)
-
-
-@triton.jit
-def group_norm_silu_backward_input(
-    grad_ptr,  # (B, P, C)
-    grad_sum_ptr,  # (B, P, C), read where HAS_GRAD_SUM
-    x_ptr,  # (B, P, C)
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,)
-    mean_ptr,  # (B, G)
-    rstd_ptr,  # (B, G)
-    means_ptr,  # (B, 2, G) float32: means over a group of dz * weight and of that times standardised x
-    grad_x_ptr,  # (B, P, C)
-    P,
-    C: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    HAS_GRAD_SUM: tl.constexpr,
-):
-    first, image = tl.program_id(0) * BLOCK_P, tl.program_id(2).to(tl.int64)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    rows = tl.arange(0, BLOCK_P)
-    inside = channels < C
-    groups = image * (C // WIDTH) + channels // WIDTH
-    mean = tl.load(mean_ptr + groups, mask=inside, other=0.0)
-    rstd = tl.load(rstd_ptr + groups, mask=inside, other=0.0)
-    means_ptr += image * 2 * (C // WIDTH) + channels // WIDTH
-    mean_g = tl.load(means_ptr, mask=inside, other=0.0)
-    mean_gs = tl.load(means_ptr + C // WIDTH, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    offsets = (image * P + first) * C + (rows[:, None] * C + channels[None, :])
-    mask = (first + rows < P)[:, None] & inside[None, :]
-    standard = (tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad *= _silu_gradient(standard * weight[None, :] + bias[None, :]) * weight[None, :]
-    grad_x = (grad - mean_g[None, :] - standard * mean_gs[None, :]) * rstd[None, :]
-    if HAS_GRAD_SUM:
-        grad_x += tl.load(grad_sum_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    x = load_float32(total_ptr + offsets, mask)
+    y = _silu((x - mean[None, :]) * (rstd * weight)[None, :] + bias[None, :])
+    tl.store(normalised_ptr + offsets, y.to(normalised_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
+    num_groups: int,
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
     total: torch.Tensor,
-    out: torch.Tensor,
+    normalised: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> None:
-    """Fills out, mean and rstd, with a residual total too; maps (B, C, H, W) in channels-last memory."""
-    batch, channels, height, width = x.shape
-    pixels, group_width = height * width, channels // mean.shape[1]
-    first = x if residual is None else residual
-    small = _one_pass(pixels, channels, group_width, x.element_size())
+    """Fills normalised (B, C, H, W), mean and rstd (B, G) float32 and, with a residual, total (B, C, H, W).
+
+    Maps are channels-last, weight and bias (C,) contiguous; all are float16, bfloat16 or float32. B is 1 to 65,535, the
+    others at least 1. Without a residual, total is not touched.
+    """
+    B, C, height, width = x.shape
+    P, group_width = height * width, C // num_groups
+    written = None if residual is None else total
+    small = _one_pass_constexprs(P, C, group_width, x.element_size())
     if small is not None:
-        group_norm_silu_one_pass[(triton.cdiv(channels, small["BLOCK_C"]), batch)](
-            *(x, first, total, weight, bias, out, mean, rstd, pixels, eps),
-            HAS_RESIDUAL=residual is not None,
+        launch(
+            group_norm_silu_one_pass,
+            (triton.cdiv(C, small["BLOCK_C"]), B),
+            *(x, residual, written, weight, bias, normalised, mean, rstd, P, eps),
             **small,
         )
         return
-    tile = _tile(channels)
-    chunks = triton.cdiv(pixels, GROUP_NORM_SILU_CHUNK)
-    columns = triton.cdiv(channels, tile["BLOCK_C"])
-    partial = torch.empty(batch, chunks, 2, channels, dtype=torch.float32, device=x.device)
-    group_norm_silu_sums[(chunks, columns, batch)](
-        *(x, first, total, partial, pixels),
-        CHUNK=GROUP_NORM_SILU_CHUNK,
-        HAS_RESIDUAL=residual is not None,
-        **tile,
-    )
-    group_norm_silu_statistics[(mean.shape[1], batch)](
-        *(partial, mean, rstd, pixels, chunks, eps), **_statistics(channels, group_width)
-    )
-    group_norm_silu_normalise[(triton.cdiv(pixels, tile["BLOCK_P"]), columns, batch)](
-        *(total, mean, rstd, weight, bias, out, pixels), WIDTH=group_width, **tile
-    )
-
-
-def backward_sums(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-) -> torch.Tensor:
-    """(B, 2, C) float32: sums over pixels of dz, z the input of SiLU, and of dz times standardised x."""
-    batch, channels, height, width = x.shape
-    tile = _tile(channels)
-    chunks = triton.cdiv(height * width, GROUP_NORM_SILU_CHUNK)
-    partial = torch.empty(batch, chunks, 2, channels, dtype=torch.float32, device=x.device)
-    group_norm_silu_backward_sums[(chunks, triton.cdiv(channels, tile["BLOCK_C"]), batch)](
-        *(grad, x, weight, bias, mean, rstd, partial, height * width),
-        WIDTH=channels // mean.shape[1],
+    tile = tile_constexprs(C)
+    chunks, columns = triton.cdiv(P, GROUP_NORM_SILU_CHUNK), triton.cdiv(C, tile["BLOCK_C"])
+    partial = torch.empty((B, chunks, 2, C), dtype=torch.float32, device=x.device)
+    launch(
+        group_norm_silu_sums,
+        (chunks, columns, B),
+        *(x, residual, written, partial, P),
         CHUNK=GROUP_NORM_SILU_CHUNK,
         **tile,
     )
-    return partial.sum(1)
-
-
-def backward_input(
-    grad: torch.Tensor,
-    grad_sum: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    means: torch.Tensor,
-    grad_x: torch.Tensor,
-) -> None:
-    """Fills grad_x from means (B, 2, G): of dz * weight and of that times standardised x, over a group."""
-    batch, channels, height, width = x.shape
-    tile = _tile(channels)
-    grid = (triton.cdiv(height * width, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]), batch)
-    group_norm_silu_backward_input[grid](
-        *(
-            grad,
-            grad if grad_sum is None else grad_sum,
-            x,
-            weight,
-            bias,
-            mean,
-            rstd,
-            means,
-            grad_x,
-            height * width,
-        ),
-        WIDTH=channels // mean.shape[1],
-        HAS_GRAD_SUM=grad_sum is not None,
+    launch(
+        group_norm_silu_statistics,
+        (num_groups, B),
+        *(partial, mean, rstd, P, chunks, eps),
+        **_statistics_constexprs(C, group_width),
+    )
+    launch(
+        group_norm_silu_normalise,
+        (triton.cdiv(P, tile["BLOCK_P"]), columns, B),
+        *(x if residual is None else total, weight, bias, normalised, mean, rstd, P),
+        WIDTH=group_width,
         **tile,
     )
 
 
-def _tile(channels: int) -> dict[str, int]:
-    tile = GROUP_NORM_SILU
-    columns = min(triton.next_power_of_2(channels), tile.columns)
-    rows = min(tile.rows * tile.columns // columns, GROUP_NORM_SILU_CHUNK)
-    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return {"C": channels, "BLOCK_P": rows, "BLOCK_C": columns, **launch}
-
-
-def _one_pass(pixels: int, channels: int, width: int, element_size: int) -> dict[str, int] | None:
-    """The launch of the one-pass kernel, or None where a group's pixels do not fit into registers."""
-    rows, columns = triton.next_power_of_2(pixels), max(width, 32 // element_size)  # 32 bytes: a sector of DRAM
-    if width & (width - 1) or rows * columns > GROUP_NORM_SILU_ONE_PASS_VALUES:
+def _one_pass_constexprs(P: int, C: int, group_width: int, element_size: int) -> dict[str, int] | None:
+    """Those of the one-pass kernel; None where the pixels of a group do not fit into a program's registers."""
+    rows, columns = triton.next_power_of_2(P), max(group_width, 32 // element_size)  # 32 bytes: a sector of DRAM
+    is_power_of_2 = group_width & (group_width - 1) == 0
+    if not is_power_of_2 or rows * columns > GROUP_NORM_SILU_ONE_PASS_VALUES:
         return None
-    warps = max(1, min(8, rows * columns // 1024))
-    launch = {"num_warps": warps, "num_stages": 1}
-    return {"C": channels, "WIDTH": width, "BLOCK_P": rows, "BLOCK_C": columns, **launch}
+    return {
+        "C": C,
+        "WIDTH": group_width,
+        "BLOCK_P": rows,
+        "BLOCK_C": columns,
+        "num_warps": max(1, min(8, rows * columns // 1024)),
+        "num_stages": 1,
+    }
 
 
-def _statistics(channels: int, width: int) -> dict[str, int]:
-    columns = triton.next_power_of_2(width)
-    block = {"BLOCK_K": max(1, 1024 // columns), "BLOCK_W": columns, "num_warps": 4, "num_stages": 1}
-    return {"C": channels, "WIDTH": width, "CHUNK": GROUP_NORM_SILU_CHUNK, **block}
+def _statistics_constexprs(C: int, group_width: int) -> dict[str, int]:
+    columns = triton.next_power_of_2(group_width)
+    return {
+        "C": C,
+        "WIDTH": group_width,
+        "CHUNK": GROUP_NORM_SILU_CHUNK,
+        "BLOCK_CHUNKS": max(1, 1024 // columns),
+        "BLOCK_W": columns,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
 
 
 def aot_variants() -> list[AotVariant]:
-    """The pixel decoder's maps: 128, 256 and 512 channels in 32 groups, small ones of 16 and 32 pixels."""
+    """The pixel decoder's maps, in 32 groups: 128 to 512 channels at 64 x 64 pixels, and at 16 x 16 and 32 x 32."""
     variants = []
-
-    def add(kernel: Any, label: str, pointers: str, values: str, launch: dict[str, int], **constants: Any) -> None:
-        maps = ("x", "residual", "total", "out", "grad", "grad_sum", "grad_x")
-        half = "*bf16" if "bf16" in label else "*fp32"
-        signature = {f"{p}_ptr": half if p in maps else "*fp32" for p in pointers.split()}
-        signature |= {v: "fp32" if v == "eps" else "i32" for v in values.split()}
-        constants |= {name: value for name, value in launch.items() if name.isupper()}
-        launched = (launch["num_warps"], launch["num_stages"], label, False)
-        variants.append(AotVariant(kernel, signature, constants, *launched))
-
-    for dtype, channels in (("bf16", 128), ("bf16", 256), ("bf16", 512), ("fp32", 256)):
-        label, width, tile = f"{dtype}, C {channels}", channels // 32, _tile(channels)
-        chunked: dict[str, Any] = {"CHUNK": GROUP_NORM_SILU_CHUNK}
-        add(group_norm_silu_sums, label, "x residual total partial", "P", tile, HAS_RESIDUAL=True, **chunked)
-        add(group_norm_silu_statistics, label, "partial mean rstd", "P chunks eps", _statistics(channels, width))
-        add(group_norm_silu_normalise, label, "x mean rstd weight bias out", "P", tile, WIDTH=width)
-        backward = "grad x weight bias mean rstd partial"
-        add(group_norm_silu_backward_sums, label, backward, "P", tile, WIDTH=width, **chunked)
-        backward = "grad grad_sum x weight bias mean rstd means grad_x"
-        add(group_norm_silu_backward_input, label, backward, "P", tile, WIDTH=width, HAS_GRAD_SUM=True)
-        for side in (16, 32) if channels > 128 else ():
-            small = _one_pass(side * side, channels, width, 2 if dtype == "bf16" else 4)
-            if small is not None:
-                pointers = "x residual total weight bias out mean rstd"
-                add(group_norm_silu_one_pass, f"{label}, {side} px", pointers, "P eps", small, HAS_RESIDUAL=True)
+    for dtype, C in (
+        (torch.bfloat16, 128),
+        (torch.bfloat16, 256),
+        (torch.bfloat16, 512),
+        (torch.float32, 256),
+    ):
+        statistics, parameter = meta(1, 32), meta(C)
+        for side in (64, 16, 32) if C > 128 else (64,):
+            x = meta(1, C, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            with record() as launches:
+                forward(x, x, 32, parameter, parameter, 1e-6, x, x, statistics, statistics)
+                if side == 64:  # the others launch the same
+                    backward(x, x, x, parameter, parameter, statistics, statistics, x)
+            pixels = "" if side == 64 else f" {side}x{side}"
+            variants += label_launches(launches, f"{name_of(dtype)} C={C}{pixels}")
     return variants

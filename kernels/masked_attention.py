@@ -1,9 +1,22 @@
-"""Attention from (B, N, 3*H*D), as the linear layer wrote it, to (B, Nq, H*D), as the next one reads it.
+"""Multi-head attention from qkv (B, N, 3*H*D), as one linear layer writes it, to (B, Nq, H*D), as the next reads it.
 
-Token counts here are a power of two and a few: 33, 65, 129, 289. Keys therefore come as full blocks, which need no
-bounds, and one tail of a narrower power of two: 65 = 64 + 16 wide, not 128. Where they are few, a program holds
-all scores of its queries and takes one softmax; else it goes over the blocks with a running maximum
-(Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022).
+    out = softmax(scale * q @ k^T) @ v    for each head, over the keys that key_mask (B, N) leaves visible
+
+Queries are those of the Nq tokens from `start` on. A query that sees no key gives 0. Heads are read where they lie:
+
+    one token of qkv:   | q of head 0 | q of head 1 | ... | k of head 0 | k of head 1 | ... | v of head 0 | ... |
+                          D channels    D channels          D channels    D channels          D channels
+
+A program takes BLOCK_M queries of one head. D is rounded up to a power of two: BLOCK_D. N is a power of two and a few
+more (33, 65, 129, 289), so keys come in full blocks, which need no bounds check, and one narrower tail:
+
+    N = 65, `whole`:    | BLOCK_N = 64 keys | TAIL = 16: 1 key, 15 masked |         80 columns rather than 128
+    N = 289, `tiled`:   | 64 | 64 | 64 | 64 | TAIL = 64: 33 keys, 31 masked |
+
+`masked_attention_forward_whole` holds all scores of its queries in registers and takes one softmax. Where they do not
+fit, `masked_attention_forward_tiled` walks over the blocks with a running maximum (online softmax: Milakov and
+Gimelshein 2018, arXiv:1805.02867; FlashAttention: Dao et al. 2022, arXiv:2205.14135). Tile sizes are in `_tuning.py`.
+Scores are in units of log2, because exp2 is one instruction.
 """
 
 from __future__ import annotations
@@ -15,330 +28,326 @@ import torch
 import triton
 import triton.language as tl
 
-from titok.kernels import _tuning
-from titok.kernels._aot import AotVariant
-from titok.kernels._tuning import Tile
+from titok.kernels._aot import AotVariant, label_launches, meta, name_of
+from titok.kernels._launch import launch, record
+from titok.kernels._tuning import MASKED_ATTENTION_FORWARD, MASKED_ATTENTION_FORWARD_WHOLE, Tile
 
 LOG2_E = math.log2(math.e)
-DTYPES = (torch.bfloat16, torch.float32)  # of what is compiled ahead of time; float16 takes bfloat16's tiles
 
 
-# --- tiles
+# --- Parts that masked_attention_backward.py uses as well
 
 
 @triton.jit
-def load_rows(ptr, rows, row_count, stride, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of one head, (len(rows), BLOCK_D); 0 past HEAD_DIM and, where MASKED, past row_count."""
+def locate_head(qkv_ptr, stride_qkvb, H, blocks, D: tl.constexpr):
+    """Which sample and head a program works on, when each head has this many blocks of queries or keys.
+
+    Returns the sample, the head, the head's position among those of all samples, and pointers to q, k and v of the
+    head in the sample's first token.
+    """
+    position = tl.program_id(0) // blocks
+    sample = (position // H).to(tl.int64)
+    head = position % H
+    q_ptr = qkv_ptr + sample * stride_qkvb + head * D
+    return sample, head, position.to(tl.int64), q_ptr, q_ptr + H * D, q_ptr + 2 * H * D
+
+
+@triton.jit
+def load_rows(ptr, rows, row_count, stride, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of one head, (len(rows), BLOCK_D); 0 past D and, where MASKED, past row_count."""
     columns = tl.arange(0, BLOCK_D)
     ptrs = ptr + rows[:, None] * stride + columns[None, :]
     if MASKED:
-        return tl.load(ptrs, mask=(rows[:, None] < row_count) & (columns[None, :] < HEAD_DIM), other=0.0)
-    elif HEAD_DIM == BLOCK_D:
+        return tl.load(ptrs, mask=(rows[:, None] < row_count) & (columns[None, :] < D), other=0.0)
+    elif D == BLOCK_D:
         return tl.load(ptrs)
     else:
-        return tl.load(ptrs, mask=columns[None, :] < HEAD_DIM, other=0.0)
+        return tl.load(ptrs, mask=columns[None, :] < D, other=0.0)
 
 
 @triton.jit
-def store_rows(ptr, tile, rows, row_count, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(ptr, tile, rows, row_count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
-    mask = (rows[:, None] < row_count) & (columns[None, :] < HEAD_DIM)
+    mask = (rows[:, None] < row_count) & (columns[None, :] < D)
     tl.store(ptr + rows[:, None] * stride + columns[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def visible_keys(key_mask_ptr, keys, tokens):
-    """Which of these keys exist and may be seen."""
-    inside = keys < tokens
+def visible_keys(key_mask_ptr, keys, N):
+    """Which of these keys exist and are not masked; key_mask_ptr points to the sample's row, or is None."""
+    visible = keys < N
     if key_mask_ptr is not None:
-        inside = inside & (tl.load(key_mask_ptr + keys, mask=inside, other=0) != 0)
-    return inside
+        visible = visible & (tl.load(key_mask_ptr + keys, mask=visible, other=0) != 0)
+    return visible
 
 
 @triton.jit
-def masked_scores(q, k, visible, scale_log2, HIDES: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores in units of log2, -inf where the key is hidden. (BLOCK_M, BLOCK_N)"""
+def masked_scores(q, k, visible, scale_log2, HAS_HIDDEN_KEYS: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores (BLOCK_M, keys) in units of log2; -inf where the key is hidden."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    if HIDES:
+    if HAS_HIDDEN_KEYS:
         s = tl.where(visible[None, :], s, -float("inf"))
     return s
 
 
-# --- forward
+# --- Forward
 
 
 @triton.jit
-def _write_output(
-    acc, m, total, out_ptr, lse_ptr, rows, queries, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+def _store_result(
+    acc, row_max, row_sum, out_ptr, lse_ptr, rows, NQ, stride, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """acc / total, and the log-sum-exp in units of log2; a row that sees no key has total 0: it gives 0 and +inf."""
-    blind = total == 0
-    out = acc / tl.where(blind, 1.0, total)[:, None]
-    store_rows(out_ptr, out, rows, queries, stride, HEAD_DIM, BLOCK_D)
+    """Writes acc / row_sum and the log-sum-exp; a row that sees no key has a sum of 0 and gets 0 and +inf."""
+    sees_no_key = row_sum == 0
+    out = acc / tl.where(sees_no_key, 1.0, row_sum)[:, None]
+    store_rows(out_ptr, out, rows, NQ, stride, D, BLOCK_D)
     if lse_ptr is not None:
-        tl.store(lse_ptr + rows, tl.where(blind, float("inf"), m + tl.log2(total)), mask=rows < queries)
+        lse = tl.where(sees_no_key, float("inf"), row_max + tl.log2(row_sum))
+        tl.store(lse_ptr + rows, lse, mask=rows < NQ)
 
 
-@triton.jit(do_not_specialize=["tokens", "start", "queries"])
+@triton.jit(do_not_specialize=["N", "start", "NQ"])
 def masked_attention_forward_whole(
-    qkv_ptr,
-    key_mask_ptr,  # (B, N) or None
-    out_ptr,  # (B, Nq, H*D)
-    lse_ptr,  # (B, H, Nq) or None
+    qkv_ptr,  # (B, N, 3*H*D)
+    key_mask_ptr,  # (B, N) bool or None
+    out_ptr,  # (B, NQ, H*D), written
+    lse_ptr,  # (B, H, NQ) float32, written, or None
     stride_qkvb,
     stride_qkvn,
-    num_heads,
-    tokens,
+    H,
+    N,
     start,
-    queries,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
+    NQ,
+    scale_log2,  # scale * log2(e)
+    D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head, all keys (BLOCK_N + TAIL of them) at once."""
-    blocks = tl.cdiv(queries, BLOCK_M)
-    head = tl.program_id(0) // blocks
-    b = (head // num_heads).to(tl.int64)
-    h = head % num_heads
-    width = num_heads * HEAD_DIM
-    q_ptr = qkv_ptr + b * stride_qkvb + h * HEAD_DIM
-    k_ptr = q_ptr + width
-    v_ptr = k_ptr + width
+    """One program: BLOCK_M queries of one head, all keys (BLOCK_N + TAIL) at once."""
+    blocks = tl.cdiv(NQ, BLOCK_M)
+    sample, head, position, q_ptr, k_ptr, v_ptr = locate_head(qkv_ptr, stride_qkvb, H, blocks, D)
     if key_mask_ptr is not None:
-        key_mask_ptr += b * tokens
-    HIDES: tl.constexpr = key_mask_ptr is not None or TAIL == 0
+        key_mask_ptr += sample * N
+    HAS_HIDDEN_KEYS: tl.constexpr = key_mask_ptr is not None or TAIL == 0
 
     rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     keys = tl.arange(0, BLOCK_N)
-    q = load_rows(q_ptr + start * stride_qkvn, rows, queries, stride_qkvn, True, HEAD_DIM, BLOCK_D)
-    k = load_rows(k_ptr, keys, tokens, stride_qkvn, TAIL == 0, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_ptr, keys, tokens, stride_qkvn, TAIL == 0, HEAD_DIM, BLOCK_D)
-    s = masked_scores(q, k, visible_keys(key_mask_ptr, keys, tokens), scale_log2, HIDES, PRECISION)
-    m = tl.max(s, 1)
+    q = load_rows(q_ptr + start * stride_qkvn, rows, NQ, stride_qkvn, True, D, BLOCK_D)
+    k = load_rows(k_ptr, keys, N, stride_qkvn, TAIL == 0, D, BLOCK_D)
+    v = load_rows(v_ptr, keys, N, stride_qkvn, TAIL == 0, D, BLOCK_D)
+    s = masked_scores(q, k, visible_keys(key_mask_ptr, keys, N), scale_log2, HAS_HIDDEN_KEYS, PRECISION)
+    row_max = tl.max(s, 1)
     if TAIL > 0:
         tail_keys = BLOCK_N + tl.arange(0, TAIL)
-        tail_k = load_rows(k_ptr, tail_keys, tokens, stride_qkvn, True, HEAD_DIM, BLOCK_D)
-        tail_v = load_rows(v_ptr, tail_keys, tokens, stride_qkvn, True, HEAD_DIM, BLOCK_D)
-        tail_s = masked_scores(
-            q, tail_k, visible_keys(key_mask_ptr, tail_keys, tokens), scale_log2, True, PRECISION
-        )
-        m = tl.maximum(m, tl.max(tail_s, 1))
-    m = tl.where(m == -float("inf"), 0.0, m)  # a row that sees no key: exp2(-inf - 0) = 0, not NaN
-    p = tl.exp2(s - m[:, None])
-    total = tl.sum(p, 1)
+        tail_k = load_rows(k_ptr, tail_keys, N, stride_qkvn, True, D, BLOCK_D)
+        tail_v = load_rows(v_ptr, tail_keys, N, stride_qkvn, True, D, BLOCK_D)
+        tail_visible = visible_keys(key_mask_ptr, tail_keys, N)
+        tail_s = masked_scores(q, tail_k, tail_visible, scale_log2, True, PRECISION)
+        row_max = tl.maximum(row_max, tl.max(tail_s, 1))
+    # Where a row sees no key, shift by 0: exp2(-inf - 0) is 0, but exp2(-inf + inf) is NaN.
+    row_max = tl.where(row_max == -float("inf"), 0.0, row_max)
+    p = tl.exp2(s - row_max[:, None])
+    row_sum = tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     if TAIL > 0:
-        tail_p = tl.exp2(tail_s - m[:, None])
-        total += tl.sum(tail_p, 1)
+        tail_p = tl.exp2(tail_s - row_max[:, None])
+        row_sum += tl.sum(tail_p, 1)
         acc = tl.dot(tail_p.to(v.dtype), tail_v, acc, input_precision=PRECISION)
     if lse_ptr is not None:
-        lse_ptr += head.to(tl.int64) * queries
-    out_ptr += b * queries * width + h * HEAD_DIM
-    _write_output(acc, m, total, out_ptr, lse_ptr, rows, queries, width, HEAD_DIM, BLOCK_D)
+        lse_ptr += position * NQ
+    out_ptr += sample * NQ * (H * D) + head * D
+    _store_result(acc, row_max, row_sum, out_ptr, lse_ptr, rows, NQ, H * D, D, BLOCK_D)
 
 
 @triton.jit
 def _online_step(
     acc,
-    m,
-    total,
+    row_max,
+    row_sum,
     q,
     k_ptr,
     v_ptr,
     key_mask_ptr,
     keys,
-    tokens,
+    N,
     stride,
     scale_log2,
     IS_TAIL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Takes one block of keys into the running maximum m, sum l and weighted sum of values acc."""
-    HIDES: tl.constexpr = key_mask_ptr is not None or IS_TAIL
-    k = load_rows(k_ptr, keys, tokens, stride, IS_TAIL, HEAD_DIM, BLOCK_D)
-    s = masked_scores(q, k, visible_keys(key_mask_ptr, keys, tokens), scale_log2, HIDES, PRECISION)
-    new_m = tl.maximum(m, tl.max(s, 1))
-    shift = tl.where(new_m == -float("inf"), 0.0, new_m)
+    """Takes one block of keys into each row's running maximum, its sum, and its weighted sum of values (acc)."""
+    HAS_HIDDEN_KEYS: tl.constexpr = key_mask_ptr is not None or IS_TAIL
+    k = load_rows(k_ptr, keys, N, stride, IS_TAIL, D, BLOCK_D)
+    s = masked_scores(q, k, visible_keys(key_mask_ptr, keys, N), scale_log2, HAS_HIDDEN_KEYS, PRECISION)
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
     p = tl.exp2(s - shift[:, None])
-    alpha = tl.exp2(m - shift)
-    v = load_rows(v_ptr, keys, tokens, stride, IS_TAIL, HEAD_DIM, BLOCK_D)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, new_m, total * alpha + tl.sum(p, 1)
+    rescale = tl.exp2(row_max - shift)
+    v = load_rows(v_ptr, keys, N, stride, IS_TAIL, D, BLOCK_D)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum * rescale + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["tokens", "start", "queries"])
+@triton.jit(do_not_specialize=["N", "start", "NQ"])
 def masked_attention_forward_tiled(
-    qkv_ptr,
+    qkv_ptr,  # as for masked_attention_forward_whole
     key_mask_ptr,
     out_ptr,
     lse_ptr,
     stride_qkvb,
     stride_qkvn,
-    num_heads,
-    tokens,
+    H,
+    N,
     start,
-    queries,
+    NQ,
     scale_log2,
-    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head, over the keys in full blocks and then their tail."""
-    blocks = tl.cdiv(queries, BLOCK_M)
-    head = tl.program_id(0) // blocks
-    b = (head // num_heads).to(tl.int64)
-    h = head % num_heads
-    width = num_heads * HEAD_DIM
-    q_ptr = qkv_ptr + b * stride_qkvb + h * HEAD_DIM
-    k_ptr = q_ptr + width
-    v_ptr = k_ptr + width
+    """One program: BLOCK_M queries of one head, the keys in full blocks of BLOCK_N and then their tail."""
+    blocks = tl.cdiv(NQ, BLOCK_M)
+    sample, head, position, q_ptr, k_ptr, v_ptr = locate_head(qkv_ptr, stride_qkvb, H, blocks, D)
     if key_mask_ptr is not None:
-        key_mask_ptr += b * tokens
+        key_mask_ptr += sample * N
 
     rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr + start * stride_qkvn, rows, queries, stride_qkvn, True, HEAD_DIM, BLOCK_D)
+    q = load_rows(q_ptr + start * stride_qkvn, rows, NQ, stride_qkvn, True, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    end = tokens // BLOCK_N * BLOCK_N
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    end = N // BLOCK_N * BLOCK_N
     for first in range(0, end, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
-        acc, m, total = _online_step(
-            acc, m, total, q, k_ptr, v_ptr, key_mask_ptr, keys, tokens, stride_qkvn, scale_log2, False,
-            HEAD_DIM, BLOCK_D, PRECISION,
+        acc, row_max, row_sum = _online_step(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, key_mask_ptr, keys, N, stride_qkvn, scale_log2, False,
+            D, BLOCK_D, PRECISION,
         )  # fmt: skip
     if TAIL > 0:
         keys = end + tl.arange(0, TAIL)
-        acc, m, total = _online_step(
-            acc, m, total, q, k_ptr, v_ptr, key_mask_ptr, keys, tokens, stride_qkvn, scale_log2, True,
-            HEAD_DIM, BLOCK_D, PRECISION,
+        acc, row_max, row_sum = _online_step(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, key_mask_ptr, keys, N, stride_qkvn, scale_log2, True,
+            D, BLOCK_D, PRECISION,
         )  # fmt: skip
     if lse_ptr is not None:
-        lse_ptr += head.to(tl.int64) * queries
-    out_ptr += b * queries * width + h * HEAD_DIM
-    _write_output(acc, m, total, out_ptr, lse_ptr, rows, queries, width, HEAD_DIM, BLOCK_D)
+        lse_ptr += position * NQ
+    out_ptr += sample * NQ * (H * D) + head * D
+    _store_result(acc, row_max, row_sum, out_ptr, lse_ptr, rows, NQ, H * D, D, BLOCK_D)
 
 
-# --- launchers
+# --- Launchers
 
 
-def width_of(tokens: int) -> tuple[int, int]:
-    """(BLOCK_N, TAIL), the narrowest pair of powers of two, or one alone, that holds this many keys."""
-    whole = max(16, triton.next_power_of_2(tokens))
+def key_blocks(N: int) -> tuple[int, int]:
+    """(BLOCK_N, TAIL) that hold N keys with the fewest columns: two powers of two, or one and 0; none below 16."""
+    whole = max(16, triton.next_power_of_2(N))
     half = whole // 2
-    if half < 16 or tokens <= half:
+    if half < 16 or half >= N:
         return whole, 0
-    tail = max(16, triton.next_power_of_2(tokens - half))
+    tail = max(16, triton.next_power_of_2(N - half))
     return (half, tail) if tail < half else (whole, 0)
 
 
-def tuning_key(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
-    return dtype.itemsize, max(64, triton.next_power_of_2(head_dim))
+def tuning_key(dtype: torch.dtype, D: int) -> tuple[int, int]:
+    """Key of the tables in `_tuning.py`: bytes per element; head dim as a power of two, at least 64."""
+    return dtype.itemsize, max(64, triton.next_power_of_2(D))
 
 
-def constants_of(tile: Tile, dtype: torch.dtype, head_dim: int, tokens: int) -> dict[str, Any]:
+def constexprs_of(tile: Tile, dtype: torch.dtype, D: int, N: int) -> dict[str, Any]:
+    """Compile-time arguments that all attention kernels share, and warps and stages."""
     block_n, tail = tile.columns, 0
     if block_n == 0:
-        block_n, tail = width_of(tokens)
-    elif tokens % block_n:
-        tail = max(16, triton.next_power_of_2(tokens % block_n))
+        block_n, tail = key_blocks(N)
+    elif N % block_n:
+        tail = max(16, triton.next_power_of_2(N % block_n))
     return {
-        "HEAD_DIM": head_dim,
+        "D": D,
         "BLOCK_M": tile.rows,
         "BLOCK_N": block_n,
         "TAIL": tail,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        # three tf32 products that make up for each other's rounding: float32's accuracy on tensor cores
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        # Three TF32 products that correct each other's rounding: the accuracy of float32 on tensor cores.
         "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
 
 
-def whole_tile(tiles: tuple[tuple[int, Tile], ...], tokens: int) -> Tile | None:
-    """The tile of a kernel whose programs hold all keys; None where there are too many."""
-    return next((tile for most, tile in tiles if sum(width_of(tokens)) <= most), None)
-
-
-def _plan(dtype: torch.dtype, head_dim: int, tokens: int) -> tuple[Any, dict[str, Any], Tile]:
-    """Kernel, constants and tile."""
-    key = tuning_key(dtype, head_dim)
-    if tile := whole_tile(_tuning.MASKED_ATTENTION_FORWARD_WHOLE[key], tokens):
-        return masked_attention_forward_whole, constants_of(tile, dtype, head_dim, tokens), tile
-    tile = _tuning.MASKED_ATTENTION_FORWARD[key]
-    return masked_attention_forward_tiled, constants_of(tile, dtype, head_dim, tokens), tile
+def whole_tile(tiles: tuple[tuple[int, Tile], ...], N: int) -> Tile | None:
+    """The tile of a kernel whose programs hold all keys at once; None where there are too many keys for one."""
+    return next((tile for most, tile in tiles if sum(key_blocks(N)) <= most), None)
 
 
 def forward(
     qkv: torch.Tensor,
     key_mask: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
     num_heads: int,
     start: int,
     scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
-    """Fills out (B, Nq, H*D) and, where given, lse (B, H, Nq) float32, in units of log2, for queries from `start`.
+    """Fills out (B, Nq, H*D) and, where given, lse (B, H, Nq) float32: the log-sum-exp of the scores, base 2.
 
-    qkv: (B, N, 3*H*D) with a last stride of 1 and offsets within a sample below 2^31; key_mask contiguous.
+    Args:
+        qkv: (B, N, 3*H*D), float16, bfloat16 or float32, of any strides with a last one of 1 and with offsets within a
+            sample below 2^31; B, N and Nq are at least 1.
+        key_mask: (B, N) bool, contiguous, true where a key is visible; None: all are.
+        start: the token of the first query.
+        scale: of the scores, before the softmax.
     """
-    batch, tokens, width = qkv.shape
-    queries = out.shape[1]
-    kernel, constants, tile = _plan(qkv.dtype, width // (3 * num_heads), tokens)
-    kernel[(triton.cdiv(queries, tile.rows) * batch * num_heads,)](
-        qkv, key_mask, out, lse, qkv.stride(0), qkv.stride(1), num_heads, tokens, start, queries, scale * LOG2_E,
-        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    batch, N, width = qkv.shape
+    NQ, D = out.shape[1], width // (3 * num_heads)
+    key = tuning_key(qkv.dtype, D)
+    kernel: Any = masked_attention_forward_whole
+    tile = whole_tile(MASKED_ATTENTION_FORWARD_WHOLE[key], N)
+    if tile is None:
+        kernel, tile = masked_attention_forward_tiled, MASKED_ATTENTION_FORWARD[key]
+    launch(
+        kernel,
+        (triton.cdiv(NQ, tile.rows) * batch * num_heads,),
+        *(qkv, key_mask, out, lse, qkv.stride(0), qkv.stride(1), num_heads, N, start, NQ, scale * LOG2_E),
+        **constexprs_of(tile, qkv.dtype, D, N),
+    )
 
 
-# (head dim, tokens, with a key mask)
-PRESETS = [
-    (48, 33, False),
-    (48, 65, False),
-    (64, 65, False),
-    (64, 129, False),
-]  # generators: a condition and K codes
-PRESETS += [
-    (64, 289, False),
-    (64, 321, False),
-    (64, 385, False),
-]  # tokenizers: patches, the class token, K latents
-OTHERS = [(64, 33, True), (64, 129, True), (64, 289, True), (72, 321, False), (128, 65, False)]
+AOT_DTYPES = (torch.bfloat16, torch.float32)  # float16 has the tiles of bfloat16
+AOT_SHAPES = (  # D, N, H, whether there is a key mask
+    (48, 33, 16, False),  # generators: the class and K latent tokens
+    (48, 65, 16, False),
+    (64, 65, 16, False),
+    (64, 129, 16, False),
+    (64, 289, 16, False),  # tokenizers: 256 patches, the class token and K latents
+    (64, 321, 12, False),
+    (64, 385, 8, False),
+    (64, 33, 16, True),  # no preset: a key mask, head dims that are no power of two or above 64
+    (64, 129, 16, True),
+    (64, 289, 16, True),
+    (72, 321, 16, False),
+    (128, 65, 16, False),
+)
+
+
+def aot_label(dtype: torch.dtype, D: int, N: int, has_key_mask: bool) -> str:
+    return f"{name_of(dtype)} D={D} N={N}{' key_mask' if has_key_mask else ''}"
 
 
 def aot_variants() -> list[AotVariant]:
-    return [variant(dtype, *shape, *_plan(dtype, *shape[:2])) for dtype in DTYPES for shape in PRESETS + OTHERS]
-
-
-def variant(
-    dtype: torch.dtype,
-    head_dim: int,
-    tokens: int,
-    masked: bool,
-    kernel: Any,
-    constants: dict[str, Any],
-    tile: Tile,
-) -> AotVariant:
-    element = "bf16" if dtype == torch.bfloat16 else "fp32"
-    constants = dict(constants) if masked else {**constants, "key_mask_ptr": None}
-    if constants.get("FUSED"):
-        constants["delta_ptr"] = None
-    types = {
-        "key_mask_ptr": "*i1",
-        "lse_ptr": "*fp32",
-        "delta_ptr": "*fp32",
-        "scale": "fp32",
-        "scale_log2": "fp32",
-    }
-    types |= dict.fromkeys(("qkv_ptr", "out_ptr", "grad_ptr", "dqkv_ptr"), f"*{element}")
-    types |= dict.fromkeys(("stride_qkvb", "stride_qkvn", "num_heads", "tokens", "start", "queries"), "i32")
-    signature = {name: types[name] for name in kernel.arg_names if name in types and name not in constants}
-    label = f"{element} D={head_dim} N={tokens}{' key_mask' if masked else ''}"
-    return AotVariant(kernel, signature, constants, tile.num_warps, tile.num_stages, label, True)
+    variants = []
+    for dtype in AOT_DTYPES:
+        for D, N, H, has_key_mask in AOT_SHAPES:
+            key_mask = meta(1, N, dtype=torch.bool) if has_key_mask else None
+            qkv, out, lse = meta(1, N, 3 * H * D, dtype=dtype), meta(1, N, H * D, dtype=dtype), meta(1, H, N)
+            with record() as launches:
+                forward(qkv, key_mask, H, 0, D**-0.5, out, lse)
+            label = aot_label(dtype, D, N, has_key_mask)
+            variants += label_launches(launches, label, expects_tensor_cores=True)
+    return variants

@@ -1,11 +1,15 @@
-"""Checks of arguments, shared by every public entry: `ValueError` or `TypeError` in one line that names the argument.
+"""Checks of arguments. Each raises a `TypeError` or `ValueError` of one line: the argument, what was expected,
+what came.
 
-Values (ids, classes, pixels) are looked at on the CPU only. On a GPU that would make the host wait in every call. There
-the same condition is asserted on the device, and a violation surfaces as CUDA's device-side assertion.
+Public functions check their arguments once, at the entry. What they call behind it trusts its arguments.
+
+The values of a tensor on a GPU (ids, classes, pixels) cannot be read without waiting for the GPU. There the same
+condition is asserted on the device, so a violation surfaces later, as CUDA's device-side assertion.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,14 +23,20 @@ def check_tensor(
     name: str,
     value: Any,
     *,
-    shape: Sequence[int | str | None] | None = None,
+    shape: Sequence[int | str | torch.SymInt] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Raises `TypeError` for a wrong type or dtype and `ValueError` for a wrong shape or device.
+    """Checks type, dtype, shape and device of a tensor; None leaves one of them free.
 
     Args:
-        shape: an int must match; a str names a free dimension in the message; a leading `...` is spelled `"..."`.
+        name: of the argument, for the message.
+        shape: one entry for each dimension. An int must match; a str stands for any size and names the dimension
+            in the message. A leading "..." stands for any number of dimensions.
+
+    Raises:
+        TypeError: `value` is not a tensor or has another dtype.
+        ValueError: the shape or the device differs.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -46,19 +56,37 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
-def _check_values(name: str, value: Tensor, fine: Tensor, expected: str) -> None:
-    """`fine` holds one bool for each element of `value`."""
+def check_eps(eps: Any) -> None:
+    """Checks the number that a norm adds to the variance: finite and above 0.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite, or not above 0.
+    """
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps: expected a number above 0, got {type(eps).__name__}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected a number above 0, got {eps}")
+
+
+def _check_values(name: str, value: Tensor, valid: Tensor, expected: str) -> None:
+    """Raises `ValueError` unless all of `valid` is true, a bool tensor of the shape of `value`."""
     if torch.compiler.is_compiling() or value.numel() == 0:
         return
     if value.is_cuda:
-        torch._assert_async(fine.all(), f"{name}: expected {expected}")
-    elif not bool(fine.all()):
-        bad = value[~fine]
+        torch._assert_async(valid.all(), f"{name}: expected {expected}")
+    elif not bool(valid.all()):
+        bad = value[~valid]
         raise ValueError(f"{name}: expected {expected}, got {bad[0].item()!r} ({bad.numel()} such values)")
 
 
 def check_images(images: Any, channels: int, size: tuple[int, int]) -> None:
-    """images (B, C, H, W), a floating dtype, every value in [0, 1] (NaN is not)."""
+    """Checks images (B, channels, *size) of any floating dtype with values in [0, 1]; NaN is refused.
+
+    Raises:
+        TypeError: not a tensor, or not of a floating dtype.
+        ValueError: another shape, or a value outside [0, 1].
+    """
     if isinstance(images, Tensor) and not images.is_floating_point():
         kind = str(images.dtype).removeprefix("torch.")
         raise TypeError(
@@ -68,26 +96,52 @@ def check_images(images: Any, channels: int, size: tuple[int, int]) -> None:
     _check_values("images", images, (images >= 0) & (images <= 1), "values in [0, 1]")
 
 
-def check_tokens(tokens: Any, length: int, bound: int) -> None:
-    """tokens (B, length) int64 in [0, bound)."""
-    check_tensor("tokens", tokens, shape=("B", length), dtypes=(torch.int64,))
-    _check_values("tokens", tokens, (tokens >= 0) & (tokens < bound), f"ids in [0, {bound})")
+def check_tokens(tokens: Any, length: int, bound: int, *, name: str = "tokens") -> None:
+    """Checks token ids (B, length), int64 in [0, bound).
+
+    Raises:
+        TypeError: not a tensor, or not int64.
+        ValueError: another shape, or an id outside [0, bound).
+    """
+    check_tensor(name, tokens, shape=("B", length), dtypes=(torch.int64,))
+    _check_values(name, tokens, (tokens >= 0) & (tokens < bound), f"ids in [0, {bound})")
 
 
 def check_latents(latents: Any, length: int, dim: int) -> None:
-    """latents (B, length, dim) of a VAE, a floating dtype, finite."""
+    """Checks latents (B, length, dim) of a VAE, of any floating dtype, finite.
+
+    Raises:
+        TypeError: not a tensor, or not of a floating dtype.
+        ValueError: another shape, or a value that is not finite.
+    """
     check_tensor("latents", latents, shape=("B", length, dim), dtypes=FLOAT_DTYPES)
     _check_values("latents", latents, latents.isfinite(), "finite values")
 
 
 def check_labels(labels: Any, num_classes: int) -> None:
-    """labels (B,) int64 in [0, num_classes]; num_classes itself stands for "class dropped"."""
+    """Checks labels (B,), int64 in [0, num_classes]; num_classes itself stands for "class dropped".
+
+    Raises:
+        TypeError: not a tensor, or not int64.
+        ValueError: another shape, or a class outside [0, num_classes].
+    """
     check_tensor("labels", labels, shape=("B",), dtypes=(torch.int64,))
     _check_values("labels", labels, (labels >= 0) & (labels <= num_classes), f"classes in [0, {num_classes}]")
 
 
 def labels_on_host(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
-    """Labels as a user gives them, checked: a tensor on the CPU."""
-    labels = labels.cpu() if isinstance(labels, Tensor) else torch.tensor(labels, dtype=torch.int64)
+    """A checked copy of the labels, (B,) int64 on the CPU, so that the caller may change theirs.
+
+    Raises:
+        TypeError: neither an int64 tensor nor a sequence of ints.
+        ValueError: another shape, or a class outside [0, num_classes].
+    """
+    if not isinstance(labels, Tensor):
+        try:
+            values = torch.tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"labels: expected a tensor or a sequence of ints, got {labels!r:.60}") from None
+        labels = values if values.is_floating_point() and values.numel() else values.long()
+    labels = labels.to("cpu", copy=True)
     check_labels(labels, num_classes)
     return labels

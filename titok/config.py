@@ -1,6 +1,7 @@
-"""Hyper-parameters: one frozen dataclass per model, named presets in one table each.
+"""Hyper-parameters: one frozen dataclass for each model, and one table of named presets for each kind of model.
 
-A configuration is checked when it is made, so that no model has to; `to_dict`/`from_dict` are its JSON form.
+A configuration checks its values when it is constructed, so the models do not check them again. `to_dict` and
+`from_dict` convert it to and from the values that JSON can hold.
 """
 
 from __future__ import annotations
@@ -13,19 +14,29 @@ from typing import Any, Literal, TypeVar
 MaskSchedule = Literal["arccos", "cosine", "linear", "root", "square"]
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 ConfidenceRule = Literal["titok", "maskgit"]
+Rounding = Literal["nearest", "truncate"]  # how pixels in [0, 1] become 8-bit levels: `titok.data.images.to_uint8`
 
-C = TypeVar("C", bound="_Config")
+C = TypeVar("C", bound="Config")
 
 
-class _Config:
-    """JSON form and checks shared by the configurations below."""
+class Config:
+    """Base class of the configurations: conversion to and from dicts, and the checks of their fields.
+
+    Every check raises a `ValueError` that names the class, the field, what was expected and the actual value.
+    """
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name. Configurations within become dicts too."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-        """Raises `ValueError` naming every key that is missing or that this version does not know."""
+        """The configuration with the fields `values`, as `to_dict` returned them.
+
+        Raises:
+            TypeError: `values` is not a dict.
+            ValueError: keys are missing or unknown (all of them are named), or a value is refused.
+        """
         if not isinstance(values, dict):
             raise TypeError(f"{cls.__name__}: expected a dict, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -40,8 +51,8 @@ class _Config:
             raise ValueError(f"{cls.__name__}: missing keys {missing}")
         return cls(**values)
 
-    def _check(self, name: str, fine: bool, expected: str) -> None:
-        if not fine:
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
             raise ValueError(f"{type(self).__name__}.{name}: expected {expected}, got {getattr(self, name)!r}")
 
     def _check_counts(self, *names: str) -> None:
@@ -55,25 +66,24 @@ class _Config:
     def _check_number(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            fine = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-            self._check(name, fine, "a finite number >= 0")
+            valid = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+            self._check(name, valid, "a finite number >= 0")
 
     def _check_flags(self, *names: str) -> None:
         for name in names:
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
 
-    def _check_nested(self, name: str, kind: type[_Config], *, optional: bool = False) -> None:
-        """A dict, as it comes out of JSON, becomes the configuration that it describes."""
+    def _check_nested(self, name: str, kind: type[Config], *, optional: bool = False) -> None:
+        """Checks a field that holds a configuration. A dict, which is how JSON holds one, is converted first."""
         value = getattr(self, name)
         if isinstance(value, dict):
             object.__setattr__(self, name, kind.from_dict(value))
         elif value is not None or not optional:
             self._check(name, isinstance(value, kind), f"a {kind.__name__}")
 
-    def _check_unit(self, name: str, *, below: float = 1.0) -> None:
+    def _check_unit(self, name: str) -> None:
         value = getattr(self, name)
-        fine = isinstance(value, (int, float)) and 0 <= value <= below
-        self._check(name, fine, f"a number in [0, {below:g}]")
+        self._check(name, isinstance(value, (int, float)) and 0 <= value <= 1, "a number in [0, 1]")
 
 
 def _lookup(kind: str, name: str, table: dict[str, C]) -> C:
@@ -83,8 +93,14 @@ def _lookup(kind: str, name: str, table: dict[str, C]) -> C:
 
 
 @dataclass(frozen=True)
-class ViTConfig(_Config):
-    """One side of the tokenizer. The paper's sizes: small 512x8, base 768x12, large 1024x24 (width x layers)."""
+class ViTConfig(Config):
+    """The vision transformer of the tokenizer's encoder or decoder.
+
+    Attributes:
+        width: channels of a token.
+        patch_size: height and width of a patch in pixels.
+        mlp_ratio: channels of the MLP's hidden layer, divided by `width`.
+    """
 
     width: int
     layers: int
@@ -98,6 +114,11 @@ class ViTConfig(_Config):
 
     @classmethod
     def named(cls, size: str, patch_size: int) -> ViTConfig:
+        """A size of the paper: "small" (width 512, 8 layers), "base" (768, 12) or "large" (1024, 24).
+
+        Raises:
+            ValueError: `size` is none of the three.
+        """
         sizes = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
         if size not in sizes:
             raise ValueError(f"size: expected one of {sorted(sizes)}, got {size!r}")
@@ -106,8 +127,15 @@ class ViTConfig(_Config):
 
 
 @dataclass(frozen=True)
-class VQGANConfig(_Config):
-    """MaskGIT-VQGAN (Chang et al. 2022): the proxy tokenizer, pixel decoder and 2D baseline. Factor 2^(levels-1)."""
+class VQGANConfig(Config):
+    """MaskGIT-VQGAN (Chang et al. 2022), the 2D tokenizer whose codes TiTok predicts and whose decoder it uses.
+
+    Attributes:
+        hidden_channels: channels of the finest level, a multiple of 32 because its group norms have 32 groups.
+        channel_multipliers: one for each level, from fine to coarse: its channels divided by `hidden_channels`.
+        shortcut_of_result: repeat a mistake that the published weights were trained with, see
+            `titok.checkpoints.quirks`. Turn it off for a model that is trained from scratch.
+    """
 
     channels: int = 3
     hidden_channels: int = 128
@@ -115,13 +143,13 @@ class VQGANConfig(_Config):
     blocks_per_level: int = 2
     codebook_size: int = 1024
     code_dim: int = 256
-    shortcut_of_result: bool = True  # what the published weights were trained with: titok/official.py
+    shortcut_of_result: bool = True
 
     def __post_init__(self) -> None:
         multipliers = self.channel_multipliers
-        fine = isinstance(multipliers, (tuple, list)) and len(multipliers) > 0
-        fine = fine and all(isinstance(m, int) and m >= 1 for m in multipliers)
-        self._check("channel_multipliers", fine, "ints >= 1")
+        valid = isinstance(multipliers, (tuple, list)) and len(multipliers) > 0
+        valid = valid and all(isinstance(m, int) and m >= 1 for m in multipliers)
+        self._check("channel_multipliers", valid, "ints >= 1")
         object.__setattr__(self, "channel_multipliers", tuple(multipliers))
         self._check_flags("shortcut_of_result")
         self._check_counts("channels", "hidden_channels", "blocks_per_level", "codebook_size", "code_dim")
@@ -131,20 +159,35 @@ class VQGANConfig(_Config):
 
     @property
     def factor(self) -> int:
-        """Pixels per code along each side."""
+        """Pixels per code along the height and along the width: 2^(levels - 1)."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(_Config):
-    """A TiTok tokenizer.
+class TokenizerConfig(Config):
+    """A TiTok tokenizer (Yu et al., NeurIPS 2024).
 
-    `head` says what the decoder predicts at each of its patches: ``"pixels"``, or ``"proxy"``: logits over the codes
-    of a MaskGIT-VQGAN (`proxy`), (patch size / factor)^2 of them a patch. With `pixel_decoder` the VQGAN's decoder
-    is part of the model and turns them into an image (the paper's second stage); without, the model ends at logits.
+    Attributes:
+        image_size: (height, width) in pixels, multiples of both patch sizes; an int stands for a square.
+        num_latent_tokens: tokens of an image, K.
+        code_dim: values of a code vector, C.
+        codebook_size: V; a VAE has no codebook and ignores it.
+        channels: of the images, 3 for RGB or 1 for grey.
+        bottleneck: "vq", a vector quantizer, or "vae", a diagonal Gaussian.
+        l2_normalize: latents and codes are compared on the unit sphere.
+        commitment_cost: weight of the commitment loss (van den Oord et al. 2017).
+        head: what the decoder predicts at each of its patches. "pixels": the pixels of the patch. "proxy": logits
+            over the codes of a MaskGIT-VQGAN, one set for each of the (patch size / factor)^2 codes that the patch
+            covers.
+        proxy: the MaskGIT-VQGAN of a "proxy" head.
+        pixel_decoder: the decoder of `proxy` is part of the model and turns the predicted codes into an image (the
+            paper's second training stage). Without it, a model with a "proxy" head ends at logits.
+        signed_pixels: the networks take and return values in [-1, 1]. The images outside stay in [0, 1].
+        reread_latents: repeat a mistake that some published weights were trained with, see
+            `titok.checkpoints.quirks`.
     """
 
-    image_size: tuple[int, int]  # height, width; an int means a square
+    image_size: tuple[int, int]
     encoder: ViTConfig
     decoder: ViTConfig
     num_latent_tokens: int
@@ -152,13 +195,13 @@ class TokenizerConfig(_Config):
     codebook_size: int = 4096
     channels: int = 3
     bottleneck: Literal["vq", "vae"] = "vq"
-    l2_normalize: bool = False  # compare latents and codes on the unit sphere
+    l2_normalize: bool = False
     commitment_cost: float = 0.25
     head: Literal["pixels", "proxy"] = "pixels"
     proxy: VQGANConfig | None = None
     pixel_decoder: bool = False
-    signed_pixels: bool = False  # the networks see 2x - 1 and answer with it; images stay in [0, 1] outside
-    reread_latents: bool = False  # what the published legacy weights were trained with: titok/official.py
+    signed_pixels: bool = False
+    reread_latents: bool = False
 
     def __post_init__(self) -> None:
         self._check_nested("encoder", ViTConfig)
@@ -170,8 +213,8 @@ class TokenizerConfig(_Config):
         self._check_number("commitment_cost")
         self._check_flags("l2_normalize", "pixel_decoder", "signed_pixels", "reread_latents")
         size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-        for side in (self.encoder, self.decoder):
-            p = side.patch_size
+        for vit in (self.encoder, self.decoder):
+            p = vit.patch_size
             fits = isinstance(size, (tuple, list)) and len(size) == 2
             fits = fits and all(isinstance(s, int) and s >= 1 and s % p == 0 for s in size)
             self._check("image_size", fits, f"(height, width), multiples of the patch size {p}")
@@ -190,27 +233,38 @@ class TokenizerConfig(_Config):
 
     @classmethod
     def preset(cls, name: str) -> TokenizerConfig:
-        """The configuration of a published tokenizer or, for the two at 512 pixels, our reading of the paper."""
+        """The configuration of a published tokenizer or, for the two at 512 pixels, our reading of the paper.
+
+        Raises:
+            ValueError: there is no such preset; all names are listed.
+        """
         return _lookup("tokenizer", name, TOKENIZER_PRESETS)
 
-    def grid(self, side: Literal["encoder", "decoder"]) -> tuple[int, int]:
-        """Patches along height and width."""
-        p = getattr(self, side).patch_size
+    def grid(self, network: Literal["encoder", "decoder"]) -> tuple[int, int]:
+        """The number of patches along the height and along the width of an image."""
+        p = getattr(self, network).patch_size
         return self.image_size[0] // p, self.image_size[1] // p
 
 
 @dataclass(frozen=True)
-class SamplingConfig(_Config):
-    """How `sample_tokens` decodes; the defaults are the published ones of TiTok-L-32.
+class SamplingConfig(Config):
+    """How `sample_tokens` decodes. The defaults are those published for TiTok-L-32.
 
     Attributes:
-        steps: forward passes; each fixes the most confident tokens. More steps than tokens is legal.
-        guidance_scale: classifier-free guidance; for "constant" and "linear" the weight beyond 1, for
-            "power-cosine" the weight itself (as the official code has it).
-        guidance_power: exponent of "power-cosine".
-        temperature: of the Gumbel noise on draw ("titok") and confidence, annealed linearly to 0.
-        softmax_annealing: divide logits by a temperature that falls from 1.3 to 0.5.
-        confidence: "titok": guided logit of the draw; "maskgit": its log-probability, drawn from the plain softmax.
+        steps: forward passes. Each one decides the tokens it is most confident of. There may be more steps than
+            tokens.
+        guidance_scale: strength of classifier-free guidance. The logits of a step are w * cond + (1 - w) * uncond.
+        guidance_schedule: how w follows from the scale s and the progress p = step / steps, as in the official
+            code. "constant": w = 1 + s. "linear": w = 1 + s * p. "power-cosine": w = 1 + (s - 1) * (1 - cos(pi *
+                p^power)) / 2.
+        guidance_power: the power of "power-cosine".
+        temperature: scale of the Gumbel noise in the first step, on draws (rule "titok") and on confidences. It
+            falls linearly to 0 at the last step.
+        softmax_annealing: divide the logits by a temperature that falls linearly from 1.3 to 0.5.
+        mask_schedule: how many tokens are still masked after each step, see
+            `titok.generation.schedules.mask_ratio`.
+        confidence: what a token's confidence is. "titok": the guided logit of the drawn code. "maskgit": its log
+            probability, where the draw is from the softmax without noise.
     """
 
     steps: int = 8
@@ -232,11 +286,18 @@ class SamplingConfig(_Config):
 
 
 @dataclass(frozen=True)
-class GeneratorConfig(_Config):
-    """A MaskGIT generator over the tokens of one tokenizer.
+class GeneratorConfig(Config):
+    """A MaskGIT generator (Chang et al. 2022) over the tokens of one tokenizer.
 
-    `architecture`: ``"vit"``, post-norm blocks as in BERT; ``"uvit"``, pre-norm blocks with long skips: `layers` of
-    them in two halves around one more in the middle (20 makes 21).
+    Attributes:
+        num_latent_tokens, codebook_size: of the tokenizer.
+        architecture: "vit", post-norm transformer blocks as in BERT, or "uvit", pre-norm blocks with long skips
+            (Bao et al. 2023).
+        layers: blocks of a "vit". A "uvit" has two halves of layers / 2 blocks around one more, so 20 makes 21.
+        mlp_width: channels of the MLP's hidden layer.
+        dropout: probability, for "vit" and in training mode only: after the embedding, after attention, after the
+            MLP and on the attention weights.
+        sampling: what `sample_tokens` takes when the caller gives no `SamplingConfig`.
     """
 
     num_latent_tokens: int
@@ -247,8 +308,8 @@ class GeneratorConfig(_Config):
     layers: int = 24
     heads: int = 16
     mlp_width: int = 3072
-    dropout: float = 0.1  # in training, "vit" only: after embedding, attention and MLP, and on attention weights
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # used where the caller names none
+    dropout: float = 0.1
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         self._check_nested("sampling", SamplingConfig)
@@ -262,24 +323,30 @@ class GeneratorConfig(_Config):
 
     @classmethod
     def preset(cls, name: str) -> GeneratorConfig:
-        """The configuration of a published generator or, for the two at 512 pixels, our reading of the paper."""
+        """The configuration of a published generator or, for the two at 512 pixels, our reading of the paper.
+
+        Raises:
+            ValueError: there is no such preset; all names are listed.
+        """
         return _lookup("generator", name, GENERATOR_PRESETS)
 
 
 def _two_stage(
-    size: str, tokens: int, *, image_size: int = 256, patch: int = 16, legacy: bool = True
+    size: str, tokens: int, *, image_size: int = 256, patch: int = 16, reread_latents: bool = True
 ) -> TokenizerConfig:
+    """A tokenizer with a "proxy" head and a pixel decoder."""
     vit = ViTConfig.named(size, patch)
     return TokenizerConfig(
         image_size=(image_size, image_size), encoder=vit, decoder=vit, num_latent_tokens=tokens, code_dim=12,
         codebook_size=4096, l2_normalize=True, head="proxy", proxy=VQGANConfig(), pixel_decoder=True,
-        reread_latents=legacy,
+        reread_latents=reread_latents,
     )  # fmt: skip
 
 
 def _single_stage(encoder: str, decoder: str, tokens: int, **bottleneck: Any) -> TokenizerConfig:
-    sides: dict[str, Any] = {"encoder": ViTConfig.named(encoder, 16), "decoder": ViTConfig.named(decoder, 16)}
-    return TokenizerConfig(image_size=(256, 256), num_latent_tokens=tokens, **sides, **bottleneck)
+    """A tokenizer with a "pixels" head for images of 256x256 pixels in patches of 16x16."""
+    vits: dict[str, Any] = {"encoder": ViTConfig.named(encoder, 16), "decoder": ViTConfig.named(decoder, 16)}
+    return TokenizerConfig(image_size=(256, 256), num_latent_tokens=tokens, **vits, **bottleneck)
 
 
 _VQ8K: dict[str, Any] = {"codebook_size": 8192, "code_dim": 64}
@@ -295,10 +362,11 @@ TOKENIZER_PRESETS: dict[str, TokenizerConfig] = {
     "titok-ll-32-vae-c16": _single_stage("large", "large", 32, **_VAE),
     "titok-bl-64-vae-c16": _single_stage("base", "large", 64, **_VAE),
     "titok-bl-128-vae-c16": _single_stage("base", "large", 128, **_VAE),
-    # The paper's two at 512 pixels; their weights were never published. We read "patch size 32" as a 16x16 grid on
-    # both sides, each decoder patch predicting the 2x2 proxy codes that it covers in the VQGAN's 32x32 grid.
-    "titok-l-64-512": _two_stage("large", 64, image_size=512, patch=32, legacy=False),
-    "titok-b-128-512": _two_stage("base", 128, image_size=512, patch=32, legacy=False),
+    # The paper's two at 512 pixels, whose weights were never published. We read "patch size 32" as a 16x16 grid of
+    # patches in encoder and decoder. Each decoder patch predicts the 2x2 proxy codes that it covers in the VQGAN's
+    # 32x32 grid.
+    "titok-l-64-512": _two_stage("large", 64, image_size=512, patch=32, reread_latents=False),
+    "titok-b-128-512": _two_stage("base", 128, image_size=512, patch=32, reread_latents=False),
 }
 
 _UVIT: dict[str, Any] = {

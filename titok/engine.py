@@ -1,4 +1,4 @@
-"""Public switches of inference: the plain path, and the memory that generation keeps."""
+"""Public switches of inference: `plain` turns the fast path off, `release_memory` frees what generation keeps."""
 
 from titok.inference.memory import release_memory
 from titok.inference.prepared import plain

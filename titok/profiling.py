@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
-__all__ = ["DOMAIN", "NVTX", "Sink", "TorchProfiler", "annotate", "each", "enabled", "ranged"]
+__all__ = ["DOMAIN", "NVTX", "Sink", "TorchProfiler", "annotate", "each", "enabled", "is_enabled", "ranged"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,6 +78,11 @@ def _sink_of_environment() -> Sink | None:
 # Where this context's ranges go; None while they are off.
 _SINK: ContextVar[Sink | None] = ContextVar("titok_profiling_sink", default=_sink_of_environment())  # noqa: B039
 _OFF = nullcontext()
+
+
+def is_enabled() -> bool:
+    """Whether ranges of this thread or task go anywhere. Not to be called while `torch.compile` traces."""
+    return _SINK.get() is not None
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-// csrc/maskgit_decode_kernel.cuh on the host, as a shared library for tests/test_maskgit_decode_cuda_host.py.
+// csrc/maskgit_decode/maskgit_decode_kernel.cuh on the host, as a shared library for
+// tests/ops/test_maskgit_decode_cuda_host.py.
 #include "cuda_host.h"
 //
-#include "maskgit_decode_kernel.cuh"
+#include "maskgit_decode/maskgit_decode_kernel.cuh"
 
 using namespace titok;
 

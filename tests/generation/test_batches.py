@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titok import Pipeline, SamplingConfig, TiTok, sample_tokens
 from titok.generation import batches as streaming
-from titok.generation.batches import Size
+from titok.generation.batches import BatchSizeSearch
 
 Make = Callable[..., Any]
 LABELS = [0, 1, 2, 2, 1, 0, 0, 3, 1, 2, 0]
@@ -115,14 +115,14 @@ def test_progress(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
 # The size of a batch
 
 
-def sizes(size: Size, seconds: Callable[[int], float]) -> Iterator[int]:
+def sizes(search: BatchSizeSearch, seconds: Callable[[int], float]) -> Iterator[int]:
     """The sizes of the batches of a machine that takes `seconds(size)` for one, each first one ten times as long."""
-    seen = set()
+    tried = set()
     while True:
-        now = size.now
-        yield now
-        size.ran(now, seconds(now) * (1 if now in seen else 10))
-        seen.add(now)
+        size = search.size
+        yield size
+        search.record(size, seconds(size) * (1 if size in tried else 10))
+        tried.add(size)
 
 
 def run_length(values: Iterator[int], count: int) -> list[int]:
@@ -130,11 +130,11 @@ def run_length(values: Iterator[int], count: int) -> list[int]:
 
 
 def test_auto_grows_while_it_pays() -> None:
-    assert run_length(sizes(Size("auto", CPU), lambda n: 1 + 0.25 * n), 50) == [1, 2, 4, 8, 16, 32, 64, 32]
-    assert run_length(sizes(Size("auto", CPU), lambda n: float(n)), 50) == [1, 2, 1], "no faster: back"
-    assert run_length(sizes(Size("auto", CPU), lambda n: 1.0), 50) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-    assert run_length(sizes(Size("auto", torch.device("cuda")), lambda n: 1.0), 4) == [16, 32]
-    assert run_length(sizes(Size(3, CPU), lambda n: 1.0), 9) == [3]
+    assert run_length(sizes(BatchSizeSearch("auto", CPU), lambda n: 1 + 0.25 * n), 50) == [1, 2, 4, 8, 16, 32, 64, 32]
+    assert run_length(sizes(BatchSizeSearch("auto", CPU), lambda n: float(n)), 50) == [1, 2, 1], "no faster: back"
+    assert run_length(sizes(BatchSizeSearch("auto", CPU), lambda n: 1.0), 50) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert run_length(sizes(BatchSizeSearch("auto", torch.device("cuda")), lambda n: 1.0), 4) == [16, 32]
+    assert run_length(sizes(BatchSizeSearch(3, CPU), lambda n: 1.0), 9) == [3]
 
 
 def test_auto_heeds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,16 +143,15 @@ def test_auto_heeds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(file: str, field: str) -> int:
         return figures[field]
 
-    monkeypatch.setattr(streaming, "_bytes", told)
-    size, seen = Size("auto", CPU), []
+    monkeypatch.setattr(streaming, "_memory_figure", told)
+    search, tried = BatchSizeSearch("auto", CPU), []
     for _ in range(20):
-        seen.append(size.now)
-        figures["VmHWM"] = 1000 + 100 * size.now
-        figures["MemAvailable"] = 10_000 - 100 * size.now
-        size.ran(size.now, 1.0)
-    assert (
-        seen[-1] == max(seen) == 64
-    )  # 32 have taken 3,200 and left 6,800, twice that; 64 leave too little for 128
+        tried.append(search.size)
+        figures["VmHWM"] = 1000 + 100 * search.size
+        figures["MemAvailable"] = 10_000 - 100 * search.size
+        search.record(search.size, 1.0)
+    # 32 pictures have taken 3,200 and left 6,800, which holds twice as much. 64 leave too little for 128.
+    assert tried[-1] == max(tried) == 64
 
 
 def test_auto_goes_back_where_memory_ran_out(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +168,7 @@ def test_auto_goes_back_where_memory_ran_out(pipe: Pipeline, monkeypatch: pytest
     monkeypatch.setattr(TiTok, "decode_head", cramped)
     monkeypatch.setattr(streaming.time, "perf_counter", itertools.count().__next__)  # every batch takes a second
     pictures = torch.stack(list(pipe.generate_many(LABELS, batch_size="auto")))
-    assert batches == [0, 1, 1, 2, 2, 4, 2, 2, 1]
+    assert batches == [1, 1, 2, 2, 4, 2, 2, 1]
     assert (pictures.int() - whole.int()).abs().max() <= 1
     with pytest.raises(torch.OutOfMemoryError):
         list(pipe.generate_many(LABELS, batch_size=4))

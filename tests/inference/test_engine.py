@@ -28,9 +28,10 @@ from titok import (
     engine,
     sample_tokens,
 )
-from titok.generation.decode_loop import decode_captured
-from titok.generation.pipeline import _Painter
+from titok.generation.captured import PictureDecoder, decode_captured
+from titok.generation.request import GenerationRequest
 from titok.inference import onednn, prepared
+from titok.inference.cuda_graphs import GraphCache
 from titok.inference.memory import _glibc
 from titok.inference.prepared import PreparedWeight
 from titok.models import vqgan
@@ -138,7 +139,7 @@ def test_the_decoder_takes_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(model.pixel_decoder, "_decode", lambda codes: sizes.append(len(codes)) or decode(codes))
     with torch.no_grad():
         whole = model.decode(TOKENS)
-        monkeypatch.setattr(vqgan, "_MAP_BYTES", (2 * 64 * 96 * 64 * 8, 0))
+        monkeypatch.setattr(vqgan, "_MAX_MAP_BYTES_CPU", 2 * 64 * 96 * 64 * 8)
         assert torch.allclose(model.decode(TOKENS), whole, rtol=1e-12)
         assert model.decode(TOKENS[:0]).shape == (0, 3, 64, 96)
     assert sizes == [3, 2, 1, 0]
@@ -149,8 +150,10 @@ def test_one_graph_ends_in_pictures() -> None:
     pipe = Pipeline(tokenizer(), generator())
     labels = torch.tensor([2, 2, 5])
     with torch.no_grad():
-        painter = _Painter(pipe.tokenizer, "nearest")
-        got = decode_captured(pipe.generator, pipe.generator.config.sampling, labels, 3, 7, painter, capture=False)
+        config = pipe.generator.config
+        request = GenerationRequest.checked(config, labels, seed=3, first_sample=7, sampling=None)
+        pictures = PictureDecoder(pipe.tokenizer, "nearest")
+        got = decode_captured(pipe.generator, request, GraphCache(), pictures, capture=False)
     want = pipe(labels, seed=3, first_sample=7)
     assert got.shape == want.shape == (3, 64, 96, 3)
     assert (got.int() - want.int()).abs().max() <= 1  # padded to a batch of three by the bucket: rounding
@@ -270,7 +273,7 @@ def test_copies_and_pickles_leave_prepared_weights_behind(kind: str) -> None:
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             held = [v for v in vars(other).values() if isinstance(v, PreparedWeight)]
             assert held
-            assert all(d._made is None for d in held)
+            assert all(prepared_weight._kept is None for prepared_weight in held)
             assert torch.allclose(other(x), want, rtol=1e-5, atol=1e-6)
 
 

@@ -13,8 +13,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from titok.ops import _extension, backends, last_backend, nearest_codebook
-from titok.ops._extension import why_no_cpp
+from titok.ops import backends, last_backend, nearest_codebook
+from titok.ops.core import available
+from titok.ops.core.available import why_no_cpp
 
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 
@@ -66,9 +67,9 @@ def test_a_build_of_older_source_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     """It lacks a function: automatic choices go elsewhere, and whoever asks is told what to do."""
     stale = ModuleType("titok._C")
     monkeypatch.setitem(sys.modules, "titok._C", stale)
-    _extension._load.cache_clear()
+    available._load.cache_clear()
     try:
-        for name in _extension.FUNCTIONS - {"nearest_codebook"}:
+        for name in available.EXTENSION_FUNCTIONS - {"nearest_codebook"}:
             setattr(stale, name, None)
         hint = r"it lacks nearest_codebook: rebuild it \(pip install -e \.\)"
         assert re.search(hint, backends()["cpp"])
@@ -77,7 +78,7 @@ def test_a_build_of_older_source_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         assert nearest_codebook(torch.zeros(2, 4), torch.ones(3, 4)).tolist() == [0, 0]
         assert last_backend("nearest_codebook") == "plain"
     finally:
-        _extension._load.cache_clear()
+        available._load.cache_clear()
 
 
 def cuobjdump() -> str | None:

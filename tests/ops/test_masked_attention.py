@@ -10,7 +10,7 @@ import torch
 import oracles
 from titok import ops
 from titok.ops import masked_attention
-from titok.ops._extension import why_no_cpp
+from titok.ops.core.available import why_no_cpp
 
 # relative to the largest value; float32 sums of up to 321 terms, 16-bit probabilities and results
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}

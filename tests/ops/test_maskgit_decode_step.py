@@ -18,7 +18,7 @@ from torch import Tensor
 import oracles
 from maskgit_cases import DTYPES, random_case
 from titok.ops import maskgit_decode_step, maskgit_decode_step_packed, pack_step_params
-from titok.ops._extension import why_no_cpp
+from titok.ops.core.available import why_no_cpp
 
 TESTS = Path(__file__).parents[1]
 BACKENDS = ["plain", pytest.param("cpp", marks=pytest.mark.skipif(bool(why_no_cpp()), reason=str(why_no_cpp())))]
@@ -375,7 +375,7 @@ def test_opcheck_and_compile() -> None:
     tokens, cond, uncond = torch.tensor([[7, 2, 7]]), torch.randn(1, 3, 7), torch.randn(1, 3, 7)
     numbers = (-5, 3, 1, 1, 2.0, 1.0, 1.0, 1.0, 7, "titok", "auto")
     torch.library.opcheck(
-        torch.ops.titok.maskgit_decode_step.default, (tokens, cond, uncond, None, None, None, None, *numbers)
+        torch.ops.titok.maskgit_decode_step.default, (tokens, cond, uncond, None, None, None, None, None, *numbers)
     )
 
     def step(tokens: Tensor, cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,12 @@
-"""Everything that reading the official checkpoints of TiTok demands, and nothing else does.
+"""The official layout of TiTok's checkpoints: its `config.json` and its parameter names, translated to ours.
 
-Three parts: the accidents of the official code that its published weights were trained with (each used by the model
-under a flag that new models leave off), the official `config.json`, and the official parameter names.
+Mistakes of the official code that the published weights depend on are in `titok.checkpoints.quirks`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,44 +15,13 @@ from torch import Tensor
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
 
 # ---------------------------------------------------------------------------------------------------------------
-# Accidents
-
-
-def reread_latents(x: Tensor) -> Tensor:
-    """(B, K, D) token-major latents, re-read by a reshape as if they were (B, D, K), then given back token-major.
-
-    The legacy models (L-32, B-64, S-128) lack a transpose in front of the projection to the code dimension, which
-    therefore mixes tokens: value c of "token" n is flat element c*K + n. `TokenizerConfig.reread_latents`.
-    """
-    b, k, d = x.shape
-    return x.reshape(b, d, k).transpose(1, 2)
-
-
-def shortcut_of_result(h: Tensor, shortcut: Callable[[Tensor], Tensor]) -> Tensor:
-    """The end of a MaskGIT-VQGAN residual block whose channel count changes: h + shortcut(h).
-
-    The 1x1 shortcut is applied to the block's *result* in place of its input, so no path leads around the two
-    convolutions. `VQGANConfig.shortcut_of_result`.
-    """
-    return h + shortcut(h)
-
-
-def fold_shortcut_of_result(weight: Tensor, shortcut: Tensor) -> Tensor:
-    """The one convolution that `shortcut_of_result` after a convolution without bias amounts to.
-
-    weight (O, C, k, k), shortcut (O, O, 1, 1) -> (O, C, k, k), summed in float64 and rounded once.
-    """
-    both = shortcut.double().flatten(1) + torch.eye(len(shortcut), dtype=torch.float64, device=shortcut.device)
-    return (both @ weight.double().flatten(1)).view_as(weight).to(weight.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # config.json
 
 
 def is_official(config: Mapping[str, Any]) -> bool:
-    """Whether this `config.json` has the official layout (ours names its format)."""
-    return isinstance(config.get("model"), Mapping) and "vq_model" in config["model"]
+    """True when the values of a `config.json` are in the official layout; ours has no section "model.vq_model"."""
+    model = config.get("model")
+    return isinstance(model, Mapping) and isinstance(model.get("vq_model"), Mapping)
 
 
 def _require(section: Mapping[str, Any], where: str, key: str) -> Any:
@@ -63,7 +31,11 @@ def _require(section: Mapping[str, Any], where: str, key: str) -> Any:
 
 
 def tokenizer_config(config: Mapping[str, Any]) -> TokenizerConfig:
-    """Our configuration of an official one. Absent keys have the official defaults."""
+    """Translates the tokenizer's part of an official `config.json`; absent keys take the official defaults.
+
+    Raises:
+        ValueError: a required key is missing, or a value is one that `TokenizerConfig` refuses.
+    """
     vq = config["model"]["vq_model"]
     crop = config.get("dataset", {}).get("preprocessing", {}).get("crop_size", 256)
     bottleneck = vq.get("quantize_mode", "vq")
@@ -90,42 +62,49 @@ def tokenizer_config(config: Mapping[str, Any]) -> TokenizerConfig:
 
 
 def generator_config(config: Mapping[str, Any]) -> GeneratorConfig:
-    """Our configuration of the generator in an official one. `image_seq_len` may be the unresolved reference
-    ``${model.vq_model.num_latent_tokens}``, which the official code resolves while loading."""
+    """Translates the generator's part of an official `config.json`; absent keys take the official defaults.
+
+    `image_seq_len` may be the reference ``${model.vq_model.num_latent_tokens}``, which the official code resolves
+    while it loads the file.
+
+    Raises:
+        ValueError: a required key is missing, or a value is one that `GeneratorConfig` refuses.
+    """
     vq = config["model"]["vq_model"]
     if "generator" not in config["model"]:
         raise ValueError("model.generator is missing: this checkpoint holds a tokenizer alone")
-    g = config["model"]["generator"]
-    tokens = _require(g, "model.generator", "image_seq_len")
+    generator = config["model"]["generator"]
+    tokens = _require(generator, "model.generator", "image_seq_len")
     if isinstance(tokens, str):
         if tokens.replace(" ", "") != "${model.vq_model.num_latent_tokens}":
             raise ValueError(f"model.generator.image_seq_len: expected an int, got {tokens!r}")
         tokens = _require(vq, "model.vq_model", "num_latent_tokens")
     kinds = {"ViT": "vit", "UViT": "uvit"}
-    kind = g.get("model_type", "ViT")
+    kind = generator.get("model_type", "ViT")
     if kind not in kinds:
         raise ValueError(f"model.generator.model_type: expected one of {sorted(kinds)}, got {kind!r}")
     return GeneratorConfig(
         num_latent_tokens=tokens,
         codebook_size=_require(vq, "model.vq_model", "codebook_size"),
-        num_classes=g.get("condition_num_classes", 1000),
+        num_classes=generator.get("condition_num_classes", 1000),
         architecture=kinds[kind],  # type: ignore[arg-type]
-        width=g.get("hidden_size", 768),
-        layers=g.get("num_hidden_layers", 24),
-        heads=g.get("num_attention_heads", 16),
-        mlp_width=g.get("intermediate_size", 3072),
-        dropout=g.get("dropout", 0.1) if kind == "ViT" else 0.0,  # the official U-ViT ignores it
+        width=generator.get("hidden_size", 768),
+        layers=generator.get("num_hidden_layers", 24),
+        heads=generator.get("num_attention_heads", 16),
+        mlp_width=generator.get("intermediate_size", 3072),
+        dropout=generator.get("dropout", 0.1) if kind == "ViT" else 0.0,  # the official U-ViT ignores this key
         sampling=SamplingConfig(
-            steps=g.get("num_steps", 8),
-            guidance_scale=g.get("guidance_scale", 3.0),
-            guidance_schedule=g.get("guidance_decay", "constant"),
-            temperature=g.get("randomize_temperature", 4.5),
+            steps=generator.get("num_steps", 8),
+            guidance_scale=generator.get("guidance_scale", 3.0),
+            guidance_schedule=generator.get("guidance_decay", "constant"),
+            temperature=generator.get("randomize_temperature", 4.5),
         ),
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Parameter names. Rules are tried in order; the first that matches the start of a name rewrites it.
+# Parameter names. A rule is a regular expression, matched at the start of a name, and its replacement. The first
+# rule that matches rewrites the name.
 
 _VIT_RULES = (
     (r"(encoder|decoder)\.transformer\.(\d+)\.ln_([12])\.", r"\1.trunk.blocks.\2.norm\3."),
@@ -173,55 +152,66 @@ _BERT_RULES = (
 
 
 def _rename(weights: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        for pattern, replacement in rules:
-            new, hits = re.subn("^" + pattern, replacement, name)
-            if hits:
-                break
-        renamed[new if hits else name] = value
-    return renamed
+    """The same tensors under the names that `rules` make; a name that no rule matches stays."""
+    return {_renamed(name, rules): value for name, value in weights.items()}
+
+
+def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        new_name, matches = re.subn("^" + pattern, replacement, name)
+        if matches:
+            return new_name
+    return name
 
 
 def vqgan_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official MaskGIT-VQGAN tensors under our names."""
+    """Tensors of an official MaskGIT-VQGAN under the names of `MaskGITVQGAN`."""
     return _rename(weights, _VQGAN_RULES)
 
 
 def tokenizer_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official TiTok tensors under our names; 1x1 convolutions become linear layers."""
-    ours = _rename(weights, _VIT_RULES + _VQGAN_RULES)
+    """Tensors of an official TiTok under the names of `TiTok`.
+
+    Weights of 1x1 convolutions (O, C, 1, 1) become those of linear layers (O, C).
+    """
+    renamed = _rename(weights, _VIT_RULES + _VQGAN_RULES)
     for name in ("encoder.project.weight", "decoder.head.0.weight", "decoder.head.2.weight"):
-        if name in ours and ours[name].ndim == 4:
-            ours[name] = ours[name].flatten(1)
-    return ours
+        if name in renamed and renamed[name].ndim == 4:
+            renamed[name] = renamed[name].flatten(1)
+    return renamed
 
 
 def generator_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official generator tensors ("ViT" or "U-ViT") under our names.
+    """Tensors of an official generator, "ViT" or "UViT", under the names of `MaskGIT`."""
+    if any(name.startswith("model.") for name in weights):
+        return _bert_weights(weights)
+    renamed = _rename(weights, _UVIT_RULES)
+    if "positions" in renamed:
+        renamed["positions"] = renamed["positions"].squeeze(0)
+    return renamed
 
-    Of the BERT embedding's two token types only row 0 was ever used, added at every position: it is folded into the
-    table of positions. Query, key and value become one projection. `position_ids`, a buffer that older releases of
-    transformers saved, is dropped.
+
+def _bert_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The "ViT" generator is BERT's encoder, which differs from `MaskGIT` in three ways beside the names.
+
+    - BERT adds an embedding of the token type. The generator only ever used row 0 of that table, at every
+      position, so the row is added to the table of positions.
+    - Query, key and value are three projections; `MaskGIT` packs them into one.
+    - `position_ids` is a buffer that older releases of transformers saved. It is dropped.
     """
-    if not any(name.startswith("model.") for name in weights):
-        ours = _rename(weights, _UVIT_RULES)
-        if "positions" in ours:
-            ours["positions"] = ours["positions"].squeeze(0)
-        return ours
-    rest = {k: v for k, v in weights.items() if k != "model.embeddings.position_ids"}
-    types = rest.pop("model.embeddings.token_type_embeddings.weight", None)
-    ours = _rename(rest, _BERT_RULES)
-    if types is not None and "positions" in ours:
-        # in float64, so that the one rounding is that of the dtype which the model is loaded in
-        ours["positions"] = ours["positions"].double() + types[0].double()
+    remaining = {name: value for name, value in weights.items() if name != "model.embeddings.position_ids"}
+    token_types = remaining.pop("model.embeddings.token_type_embeddings.weight", None)
+    renamed = _rename(remaining, _BERT_RULES)
+    if token_types is not None and "positions" in renamed:
+        # In float64, so that the sum is rounded only once: to the dtype that the model is loaded in.
+        renamed["positions"] = renamed["positions"].double() + token_types[0].double()
     packed: dict[str, Tensor] = {}
-    for name, value in ours.items():
+    for name, value in renamed.items():
         match = re.match(r"(.*\.attn\.)(query|key|value)(\..*)", name)
         if match is None:
             packed[name] = value
         elif match[2] == "query":
-            parts = [ours.get(match[1] + part + match[3]) for part in ("query", "key", "value")]
-            found = [part for part in parts if part is not None]
-            packed[f"{match[1]}qkv{match[3]}"] = torch.cat(found)  # a missing part shows as a misshapen tensor
+            parts = [renamed.get(match[1] + part + match[3]) for part in ("query", "key", "value")]
+            # If a part is missing, the result is too short, and loading reports its shape.
+            packed[f"{match[1]}qkv{match[3]}"] = torch.cat([part for part in parts if part is not None])
     return packed

@@ -57,15 +57,14 @@ def _versions() -> dict[str, str]:
 
 
 def _devices() -> dict[str, str]:
-    import importlib
-
     import torch
 
-    from titok import ops
+    from titok.ops.core.available import extension
 
-    kernels = "no compiled kernels"
-    if ops.backends()["cpp"] == "available":
-        kernels = f"kernels for {importlib.import_module('titok._C').cpu_isa()}"
+    try:
+        kernels = f"kernels for {extension().cpu_isa()}"
+    except RuntimeError:
+        kernels = "no compiled kernels"
     devices = {"cpu": f"{torch.get_num_threads()} threads, {kernels}"}
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)

@@ -1,1 +1,1 @@
-"""From labels to pictures: schedules, the decode loop, sampling, the pipeline, batches and sample sets."""
+"""From labels to pictures: schedules, the decoding loop, sampling, the pipeline, batches and sample sets."""

@@ -1,7 +1,7 @@
-"""Pictures of any number of labels, a batch at a time, with the device at work while the host uses what is done.
+"""Generates any number of pictures, a batch at a time, while the caller uses the pictures that are finished.
 
-On a GPU two batches are under way: the copy of one to the host runs on a stream of its own beside the kernels of the
-next, which were launched before anybody waits for it. On a CPU a batch is handed over as soon as it is computed.
+On a GPU two batches are in flight: the next one is launched before anything waits for the last one, whose copy to
+the host runs on a stream of its own beside the kernels. On a CPU a batch is returned as soon as it is computed.
 """
 
 from __future__ import annotations
@@ -9,170 +9,182 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from titok.checks import labels_on_host
-from titok.config import SamplingConfig
-
-if TYPE_CHECKING:
-    from titok.generation.pipeline import Pipeline
+from titok.generation.request import GenerationRequest
 
 BatchSize = int | Literal["auto"]
+Generate = Callable[
+    [GenerationRequest], Tensor
+]  # a request to its pictures (B, H, W, channels) uint8, on any device
+
+
+def check_batch_size(batch_size: object) -> None:
+    """Raises `ValueError` unless `batch_size` is "auto" or an int >= 1."""
+    is_count = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
+    if batch_size != "auto" and not is_count:
+        raise ValueError(f"batch_size: expected 'auto' or an int >= 1, got {batch_size!r}")
 
 
 def generate_batches(
-    pipe: Pipeline,
-    labels: Tensor | Sequence[int],
+    generate: Generate,
+    request: GenerationRequest,
     *,
-    batch_size: BatchSize = "auto",
-    seed: int = 0,
-    first_sample: int = 0,
-    sampling: SamplingConfig | None = None,
-    rounding: Literal["nearest", "truncate"] = "nearest",
-    progress: bool | None = None,
+    device: torch.device,
+    batch_size: BatchSize,
+    progress: bool | None,
 ) -> Iterator[Tensor]:
-    """As `Pipeline.generate_many`, but whole batches, uint8 (B, H, W, channels) on the CPU."""
-    everything = labels_on_host(labels, pipe.generator.config.num_classes)
-    if batch_size != "auto" and (
-        not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
-    ):
-        raise ValueError(f"batch_size: expected 'auto' or an int >= 1, got {batch_size!r}")
+    """The pictures of a request in batches, (B, H, W, channels) uint8 on the CPU, in order.
 
-    def run(start: int, stop: int) -> Tensor:
-        part, number = everything[start:stop], first_sample + start
-        return pipe(part, seed=seed, first_sample=number, sampling=sampling, rounding=rounding)
+    Args:
+        device: on which `generate` computes.
+        batch_size: pictures of a batch, or "auto" for a `BatchSizeSearch`.
+        progress: show a progress bar on stderr; None shows it where that is a terminal.
 
-    run(0, 0)  # an empty batch has the other arguments checked: now, not when the first picture is asked for
-    size = Size(batch_size, pipe.tokenizer.device)
-    return _batches(run, len(everything), size, pipe.tokenizer.device, progress)
+    Raises:
+        torch.OutOfMemoryError: a batch of the given size, or of one picture, does not fit.
+    """
+    search = BatchSizeSearch(batch_size, device)
+    copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    in_flight: deque[_HostCopy] = deque()
+    start, total = 0, len(request)
+    hide_bar = None if progress is None else not progress
+    with tqdm(total=total, desc="pictures", unit="img", disable=hide_bar, file=sys.stderr, leave=False) as bar:
+        while start < total or in_flight:
+            if start < total:
+                part = request.part(start, start + search.size)
+                batch = _try_batch(generate, part, search, copy_stream)
+                if batch is None:
+                    continue  # it did not fit, and `search.size` is smaller now
+                in_flight.append(batch)
+                start += len(part)
+            # While sizes are tried out, each batch is waited for, because its time is measured.
+            keep_one = copy_stream is not None and not search.searching and start < total
+            while len(in_flight) > int(keep_one):
+                pictures = in_flight.popleft().wait()
+                bar.update(len(pictures))
+                yield pictures
 
 
 def one_by_one(batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The pictures of all batches. Each owns its memory: to keep one is not to keep its batch."""
+    """The pictures (H, W, channels) of all batches. Each owns its memory: keeping one keeps no batch."""
     for batch in batches:
         for picture in batch:
             yield picture.clone()
 
 
-def _batches(
-    run: Callable[[int, int], Tensor], total: int, size: Size, device: torch.device, progress: bool | None
-) -> Iterator[Tensor]:
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
-    under_way: deque[_Sent] = deque()
-    start = 0
-    disable = None if progress is None else not progress  # None: a bar where stderr is a terminal
-    with tqdm(total=total, desc="pictures", unit="img", disable=disable, file=sys.stderr, leave=False) as bar:
-        while start < total or under_way:
-            if start < total:
-                stop, began = min(start + size.now, total), time.perf_counter()
-                sent: _Sent | None
-                try:
-                    sent = _send(run(start, stop), side)
-                    if size.growing:
-                        sent.received()
-                except torch.OutOfMemoryError:
-                    if not size.shrink():
-                        raise
-                    sent = None
-                if sent is None:  # here the exception no longer keeps the tensors of the batch that failed
-                    torch.cuda.empty_cache()
-                    continue
-                size.ran(stop - start, time.perf_counter() - began)
-                under_way.append(sent)
-                start = stop
-            ahead = 1 if side is not None and not size.growing and start < total else 0
-            while len(under_way) > ahead:
-                pictures = under_way.popleft().received()
-                bar.update(len(pictures))
-                yield pictures
+def _try_batch(
+    generate: Generate, part: GenerationRequest, search: BatchSizeSearch, copy_stream: torch.cuda.Stream | None
+) -> _HostCopy | None:
+    """Generates a batch and tells `search` how long it took. None: it did not fit, `search.size` is smaller."""
+    began = time.perf_counter()
+    try:
+        batch = _copy_to_host(generate(part), copy_stream)
+        if search.searching:
+            batch.wait()
+    except torch.OutOfMemoryError:
+        if not search.halve():
+            raise
+        batch = None
+    if batch is None:  # out of the `except` block, where the exception kept the tensors of the failed batch alive
+        torch.cuda.empty_cache()
+        return None
+    search.record(len(part), time.perf_counter() - began)
+    return batch
 
 
-class _Sent(NamedTuple):
-    """Pictures that are on the host once the event has happened."""
+class _HostCopy(NamedTuple):
+    """Pictures that are on the host, once `done` has happened."""
 
     pictures: Tensor
-    event: torch.cuda.Event | None
+    done: torch.cuda.Event | None  # None: they are there already
 
-    def received(self) -> Tensor:
-        if self.event is not None:
-            self.event.synchronize()
+    def wait(self) -> Tensor:
+        if self.done is not None:
+            self.done.synchronize()
         return self.pictures
 
 
-def _send(pictures: Tensor, side: torch.cuda.Stream | None) -> _Sent:
-    if side is None:
-        return _Sent(pictures, None)
-    host = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)  # reused by PyTorch
-    side.wait_stream(torch.cuda.current_stream(pictures.device))
-    with torch.cuda.stream(side):
+def _copy_to_host(pictures: Tensor, copy_stream: torch.cuda.Stream | None) -> _HostCopy:
+    """Starts the copy of pictures from a GPU to pinned memory, on `copy_stream`; pictures on the CPU need none."""
+    if copy_stream is None:
+        return _HostCopy(pictures, None)
+    host = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)  # PyTorch reuses pinned memory
+    copy_stream.wait_stream(torch.cuda.current_stream(pictures.device))
+    with torch.cuda.stream(copy_stream):
         host.copy_(pictures, non_blocking=True)
-    pictures.record_stream(side)
-    return _Sent(host, side.record_event())
+    pictures.record_stream(copy_stream)
+    return _HostCopy(host, copy_stream.record_event())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The size of a batch
+class BatchSizeSearch:
+    """Finds the batch size that generates most pictures a second.
 
+    It doubles the size for as long as that raises the rate by a tenth, twice the batch fits into memory, and the
+    size stays within `LARGEST`. Every size runs twice, and only the second time counts: the first also pays for
+    captures, tuning and new memory. All pictures generated meanwhile are used.
 
-class Size:
-    """How many pictures the next batch should have: `now`.
-
-    "auto" doubles it while that gives a tenth more pictures a second and the next size fits, up to `LARGEST`. All that
-    is computed meanwhile is used. Each size runs twice and the second time counts, because the first also pays for
-    captures, tuning and new memory.
+    Attributes:
+        size: pictures of the next batch.
+        searching: whether the size may still change.
     """
 
     LARGEST = 512
 
-    def __init__(self, asked: BatchSize, device: torch.device) -> None:
-        self.growing = asked == "auto"
-        self.now = asked if isinstance(asked, int) else 16 if device.type == "cuda" else 1
+    def __init__(self, batch_size: BatchSize, device: torch.device) -> None:
+        self.searching = batch_size == "auto"
+        if isinstance(batch_size, int):
+            self.size = batch_size
+        else:
+            self.size = 16 if device.type == "cuda" else 1
         self._on_cpu = device.type == "cpu"
-        self._best, self._rate, self._warm = self.now, 0.0, False
-        self._before = _bytes("self/status", "VmRSS")
+        self._best_size, self._best_rate = self.size, 0.0
+        self._ran_before = False
+        self._resident_at_start = _memory_figure("self/status", "VmRSS")
 
-    def ran(self, count: int, seconds: float) -> None:
-        """To be told after every batch."""
-        if not self.growing or count < self.now:
+    def record(self, count: int, seconds: float) -> None:
+        """Takes note of a finished batch: its pictures and how long it took."""
+        if not self.searching or count < self.size:
             return
-        if not self._warm:
-            self._warm = True
+        if not self._ran_before:
+            self._ran_before = True
             return
         rate = count / seconds
-        if rate < 1.1 * self._rate:
-            self.now, self.growing = self._best, False
+        if rate < 1.1 * self._best_rate:
+            self.size, self.searching = self._best_size, False
             return
-        self._best, self._rate, self._warm = self.now, rate, False
-        if 2 * self.now > self.LARGEST or (self._on_cpu and not self._twice_fits()):
-            self.growing = False
+        self._best_size, self._best_rate, self._ran_before = self.size, rate, False
+        if 2 * self.size > self.LARGEST or (self._on_cpu and not self._twice_fits()):
+            self.searching = False
         else:
-            self.now *= 2
+            self.size *= 2
 
-    def shrink(self) -> bool:
-        """To be told when a batch did not fit: whether there is a smaller size to try."""
-        if not self.growing or self.now == 1:
+    def halve(self) -> bool:
+        """Takes note of a batch that did not fit into memory. False where there is no smaller size to try."""
+        if not self.searching or self.size == 1:
             return False
-        self.now, self.growing = self.now // 2, False
+        self.size, self.searching = self.size // 2, False
         return True
 
     def _twice_fits(self) -> bool:
-        """Twice the batch takes at most twice the memory, be what this one took free again or not."""
-        taken = _bytes("self/status", "VmHWM") - self._before
-        left = _bytes("meminfo", "MemAvailable")
-        with suppress(OSError, ValueError):  # the container's limit; "max" where it has none
-            left = min(left, int(Path("/sys/fs/cgroup/memory.max").read_text()) - _bytes("self/status", "VmRSS"))
+        """Whether the memory that is left holds twice what was taken so far, as if none of that had been freed."""
+        taken = _memory_figure("self/status", "VmHWM") - self._resident_at_start
+        left = _memory_figure("meminfo", "MemAvailable")
+        with suppress(OSError, ValueError):  # the container's limit; no file or the word "max" without one
+            limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+            left = min(left, limit - _memory_figure("self/status", "VmRSS"))
         return 2 * taken <= left
 
 
-def _bytes(file: str, field: str) -> int:
-    """A figure out of /proc; 0 where there is none, so that speed alone decides."""
+def _memory_figure(file: str, field: str) -> int:
+    """A figure of a file in /proc in bytes; 0 on systems without it, where only the rate decides."""
     with suppress(OSError):
         for line in Path("/proc", file).read_text().splitlines():
             if line.startswith(f"{field}:"):

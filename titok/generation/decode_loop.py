@@ -1,314 +1,227 @@
-"""The loop of all decoding steps: one body, run eagerly anywhere, or captured once as a CUDA graph and replayed.
+"""The loop of all decoding steps of MaskGIT (Chang et al. 2022), which a GPU may capture as a CUDA graph.
 
-What gives the same tokens with less work is done: the head runs at masked positions only; conditional and
-unconditional pass are one batch; no unconditional pass where the guidance weight is 1; where all is masked (the first
-step), samples of one class share their logits and all samples share the unconditional ones.
+It computes less than the definition and returns the same tokens:
 
-A run that starts fully masked has known shapes and asks the device nothing, so on a GPU it is captured: one graph for
-each shape of the work, whose inputs are labels, seed, first sample, guidance and temperatures.
+- The head runs at masked positions only.
+- The conditional and the unconditional pass are one batch. There is no unconditional pass where the guidance
+  weight is 1.
+- Where every token of every sample is masked (the first step), a pass depends on its label alone: samples with the
+  same label share their logits, and all samples share the unconditional ones.
+- A step that would draw tokens and mask all of them again is left out (with more steps than tokens).
+
+Shapes: B samples, K tokens of a sample, V codes, U distinct labels.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
-import weakref
-from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from titok.config import SamplingConfig
-from titok.generation.schedules import schedule
-from titok.inference.prepared import stamp
+from titok.generation.request import GenerationRequest
+from titok.generation.schedules import masked_counts, schedule
 from titok.models.generator import MaskGIT
-from titok.ops.maskgit_decode_step import maskgit_decode_step_packed, pack_step_params
-from titok.profiling import annotate, each
+from titok.ops import maskgit_decode_step_packed, pack_step_params
+from titok.profiling import each
 
 
-class Trace(NamedTuple):
-    """What `sample_tokens(trace=True)` adds: the tokens that enter each step and the result (steps + 1, B, K), and
-    the confidences of each step's draws (steps, B, K), +inf where a token was known."""
+class StepResult(NamedTuple):
+    """What one step returns.
+
+    Attributes:
+        tokens: (B, K) int64 after the step.
+        confidences: (B, K) float32 of the step's draws, +inf where the token was decided before.
+    """
 
     tokens: Tensor
     confidences: Tensor
 
 
 @dataclass
-class Batch:
-    """What one run of the loop reads, on the generator's device.
+class DecodeBatch:
+    """What one run of the loop reads. All tensors are on the generator's device.
 
     Attributes:
-        tokens: (B, K) to start from.
-        initially: masked tokens of each sample, known to the host.
-        labels: (B,).
-        classes: (U,) the distinct labels, and `class_of` (B,) where each sample finds its own.
-        params: int32 (steps, 10), the numbers of each step as the op packs them.
+        tokens: (B, K) int64 to start from.
+        labels: (B,) int64.
+        distinct_labels: (U,) int64, the labels without repetitions.
+        label_index: (B,) int64: `labels` is `distinct_labels[label_index]`.
+        step_params: (steps, 10) int32, the numbers of each step in the form of `titok.ops.pack_step_params`.
+        masked_counts: (steps + 1, B) as nested lists, so that shapes are known without asking the device: how many
+            tokens of each sample are masked before the first step, then after each step.
+        masked_counts_by_sample: the same as a tensor (steps + 1, B) int64, or None where all samples have the same
+            counts; `step_params` then holds them.
     """
 
     tokens: Tensor
-    initially: list[int]
     labels: Tensor
-    classes: Tensor
-    class_of: Tensor
-    params: Tensor
+    distinct_labels: Tensor
+    label_index: Tensor
+    step_params: Tensor
+    masked_counts: list[list[int]]
+    masked_counts_by_sample: Tensor | None
 
     @classmethod
     def prepare(
-        cls,
-        generator: MaskGIT,
-        sampling: SamplingConfig,
-        labels: Tensor,
-        seed: int,
-        first_sample: int,
-        init_tokens: Tensor | None = None,
-    ) -> Batch:
+        cls, generator: MaskGIT, request: GenerationRequest, init_tokens: Tensor | None = None
+    ) -> DecodeBatch:
+        """The batch of a request.
+
+        Args:
+            init_tokens: (B, K) int64 to start from, codes or `generator.mask_token`; None starts with every token
+                masked.
+        """
         length, mask_token, device = generator.config.num_latent_tokens, generator.mask_token, generator.device
         if init_tokens is None:
-            initially = [length] * len(labels)
-            tokens = torch.full((len(labels), length), mask_token, device=device)
+            at_start = [length] * len(request)
+            tokens = torch.full((len(request), length), mask_token, device=device)
         else:
-            initially = (init_tokens == mask_token).sum(dim=1).tolist()
+            at_start = (init_tokens == mask_token).sum(dim=1).tolist()
             tokens = init_tokens.to(device, copy=True)
-        classes, class_of = labels.unique(return_inverse=True)
-        params, now = [], max(initially, default=0)
-        for step in schedule(sampling):
-            now = step.num_masked(length, now) if init_tokens is None else 0  # else counts differ between samples
-            params.append(
-                pack_step_params(
-                    step=step.index,
-                    steps=sampling.steps,
-                    num_masked=now,
-                    guidance=step.guidance,
-                    softmax_temperature=step.softmax_temperature,
-                    noise_temperature=step.noise_temperature,
-                    confidence=sampling.confidence,
-                    seed=seed,
-                    first_sample=first_sample,
-                )
+
+        sampling = request.sampling
+        counts_from = {count: masked_counts(sampling, count) for count in set(at_start)}
+        counts = [[counts_from[count][i] for count in at_start] for i in range(sampling.steps + 1)]
+        same_for_all = len(counts_from) <= 1
+        by_sample = None if same_for_all else torch.tensor(counts, dtype=torch.int64, device=device)
+        step_params = [
+            pack_step_params(
+                step=step.index,
+                steps=sampling.steps,
+                num_masked=max(counts[step.index + 1], default=0) if same_for_all else 0,
+                guidance=step.guidance,
+                softmax_temperature=step.softmax_temperature,
+                noise_temperature=step.noise_temperature,
+                confidence=sampling.confidence,
+                seed=request.seed,
+                first_sample=request.first_sample,
             )
-        on_device = (t.to(device) for t in (labels, classes, class_of, torch.stack(params)))
-        return cls(tokens, initially, *on_device)
+            for step in schedule(sampling)
+        ]
+        distinct_labels, label_index = request.labels.unique(return_inverse=True)
+        return cls(
+            tokens=tokens,
+            labels=request.labels.to(device),
+            distinct_labels=distinct_labels.to(device),
+            label_index=label_index.to(device),
+            step_params=torch.stack(step_params).to(device),
+            masked_counts=counts,
+            masked_counts_by_sample=by_sample,
+        )
 
 
 def decode(
-    generator: MaskGIT, sampling: SamplingConfig, batch: Batch, history: list[tuple[Tensor, Tensor]] | None = None
+    generator: MaskGIT, sampling: SamplingConfig, batch: DecodeBatch, history: list[StepResult] | None = None
 ) -> Tensor:
-    """All steps of one batch: (B, K) tokens. `history` collects tokens and confidences after each step."""
-    tokens, now = batch.tokens, batch.initially
+    """Runs all steps of a batch.
+
+    Args:
+        sampling: that of the request which the batch was prepared from.
+        history: collects the result of every step. No step is left out then.
+
+    Returns:
+        tokens (B, K) int64, all decided.
+    """
+    tokens = batch.tokens
     for step in each("step", schedule(sampling)):
-        after = [step.num_masked(first, left) for first, left in zip(batch.initially, now, strict=True)]
-        if after == now and history is None:
-            continue  # with more steps than tokens: it would draw one token and mask it again
-        cond, uncond, rows, uncond_rows = _logits(generator, tokens, batch, now, guided=step.guidance != 1.0)
-        whole = min(batch.initially, default=0) == tokens.shape[1]  # then `params` holds the count of every sample
-        counts = None if whole else torch.tensor(after, dtype=torch.int64, device=tokens.device)
+        before, after = batch.masked_counts[step.index], batch.masked_counts[step.index + 1]
+        if after == before and history is None:
+            continue  # the step would draw tokens and mask all of them again
+        logits = _masked_logits(generator, tokens, batch, before, guided=step.guidance != 1.0)
+        by_sample = batch.masked_counts_by_sample
         result = maskgit_decode_step_packed(
             tokens,
-            cond,
-            uncond,
-            params=batch.params[step.index],
+            logits.cond,
+            logits.uncond,
+            params=batch.step_params[step.index],
             mask_token=generator.mask_token,
             confidence=sampling.confidence,
-            num_masked=counts,
-            rows=rows,
-            uncond_rows=uncond_rows,
-            return_confidence=True,
+            num_masked=None if by_sample is None else by_sample[step.index + 1],
+            rows=logits.cond_rows,
+            uncond_rows=logits.uncond_rows,
+            return_confidence=True,  # the op computes the confidences in any case
         )
-        assert isinstance(result, tuple)  # because confidences were asked for; the op has them anyway
         tokens = result[0]
         if history is not None:
-            history.append(result)
-        now = after
+            history.append(StepResult(*result))
     return tokens
 
 
-def _logits(
-    generator: MaskGIT, tokens: Tensor, batch: Batch, now: list[int], *, guided: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Logits of the masked positions alone, and the rows (B, K) in which the step finds them.
+class _MaskedLogits(NamedTuple):
+    """Logits at masked positions, in the form that `titok.ops.maskgit_decode_step` takes with `rows`.
+
+    Attributes:
+        cond: (R, V), one row for each masked position of each conditional pass.
+        uncond: (R', V) of the unconditional passes, or None without guidance.
+        cond_rows: (B, K) int64, the row of `cond` that each position reads. Entries at decided positions are never
+            read.
+        uncond_rows: (B, K) int64, the same for `uncond`, or None without guidance.
+    """
+
+    cond: Tensor
+    uncond: Tensor | None
+    cond_rows: Tensor
+    uncond_rows: Tensor | None
+
+
+def _masked_logits(
+    generator: MaskGIT, tokens: Tensor, batch: DecodeBatch, num_masked: list[int], *, guided: bool
+) -> _MaskedLogits:
+    """Runs the forward passes of one step.
 
     Args:
-        now: how many positions of each sample are masked.
+        tokens: (B, K) int64.
+        num_masked: how many tokens of each sample are masked.
+        guided: also run unconditional passes.
+    """
+    max_masked = max(num_masked, default=0)
+    # The positions of each sample, the masked ones first; `slots` is where each position stands in that order. The
+    # first max_masked of them get logits. A sample with fewer masked positions is filled up with decided ones,
+    # whose logits nothing reads.
+    positions = (tokens != generator.mask_token).to(torch.int8).argsort(dim=1, stable=True)  # (B, K)
+    slots = positions.argsort(dim=1)  # (B, K)
+    positions = positions[:, :max_masked]
+
+    # A pass is one sequence that the generator reads; `cond_pass` and `uncond_pass` (B,) say which pass serves a
+    # sample.
+    fully_masked = min(num_masked, default=0) == tokens.shape[1]
+    if fully_masked:
+        cond_labels, cond_pass = batch.distinct_labels, batch.label_index
+        num_uncond, uncond_pass = 1, torch.zeros_like(batch.label_index)
+    else:
+        cond_labels, cond_pass = batch.labels, torch.arange(len(tokens), device=tokens.device)
+        num_uncond, uncond_pass = len(tokens), cond_pass
+    num_cond = len(cond_labels)
+    cond_rows = cond_pass[:, None] * max_masked + slots
+    if not guided:
+        cond = _logits_at(generator, tokens[:num_cond], cond_labels, positions[:num_cond])
+        return _MaskedLogits(cond, None, cond_rows, None)
+
+    no_class = torch.full_like(cond_labels[:num_uncond], generator.no_class)
+    both = _logits_at(
+        generator,
+        torch.cat([tokens[:num_cond], tokens[:num_uncond]]),
+        torch.cat([cond_labels, no_class]),
+        torch.cat([positions[:num_cond], positions[:num_uncond]]),
+    )
+    cond, uncond = both.split([num_cond * max_masked, num_uncond * max_masked])
+    return _MaskedLogits(cond, uncond, cond_rows, uncond_pass[:, None] * max_masked + slots)
+
+
+def _logits_at(generator: MaskGIT, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    """The logits of sequences at some of their positions.
+
+    Args:
+        tokens: (P, K) int64.
+        labels: (P,) int64.
+        positions: (P, M) int64 in [0, K).
 
     Returns:
-        cond (R, V), uncond (R', V) or None, rows of cond, rows of uncond or None.
+        (P * M, V), the positions of the first sequence first.
     """
-    most = max(now, default=0)
-    # Masked positions first, in order; samples with fewer than `most` are padded with known ones, which no row names.
-    order = (tokens != generator.mask_token).to(torch.int8).argsort(dim=1, stable=True)
-    positions = order[:, :most]
-    slots = order.argsort(dim=1)  # where each position stands in that order
-
-    inputs, classes = tokens, batch.labels
-    cond_of = uncond_of = torch.arange(
-        len(tokens), device=tokens.device
-    )  # the forward pass that serves each sample
-    all_masked = min(now, default=0) == tokens.shape[1]
-    if all_masked:
-        classes, cond_of = batch.classes, batch.class_of
-        uncond_of = torch.zeros_like(cond_of)
-        inputs = tokens[: len(classes)]
-    parts = [positions[: len(inputs)]]
-    if guided:
-        free = inputs[:1] if all_masked else inputs
-        parts.append(positions[: len(free)])
-        inputs = torch.cat([inputs, free])
-        classes = torch.cat([classes, torch.full_like(classes[: len(free)], generator.no_class)])
-    features = generator.features(inputs, classes)
-    picked = features.gather(1, torch.cat(parts)[:, :, None].expand(-1, -1, features.shape[-1]))
-    logits = generator.lm_head(picked).flatten(0, 1)
-    rows = cond_of[:, None] * most + slots
-    if not guided:
-        return logits, None, rows, None
-    split = len(parts[0]) * most
-    return logits[:split], logits[split:], rows, uncond_of[:, None] * most + slots
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# CUDA graphs
-
-# Batches are padded up to one of these, so that few graphs serve every size; at most a third of the work is padding.
-BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_KEPT = 8  # graphs kept for each generator; each holds the activations of its shape
-
-
-def bucket(count: int) -> int:
-    """The smallest bucket that holds `count`, at most the largest."""
-    return BUCKETS[min(bisect_left(BUCKETS, count), len(BUCKETS) - 1)]
-
-
-class Finish(Protocol):
-    """What is done with the tokens in the same graph: the pipeline's way to pictures."""
-
-    def __call__(self, tokens: Tensor) -> Tensor: ...
-
-    def parameters(self) -> Iterable[Tensor]: ...
-
-
-class StaticDecode:
-    """The loop over buffers of fixed shape, which a graph can be captured from.
-
-    `labels`, seed, first sample, guidance and temperatures are copied into the buffers before each run.
-    """
-
-    def __init__(
-        self,
-        generator: MaskGIT,
-        sampling: SamplingConfig,
-        size: int,
-        distinct: int,
-        finish: Finish | None = None,
-        *,
-        capture: bool,
-    ) -> None:
-        self.finish = finish
-        self.size, self.distinct = size, distinct
-        self.generator, self.sampling = weakref.ref(generator), sampling
-        labels = torch.arange(size) % min(distinct, generator.config.num_classes + 1)
-        self.buffers = Batch.prepare(generator, sampling, labels, 0, 0)
-        self.buffers.classes = self._padded(self.buffers.classes, distinct)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if capture:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # compiles and tunes what compiles and tunes itself on first use
-                self._decode(generator)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            # One pool for all: no two graphs run at once, and each result is copied out before the next.
-            with torch.cuda.graph(self.graph, pool=_pool(torch.cuda.current_device())):
-                self.result = self._decode(generator)
-
-    def _decode(self, generator: MaskGIT) -> Tensor:
-        tokens = decode(generator, self.sampling, self.buffers)
-        return tokens if self.finish is None else self.finish(tokens)
-
-    @staticmethod
-    def _padded(x: Tensor, size: int) -> Tensor:
-        return torch.cat([x, x[:1].expand(size - len(x))])
-
-    def run(self, labels: Tensor, sampling: SamplingConfig, seed: int, first_sample: int) -> Tensor:
-        """labels (B,), B <= size, on any device -> tokens (B, K), or what `finish` makes of them."""
-        generator = self.generator()
-        assert generator is not None
-        batch = Batch.prepare(generator, sampling, self._padded(labels, self.size), seed, first_sample)
-        self.buffers.labels.copy_(batch.labels)
-        self.buffers.classes.copy_(self._padded(batch.classes, self.distinct))
-        self.buffers.class_of.copy_(batch.class_of)
-        self.buffers.params.copy_(batch.params)
-        if self.graph is None:
-            self.result = self._decode(generator)
-        else:
-            with annotate("graph of all steps"):
-                self.graph.replay()
-        return self.result[: len(labels)].clone()
-
-
-@functools.cache
-def _pool(device: int) -> Any:
-    return torch.cuda.graph_pool_handle()
-
-
-_graphs: weakref.WeakKeyDictionary[MaskGIT, OrderedDict[Any, StaticDecode | None]] = weakref.WeakKeyDictionary()
-
-
-def decode_captured(
-    generator: MaskGIT,
-    sampling: SamplingConfig,
-    labels: Tensor,
-    seed: int,
-    first_sample: int,
-    finish: Finish | None = None,
-    *,
-    capture: bool = True,
-) -> Tensor:
-    """(B, K) tokens of fully masked starts, or what `finish` makes of them, by graph replays of
-    at most `BUCKETS[-1]` samples each.
-
-    Where a capture fails, says so once and decodes without one from then on.
-    """
-    parts = []
-    for start in range(0, len(labels), BUCKETS[-1]):
-        part = labels[start : start + BUCKETS[-1]]
-        static = _static(generator, sampling, part, finish, capture)
-        if static is None:
-            batch = Batch.prepare(generator, sampling, part, seed, first_sample + start)
-            tokens = decode(generator, sampling, batch)
-            parts.append(tokens if finish is None else finish(tokens))
-        else:
-            parts.append(static.run(part, sampling, seed, first_sample + start))
-    return torch.cat(parts)
-
-
-def _static(
-    generator: MaskGIT, sampling: SamplingConfig, labels: Tensor, finish: Finish | None, capture: bool
-) -> StaticDecode | None:
-    size = bucket(len(labels))
-    distinct = min(size, bucket(len(labels.unique())))
-    guided = tuple(step.guidance != 1.0 for step in schedule(sampling))
-    # What shapes the work, and where the weights lie: a model that was moved or recast needs new graphs. What was made
-    # of weights beforehand is baked into a graph, so behind the tokens their versions count as well.
-    weights: list[tuple[Any, ...]] = [(p.data_ptr(), p.dtype) for p in generator.parameters()]
-    if finish is not None:
-        weights += map(stamp, finish.parameters())
-    key = (size, distinct, guided, sampling.mask_schedule, sampling.confidence, finish, hash(tuple(weights)))
-    cache = _graphs.setdefault(generator, OrderedDict())
-    if key in cache:
-        cache.move_to_end(key)
-        return cache[key]
-    try:
-        cache[key] = StaticDecode(generator, sampling, size, distinct, finish, capture=capture)
-    except torch.OutOfMemoryError:
-        raise  # a smaller batch may be captured yet
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        warnings.warn(f"titok: decoding without a CUDA graph, its capture failed: {reason}", stacklevel=4)
-        cache[key] = None
-    while len(cache) > _KEPT:
-        cache.popitem(last=False)
-    return cache[key]
+    features = generator.features(tokens, labels)
+    picked = features.gather(1, positions[:, :, None].expand(-1, -1, features.shape[-1]))
+    return generator.lm_head(picked).flatten(0, 1)

@@ -1,8 +1,10 @@
-"""Many generated pictures in one .npz, by one process or several, which may be stopped at any moment and started again.
+"""Writes many generated pictures into one .npz, from one process or several, which may be killed and started
+again.
 
-Beside the output lies the folder `<output>.parts`: the settings of the run, and every batch that is done as a file of
-its own, named by the samples in it. A part gets its name only when all of it is on the disk, so the names are the
-record of what is done. When none is missing, the first process streams them into the output; then the folder goes.
+Beside the output lies the folder `<output>.parts`. It holds the settings of the run, and each finished batch as a
+file that is named by the samples in it. Such a file gets its name only when all of it is on the disk, so the names
+say which samples are done. When no sample is missing, the first process joins the files into the output and
+removes the folder.
 """
 
 from __future__ import annotations
@@ -15,20 +17,20 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titok.checks import labels_on_host
-from titok.config import SamplingConfig
-from titok.generation.batches import BatchSize, generate_batches
+from titok.config import Rounding, SamplingConfig
+from titok.generation.batches import BatchSize, check_batch_size
 from titok.generation.pipeline import Pipeline
+from titok.generation.request import GenerationRequest
 
 T = TypeVar("T")
 
@@ -42,96 +44,116 @@ def generate_set(
     seed: int = 0,
     first_sample: int = 0,
     sampling: SamplingConfig | None = None,
-    rounding: Literal["nearest", "truncate"] = "nearest",
+    rounding: Rounding = "nearest",
     progress: bool | None = None,
 ) -> None:
-    """Writes one picture for each label as the .npz that FID tools read (the layout of ADM, Dhariwal & Nichol 2021):
-    `arr_0` uint8 (N, H, W, C), `arr_1` the labels, int64 (N,).
+    """Writes one picture for each label as the .npz that FID tools read (the layout of ADM, Dhariwal & Nichol
+    2021).
 
-    No process holds more than three batches. Where `torch.distributed` is initialised, every process of the group must
-    call this with the same arguments, and each generates a share; all return when the file is in place.
+    The file holds `arr_0`, the pictures, uint8 (N, H, W, channels), and `arr_1`, the labels, int64 (N,). No
+    process holds more than three batches. Where `torch.distributed` is initialised, every process of the group
+    must call this with the same arguments. Each generates a share, and all return when the file is in place.
 
-    A run that was stopped, however hard, goes on when it is started again, by any number of processes. With a whole
-    number for `batch_size` the file is then, byte for byte, that of a run which was never stopped (on machines and
-    thread counts that compute alike).
+    A run that was stopped, however abruptly, goes on when it is started again, by any number of processes. With an
+    int for `batch_size` the file is then, byte for byte, that of a run that was never stopped, on machines and
+    numbers of threads whose computations agree.
 
     Args:
-        path: of the .npz; replaced when all is done. Takes the disk space of two such files.
-        pipe, labels, batch_size, seed, first_sample, sampling, rounding, progress: as `Pipeline.generate_many`; the bar
-            is that of the first process.
+        path: of the .npz, which is replaced when all is done. The run takes the disk space of two such files.
+        progress: as `Pipeline.generate_many`; the bar is that of the first process.
+        labels, batch_size, seed, first_sample, sampling, rounding: as `Pipeline.generate_many`.
 
     Raises:
-        ValueError: what was done already is of other settings or weights (named), or another run is at work on it.
-        As `Pipeline.generate_many`.
+        TypeError, ValueError: as `Pipeline.generate_many`.
+        ValueError: what is done already has other settings or weights (the message names one), or another run is
+            writing this file.
     """
+    request = GenerationRequest.checked(
+        pipe.generator.config, labels, seed=seed, first_sample=first_sample, sampling=sampling, rounding=rounding
+    )
+    check_batch_size(batch_size)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
-    labels = labels_on_host(labels, pipe.generator.config.num_classes)
-    sampling = sampling or pipe.generator.config.sampling
+    tokenizer = pipe.tokenizer.config
+    parts = _Parts(Path(path), (*tokenizer.image_size, tokenizer.channels), len(request))
+    with contextlib.closing(parts):
+        missing = _in_first_process(lambda: parts.claim(_settings(pipe, request)))
+        ranges = _share(missing, rank, world, 1 if batch_size == "auto" else batch_size)
+        _generate_parts(pipe, request, ranges, parts, batch_size, progress if rank == 0 else False)
+        if _distributed():
+            dist.barrier()
+        _in_first_process(lambda: parts.join(request.labels))
 
-    def batches(start: int, stop: int) -> Iterator[Tensor]:
-        return generate_batches(
-            pipe,
-            labels[start:stop],
-            batch_size=batch_size,
-            seed=seed,
-            first_sample=first_sample + start,
-            sampling=sampling,
-            rounding=rounding,
-            progress=progress if rank == 0 else False,
-        )
 
-    batches(0, len(labels))  # for its checks, before anything is written
-    config = pipe.tokenizer.config
-    parts = _Parts(Path(path), (*config.image_size, config.channels), len(labels))
+def _settings(pipe: Pipeline, request: GenerationRequest) -> dict[str, Any]:
+    """What the pictures depend on, as JSON can hold it. A run goes on only with equal settings."""
+    return {
+        "seed": request.seed,
+        "first_sample": request.first_sample,
+        "pictures": len(request),
+        "labels": hashlib.sha256(request.labels.numpy().data).hexdigest(),
+        "rounding": request.rounding,
+        **{f"sampling.{name}": value for name, value in request.sampling.to_dict().items()},
+        "dtype": str(pipe.generator.dtype).removeprefix("torch."),
+        "tokenizer": _fingerprint(pipe.tokenizer),
+        "generator": _fingerprint(pipe.generator),
+    }
 
-    def claim() -> np.ndarray:
-        return parts.claim(
-            {
-                "seed": seed,
-                "first_sample": first_sample,
-                "pictures": len(labels),
-                "labels": hashlib.sha256(labels.numpy().data).hexdigest(),
-                "rounding": rounding,
-                **{f"sampling.{name}": value for name, value in sampling.to_dict().items()},
-                "dtype": str(pipe.generator.dtype).removeprefix("torch."),
-                "tokenizer": _fingerprint(pipe.tokenizer),
-                "generator": _fingerprint(pipe.generator),
-            }
-        )
 
-    with contextlib.closing(parts), ThreadPoolExecutor(1) as writer:
+def _generate_parts(
+    pipe: Pipeline,
+    request: GenerationRequest,
+    ranges: list[tuple[int, int]],
+    parts: _Parts,
+    batch_size: BatchSize,
+    progress: bool | None,
+) -> None:
+    """Generates the samples of `ranges`. A thread writes each batch while the next one is generated."""
+    with ThreadPoolExecutor(1) as writer:
         written: Future[None] | None = None
-        missing = _in_first_process(claim)
-        for start, stop in _share(missing, rank, world, 1 if batch_size == "auto" else batch_size):
-            for pictures in batches(start, stop):
+        for start, stop in ranges:
+            for pictures in pipe.generate_batches(
+                request.part(start, stop), batch_size=batch_size, progress=progress
+            ):
                 if written is not None:
-                    written.result()  # raises what went wrong, such as a full disk
+                    written.result()  # raises the error of that write, such as a full disk
                 written = writer.submit(parts.write, start, pictures)
                 start += len(pictures)
         if written is not None:
             written.result()
-        if _distributed():
-            dist.barrier()
-        _in_first_process(lambda: parts.join(labels))
 
 
-def _share(missing: np.ndarray, rank: int, world: int, grid: int) -> list[tuple[int, int]]:
-    """The samples [start, stop) that one of `world` processes makes, without holes: its slice of the sorted numbers
-    `missing`. Cut at multiples of `grid`, so that batches are the same for any number of processes."""
-    cells = np.split(missing, np.flatnonzero(np.diff(missing // grid)) + 1)
-    mine = np.concatenate(cells[len(cells) * rank // world : len(cells) * (rank + 1) // world] or [missing[:0]])
-    runs = np.split(mine, np.flatnonzero(np.diff(mine) > 1) + 1)
-    return [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
+def _share(missing: np.ndarray, rank: int, world: int, batch_size: int) -> list[tuple[int, int]]:
+    """The ranges [start, stop) of samples that process `rank` of `world` generates.
+
+    Samples are dealt out in cells, which begin at multiples of `batch_size`, so that the batches are the same for
+    any number of processes.
+
+    Args:
+        missing: the sorted numbers of all samples that are still to be generated.
+    """
+    cells = np.split(missing, np.flatnonzero(np.diff(missing // batch_size)) + 1)
+    own_cells = cells[len(cells) * rank // world : len(cells) * (rank + 1) // world]
+    own = np.concatenate(own_cells or [missing[:0]])
+    ranges = np.split(own, np.flatnonzero(np.diff(own) > 1) + 1)
+    return [(int(samples[0]), int(samples[-1]) + 1) for samples in ranges if len(samples)]
 
 
 class _Part(NamedTuple):
+    """A file with the samples `start` to `stop` - 1."""
+
     start: int
     stop: int
     path: Path
 
 
 class _Parts:
-    """The folder of parts. The samples of a part `<start>-<stop>.u8` are uint8 (stop - start, H, W, C)."""
+    """The folder of parts. A part `<start>-<stop>.u8` is uint8 (stop - start, H, W, channels).
+
+    Args:
+        output: path of the .npz.
+        shape: (H, W, channels) of a picture.
+        count: pictures of the whole set.
+    """
 
     def __init__(self, output: Path, shape: tuple[int, int, int], count: int) -> None:
         self.output, self.shape, self.count = output, shape, count
@@ -139,17 +161,25 @@ class _Parts:
         self._lock: int | None = None
 
     def claim(self, settings: dict[str, Any]) -> np.ndarray:
-        """Makes the folder this process's own. The sorted numbers of the samples that are still to be made."""
+        """Locks the folder for this process and records the settings.
+
+        Returns:
+            the sorted numbers of the samples that are still to be generated.
+
+        Raises:
+            ValueError: another process holds the lock, or there are parts of other settings.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however it ends
+            # The system releases this lock when the process ends, however it ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{self.folder}: another process is at work here") from None
         file = self.folder / "settings.json"
         if not file.exists():
-            self._clear()  # a run that was stopped when its output was already in place
-        elif self._done() and (before := json.loads(file.read_text())) != settings:
+            self._clear()  # what a run left that was killed after its output was in place
+        elif self._parts() and (before := json.loads(file.read_text())) != settings:
             name = next(name for name in {**settings, **before} if settings.get(name) != before.get(name))
             raise ValueError(
                 f"{self.folder}: expected {name} {before.get(name)}, as in the run that was stopped here, got "
@@ -157,24 +187,29 @@ class _Parts:
             )
         _write(file, json.dumps(settings, indent=2).encode())
         missing = np.ones(self.count, dtype=bool)
-        for part in self._done():
+        for part in self._parts():
             missing[part.start : part.stop] = False
         return np.flatnonzero(missing)
 
     def write(self, start: int, pictures: Tensor) -> None:
+        """Writes a batch (B, H, W, channels) whose first sample is `start`."""
         name = f"{start:012}-{start + len(pictures):012}.u8"
         _write(self.folder / name, pictures.contiguous().numpy().data)
 
     def join(self, labels: Tensor) -> None:
-        """Makes the output out of all parts, and removes them."""
-        whole = self.folder / "whole.npz"
-        with zipfile.ZipFile(whole, "w") as archive:
-            # Entries without the time of day: equal pictures are equal files.
+        """Joins all parts into the output and removes them.
+
+        Raises:
+            ValueError: samples are missing, or two parts overlap.
+        """
+        joined = self.folder / "joined.npz"
+        with zipfile.ZipFile(joined, "w") as archive:
+            # `ZipInfo` sets no time of day, so that equal pictures give equal files.
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape)}
                 np.lib.format.write_array_header_1_0(file, header)
                 end = 0
-                for part in self._done():
+                for part in self._parts():
                     if part.start != end:
                         raise ValueError(f"{part.path}: expected the samples from {end} on")
                     with part.path.open("rb") as source:
@@ -184,21 +219,23 @@ class _Parts:
                     raise ValueError(f"{self.folder}: expected {self.count} samples, got {end}")
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                 np.lib.format.write_array(file, labels.numpy())
-        _flush(whole)
-        os.replace(whole, self.output)
+        _flush(joined)
+        os.replace(joined, self.output)
         _flush(self.output.parent)
-        (self.folder / "settings.json").unlink()  # first: parts without settings are nothing to go on with
+        # The settings go first: parts without settings are those of a finished run, which `claim` deletes.
+        (self.folder / "settings.json").unlink()
         self._clear()
         (self.folder / "lock").unlink()
-        with contextlib.suppress(OSError):  # there is something in it that is not ours
+        with contextlib.suppress(OSError):  # somebody else's file is in the folder
             self.folder.rmdir()
 
     def close(self) -> None:
+        """Releases the lock."""
         if self._lock is not None:
             os.close(self._lock)
 
-    def _done(self) -> list[_Part]:
-        """The parts that are there, in order."""
+    def _parts(self) -> list[_Part]:
+        """The finished parts, by their first sample."""
         found = []
         for path in self.folder.glob("*.u8"):
             if match := re.fullmatch(r"(\d+)-(\d+)\.u8", path.name):
@@ -206,12 +243,12 @@ class _Parts:
         return sorted(found)
 
     def _clear(self) -> None:
-        for path in [*(part.path for part in self._done()), *self.folder.glob("*.unfinished")]:
+        for path in [*(part.path for part in self._parts()), *self.folder.glob("*.unfinished")]:
             path.unlink()
 
 
 def _write(path: Path, data: Any) -> None:
-    """A file that has its name only when all of it is on the disk."""
+    """Writes a file that gets its name only when all of it is on the disk."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
         file.write(data)
@@ -220,7 +257,7 @@ def _write(path: Path, data: Any) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Returns when a file, or the names in a folder, are on the disk."""
+    """Returns when a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -229,7 +266,7 @@ def _flush(path: Path) -> None:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Of all weights."""
+    """A hash of all names, shapes, dtypes and values of a model's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -242,16 +279,16 @@ def _distributed() -> bool:
 
 
 def _in_first_process(work: Callable[[], T]) -> T:
-    """What `work` gives or raises in the first process of the group, in all of them."""
+    """Calls `work` in the first process of the group; all processes return its result or raise its error."""
     if not _distributed():
         return work()
-    result: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # result and error
     if dist.get_rank() == 0:
         try:
-            result[0] = work()
+            outcome[0] = work()
         except Exception as error:
-            result[1] = error
-    dist.broadcast_object_list(result, src=0)
-    if result[1] is not None:
-        raise result[1]
-    return result[0]
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

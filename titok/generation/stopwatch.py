@@ -1,4 +1,4 @@
-"""How long each stage of a pipeline's call takes."""
+"""Measures how long each stage of a pipeline's call takes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ import torch
 
 
 class Stopwatch:
-    """How long the stages of a call took; on a GPU by events, so that nobody waits until somebody asks."""
+    """Times of the stages of one call. On a GPU they are CUDA events: nothing waits until the times are read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._marks: dict[str, tuple[Any, Any]] = {}
+        self._marks: dict[str, tuple[Any, Any]] = {}  # stage -> its beginning and its end
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        before = self._now()
+        """A context that is timed under `name`."""
+        begin = self._mark()
         yield
-        self._marks[name] = (before, self._now())
+        self._marks[name] = (begin, self._mark())
 
     def seconds(self) -> dict[str, float]:
+        """Seconds of each finished stage, by name. On a GPU this waits for the stages to end."""
         if self._device.type != "cuda":
-            return {name: after - before for name, (before, after) in self._marks.items()}
-        for _, after in self._marks.values():
-            after.synchronize()
-        return {name: before.elapsed_time(after) / 1e3 for name, (before, after) in self._marks.items()}
+            return {name: end - begin for name, (begin, end) in self._marks.items()}
+        for _, end in self._marks.values():
+            end.synchronize()
+        return {name: begin.elapsed_time(end) / 1e3 for name, (begin, end) in self._marks.items()}
 
-    def _now(self) -> Any:
+    def _mark(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -1,8 +1,15 @@
-"""Nearest-neighbour x2 followed by a 3x3 convolution, as four 2x2 convolutions of the small map.
+"""Nearest-neighbour upsampling by 2 followed by a 3x3 convolution, computed as four 2x2 convolutions of the small
+map.
 
-An output pixel sees a 3x3 window of the enlarged map, which holds only 2x2 distinct pixels of the small one; which
-taps meet on each depends on whether its row and column are even or odd. Adding those taps up beforehand leaves
-4 * 4 instead of 4 * 9 products for each input pixel, 4/9 of the FLOPs, and the enlarged map is never stored.
+An output pixel reads a 3x3 window of the enlarged map. That window holds only 2x2 distinct pixels of the small
+map, and which taps of the kernel meet on each of them depends on whether the pixel's row and column are even or
+odd. Along one axis, with s[i] the pixel of the small map that the output pixels 2i and 2i + 1 were copied from:
+
+    output 2i     (even) reads  s[i-1] s[i]   s[i]      taps:  w0 on s[i-1],  w1 + w2 on s[i]
+    output 2i + 1 (odd)  reads  s[i]   s[i]   s[i+1]    taps:  w0 + w1 on s[i],  w2 on s[i+1]
+
+Adding the taps up beforehand leaves 4 * 4 products for each input pixel in place of 4 * 9, and the enlarged map is
+never stored.
 """
 
 from __future__ import annotations
@@ -17,57 +24,70 @@ from titok.inference.onednn import conv
 
 
 class FoldedUpsampleConv(NamedTuple):
-    """`weight`: of even and of odd output rows, (2*O, C, 2, 2) each, odd columns' channels before even columns';
-    `bias` (2*O,) or None."""
+    """The folded form of a 3x3 convolution with C input and O output channels.
+
+    Attributes:
+        weight: two tensors (2 * O, C, 2, 2), for even and for odd output rows. In each, the first O output
+            channels are those of odd output columns and the others those of even ones.
+        bias: (2 * O,) or None.
+    """
 
     weight: tuple[Tensor, ...]
     bias: Tensor | None
 
 
 def fold_upsample_conv(weight: Tensor, bias: Tensor | None = None) -> FoldedUpsampleConv:
-    """Prepares a 3x3 convolution, weight (O, C, 3, 3) and bias (O,), for `upsample_conv`.
+    """Folds a 3x3 convolution for `upsample_conv`. Taps are added in float64 and rounded once, to the weight's
+    dtype.
 
-    Taps are added in float64 and rounded once to weight's dtype.
+    Args:
+        weight: (O, C, 3, 3) of any floating dtype.
+        bias: (O,) of the same dtype, or None.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, by name.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device; it is named.
     """
     check_tensor("weight", weight, shape=("O", "C", 3, 3), dtypes=FLOAT_DTYPES)
     if bias is not None:
         check_tensor("bias", bias, shape=(weight.shape[0],), dtypes=(weight.dtype,), device=weight.device)
-    # rows of the small map that the taps of an even output row meet: before, itself, itself; of an odd one: itself,
-    # itself, after
-    meets = torch.tensor(
+    # taps[parity, pixel, tap] is 1 where that tap of the kernel meets that one of the two pixels; parity 0 is
+    # even. See the table at the top of this file.
+    taps = torch.tensor(
         [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device=weight.device
     )
-    folded = torch.einsum("pak,qbl,ockl->pqocab", meets, meets.flip(0), weight.double()).to(weight.dtype)
-    rows = tuple(row.flatten(0, 1).contiguous() for row in folded)
-    return FoldedUpsampleConv(rows, None if bias is None else torch.cat([bias, bias]))
+    # p and q are the parities of row and column, a and b the pixels, k and l the taps. Odd columns come first.
+    folded = torch.einsum("pak,qbl,ockl->pqocab", taps, taps.flip(0), weight.double()).to(weight.dtype)
+    by_row_parity = tuple(row.flatten(0, 1).contiguous() for row in folded)
+    return FoldedUpsampleConv(by_row_parity, None if bias is None else torch.cat([bias, bias]))
 
 
 def upsample_conv(x: Tensor, folded: FoldedUpsampleConv) -> Tensor:
     """conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1), exact up to rounding.
 
     Args:
-        x: (B, C, H, W) in the dtype of the folded weight; channels-last maps stay channels-last and are the fast ones.
+        x: (B, C, H, W) in the dtype of the folded weight. Channels-last maps stay channels-last and are the fast
+            ones.
 
     Returns:
-        (B, O, 2H, 2W)
+        (B, O, 2H, 2W).
 
     Raises:
-        TypeError, ValueError: an argument does not fit, by name.
+        TypeError, ValueError: x has a wrong type, dtype, shape or device.
     """
     weight, bias = folded
-    first = weight[0]
-    check_tensor("x", x, shape=("B", first.shape[1], "H", "W"), dtypes=(first.dtype,), device=first.device)
+    even_rows = weight[0]
+    channels, outputs = even_rows.shape[1], even_rows.shape[0] // 2
+    check_tensor("x", x, shape=("B", channels, "H", "W"), dtypes=(even_rows.dtype,), device=even_rows.device)
     batch, _, height, width = x.shape
-    out = x.new_empty(batch, 2 * height, 2 * width, first.shape[0] // 2)
-    for row in (0, 1):
-        # Window (i, j) of the padded map holds the pixels around its corner, where output columns 2j - 1 and 2j meet:
-        # side by side in memory they are the whole row of the result, and one column too many at either end.
-        wide = (
-            conv(x, weight[row], bias).permute(0, 2, 3, 1).reshape(batch, height + 1, 2 * width + 2, out.shape[3])
-        )
-        out[:, row::2] = wide[:, row : row + height, 1:-1]
-    result = out.permute(0, 3, 1, 2)
+    result = x.new_empty(batch, 2 * height, 2 * width, outputs)
+    for parity in (0, 1):
+        # A 2x2 convolution of the padded map has H + 1 rows of W + 1 windows. Window (i, j) holds the small map's
+        # rows i - 1 and i and its columns j - 1 and j, which is what the output rows 2i - 1 and 2i and the output
+        # columns 2j - 1 and 2j read. So even rows take the windows 0 to H - 1 and odd rows the windows 1 to H. The
+        # channels of window j are the output columns 2j - 1 and 2j, so a row of windows is a row of the result in
+        # its order in memory, with one column too many at either end.
+        windows = conv(x, weight[parity], bias).permute(0, 2, 3, 1)
+        columns = windows.reshape(batch, height + 1, 2 * width + 2, outputs)
+        result[:, parity::2] = columns[:, parity : parity + height, 1:-1]
+    result = result.permute(0, 3, 1, 2)
     return result if x.stride(1) == 1 else result.contiguous()

@@ -1,9 +1,11 @@
-"""Weights that inference uses_prepared_weights once, and the switch to compute without them.
+"""What inference computes from weights once and reuses, and the switch that computes without it.
 
-Where no gradient is wanted, the layers of `titok.models.layers` compute from what was prepared from their weights:
-oneDNN's blocked layout on a CPU, folded convolutions and sums on any device. What is prepared is kept beside the
-weights, takes as much memory again, and is made anew when the weights change. `with plain():` computes from the weights
-themselves, and without the kernels of `titok.ops`: the path to check the other against.
+When no gradients are wanted, the layers of `titok.models.layers` compute from prepared weights: in oneDNN's
+blocked layout on a CPU, folded convolutions and fused sums on any device. A prepared weight is kept beside the
+weight, takes about as much memory again, and is prepared anew when the weight changes.
+
+In plain mode (`with plain():`) models compute from the weights themselves and without the kernels of `titok.ops`.
+It is there to check the fast path against.
 """
 
 from __future__ import annotations
@@ -12,10 +14,9 @@ import contextlib
 import copy
 import functools
 import os
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,20 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def plain(on: bool = True) -> contextlib.AbstractContextManager[None]:
-    """Within, models compute as they do in training, and every op of `titok.ops` runs its plain PyTorch path."""
+    """A context in which models compute as in training and every op of `titok.ops` runs its plain PyTorch path.
+
+    Args:
+        on: False switches plain mode off within an outer context that switched it on.
+    """
     return only_plain(on)
 
 
 def select(engine: str) -> contextlib.AbstractContextManager[None]:
-    """The context that `engine` names: "fast" or "plain"; `ValueError` for any other."""
+    """The context of an engine: plain mode for "plain"; for "fast", the mode that is already set.
+
+    Raises:
+        ValueError: any other name.
+    """
     if engine not in ("fast", "plain"):
         raise ValueError(f"engine: expected 'fast' or 'plain', got {engine!r}")
     return plain() if engine == "plain" else contextlib.nullcontext()
@@ -40,35 +49,51 @@ def select(engine: str) -> contextlib.AbstractContextManager[None]:
 
 def uses_prepared_weights() -> bool:
     """True when gradients are off, plain mode is off, and neither torch.compile nor autocast is active."""
-    casts = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return not (is_plain() or casts or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_plain():
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
 
 
-_PROBES = 16
+class _Kept(NamedTuple):
+    """A prepared value, and the weights that it was prepared from, as far as a change can be told."""
+
+    state: list[Any]  # the key, then `weight_state` of each weight
+    samples: list[tuple[Any, bytes]]  # a strided numpy view of each weight, and the bytes that it showed
+    value: Any
 
 
 class PreparedWeight(Generic[T]):
-    """Something made of parameters, kept until they change.
+    """A value that is computed from weights and kept until they change.
 
-    A change is seen by address, version, or the values at a few places: loops that average weights through `.data`
-    leave no other trace. A copied or unpickled module starts without it.
+    A weight has changed when its address, dtype or version differs, or one of a few of its values. The values are
+    needed because code that averages weights through `.data` leaves address and version as they are.
+
+    The object belongs to a module as a plain attribute. It is in no state dict, and a copied or unpickled module
+    starts with an empty one. Threads may call `get` at the same time: each gets a value of the weights and key
+    that it passed.
     """
 
     def __init__(self) -> None:
-        self._state: Any = None
-        self._probes: list[tuple[Any, bytes]] = []
-        self._made: Any = None
+        self._kept: _Kept | None = None
 
     def get(self, make: Callable[[], T], *weights: Tensor | None, key: object = None) -> T:
-        """What `make()` gives for these weights as they are now, and for this `key`."""
-        given = [w for w in weights if w is not None]
-        state = [key, *map(stamp, given)]
-        if state != self._state or any(view.tobytes() != seen for view, seen in self._probes):
-            self._made = make()
-            self._state = state
-            self._probes = [(view, view.tobytes()) for view in map(_probe, given) if view is not None]
-        made: T = self._made
-        return made
+        """The value of `make()` for these weights, called only if weights or key differ from those of the last
+        call.
+
+        Args:
+            make: computes the value from the weights as they are now.
+            weights: what the value depends on; None entries are skipped.
+            key: whatever else the value depends on.
+        """
+        given = [weight for weight in weights if weight is not None]
+        state = [key, *map(weight_state, given)]
+        kept = self._kept  # one read, because another thread may replace it meanwhile
+        if kept is None or kept.state != state or any(view.tobytes() != seen for view, seen in kept.samples):
+            value = make()
+            views = [view for view in map(_strided_view, given) if view is not None]
+            kept = self._kept = _Kept(state, [(view, view.tobytes()) for view in views], value)
+        result: T = kept.value
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreparedWeight[T]:
         return PreparedWeight()
@@ -77,47 +102,63 @@ class PreparedWeight(Generic[T]):
         return PreparedWeight, ()
 
 
-def stamp(weight: Tensor) -> tuple[int, torch.dtype, int | None]:
-    """What changes when a weight is replaced, moved, recast or written to (inference tensors count no versions)."""
+def weight_state(weight: Tensor) -> tuple[int, torch.dtype, int | None]:
+    """Address, dtype and version: what differs after a weight was replaced, moved, recast or written to.
+
+    The version is None for inference tensors, which PyTorch does not count versions of.
+    """
     return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
 
 
-def _probe(weight: Tensor) -> Any:
-    """A strided numpy view of some values; None where looking would cost more (another device, another layout)."""
+_SAMPLES_PER_WEIGHT = 16
+
+
+def _strided_view(weight: Tensor) -> Any:
+    """A numpy view of about 16 values of a weight, or None where reading them is not cheap: another device, or a
+    weight that is not contiguous."""
     if weight.device.type != "cpu" or not weight.is_contiguous() or not weight.numel():
         return None
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    return weight.detach().view(-1).view(bits).numpy()[:: max(1, weight.numel() // _PROBES)]
+    same_size_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    step = max(1, weight.numel() // _SAMPLES_PER_WEIGHT)
+    return weight.detach().view(-1).view(same_size_int).numpy()[::step]
 
 
-_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
+# Values of ONEDNN_MAX_CPU_ISA that forbid oneDNN the instructions for bfloat16.
+_ISA_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
 @functools.cache
 def bfloat16_is_native() -> bool:
-    """Whether this CPU multiplies bfloat16 itself, and `ONEDNN_MAX_CPU_ISA` lets it."""
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT_BFLOAT16:
+    """Whether this CPU has instructions for bfloat16 products, and `ONEDNN_MAX_CPU_ISA` allows them."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _ISA_WITHOUT_BFLOAT16:
         return False
     names = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")
     if (capabilities := getattr(torch.cpu, "get_capabilities", None)) is not None:
         return any(capabilities().get(name, False) for name in names)
-    with contextlib.suppress(OSError):  # a release before that function
+    with contextlib.suppress(OSError):  # PyTorch releases without that function
         return not set(names).isdisjoint(Path("/proc/cpuinfo").read_text().split())
     return False
 
 
-_twins: weakref.WeakKeyDictionary[nn.Module, PreparedWeight[Any]] = weakref.WeakKeyDictionary()
+class Float32Copy(Generic[M]):
+    """The float32 copy of one bfloat16 model, for CPUs that only emulate bfloat16: faster there, and no less
+    exact.
 
+    The model owns it as a plain attribute: it is in no state dict, and a copied or unpickled model starts without
+    one.
+    """
 
-def float32_copy(model: M) -> M:
-    """A float32 copy of a bfloat16 model on a CPU that only emulates bfloat16 (faster, no less exact); else `model`."""
-    weight = next(model.parameters())
-    if (
-        weight.dtype != torch.bfloat16
-        or weight.device.type != "cpu"
-        or not uses_prepared_weights()
-        or bfloat16_is_native()
-    ):
-        return model
-    twin: PreparedWeight[M] = _twins.setdefault(model, PreparedWeight())
-    return twin.get(lambda: copy.deepcopy(model).float(), *model.parameters())
+    def __init__(self) -> None:
+        self._copy: PreparedWeight[M] = PreparedWeight()
+
+    def of(self, model: M) -> M:
+        """The model to compute with: in inference on a CPU that emulates bfloat16 the copy, else `model`."""
+        weight = next(model.parameters())
+        if (
+            weight.dtype != torch.bfloat16
+            or weight.device.type != "cpu"
+            or not uses_prepared_weights()
+            or bfloat16_is_native()
+        ):
+            return model
+        return self._copy.get(lambda: copy.deepcopy(model).float(), *model.parameters())

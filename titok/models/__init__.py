@@ -1,1 +1,1 @@
-"""The models: what is computed, as in the papers."""
+"""The networks as the papers define them: tokenizer, generator, MaskGIT-VQGAN, and their layers."""

@@ -1,4 +1,7 @@
-"""MaskGIT (Chang et al. 2022): a bidirectional transformer that predicts every token of a partly masked sequence."""
+"""MaskGIT (Chang et al. 2022): a bidirectional transformer that predicts every token of a partly masked sequence.
+
+Shapes: B samples, K tokens of a sample, V codes, D width.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,19 @@ from titok.checkpoints import official
 from titok.checkpoints.pretrained import Pretrained
 from titok.checks import check_labels, check_tokens
 from titok.config import GeneratorConfig
+from titok.inference.cuda_graphs import GraphCache
+from titok.inference.prepared import Float32Copy
 from titok.models.layers import Linear
-from titok.models.transformer import PostNormTrunk, UViTTrunk, init_weights
+from titok.models.transformer import PostNormTransformer, UViT, init_weights
 from titok.profiling import ranged
 
 
 class MaskGIT(Pretrained):
     """The generator. `MaskGIT(config)` has random weights; `MaskGIT.from_pretrained(path_or_repo)` reads them.
 
-    Ids of its one embedding table: 0..V-1 codes, V the mask token, V+1+c class c, V+1+num_classes "class dropped".
-    The class is one token in front of the K image tokens.
+    A sequence is one class token and the K image tokens. One embedding table of V + num_classes + 2 rows serves
+    both: rows 0 to V - 1 are the codes, row V is the mask token, row V + 1 + c is class c, and the last row means
+    "class dropped".
     """
 
     config: GeneratorConfig
@@ -34,13 +40,15 @@ class MaskGIT(Pretrained):
         self.positions = nn.Parameter(torch.empty(1 + c.num_latent_tokens, c.width))
         self.trunk: nn.Module
         if c.architecture == "vit":
-            self.trunk = PostNormTrunk(c.width, c.layers, c.heads, c.mlp_width, dropout=c.dropout)
+            self.trunk = PostNormTransformer(c.width, c.layers, c.heads, c.mlp_width)
         else:
-            self.trunk = UViTTrunk(c.width, c.layers, c.heads, c.mlp_width)
+            self.trunk = UViT(c.width, c.layers, c.heads, c.mlp_width)
         self.lm_head = Linear(c.width, c.codebook_size)
         init_weights(self, "trunc_normal")
         for table in (self.embedding.weight, self.positions):
             nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04)
+        self.float32_copy: Float32Copy[MaskGIT] = Float32Copy()
+        self.graphs = GraphCache()  # of the decoding loop: `titok.generation.captured`
 
     @property
     def mask_token(self) -> int:
@@ -49,55 +57,69 @@ class MaskGIT(Pretrained):
 
     @property
     def no_class(self) -> int:
-        """The label that stands for "class dropped", to mix both kinds in one batch: the number of classes."""
+        """The label that means "class dropped": the number of classes. A batch may mix it with real classes."""
         return self.config.num_classes
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.lm_head.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.lm_head.weight.device
 
-    @ranged("generator")
-    def features(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """What `lm_head` reads: (B, K, width). Arguments and errors as `forward`."""
-        check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size + 1)
-        if labels is None:
-            labels = tokens.new_full((tokens.shape[0],), self.no_class)
-        check_labels(labels, self.config.num_classes)
-        if labels.shape[0] != tokens.shape[0]:
-            raise ValueError(
-                f"labels: expected one for each of {tokens.shape[0]} rows of tokens, got {labels.shape[0]}"
-            )
-        ids = torch.cat([(self.mask_token + 1 + labels)[:, None], tokens], dim=1)
-        return self.trunk(F.embedding(ids, self.embedding.weight) + self.positions)[:, 1:]
-
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits over the codebook at every position.
+        """Logits over the codebook at every position. In training mode a "vit" applies the dropout of its
+        configuration.
 
         Args:
-            tokens: (B, K) int64, codes or `mask_token`.
+            tokens: (B, K) int64, codes or `mask_token`, on the device of the model.
             labels: (B,) int64 classes, `no_class` where the class is dropped; None drops all.
 
         Returns:
-            (B, K, V) logits.
+            (B, K, V) logits in the dtype of the model.
 
         Raises:
-            TypeError, ValueError: wrong shape, dtype or id, naming the argument.
+            TypeError: an argument is not an int64 tensor.
+            ValueError: a shape does not fit, or an id or class is out of range.
         """
         check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size + 1)
-        if labels is not None:
+        if labels is None:
+            labels = tokens.new_full((len(tokens),), self.no_class)
+        else:
             check_labels(labels, self.config.num_classes)
             if len(labels) != len(tokens):
                 raise ValueError(
                     f"labels: expected one for each of {len(tokens)} rows of tokens, got {len(labels)}"
                 )
-        return self.lm_head(self.features(tokens, labels))
+        return self.lm_head(self.features(tokens, labels, dropout=self.config.dropout if self.training else 0.0))
+
+    @ranged("generator")
+    def features(self, tokens: Tensor, labels: Tensor, *, dropout: float = 0.0) -> Tensor:
+        """What `lm_head` reads, for callers that need logits at some positions only.
+
+        The arguments are not checked: `forward` and `sample_tokens` call this behind their own checks. Whether the
+            model is
+        in training mode makes no difference here.
+
+        Args:
+            tokens: (B, K) int64, codes or `mask_token`.
+            labels: (B,) int64 classes or `no_class`.
+            dropout: probability of dropout, which the "uvit" architecture does not have and ignores.
+
+        Returns:
+            (B, K, D).
+        """
+        ids = torch.cat([(self.mask_token + 1 + labels)[:, None], tokens], dim=1)
+        x = F.embedding(ids, self.embedding.weight) + self.positions
+        x = self.trunk(x, dropout=dropout) if isinstance(self.trunk, PostNormTransformer) else self.trunk(x)
+        return x[:, 1:]
 
     @classmethod
     def read_config(cls, values: dict[str, Any]) -> tuple[GeneratorConfig, bool]:
+        """The configuration in a `config.json` of ours or of the official layout, and whether it is the latter."""
         if official.is_official(values):
             return official.generator_config(values), True
         return GeneratorConfig.from_dict(values), False

@@ -1,6 +1,6 @@
-"""TiTok (Yu et al., NeurIPS 2024): a ViT encoder that keeps only K latent tokens, a bottleneck, a ViT decoder.
+"""TiTok (Yu et al., NeurIPS 2024): a ViT encoder that keeps only K latent tokens, a bottleneck, and a ViT decoder.
 
-Shapes: B images, P patches of side p, K latent tokens, D width, C code dimension, V codebook size.
+Shapes: B images of height H and width W, P patches, K latent tokens, D width, C code dimension, V codebook size.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from titok.checkpoints import official
 from titok.checkpoints.pretrained import Pretrained
+from titok.checkpoints.quirks import reread_latents
 from titok.checks import check_images, check_latents, check_tokens
 from titok.config import TokenizerConfig
 from titok.inference.memory import memory_that_stays
-from titok.inference.prepared import PreparedWeight, float32_copy, uses_prepared_weights
+from titok.inference.prepared import Float32Copy, PreparedWeight, uses_prepared_weights
 from titok.models.layers import Linear
 from titok.models.quantizer import DiagonalGaussian, VectorQuantizer
 from titok.models.transformer import FirstLayerInput, Transformer, init_weights
@@ -26,8 +27,11 @@ from titok.profiling import ranged
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) -> latents (B, K, code_dim): class token, P patches and K latent tokens go in, the
-    latents alone come out."""
+    """Images (B, channels, H, W) -> latents (B, K, C), of a VAE (B, K, 2C).
+
+    The transformer reads one class token, P patches and K latent tokens, and only the latent tokens' outputs are
+    used.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -53,15 +57,17 @@ class Encoder(nn.Module):
         class_token = (self.class_token + self.patch_positions[:1]).expand(batch, -1, -1)
         latents = (self.latent_tokens + self.latent_positions).expand(batch, -1, -1)
         x = torch.cat([class_token, patches, latents], dim=1)
-        x = self.trunk(x, rows=(x.shape[1] - latents.shape[1], x.shape[1]))
-        return self.project(official.reread_latents(x) if self.reread_latents else x)
+        x = self.trunk(x, query_range=(x.shape[1] - latents.shape[1], x.shape[1]))
+        return self.project(reread_latents(x) if self.reread_latents else x)
 
 
 class Decoder(nn.Module):
-    """Quantised latents (B, K, code_dim) -> what the head predicts at each of the P positions.
+    """Quantised latents (B, K, C) -> what the head predicts.
 
-    A "pixels" head answers with an image (B, C, H, W); a "proxy" head with logits (B, h, w, codes), where (h, w) is
-    the grid of the proxy tokenizer: every decoder patch predicts the r x r proxy codes that it covers.
+    The transformer reads one class token, P mask tokens and K latent tokens, and only the mask tokens' outputs are
+    used. A "pixels" head predicts images (B, channels, H, W). A "proxy" head predicts logits over the proxy
+    tokenizer's codes, (B, h, w, codes) on that tokenizer's grid: each patch predicts all codes of the grid that it
+    covers.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -75,17 +81,17 @@ class Decoder(nn.Module):
         self.patch_positions = nn.Parameter(scale * torch.randn(1 + h * w, vit.width))  # row 0: the class token
         self.latent_positions = nn.Parameter(scale * torch.randn(tokens, vit.width))
         self.trunk = Transformer(vit.width, vit.layers, vit.heads, vit.mlp_ratio * vit.width)
-        self._entered: PreparedWeight[FirstLayerInput] = PreparedWeight()
+        self._fixed_input: PreparedWeight[FirstLayerInput] = PreparedWeight()
         self.smooth: nn.Conv2d | None = None
         if config.head == "proxy":
             assert config.proxy is not None  # checked by the configuration
-            self.side = vit.patch_size // config.proxy.factor  # proxy codes along each side of a patch
-            outputs = config.proxy.codebook_size * self.side**2
+            self.values_per_side = vit.patch_size // config.proxy.factor  # codes along each side of a patch
+            outputs = config.proxy.codebook_size * self.values_per_side**2
             hidden = Linear(vit.width, 2 * vit.width)
             self.head = nn.Sequential(hidden, nn.Tanh(), Linear(2 * vit.width, outputs))
         else:
-            self.side = vit.patch_size
-            self.head = nn.Sequential(Linear(vit.width, config.channels * self.side**2))
+            self.values_per_side = vit.patch_size  # pixels along each side of a patch
+            self.head = nn.Sequential(Linear(vit.width, config.channels * self.values_per_side**2))
             self.smooth = nn.Conv2d(config.channels, config.channels, 3, padding=1)
         init_weights(self, "xavier")
 
@@ -93,21 +99,20 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         h, w = self.grid
         x = self.embed(latents) + self.latent_positions
-        entered = None
+        prefix = None
         if uses_prepared_weights():
-            first = self.trunk.blocks[0]
-            sources = [self.class_token, self.mask_token, self.patch_positions, *self.trunk.norm_pre.parameters()]
-            sources += [*first.norm1.parameters(), *first.attn.qkv.parameters()]  # type: ignore[union-attr]
-            entered = self._entered.get(lambda: self.trunk.enter(self._known()), *sources)
+            sources = [self.class_token, self.mask_token, self.patch_positions, *self.trunk.first_layer_weights()]
+            prefix = self._fixed_input.get(lambda: self.trunk.first_layer_input(self._fixed_tokens()), *sources)
         else:
-            x = torch.cat([self._known().expand(len(x), -1, -1), x], dim=1)
-        x = self.head(self.trunk(x, rows=(1, 1 + h * w), entered=entered))
-        # Within a patch: row, column, then channels or codes fastest (both kinds of head).
-        x = rearrange(x, "b (h w) (r s c) -> b (h r) (w s) c", h=h, w=w, r=self.side, s=self.side)
+            x = torch.cat([self._fixed_tokens().expand(len(x), -1, -1), x], dim=1)
+        x = self.head(self.trunk(x, query_range=(1, 1 + h * w), prefix=prefix))
+        # Both heads order the values of a patch by row r, column s, and then channel or code c.
+        side = self.values_per_side
+        x = rearrange(x, "b (h w) (r s c) -> b (h r) (w s) c", h=h, w=w, r=side, s=side)
         return x if self.smooth is None else self.smooth(rearrange(x, "b h w c -> b c h w"))
 
-    def _known(self) -> Tensor:
-        """Class and mask tokens in front of the latents, the same in every image: (1, 1 + P, D)."""
+    def _fixed_tokens(self) -> Tensor:
+        """Class token and mask tokens (1, 1 + P, D): in front of the latents, the same in every image."""
         masks = self.mask_token[0] + self.patch_positions[1:]
         return torch.cat([self.class_token + self.patch_positions[:1], masks])[None]
 
@@ -115,8 +120,8 @@ class Decoder(nn.Module):
 class TiTok(Pretrained):
     """The tokenizer. `TiTok(config)` has random weights; `TiTok.from_pretrained(path_or_repo)` reads them.
 
-    Images are (B, channels, H, W) with values in [0, 1] and exactly `config.image_size`; any floating dtype, on the
-    device of the model.
+    Images are (B, channels, H, W) with (H, W) = `config.image_size`, of any floating dtype with values in [0, 1],
+    on the device of the model. Tokens are (B, K) int64 in [0, V); a VAE has latents (B, K, C) in their place.
     """
 
     config: TokenizerConfig
@@ -138,112 +143,153 @@ class TiTok(Pretrained):
             size = (config.proxy.codebook_size, config.proxy.code_dim)
             self.pixel_codebook = nn.Parameter(torch.empty(size).uniform_(-1 / size[0], 1 / size[0]))
             self.pixel_decoder = VQGANDecoder(config.proxy)
+        self.float32_copy: Float32Copy[TiTok] = Float32Copy()
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the networks compute in (the codebook's may be wider)."""
+        """The dtype that the networks compute in. That of the codebook may be wider."""
         return self.decoder.embed.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.decoder.embed.weight.device
 
-    def encode_latents(self, images: Tensor) -> Tensor:
-        """images -> latents (B, K, C) before quantisation; of a VAE the posterior's mean.
+    # -----------------------------------------------------------------------------------------------------------
+    # Images to tokens. Each method checks its images once, in `_encode_checked`.
+
+    @ranged("tokenize")
+    @memory_that_stays()
+    def encode(self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """Images to tokens.
+
+        Args:
+            sample: of a VAE, draw from the posterior; otherwise its mean is returned.
+            generator: of the draw's noise, on the device of the model; None takes PyTorch's global one.
+
+        Returns:
+            (B, K) int64, of a VAE (B, K, C).
 
         Raises:
-            TypeError: `images` is no floating tensor.
-            ValueError: its shape is not (B, channels, *config.image_size), or a value is outside [0, 1].
+            TypeError: `images` is not a floating tensor.
+            ValueError: its shape is not (B, channels, *config.image_size), or a value is outside [0, 1]; or
+                `sample` is set for a vector-quantised tokenizer.
         """
-        latents = self._encode(images)
+        if sample and self.quantizer is not None:
+            raise ValueError("sample: expected False, because this tokenizer is vector-quantised")
+        model = self.float32_copy.of(self)
+        latents = model._encode_checked(images)
+        if model.quantizer is not None:
+            return model.quantizer.indices(latents)
+        posterior = DiagonalGaussian.from_parameters(latents)
+        return posterior.sample(generator) if sample else posterior.mean
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Images to latents (B, K, C) before quantisation; of a VAE the posterior's mean. Raises as `encode`."""
+        latents = self._encode_checked(images)
         if self.config.bottleneck == "vae":
             return DiagonalGaussian.from_parameters(latents).mean
         return latents
 
     def posterior(self, images: Tensor) -> DiagonalGaussian:
-        """images -> the posterior of a VAE: mean, logvar, `sample()`, `kl()`. Raises as `encode_latents`."""
+        """Images to the posterior of a VAE. Raises as `encode`; `ValueError` for a vector-quantised tokenizer."""
         if self.config.bottleneck != "vae":
             raise ValueError("posterior: expected a tokenizer whose bottleneck is 'vae', got 'vq'")
-        return DiagonalGaussian.from_parameters(self._encode(images))
-
-    @ranged("tokenize")
-    @memory_that_stays()
-    def encode(self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """images -> tokens (B, K) int64; of a VAE the posterior's mean (B, K, C), or with `sample` a draw from it.
-
-        Raises as `encode_latents`, and `ValueError` for `sample` with a vector-quantised tokenizer.
-        """
-        if (twin := float32_copy(self)) is not self:
-            return twin.encode(images, sample=sample, generator=generator)
-        if self.quantizer is not None:
-            if sample:
-                raise ValueError("sample: expected False, because this tokenizer is vector-quantised")
-            return self.quantizer.indices(self._encode(images))
-        posterior = self.posterior(images)
-        return posterior.sample(generator) if sample else posterior.mean
-
-    @ranged("detokenize")
-    @memory_that_stays()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """tokens (B, K) int64, of a VAE latents (B, K, C) -> images (B, channels, H, W), not clamped.
-
-        Raises:
-            TypeError, ValueError: wrong dtype, K or ids; or the model ends at proxy logits (`decode_logits`).
-        """
-        if (twin := float32_copy(self)) is not self:
-            return twin.decode(tokens).to(self.dtype)
-        return self.decode_latents(self._lookup(tokens))
-
-    def decode_logits(self, tokens: Tensor) -> Tensor:
-        """tokens (B, K) -> logits over the proxy codes (B, codes, h, w). Raises as `decode`."""
-        if self.config.head != "proxy":
-            raise ValueError("decode_logits: expected a tokenizer with head 'proxy', got 'pixels'")
-        return rearrange(self.decode_head(tokens), "b h w c -> b c h w")
-
-    @memory_that_stays()
-    def decode_head(self, tokens: Tensor) -> Tensor:
-        """tokens (B, K) -> what `decode_pixels` makes images of: images, or proxy logits (B, h, w, codes)."""
-        return self.decoder(self._lookup(tokens).to(self.dtype))
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Quantised latents (B, K, C), as a bottleneck gives them -> images, not clamped. Differentiable."""
-        return self.decode_pixels(self.decoder(latents.to(self.dtype)))
-
-    @memory_that_stays()
-    def decode_pixels(self, x: Tensor) -> Tensor:
-        """What the decoder's head says (an image, or proxy logits (B, h, w, codes)) -> images, not clamped."""
-        if self.config.head == "proxy":
-            if self.pixel_decoder is None:
-                raise ValueError(
-                    "decode: this tokenizer has no pixel decoder; use decode_logits and a MaskGITVQGAN"
-                )
-            # The expectation of the code vectors under the predicted distribution: no arg max, so gradients pass.
-            x = self.pixel_decoder(rearrange(code_mixture(x, self.pixel_codebook), "b h w c -> b c h w"))
-        return 0.5 * x + 0.5 if self.config.signed_pixels else x
+        return DiagonalGaussian.from_parameters(self._encode_checked(images))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Any]:
-        """images -> (reconstruction, bottleneck): `Quantized` (straight-through) or `DiagonalGaussian` (sampled)."""
-        latents = self._encode(images)
+        """Images to their reconstruction and the bottleneck's result, for training. Raises as `encode`.
+
+        Returns:
+            the reconstruction (B, channels, H, W), not clamped, and a `Quantized` (straight-through) or a
+            `DiagonalGaussian` (the reconstruction is that of a draw).
+        """
+        latents = self._encode_checked(images)
         if self.quantizer is not None:
             quantized = self.quantizer(latents)
             return self.decode_latents(quantized.quantized), quantized
         posterior = DiagonalGaussian.from_parameters(latents)
         return self.decode_latents(posterior.sample()), posterior
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def _encode_checked(self, images: Tensor) -> Tensor:
+        """Checks the images and encodes them: (B, K, C), of a VAE (B, K, 2C)."""
         check_images(images, self.config.channels, self.config.image_size)
         images = images.to(self.dtype)
         return self.encoder(2 * images - 1 if self.config.signed_pixels else images)
 
-    def _lookup(self, tokens: Tensor) -> Tensor:
+    # -----------------------------------------------------------------------------------------------------------
+    # Tokens to images. `decode` and `decode_logits` check their tokens; what they call does not.
+
+    @ranged("detokenize")
+    @memory_that_stays()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens to images.
+
+        Args:
+            tokens: (B, K) int64, of a VAE (B, K, C) of any floating dtype.
+
+        Returns:
+            (B, channels, H, W) in the dtype of the model, not clamped.
+
+        Raises:
+            TypeError: `tokens` is not a tensor of that dtype.
+            ValueError: its shape does not fit, an id is outside [0, V), a latent is not finite; or the model has
+                no pixel decoder and ends at proxy logits (`decode_logits`).
+        """
+        self._check_tokens(tokens)
+        model = self.float32_copy.of(self)
+        images = model.decode_pixels(model.decode_head(tokens))
+        return images if model is self else images.to(self.dtype)
+
+    def decode_logits(self, tokens: Tensor) -> Tensor:
+        """Tokens to logits over the proxy codes, (B, codes, h, w).
+
+        Raises:
+            TypeError, ValueError: as `decode`, or the tokenizer has another head than "proxy".
+        """
+        if self.config.head != "proxy":
+            raise ValueError("decode_logits: expected a tokenizer with head 'proxy', got 'pixels'")
+        self._check_tokens(tokens)
+        return rearrange(self.decode_head(tokens), "b h w c -> b c h w")
+
+    @memory_that_stays()
+    def decode_head(self, tokens: Tensor) -> Tensor:
+        """Tokens, not checked here, to what `decode_pixels` reads: images, or proxy logits (B, h, w, codes)."""
+        latents = tokens if self.quantizer is None else self.quantizer.lookup(tokens)
+        return self.decoder(latents.to(self.dtype))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Quantised latents (B, K, C), as the bottleneck returns them, to images, not clamped. Differentiable."""
+        return self.decode_pixels(self.decoder(latents.to(self.dtype)))
+
+    @memory_that_stays()
+    def decode_pixels(self, prediction: Tensor) -> Tensor:
+        """What the decoder's head predicts (images, or proxy logits (B, h, w, codes)) to images, not clamped.
+
+        Logits become the expectation of the code vectors under their softmax. Taking the most likely code would
+        stop the gradients.
+
+        Raises:
+            ValueError: the head predicts proxy logits, and the model has no pixel decoder.
+        """
+        if self.config.head == "proxy":
+            if self.pixel_decoder is None:
+                raise ValueError(
+                    "decode: this tokenizer has no pixel decoder; use decode_logits and a MaskGITVQGAN"
+                )
+            vectors = code_mixture(prediction, self.pixel_codebook)
+            prediction = self.pixel_decoder(rearrange(vectors, "b h w c -> b c h w"))
+        return 0.5 * prediction + 0.5 if self.config.signed_pixels else prediction
+
+    def _check_tokens(self, tokens: Tensor) -> None:
         if self.quantizer is None:
             check_latents(tokens, self.config.num_latent_tokens, self.config.code_dim)
-            return tokens
-        check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size)
-        return self.quantizer.lookup(tokens)
+        else:
+            check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size)
 
     @classmethod
     def read_config(cls, values: dict[str, Any]) -> tuple[TokenizerConfig, bool]:
+        """The configuration in a `config.json` of ours or of the official layout, and whether it is the latter."""
         if official.is_official(values):
             return official.tokenizer_config(values), True
         return TokenizerConfig.from_dict(values), False

@@ -1,13 +1,19 @@
-"""The one transformer of the project: attention, MLP, blocks before or after which the norms stand, and the trunk.
+"""The transformers: attention, MLP and block, and the three stacks of blocks that tokenizer and generators use.
 
-All heavy work is in `titok.ops`: attention reads the packed projection as the linear layer wrote it, and every
-residual sum is fused with the norm that follows it.
+The heavy work is in `titok.ops`. Attention reads the packed projection in the layout in which the linear layer
+wrote it, and every residual sum is fused with the norm that follows it.
+
+Shapes: B samples, N tokens, D width. A `query_range` (start, stop) limits attention's queries, and so its output,
+to those tokens; all tokens stay keys and values.
+
+Dropout is an argument of each call, 0 unless the caller is training. No module reads `training` here, so that
+sampling from a model that is being trained needs no change of its mode.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,38 +23,51 @@ from torch import Tensor, nn
 from titok.models.layers import LayerNorm, Linear
 from titok.ops import add_layer_norm, masked_attention
 
-Rows = tuple[int, int]  # the half-open range of tokens that somebody reads; None: all
-FirstLayerInput = tuple[
-    Tensor, Tensor
-]  # residual stream (B, N, D) and packed projection (B, N, 3*D) of the first layer
+
+class FirstLayerInput(NamedTuple):
+    """Tokens as the first block of a `Transformer` reads them. Each token's values depend on that token alone."""
+
+    residual: Tensor  # (B, N, D), after the first norm of the stack
+    qkv: Tensor  # (B, N, 3 * D), the packed projection of the first block
+
+    def followed_by(self, other: FirstLayerInput) -> FirstLayerInput:
+        """These tokens (1, N, ...), repeated for each sample, in front of the other tokens (B, N', ...)."""
+        batch = len(other.residual)
+        return FirstLayerInput(
+            *(torch.cat([x.expand(batch, -1, -1), y], dim=1) for x, y in zip(self, other, strict=True))
+        )
 
 
 class Attention(nn.Module):
-    """Bidirectional multi-head attention. `dropout` acts on the attention weights, in training only."""
+    """Bidirectional multi-head attention (Vaswani et al. 2017)."""
 
-    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.qkv = Linear(width, 3 * width, bias=qkv_bias)  # rows: queries, keys, values; heads within each
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D), or (B, stop - start, D) for `rows` = (start, stop)."""
-        return self.attend(self.qkv(x), rows)
+    def attend(self, qkv: Tensor, query_range: tuple[int, int] | None = None, *, dropout: float = 0.0) -> Tensor:
+        """Attention and output projection.
 
-    def attend(self, qkv: Tensor, rows: Rows | None = None) -> Tensor:
-        """What follows the packed projection (B, N, 3*D)."""
-        if self.training and self.dropout > 0:
-            # The op has no dropout (its noise would have to be stored for the backward): PyTorch's own has.
+        Args:
+            qkv: (B, N, 3 * D), what `self.qkv` returned.
+            dropout: probability with which an attention weight is set to 0.
+
+        Returns:
+            (B, N, D), or (B, stop - start, D) with a `query_range`.
+        """
+        if dropout > 0:
+            # Our op has no dropout, because its backward would have to store the noise. PyTorch's own has.
             q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-            q = q if rows is None else q[:, :, rows[0] : rows[1]]
-            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout)
-            return self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
-        return self.proj(masked_attention(qkv, self.heads, query_range=rows))
+            q = q if query_range is None else q[:, :, query_range[0] : query_range[1]]
+            attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            return self.proj(rearrange(attended, "b h n d -> b n (h d)"))
+        return self.proj(masked_attention(qkv, self.heads, query_range=query_range))
 
 
 class MLP(nn.Module):
-    """Two linear layers around the exact (erf) GELU."""
+    """Two linear layers with the exact (erf) GELU between them."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -56,50 +75,56 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)"""
         return self.fc2(self.fc1(x, gelu=True))
 
 
 class Block(nn.Module):
-    """One layer: pre-norm by `forward` (or `attend`, where a trunk fuses its sums with the next norm), or post-norm."""
+    """One transformer layer, which `forward` computes pre-norm and `post_norm` post-norm."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_width: int, *, eps: float, qkv_bias: bool = True, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, width: int, heads: int, mlp_width: int, *, eps: float, qkv_bias: bool = True) -> None:
         super().__init__()
         self.norm1 = LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, qkv_bias=qkv_bias, dropout=dropout)
+        self.attn = Attention(width, heads, qkv_bias=qkv_bias)
         self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = MLP(width, mlp_width)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x + attention(norm1(x)), then x + MLP(norm2(x))."""
-        x, h = self.attend(x, self.norm1(x))
+        """x (B, N, D): x = x + attention(norm1(x)), then x + MLP(norm2(x))."""
+        x, h = self.attend(x, self.attn.qkv(self.norm1(x)))
         return x + self.mlp(h)
 
-    def attend(self, x: Tensor, h: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
-        """Residual stream x and h = norm1(x) -> the stream after attention, and norm2 of it."""
-        return self.attend_to(x, self.attn.qkv(h), rows)
+    def attend(self, x: Tensor, qkv: Tensor, query_range: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """The first half of the pre-norm layer: x + attention, and norm2 of it, which the MLP reads.
 
-    def attend_to(self, x: Tensor, qkv: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
-        """The same from the packed projection of h."""
-        attended = self.attn.attend(qkv, rows)
-        return add_norm(x if rows is None else x[:, rows[0] : rows[1]], attended, self.norm2)
+        Args:
+            x: (B, N, D).
+            qkv: (B, N, 3 * D), the packed projection of norm1(x).
 
-    def post_norm(self, x: Tensor) -> Tensor:
-        """x = norm1(x + attention(x)), then norm2(x + MLP(x)), as in BERT."""
-        _, x = add_norm(x, self.dropout(self.attn(x)), self.norm1)
-        _, x = add_norm(x, self.dropout(self.mlp(x)), self.norm2)
+        Returns:
+            two tensors (B, N, D), or (B, stop - start, D) with a `query_range`.
+        """
+        attended = self.attn.attend(qkv, query_range)
+        return add_norm(x if query_range is None else x[:, query_range[0] : query_range[1]], attended, self.norm2)
+
+    def post_norm(self, x: Tensor, *, dropout: float = 0.0) -> Tensor:
+        """x (B, N, D): x = norm1(x + attention(x)), then norm2(x + MLP(x)), as in BERT (Devlin et al. 2019).
+
+        `dropout` acts on the attention weights, on the result of attention and on that of the MLP.
+        """
+        attended = self.attn.attend(self.attn.qkv(x), dropout=dropout)
+        _, x = add_norm(x, F.dropout(attended, dropout), self.norm1)
+        _, x = add_norm(x, F.dropout(self.mlp(x), dropout), self.norm2)
         return x
 
 
 def add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """(x + residual, norm of it) in one pass."""
+    """x and residual (B, N, D) -> x + residual, and norm of it, in one pass."""
     return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
 
 
 class Transformer(nn.Module):
-    """norm_pre, pre-norm blocks, norm_post: the trunk of both sides of the tokenizer."""
+    """A norm, pre-norm blocks, a norm: the stack in the tokenizer's encoder and decoder."""
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-5) -> None:
         super().__init__()
@@ -107,54 +132,64 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps=eps) for _ in range(layers))
         self.norm_post = LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, rows: Rows, entered: FirstLayerInput | None = None) -> Tensor:
-        """x (B, N, D) -> norm_post of the tokens in `rows` (B, stop - start, D).
+    def forward(self, x: Tensor, query_range: tuple[int, int], prefix: FirstLayerInput | None = None) -> Tensor:
+        """The output of the tokens in `query_range`.
 
-        Only those rows of the last layer are computed: nobody reads the others (exact, not an approximation).
+        The last layer computes those tokens alone, because nothing reads the others. That changes no value.
 
         Args:
-            entered: `enter` of tokens that stand in front of x in every sample, computed once for all.
+            x: (B, N, D).
+            query_range: (start, stop), counted with the tokens of `prefix`.
+            prefix: `first_layer_input` of tokens (1, N', D) that stand in front of x and are the same in every
+                sample.
+
+        Returns:
+            (B, stop - start, D).
         """
-        x, qkv = self.enter(x)
-        if entered is not None:
-            x, qkv = (torch.cat([a.expand(len(b), -1, -1), b], 1) for a, b in zip(entered, (x, qkv), strict=True))
+        given = self.first_layer_input(x)
+        x, qkv = given if prefix is None else prefix.followed_by(given)
         blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
-        for block, following in itertools.pairwise(blocks):
-            x, h = block.attend_to(x, qkv)
-            x, h = add_norm(x, block.mlp(h), following.norm1)
-            qkv = following.attn.qkv(h)
-        x, h = blocks[-1].attend_to(x, qkv, rows)
+        for block, next_block in itertools.pairwise(blocks):
+            x, h = block.attend(x, qkv)
+            x, h = add_norm(x, block.mlp(h), next_block.norm1)
+            qkv = next_block.attn.qkv(h)
+        x, h = blocks[-1].attend(x, qkv, query_range)
         return add_norm(x, blocks[-1].mlp(h), self.norm_post)[1]
 
-    def enter(self, x: Tensor) -> FirstLayerInput:
-        """x (B, N, D) -> the residual stream and the first layer's packed projection, both token by token."""
+    def first_layer_input(self, x: Tensor) -> FirstLayerInput:
+        """x (B, N, D) -> what the first block reads of these tokens."""
         first: Block = self.blocks[0]  # type: ignore[assignment]
         x = self.norm_pre(x)
-        return x, first.attn.qkv(first.norm1(x))
+        return FirstLayerInput(x, first.attn.qkv(first.norm1(x)))
+
+    def first_layer_weights(self) -> list[Tensor]:
+        """The parameters that `first_layer_input` depends on."""
+        first: Block = self.blocks[0]  # type: ignore[assignment]
+        return [*self.norm_pre.parameters(), *first.norm1.parameters(), *first.attn.qkv.parameters()]
 
 
-class PostNormTrunk(nn.Module):
-    """BERT's encoder, the published generators' "ViT": embedding norm, then post-norm blocks. Its eps is 1e-12."""
+class PostNormTransformer(nn.Module):
+    """A norm, then post-norm blocks, as in BERT (Devlin et al. 2019): the official generators called "ViT"."""
 
-    def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, dropout: float) -> None:
+    def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-12) -> None:
         super().__init__()
-        eps = 1e-12
         self.norm = LayerNorm(width, eps=eps)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_width, eps=eps, dropout=dropout) for _ in range(layers)
-        )
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps=eps) for _ in range(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(self.norm(x))
+    def forward(self, x: Tensor, *, dropout: float = 0.0) -> Tensor:
+        """x (B, N, D) -> (B, N, D). `dropout` acts after the first norm and in every block (`Block.post_norm`)."""
+        x = F.dropout(self.norm(x), dropout)
         for block in self.blocks:
-            x = block.post_norm(x)  # type: ignore[operator]
+            x = block.post_norm(x, dropout=dropout)  # type: ignore[operator]
         return x
 
 
-class UViTTrunk(nn.Module):
-    """U-ViT (Bao et al. 2023): layers/2 blocks, one in the middle, layers/2 that each first mix in the output of
-    their mirror image by a linear layer on [x, skip]; then a norm."""
+class UViT(nn.Module):
+    """U-ViT (Bao et al. 2023): pre-norm blocks in two halves around one more, then a norm.
+
+    Each block of the second half first reads the output of its mirror image in the first half, by a linear layer
+    on both: x = skip([x, output of the mirror image]).
+    """
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-5) -> None:
         super().__init__()
@@ -169,19 +204,26 @@ class UViTTrunk(nn.Module):
         self.norm = LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        stack = []
+        """x (B, N, D) -> (B, N, D)"""
+        outputs = []
         for block in self.in_blocks:
             x = block(x)
-            stack.append(x)
+            outputs.append(x)
         x = self.mid_block(x)
         for block, skip in zip(self.out_blocks, self.skips, strict=True):
-            x = block(skip(torch.cat([x, stack.pop()], dim=-1)))
+            x = block(skip(torch.cat([x, outputs.pop()], dim=-1)))
         return self.norm(x)
 
 
 def init_weights(module: nn.Module, scheme: Literal["xavier", "trunc_normal"]) -> None:
-    """Fresh weights: linear layers by Xavier (tokenizers) or a normal of 0.02 cut at two deviations (generators),
-    biases 0, norms 1 and 0. Embedding tables are drawn by their owners."""
+    """Draws the weights of all linear layers and norms of `module` anew. Embedding tables are drawn by their
+    owners.
+
+    Args:
+        scheme: for the weights of linear layers. "xavier" (Glorot & Bengio 2010) for the tokenizers;
+            "trunc_normal", a normal distribution with standard deviation 0.02 that is cut at two of them, for the
+            generators. Biases become 0; the weight of a norm becomes 1.
+    """
     for m in module.modules():
         if isinstance(m, nn.Linear):
             if scheme == "xavier":

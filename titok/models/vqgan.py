@@ -1,7 +1,7 @@
-"""MaskGIT-VQGAN (Chang et al. 2022): TiTok's proxy tokenizer and pixel decoder, and the benchmarks' 2D baseline.
+"""MaskGIT-VQGAN (Chang et al. 2022): TiTok's proxy tokenizer and pixel decoder, and a 2D tokenizer on its own.
 
-Convolutional, without attention. Feature maps are logical (B, C, H, W), in channels-last memory: there a pixel's
-channels lie together, which is what convolutions, norms and the code lookup all read.
+It is convolutional, without attention. Feature maps have the shape (B, C, H, W) in channels-last memory: the
+channels of a pixel lie together, which is the order in which convolutions, norms and the code lookup read them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from titok.checkpoints import official
 from titok.checkpoints.pretrained import Pretrained
-from titok.checks import check_images, check_tokens
+from titok.checks import check_images, check_tensor, check_tokens
 from titok.config import VQGANConfig
 from titok.inference.prepared import uses_prepared_weights
 from titok.models.layers import Conv3x3, UpsampleConv
@@ -24,15 +24,23 @@ from titok.profiling import ranged
 
 _EPS = 1e-6
 _GROUPS = 32
-_MAP_BYTES = (32 << 20, 2 << 30)  # of one feature map when decoding: on a CPU what its caches hold, on a GPU
+
+# The largest feature map that the decoder computes at once, in bytes. On a CPU 32 MiB, so that it stays in the
+# caches; on a GPU 2 GiB, so that a batch of any size fits into memory.
+_MAX_MAP_BYTES_CPU, _MAX_MAP_BYTES_GPU = 32 << 20, 2 << 30
 
 
 def _norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """silu(norm(x)) in one pass, x (B, C, H, W)."""
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 class ResidualBlock(nn.Module):
-    """Twice GroupNorm, SiLU, 3x3 convolution; a 1x1 shortcut where the number of channels changes."""
+    """Group norm, SiLU and 3x3 convolution, twice, added to the input: (B, inputs, H, W) -> (B, outputs, H, W).
+
+    Where the number of channels changes, the input passes a 1x1 convolution before it is added. With
+    `shortcut_of_result` that convolution reads another tensor, see `titok.checkpoints.quirks`.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, shortcut_of_result: bool) -> None:
         super().__init__()
@@ -56,36 +64,45 @@ class ResidualBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution; in the decoder all levels but the first end in nearest-neighbour x2 and a 3x3."""
+    """The residual blocks of one resolution and, where `upsample` is set, an upsampling by 2 after them.
+
+    Args:
+        widths: channels in front of the first block, then after each block.
+    """
 
     def __init__(self, widths: list[int], *, upsample: bool, shortcut_of_result: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(a, b, shortcut_of_result=shortcut_of_result) for a, b in itertools.pairwise(widths)
+            ResidualBlock(before, after, shortcut_of_result=shortcut_of_result)
+            for before, after in itertools.pairwise(widths)
         )
         self.upsample = UpsampleConv(widths[-1]) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C', H, W), or (B, C', 2H, 2W) with `upsample`."""
         for block in self.blocks:
             x = block(x)
         return x if self.upsample is None else self.upsample(x)
 
 
+def _middle_blocks(width: int, *, shortcut_of_result: bool) -> nn.ModuleList:
+    """The two residual blocks of the coarsest resolution."""
+    return nn.ModuleList(ResidualBlock(width, width, shortcut_of_result=shortcut_of_result) for _ in range(2))
+
+
 class VQGANEncoder(nn.Module):
-    """Image (B, 3, H, W) -> features (B, code_dim, H/factor, W/factor)."""
+    """Images (B, channels, H, W) -> features (B, code_dim, H/factor, W/factor)."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
+        quirk = {"shortcut_of_result": config.shortcut_of_result}
         widths = [config.hidden_channels * m for m in config.channel_multipliers]
-        accident = config.shortcut_of_result
         self.conv_in = Conv3x3(config.channels, config.hidden_channels, bias=False)
         self.levels = nn.ModuleList(
-            Level([before] + [w] * config.blocks_per_level, upsample=False, shortcut_of_result=accident)
-            for before, w in zip([config.hidden_channels, *widths[:-1]], widths, strict=True)
+            Level([before] + [width] * config.blocks_per_level, upsample=False, **quirk)
+            for before, width in zip([config.hidden_channels, *widths[:-1]], widths, strict=True)
         )
-        self.mid = nn.ModuleList(
-            ResidualBlock(widths[-1], widths[-1], shortcut_of_result=accident) for _ in range(2)
-        )
+        self.mid = _middle_blocks(widths[-1], **quirk)
         self.norm_out = nn.GroupNorm(_GROUPS, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
 
@@ -102,38 +119,40 @@ class VQGANEncoder(nn.Module):
 
 
 class VQGANDecoder(nn.Module):
-    """Code vectors (B, code_dim, h, w) -> image (B, 3, h * factor, w * factor), not clamped."""
+    """Code vectors (B, code_dim, h, w) -> images (B, channels, h * factor, w * factor), not clamped."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
+        quirk = {"shortcut_of_result": config.shortcut_of_result}
         widths = [config.hidden_channels * m for m in config.channel_multipliers]
-        self.factor, self.channels, self.width = config.factor, config.channels, widths[0]
-        accident = config.shortcut_of_result
+        self.factor, self.channels, self.finest_width = config.factor, config.channels, widths[0]
         self.conv_in = Conv3x3(config.code_dim, widths[-1], bias=True)
-        self.mid = nn.ModuleList(
-            ResidualBlock(widths[-1], widths[-1], shortcut_of_result=accident) for _ in range(2)
-        )
-        self.levels = nn.ModuleList(  # stored from the finest to the coarsest, run the other way round
-            Level([before] + [w] * config.blocks_per_level, upsample=i > 0, shortcut_of_result=accident)
-            for i, (before, w) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
+        self.mid = _middle_blocks(widths[-1], **quirk)
+        # Stored from the finest level to the coarsest, as in the official weights, and computed in the opposite
+        # order.
+        self.levels = nn.ModuleList(
+            Level([before] + [width] * config.blocks_per_level, upsample=i > 0, **quirk)
+            for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
         self.norm_out = nn.GroupNorm(_GROUPS, widths[0], eps=_EPS)
         self.conv_out = Conv3x3(widths[0], config.channels, bias=True)
 
     @ranged("pixel decoder")
     def forward(self, codes: Tensor) -> Tensor:
-        part = self._images_at_once(codes)
-        if not uses_prepared_weights() or part >= len(codes):
+        count = self._images_at_once(codes)
+        if not uses_prepared_weights() or count >= len(codes):
             return self._decode(codes)
-        out = codes.new_empty(len(codes), self.channels, *(side * self.factor for side in codes.shape[2:]))
-        for images, some in zip(out.split(part), codes.split(part), strict=True):
-            images.copy_(self._decode(some))
-        return out
+        images = codes.new_empty(len(codes), self.channels, *(size * self.factor for size in codes.shape[2:]))
+        for some_images, some_codes in zip(images.split(count), codes.split(count), strict=True):
+            some_images.copy_(self._decode(some_codes))
+        return images
 
     def _images_at_once(self, codes: Tensor) -> int:
-        """As many as keep one map of the finest level within `_MAP_BYTES`: images do not depend on each other."""
+        """How many images to decode at once: as many as keep the finest level's feature map within the limit."""
         pixels = codes.shape[2] * codes.shape[3] * self.factor**2
-        return max(1, _MAP_BYTES[codes.device.type == "cuda"] // (pixels * self.width * codes.element_size() or 1))
+        bytes_per_image = pixels * self.finest_width * codes.element_size()
+        limit = _MAX_MAP_BYTES_GPU if codes.device.type == "cuda" else _MAX_MAP_BYTES_CPU
+        return max(1, limit // max(1, bytes_per_image))
 
     def _decode(self, codes: Tensor) -> Tensor:
         x = self.conv_in(codes.contiguous(memory_format=torch.channels_last))
@@ -145,7 +164,10 @@ class VQGANDecoder(nn.Module):
 
 
 class MaskGITVQGAN(Pretrained):
-    """The stand-alone 2D tokenizer: images to an h x w grid of codes and back."""
+    """The 2D tokenizer: images to an h x w grid of codes and back.
+
+    `MaskGITVQGAN(config)` has random weights; `MaskGITVQGAN.from_pretrained(path_or_repo)` reads them.
+    """
 
     config: VQGANConfig
 
@@ -158,30 +180,52 @@ class MaskGITVQGAN(Pretrained):
         nn.init.uniform_(self.codebook, -1 / self.config.codebook_size, 1 / self.config.codebook_size)
 
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1], sides multiples of `config.factor` -> codes (B, h, w) int64."""
+        """Images to the nearest codes.
+
+        Args:
+            images: (B, channels, H, W) of any floating dtype with values in [0, 1]; H and W are multiples of
+                `config.factor`.
+
+        Returns:
+            (B, H/factor, W/factor) int64.
+
+        Raises:
+            TypeError: `images` is not a floating tensor.
+            ValueError: the shape does not fit, or a value is outside [0, 1].
+        """
+        check_tensor("images", images, shape=("B", self.config.channels, "H", "W"))
+        height, width = images.shape[2:]
         factor = self.config.factor
-        if isinstance(images, Tensor) and (
-            images.ndim != 4 or images.shape[2] % factor or images.shape[3] % factor
-        ):
-            raise ValueError(
-                f"images: expected (B, C, H, W), H and W multiples of {factor}, got {tuple(images.shape)}"
-            )
-        check_images(images, self.config.channels, (images.shape[2], images.shape[3]))
+        if height % factor or width % factor:
+            raise ValueError(f"images: expected H and W multiples of {factor}, got {tuple(images.shape)}")
+        check_images(images, self.config.channels, (height, width))
         features = self.encoder(images.to(self.codebook.dtype))
         return nearest_codebook(rearrange(features, "b c h w -> b h w c"), self.codebook)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, h, w) int64 -> images (B, 3, H, W), clamped to [0, 1] as the published tokenizer does."""
-        if not isinstance(codes, Tensor) or codes.ndim != 3:
-            got = tuple(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
-            raise ValueError(f"codes: expected shape (B, h, w), got {got}")
-        check_tokens(codes.flatten(1), codes.shape[1] * codes.shape[2], self.config.codebook_size)
+        """Codes to images.
+
+        Args:
+            codes: (B, h, w) int64 in [0, codebook_size).
+
+        Returns:
+            (B, channels, h * factor, w * factor), clamped to [0, 1] as the published tokenizer does.
+
+        Raises:
+            TypeError: `codes` is not an int64 tensor.
+            ValueError: it does not have three dimensions, or a code is outside [0, codebook_size).
+        """
+        check_tensor("codes", codes, shape=("B", "h", "w"))
+        check_tokens(codes.flatten(1), codes.shape[1] * codes.shape[2], self.config.codebook_size, name="codes")
         vectors = F.embedding(codes, self.codebook)
         return self.decoder(rearrange(vectors, "b h w c -> b c h w")).clamp(0, 1)
 
     @classmethod
     def read_config(cls, values: dict[str, object]) -> tuple[VQGANConfig, bool]:
-        """Its official checkpoint is a bare weights file: without a `config.json` of ours it is the published one."""
+        """The configuration, and whether the weights have the official names.
+
+        The official checkpoint has no `config.json`: an empty dict stands for the published configuration.
+        """
         if not values:
             return VQGANConfig(), True
         return VQGANConfig.from_dict(values), False

@@ -3,10 +3,17 @@
 Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which faster ones are there and why not.
 """
 
-from titok.ops._extension import backends
-from titok.ops._registry import is_plain, last_backend, last_backends, only_plain, runs_eagerly
 from titok.ops.add_layer_norm import add_layer_norm, layer_norm
 from titok.ops.code_mixture import code_mixture
+from titok.ops.core import (
+    backends,
+    is_plain,
+    last_backend,
+    last_backends,
+    only_plain,
+    runs_eagerly,
+    through_dispatcher,
+)
 from titok.ops.group_norm_silu import group_norm_silu
 from titok.ops.masked_attention import masked_attention
 from titok.ops.maskgit_decode_step import maskgit_decode_step, maskgit_decode_step_packed, pack_step_params
@@ -31,4 +38,5 @@ __all__ = [
     "pack_step_params",
     "quantize",
     "runs_eagerly",
+    "through_dispatcher",
 ]

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_tensor
-from titok.ops import _registry
-from titok.ops._extension import why_no_triton
-from titok.profiling import ranged
+from titok.ops.core import Composite, Gradient, Kernel, Op, contiguous, vjp, why_no_triton
 
 
-@ranged("code_mixture")
-def code_mixture(logits: torch.Tensor, codebook: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """softmax(logits) @ codebook, the probabilities never stored by the Triton kernel.
+def code_mixture(logits: Tensor, codebook: Tensor, *, backend: str | None = None) -> Tensor:
+    """softmax(logits) @ codebook; the Triton kernel never stores the probabilities. Differentiable once.
 
     The natural layout is channels-last: the decoder head as a linear layer writes logits (B, P, K) with K
     contiguous and gets (B, P, C). Anything else is copied to that layout first.
 
     Args:
         logits: (..., K), float16, bfloat16, float32 or float64; K codes.
-        codebook: (K, C), any of these dtypes, same device; cast to the dtype of `logits`.
+        codebook: (K, C), any of these dtypes, same device; converted to the dtype of `logits`.
         backend: "triton", "plain", or None for the fastest that can run.
 
     Returns:
@@ -30,146 +28,128 @@ def code_mixture(logits: torch.Tensor, codebook: torch.Tensor, *, backend: str |
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device, or a back end of no such name.
-        RuntimeError: the named back end can't run here.
+        RuntimeError: the named back end cannot run here.
 
     Source: TiTok (arXiv:2406.07550), decoder fine-tuning: the expected proxy code stands for the arg max, so
     that the pixel loss reaches the decoder.
     """
-    check_tensor("logits", logits, shape=("...", "K"), dtypes=FLOAT_DTYPES)
-    check_tensor("codebook", codebook, shape=(logits.shape[-1], "C"), dtypes=FLOAT_DTYPES, device=logits.device)
-    if codebook.numel() == 0:
-        raise ValueError(f"codebook: expected at least one code and one channel, got {tuple(codebook.shape)}")
-    if _registry.runs_eagerly(logits, codebook, gradients=True):
-        if _choose(backend, logits, codebook) == "plain":
-            return _plain_forward(logits, codebook)  # with PyTorch's own gradient, which costs less
-        if _registry.runs_eagerly(logits, codebook):
-            return _forward(logits, codebook, backend)
-    return _OP(logits, codebook, backend)
+    return _CODE_MIXTURE(logits, codebook, backend=backend)[0]
 
 
-def _choose(backend: str | None, logits: torch.Tensor, codebook: torch.Tensor) -> str:
-    def triton() -> str | None:
-        if logits.dtype == torch.float64:
-            return "it has no float64 kernel"
-        if codebook.shape[1] > 256:
-            return f"it holds a row of at most 256 channels, got {codebook.shape[1]}"
-        return why_no_triton(logits, codebook)
-
-    return _registry.choose("code_mixture", backend, {"triton": triton, "plain": lambda: None})
+class Arguments(NamedTuple):
+    logits: Tensor
+    codebook: Tensor
 
 
-def _forward(logits: torch.Tensor, codebook: torch.Tensor, backend: str | None = None) -> torch.Tensor:
-    if _choose(backend, logits, codebook) == "plain":
-        return _plain_forward(logits, codebook)
-    out = _fake(logits, codebook)
-    if out.numel():
-        from titok.kernels import code_mixture as kernels
-
-        rows, codes = logits.contiguous().view(-1, logits.shape[-1]), codebook.to(logits.dtype).contiguous()
-        kernels.forward(rows, codes, out.view(-1, out.shape[-1]))
-    return out
+def _check(a: Arguments | BackwardArguments) -> None:
+    check_tensor("logits", a.logits, shape=("...", "K"), dtypes=FLOAT_DTYPES)
+    codes, device = a.logits.shape[-1], a.logits.device
+    check_tensor("codebook", a.codebook, shape=(codes, "C"), dtypes=FLOAT_DTYPES, device=device)
+    if a.codebook.numel() == 0:
+        raise ValueError(f"codebook: expected at least one code and one channel, got {tuple(a.codebook.shape)}")
 
 
-def _plain_forward(logits: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    with _registry.no_autocast(logits):  # softmax itself accumulates in float32
-        return torch.softmax(logits.contiguous(), -1) @ codebook.to(logits.dtype)
+def _results(a: Arguments) -> tuple[Tensor]:
+    return (a.logits.new_empty((*a.logits.shape[:-1], a.codebook.shape[1])),)
 
 
-def _weights(logits: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _fake(logits: torch.Tensor, codebook: torch.Tensor, backend: str | None = None) -> torch.Tensor:
-    return logits.new_empty((*logits.shape[:-1], codebook.shape[1]))
-
-
-def _backward(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    mixture: torch.Tensor,
-    need_logits: bool,
-    need_codebook: bool,
-    backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """d loss / d (logits, codebook); an empty tensor for one that is not needed."""
-    logits, grad = logits.contiguous(), grad.contiguous()
-    if _choose(backend, logits, codebook) == "triton":
-        return _backward_triton(grad, logits, codebook, mixture, need_logits, need_codebook)
-    grad_logits, grad_codebook = logits.new_empty(0), codebook.new_empty(0)
-    with _registry.no_autocast(logits):
-        weights = _weights(logits)
-        if need_logits:
-            inner = (grad @ codebook.to(grad.dtype).mT).to(weights.dtype)
-            grad_logits = torch._softmax_backward_data(inner, weights, -1, weights.dtype).to(logits.dtype)
-        if need_codebook:
-            rows = weights.reshape(-1, weights.shape[-1]).to(grad.dtype)
-            grad_codebook = (rows.mT @ grad.reshape(-1, grad.shape[-1])).to(codebook.dtype)
-    return grad_logits, grad_codebook
-
-
-def _backward_triton(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    mixture: torch.Tensor,
-    need_logits: bool,
-    need_codebook: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _triton(a: Arguments, mixture: Tensor) -> None:
     from titok.kernels import code_mixture as kernels
 
-    grad_logits, grad_codebook = torch.zeros_like(logits), torch.zeros_like(codebook)
-    if logits.numel():
-        (num_codes, channels), rows = codebook.shape, logits.view(-1, logits.shape[-1])
-        lse = rows.new_empty(rows.shape[0], dtype=torch.float32)
-        grad = grad.view(-1, channels)
-        codes = codebook.to(logits.dtype).contiguous()
-        kernels.dlogits(grad, rows, codes, mixture.view(-1, channels), grad_logits.view(-1, num_codes), lse)
-        if need_codebook:
-            partial = lse.new_empty(kernels.splits(len(rows)), num_codes, channels)
-            kernels.dcodebook(grad, rows, lse, partial)
-            grad_codebook = partial.sum(0).to(codebook.dtype)
-    return grad_logits if need_logits else logits.new_empty(
-        0
-    ), grad_codebook if need_codebook else codebook.new_empty(0)
+    kernels.forward(_rows(a.logits), a.codebook.to(a.logits.dtype), _rows(mixture))
 
 
-def _backward_fake(
-    grad: torch.Tensor,
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    mixture: torch.Tensor,
-    need_logits: bool,
-    need_codebook: bool,
-    backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        logits.new_empty(logits.shape if need_logits else 0),
-        codebook.new_empty(codebook.shape if need_codebook else 0),
-    )
+def _plain(a: Arguments) -> tuple[Tensor]:
+    # torch.softmax accumulates in float32 by itself.
+    return (torch.softmax(a.logits.contiguous(), -1) @ a.codebook.to(a.logits.dtype),)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    logits, codebook, ctx.backend = inputs
-    ctx.save_for_backward(logits, codebook, output)
+def _rows(x: Tensor) -> Tensor:
+    return x.view(-1, x.shape[-1])
 
 
-def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    need_logits, need_codebook = ctx.needs_input_grad[:2]
-    grads = _BACKWARD_OP(grad, *ctx.saved_tensors, need_logits, need_codebook, ctx.backend)
-    return grads[0] if need_logits else None, grads[1] if need_codebook else None, None
+# ---------------------------------------------------------------------------------------------------------------
+# The gradient
 
 
-_BACKWARD_OP = _registry.register(
-    "code_mixture_backward(Tensor grad, Tensor logits, Tensor codebook, Tensor mixture, bool need_logits, "
-    "bool need_codebook, str? backend=None) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+class BackwardArguments(NamedTuple):
+    grad: Tensor
+    logits: Tensor
+    codebook: Tensor
+    mixture: Tensor
+    need_codebook: bool
+
+
+def _check_backward(a: BackwardArguments) -> None:
+    _check(a)
+    shape = (*a.logits.shape[:-1], a.codebook.shape[1])
+    for name, tensor in (("grad", a.grad), ("mixture", a.mixture)):
+        check_tensor(name, tensor, shape=shape, dtypes=(a.logits.dtype,), device=a.logits.device)
+
+
+def _backward_results(a: BackwardArguments) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and codebook; the second is empty where nobody needs it."""
+    return a.logits.new_empty(a.logits.shape), a.codebook.new_empty(a.codebook.shape if a.need_codebook else 0)
+
+
+def _backward_triton(a: BackwardArguments, grad_logits: Tensor, grad_codebook: Tensor) -> None:
+    from titok.kernels import code_mixture as kernels
+
+    codebook = a.codebook.to(a.logits.dtype)
+    grad, logits, mixture = _rows(a.grad), _rows(a.logits), _rows(a.mixture)
+    sums = kernels.backward(grad, logits, codebook, mixture, _rows(grad_logits), need_codebook=a.need_codebook)
+    if sums is not None:
+        grad_codebook.copy_(sums)
+
+
+def _backward_plain(a: BackwardArguments) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(a.logits.dtype, torch.float32)
+    logits, codebook = a.logits.to(wide), a.codebook.to(a.logits.dtype).to(wide)
+
+    def mixture(logits: Tensor, codebook: Tensor = codebook) -> Tensor:
+        return torch.softmax(logits, -1) @ codebook
+
+    inputs = (logits, codebook) if a.need_codebook else (logits,)
+    grad_logits, *rest = vjp(mixture, inputs, a.grad.to(wide))
+    grad_codebook = rest[0].to(a.codebook.dtype) if rest else a.codebook.new_empty(0)
+    return grad_logits.to(a.logits.dtype).contiguous(), grad_codebook.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Back ends
+
+
+def _why_no_triton(a: Arguments | BackwardArguments) -> str | None:
+    if a.logits.dtype == torch.float64:
+        return "it has no float64 kernel"
+    if a.codebook.shape[1] > 256:
+        return f"it holds a row of at most 256 channels, got {a.codebook.shape[1]}"
+    return why_no_triton(a.logits, a.codebook)
+
+
+_BACKWARD = Op(
+    "code_mixture_backward",
+    BackwardArguments,
+    2,
+    check=_check_backward,
+    results=_backward_results,
+    backends=(
+        Kernel("triton", _backward_triton, _why_no_triton, contiguous),
+        Composite("plain", _backward_plain),
+    ),
 )
-_OP = _registry.register(
-    "code_mixture(Tensor logits, Tensor codebook, str? backend=None) -> Tensor",
-    _forward,
-    _fake,
-    backward=_autograd,
-    setup_context=_setup_context,
+
+_CODE_MIXTURE = Op(
+    "code_mixture",
+    Arguments,
+    1,
+    check=_check,
+    results=_results,
+    backends=(Kernel("triton", _triton, _why_no_triton, contiguous), Composite("plain", _plain)),
+    gradient=Gradient(
+        _BACKWARD,
+        save=lambda a, outputs: (*a, *outputs),
+        arguments=lambda grads, saved, a, needs: (*grads, *saved, needs[1]),
+        gradients=lambda grads, returned: returned,
+    ),
 )

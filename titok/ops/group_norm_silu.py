@@ -1,21 +1,24 @@
-"""GroupNorm and SiLU in one op, with the residual sum in front of it and the cast behind it."""
+"""GroupNorm and SiLU in one op, with a residual sum before it and a conversion behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.checks import check_tensor
-from titok.ops import _group_norm_silu_cpp as cpp
-from titok.ops._extension import why_no_cpp, why_no_triton
-from titok.ops._registry import choose, register, runs_eagerly
-from titok.profiling import ranged
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from titok.checks import FLOAT_DTYPES, check_eps, check_tensor
+from titok.ops.core import (
+    Composite,
+    Gradient,
+    Kernel,
+    Op,
+    extension,
+    why_no_cpp,
+    why_no_triton,
+    why_not_float32_or_bfloat16,
+)
 
 
 @overload
@@ -48,7 +51,6 @@ def group_norm_silu(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@ranged("group_norm_silu")
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -80,8 +82,9 @@ def group_norm_silu(
         out_dtype: dtype of the normalised output, that of the next convolution; None for x's.
         out: takes the result and is returned, or with `residual` a pair for both; of the dtype that the result would
             have, in x's memory format. The first of a pair may be x or residual itself, and the only one x where
-            dtypes agree; else they overlap nothing.
-        backend: "plain", "cpp", "triton"; None or "auto" for the fastest that can run.
+            dtypes agree; otherwise they overlap no other tensor.
+        backend: "triton", "cpp" (CPU, float32 and bfloat16; it has no gradient), "plain", or None for the
+            fastest that can run.
 
     Returns:
         (B, C, H, W) in `out_dtype`; with `residual` the sum, in x's dtype, comes first.
@@ -92,56 +95,114 @@ def group_norm_silu(
 
     Source: Wu and He, "Group Normalization", ECCV 2018, eq. 1-3; the residual block of MaskGIT's VQGAN.
     """
-    eager = runs_eagerly(x, weight, bias) if residual is None else runs_eagerly(x, residual, weight, bias)
-    if eager and backend is None:
-        usual = cpp.usual_call(x, num_groups, weight, bias, eps, residual, out_dtype, out)
-        if usual is not None:
-            return usual
-    _check(x, num_groups, weight, bias, eps, residual, out_dtype)
-    if out is not None:
-        _check_out(out, x, residual, out_dtype)
-    if residual is None:
-        op = _forward if eager else _OP
-        normalised: Tensor = op(x, num_groups, weight, bias, eps, out_dtype, backend)[0]
-        return normalised if out is None else cast(Tensor, out).copy_(normalised)
-    op = _add_forward if eager else _ADD_OP
-    total, normalised, _, _ = op(x, residual, num_groups, weight, bias, eps, out_dtype, backend)
-    return (total, normalised) if out is None else (out[0].copy_(total), out[1].copy_(normalised))
+    outputs: Any = out
+    if residual is None and out is not None:
+        outputs = (None, out)
+    total, normalised = _GROUP_NORM_SILU(
+        x, num_groups, weight, bias, eps, residual, out_dtype, out=outputs, backend=backend
+    )
+    return normalised if residual is None else (total, normalised)
 
 
-def _check(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    out_dtype: torch.dtype | None,
+# ---------------------------------------------------------------------------------------------------------------
+# Forward
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    num_groups: int
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    residual: Tensor | None = None
+    out_dtype: torch.dtype | None = None
+
+
+def _check(a: Arguments) -> None:
+    check_tensor("x", a.x, shape=("B", "C", "H", "W"), dtypes=FLOAT_DTYPES)
+    channels = a.x.shape[1]
+    if not isinstance(a.num_groups, int) or isinstance(a.num_groups, bool):
+        raise TypeError(f"num_groups: expected an int, got {type(a.num_groups).__name__}")
+    if a.num_groups < 1 or channels < 1 or channels % a.num_groups:
+        raise ValueError(f"num_groups: expected a divisor of x's {channels} channels, got {a.num_groups}")
+    _check_affine(a)
+    check_eps(a.eps)
+    if a.residual is not None:
+        check_tensor("residual", a.residual, shape=a.x.shape, dtypes=(a.x.dtype,), device=a.x.device)
+    if a.out_dtype is not None and a.out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype: expected one of the floating dtypes of x, got {a.out_dtype}")
+
+
+def _check_affine(a: Arguments | BackwardArguments) -> None:
+    dtypes = (torch.float64,) if a.x.dtype == torch.float64 else (torch.float32, a.x.dtype)
+    check_tensor("weight", a.weight, shape=(a.x.shape[1],), dtypes=dtypes, device=a.x.device)
+    check_tensor("bias", a.bias, shape=(a.x.shape[1],), dtypes=(a.weight.dtype,), device=a.x.device)
+
+
+def _results(a: Arguments) -> tuple[Tensor | None, Tensor]:
+    """The sum, where there is a residual, and the normalised map."""
+    memory_format = _memory_format(a.x)
+    total = None if a.residual is None else torch.empty_like(a.x, memory_format=memory_format)
+    return total, torch.empty_like(a.x, dtype=a.out_dtype, memory_format=memory_format)
+
+
+def _kept(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation (B, num_groups)."""
+    mean = a.x.new_empty((a.x.shape[0], a.num_groups), dtype=_statistics_dtype(a.x))
+    return mean, torch.empty_like(mean)
+
+
+def _cpp(
+    a: Arguments,
+    total: Tensor | None,
+    normalised: Tensor,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
 ) -> None:
-    check_tensor("x", x, shape=("B", "C", "H", "W"), dtypes=_DTYPES)
-    channels = x.shape[1]
-    if not isinstance(num_groups, int) or isinstance(num_groups, bool):
-        raise TypeError(f"num_groups: expected an int, got {type(num_groups).__name__}")
-    if num_groups < 1 or channels < 1 or channels % num_groups:
-        raise ValueError(f"num_groups: expected a divisor of x's {channels} channels, got {num_groups}")
-    affine = (torch.float32, x.dtype) if x.dtype != torch.float64 else (torch.float64,)
-    check_tensor("weight", weight, shape=(channels,), dtypes=affine, device=x.device)
-    check_tensor("bias", bias, shape=(channels,), dtypes=(weight.dtype,), device=x.device)
-    if not eps > 0:
-        raise ValueError(f"eps: expected a number above 0, got {eps}")
-    if residual is not None:
-        check_tensor("residual", residual, shape=x.shape, dtypes=(x.dtype,), device=x.device)
-    if out_dtype is not None and out_dtype not in _DTYPES:
-        raise TypeError(f"out_dtype: expected one of the floating dtypes of x, got {out_dtype}")
+    extension().group_norm_silu(
+        a.x, a.residual, a.num_groups, a.weight, a.bias, a.eps, total, normalised, mean, rstd
+    )
 
 
-def _check_out(out: Any, x: Tensor, residual: Tensor | None, out_dtype: torch.dtype | None) -> None:
-    if residual is not None and not (isinstance(out, tuple | list) and len(out) == 2):
-        raise TypeError(f"out: expected a pair of tensors beside a residual, got {type(out).__name__}")
-    named = {"out": out} if residual is None else {"out[0]": out[0], "out[1]": out[1]}
-    for name, tensor in named.items():
-        dtype = x.dtype if name == "out[0]" else out_dtype or x.dtype
-        check_tensor(name, tensor, shape=x.shape, dtypes=(dtype,), device=x.device)
+def _triton(a: Arguments, total: Tensor | None, normalised: Tensor, *kept: Tensor) -> None:
+    from titok.kernels import group_norm_silu as kernels
+
+    mean, rstd = kept or _kept(a)
+    total = a.x if total is None else total
+    kernels.forward(
+        a.x,
+        a.residual,
+        a.num_groups,
+        a.weight,
+        a.bias,
+        a.eps,
+        a.x if total is None else total,
+        normalised,
+        mean,
+        rstd,
+    )
+
+
+def _plain(a: Arguments) -> tuple[Tensor | None, ...]:
+    memory_format = _memory_format(a.x)
+    x = a.x if a.residual is None else (a.x + a.residual).contiguous(memory_format=memory_format)
+    # Not torch.native_group_norm: for channels-last maps on a CPU it takes E[x^2] - E[x]^2 in float32 as the variance.
+    grouped = x.to(_statistics_dtype(x)).unflatten(1, (a.num_groups, -1))
+    variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)
+    rstd = torch.rsqrt(variance + a.eps)
+    normalised = F.silu(_affine(_standardised(x, mean, rstd), a.weight, a.bias)).to(a.out_dtype or x.dtype)
+    total = None if a.residual is None else x
+    return total, normalised.contiguous(memory_format=memory_format), mean, rstd
+
+
+def _standardised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """(x - mean) * rstd, (B, C, H, W) in the dtype of the statistics."""
+    grouped = x.to(mean.dtype).unflatten(1, (mean.shape[1], -1))
+    return ((grouped - mean[:, :, None, None, None]) * rstd[:, :, None, None, None]).flatten(1, 2)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x * weight.to(x.dtype)[:, None, None] + bias.to(x.dtype)[:, None, None]
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -152,261 +213,156 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _why_no_cpp(x: Tensor, out_dtype: torch.dtype) -> str | None:
-    if (reason := why_no_cpp(x)) is not None:
-        return reason
-    for dtype in (x.dtype, out_dtype):
-        if dtype not in cpp.DTYPES:
-            return f"the C++ kernel takes float32 and bfloat16, not {dtype}"
-    return _why_not_channels_last(x)
+# ---------------------------------------------------------------------------------------------------------------
+# Backward
+
+
+class BackwardArguments(NamedTuple):
+    grad: Tensor
+    grad_total: Tensor | None
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+def _check_backward(a: BackwardArguments) -> None:
+    check_tensor("x", a.x, shape=("B", "C", "H", "W"), dtypes=FLOAT_DTYPES)
+    for name, grad in (("grad", a.grad), ("grad_total", a.grad_total)):
+        if grad is not None or name == "grad":
+            check_tensor(name, grad, shape=a.x.shape, dtypes=FLOAT_DTYPES, device=a.x.device)
+    _check_affine(a)
+    for name, statistic in (("mean", a.mean), ("rstd", a.rstd)):
+        shape, dtypes = (a.x.shape[0], a.mean.shape[-1]), (_statistics_dtype(a.x),)
+        check_tensor(name, statistic, shape=shape, dtypes=dtypes, device=a.x.device)
+
+
+def _backward_results(a: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x (with `grad_total`, that of the returned sum, added), weight and bias."""
+    grad_x = torch.empty_like(a.x, memory_format=_memory_format(a.x))
+    return grad_x, torch.empty_like(a.weight), torch.empty_like(a.bias)
+
+
+def _backward_triton(a: BackwardArguments, grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
+    from titok.kernels import group_norm_silu as kernels
+
+    sums = kernels.backward(a.grad, a.grad_total, a.x, a.weight, a.bias, a.mean, a.rstd, grad_x)
+    grad_weight.copy_(sums[0])
+    grad_bias.copy_(sums[1])
+
+
+def _backward_plain(a: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias.
+
+    Let s be the standardised x, z = weight * s + bias, and g the gradient of z. The gradient of bias is the sum of g,
+    that of weight is the sum of g * s, and that of x is
+
+        rstd * (g * weight - mean(g * weight) - s * mean(g * weight * s)),
+
+    with means over the pixels and channels of a group.
+    """
+    a = _like_x(a)  # one memory format, so that sums are taken in one order
+    if a.x.numel() == 0:
+        return a.x.clone(), torch.zeros_like(a.weight), torch.zeros_like(a.bias)
+    groups = (a.mean.shape[1], -1)
+    standardised = _standardised(a.x, a.mean, a.rstd)
+    affine = _affine(standardised, a.weight, a.bias)
+    sigmoid = torch.sigmoid(affine)
+    grad_affine = a.grad.to(a.mean.dtype) * sigmoid * (1 + affine * (1 - sigmoid))
+    sums = torch.stack((grad_affine.sum((2, 3)), (grad_affine * standardised).sum((2, 3))), 1)  # (B, 2, C)
+    weighted = (sums * a.weight.to(sums.dtype)).unflatten(2, groups).sum(3)
+    means = (weighted / (a.x[0].numel() // a.mean.shape[1]))[..., None, None, None]
+    scaled = (grad_affine * a.weight.to(a.mean.dtype)[:, None, None]).unflatten(1, groups)
+    centred = scaled - means[:, 0] - standardised.unflatten(1, groups) * means[:, 1]
+    grad_x = (centred * a.rstd[:, :, None, None, None]).flatten(1, 2)
+    if a.grad_total is not None:
+        grad_x = grad_x + a.grad_total
+    grad_x = grad_x.to(a.x.dtype).contiguous(memory_format=_memory_format(a.x))
+    return grad_x, sums[:, 1].sum(0).to(a.weight.dtype), sums[:, 0].sum(0).to(a.bias.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Back ends
 
 
 def _why_not_channels_last(x: Tensor) -> str | None:
-    return None if x.is_contiguous(memory_format=torch.channels_last) else "the kernels take channels-last maps"
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1
+    return None if channels_last else "the kernels take channels-last maps"
 
 
-def _why_no_triton(x: Tensor, out_dtype: torch.dtype) -> str | None:
-    if (reason := why_no_triton(x)) is not None:
+def _why_no_cpp(a: Arguments) -> str | None:
+    reason = why_not_float32_or_bfloat16(a.x.dtype, a.out_dtype) or why_no_cpp(a.x)
+    return reason or _why_not_channels_last(a.x)
+
+
+def _why_no_triton(a: Arguments | BackwardArguments) -> str | None:
+    if (reason := why_no_triton(a.x)) is not None:
         return reason
-    if torch.float64 in (x.dtype, out_dtype):
+    if torch.float64 in (a.x.dtype, a.grad.dtype if isinstance(a, BackwardArguments) else a.out_dtype):
         return "the Triton kernels compute in float32, not float64"
-    if x.shape[0] > 65535:
-        return f"the Triton kernels take 65,535 images at once, not {x.shape[0]}"
-    return _why_not_channels_last(x)
+    if a.x.shape[0] > 65535:
+        return f"the Triton kernels take 65,535 images at once, not {a.x.shape[0]}"
+    return _why_not_channels_last(a.x)
 
 
-def _choose(backend: str | None, x: Tensor, out_dtype: torch.dtype) -> str:
-    candidates: dict[str, Callable[[], str | None]] = {
-        "cpp": lambda: _why_no_cpp(x, out_dtype),
-        "plain": lambda: None,
-        "triton": lambda: _why_no_triton(x, out_dtype),
-    }
-    order = ("triton", "plain", "cpp") if x.is_cuda else ("cpp", "plain", "triton")  # last: the interpreter
-    return choose("group_norm_silu", backend, {name: candidates[name] for name in order})
+def _like_x(a: Any) -> Any:
+    """The arguments with all maps in x's memory format and contiguous vectors."""
+    memory_format = _memory_format(a.x)
+
+    def laid_out(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.contiguous(memory_format=memory_format) if value.ndim == 4 else value.contiguous()
+
+    return a._make(map(laid_out, a))
 
 
-def _allocate(x: Tensor, num_groups: int, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs of the forward pass: normalised, and mean and rstd (B, G), which the backward pass needs."""
-    normalised = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=_memory_format(x))
-    mean = x.new_empty((x.shape[0], num_groups), dtype=_statistics_dtype(x))
-    return normalised, mean, torch.empty_like(mean)
+def _save(a: Arguments, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    total, _, mean, rstd = outputs
+    return a.x if a.residual is None else total, a.weight, a.bias, mean, rstd
 
 
-def _forward(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    out_dtype: torch.dtype | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalised, mean, rstd)"""
-    return _add_forward(x, None, num_groups, weight, bias, eps, out_dtype, backend)[1:]
+def _backward_arguments(grads: Any, saved: Any, a: Any, needs: Any) -> tuple[Any, ...] | None:
+    grad_total, grad = grads
+    if a.residual is None:
+        grad_total = None  # compiled code hands on an empty tensor
+    return None if grad is None else (grad, grad_total, *saved)
 
 
-def _add_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    out_dtype: torch.dtype | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sum, normalised, mean, rstd); the sum is x itself where there is no residual."""
-    memory_format = _memory_format(x)
-    x = x.contiguous(memory_format=memory_format)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=memory_format)
-    chosen = _choose(backend, x, out_dtype or x.dtype)
-    total = x if residual is None else torch.empty_like(x)
-    normalised, mean, rstd = _allocate(x, num_groups, out_dtype)
-    if x.numel() == 0:
-        return total, normalised, mean.zero_(), rstd.zero_()
-    if chosen == "cpp":
-        weight, bias = weight.contiguous(), bias.contiguous()
-        cpp.launch(x, residual, weight, bias, eps, total, normalised, mean, rstd, num_groups)
-        return total, normalised, mean, rstd
-    if chosen == "triton":
-        from titok.kernels import group_norm_silu as kernels
-
-        weight, bias = weight.contiguous(), bias.contiguous()
-        kernels.forward(x, residual, weight, bias, eps, total, normalised, mean, rstd)
-        return total, normalised, mean, rstd
-    total = x if residual is None else x + residual
-    return (total, *_plain_forward(total, num_groups, weight, bias, eps, out_dtype))
+def _gradients(grads: Any, returned: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    if not returned:  # only the sum was used
+        return grads[0], None, None, grads[0]
+    grad_x, grad_weight, grad_bias = returned
+    return grad_x, grad_weight, grad_bias, grad_x
 
 
-def _plain_forward(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    # Not torch.native_group_norm: on channels-last CPU maps it takes the variance as E[x^2] - E[x]^2, in float32.
-    grouped = x.to(_statistics_dtype(x)).unflatten(1, (num_groups, -1))
-    var, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)
-    rstd = torch.rsqrt(var + eps)
-    normalised = F.silu(_affine(_standardise(x, mean, rstd), weight, bias)).to(out_dtype or x.dtype)
-    return normalised.contiguous(memory_format=_memory_format(x)), mean, rstd
-
-
-def _standardise(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """(x - mean) * rstd, (B, C, H, W) in the dtype of the statistics."""
-    grouped = x.to(mean.dtype).unflatten(1, (mean.shape[1], -1))
-    return ((grouped - mean[:, :, None, None, None]) * rstd[:, :, None, None, None]).flatten(1, 2)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x * weight.to(x.dtype)[:, None, None] + bias.to(x.dtype)[:, None, None]
-
-
-def _backward(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (with `grad_sum`, that of the returned sum, added), weight and bias."""
-    memory_format = _memory_format(x)
-    x = x.contiguous(memory_format=memory_format)
-    grad = grad.contiguous(memory_format=memory_format)
-    if x.numel() == 0:
-        return x.clone(), torch.zeros_like(weight), torch.zeros_like(bias)
-    if backend != "plain" and _why_no_triton(x, grad.dtype) is None and (x.is_cuda or backend == "triton"):
-        if grad_sum is not None:
-            grad_sum = grad_sum.contiguous(memory_format=memory_format)
-        grad_x, sums = _triton_backward(grad, grad_sum, x, weight.contiguous(), bias.contiguous(), mean, rstd)
-    else:
-        grad_x, sums = _plain_backward(grad, grad_sum, x, weight, bias, mean, rstd)
-    return grad_x, sums[:, 1].sum(0).to(weight.dtype), sums[:, 0].sum(0).to(bias.dtype)
-
-
-# With s the standardised x, z = weight * s + bias, g = d/dz: d bias is the sum of g, d weight that of g * s, and
-# d x = rstd * (g * weight - mean(g * weight) - s * mean(g * weight * s)), means over a group.
-
-
-def _group_means(sums: Tensor, weight: Tensor, x: Tensor, num_groups: int) -> Tensor:
-    """Sums (B, 2, C) over pixels of g and g * s -> means (B, 2, G) over a group of those times weight."""
-    weighted = (sums * weight.to(sums.dtype)).unflatten(2, (num_groups, -1)).sum(3)
-    return weighted / (x[0].numel() // num_groups)
-
-
-def _triton_backward(
-    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    from titok.kernels import group_norm_silu as kernels
-
-    grad_x = torch.empty_like(x)
-    sums = kernels.backward_sums(grad, x, weight, bias, mean, rstd)
-    means = _group_means(sums, weight, x, mean.shape[1])
-    kernels.backward_input(grad, grad_sum, x, weight, bias, mean, rstd, means, grad_x)
-    return grad_x, sums
-
-
-def _plain_backward(
-    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    standard = _standardise(x, mean, rstd)
-    affine = _affine(standard, weight, bias)
-    sigmoid = torch.sigmoid(affine)
-    grad_affine = grad.to(mean.dtype) * sigmoid * (1 + affine * (1 - sigmoid))
-    sums = torch.stack((grad_affine.sum((2, 3)), (grad_affine * standard).sum((2, 3))), 1)
-    groups = (mean.shape[1], -1)
-    means = _group_means(sums, weight, x, mean.shape[1])[..., None, None, None]
-    scaled = (grad_affine * weight.to(mean.dtype)[:, None, None]).unflatten(1, groups)
-    centred = scaled - means[:, 0] - standard.unflatten(1, groups) * means[:, 1]
-    grad_x = (centred * rstd[:, :, None, None, None]).flatten(1, 2)
-    if grad_sum is not None:
-        grad_x = grad_x + grad_sum
-    return grad_x.to(x.dtype).contiguous(memory_format=_memory_format(x)), sums
-
-
-def _fake(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, out_dtype: Any, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(x, num_groups, out_dtype)
-
-
-def _add_fake(
-    x: Tensor,
-    residual: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    out_dtype: Any,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
-    return (total, *_allocate(x, num_groups, out_dtype))
-
-
-def _backward_fake(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
-    return grad_x, torch.empty_like(weight), torch.empty_like(bias)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, _, weight, bias, _, _, backend = inputs
-    ctx.save_for_backward(x, weight, bias, *output[1:])
-    ctx.backend = backend
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 7
-    grad_x, grad_weight, grad_bias = _BACKWARD_OP(grad, None, *ctx.saved_tensors, ctx.backend)
-    return grad_x, None, grad_weight, grad_bias, None, None, None
-
-
-def _add_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    _, _, _, weight, bias, _, _, backend = inputs
-    total, _, mean, rstd = output
-    ctx.save_for_backward(total, weight, bias, mean, rstd)
-    ctx.backend = backend
-    ctx.set_materialize_grads(False)
-
-
-def _add_autograd(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return grad_sum, grad_sum, *(None,) * 6
-    grad_x, grad_weight, grad_bias = _BACKWARD_OP(grad, grad_sum, *ctx.saved_tensors, ctx.backend)
-    return grad_x, grad_x, None, grad_weight, grad_bias, None, None, None
-
-
-_BACKWARD_OP = register(
-    "group_norm_silu_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
-    "Tensor rstd, str? backend) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+_BACKWARD = Op(
+    "group_norm_silu_backward",
+    BackwardArguments,
+    3,
+    check=_check_backward,
+    results=_backward_results,
+    backends=(Kernel("triton", _backward_triton, _why_no_triton, _like_x), Composite("plain", _backward_plain)),
 )
-_OP = register(
-    "group_norm_silu(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, ScalarType? out_dtype, "
-    "str? backend) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _fake,
-    backward=_autograd,
-    setup_context=_save,
-)
-_ADD_OP = register(
-    "add_group_norm_silu(Tensor x, Tensor residual, int num_groups, Tensor weight, Tensor bias, float eps, "
-    "ScalarType? out_dtype, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _add_forward,
-    _add_fake,
-    backward=_add_autograd,
-    setup_context=_add_save,
+
+_GROUP_NORM_SILU = Op(
+    "group_norm_silu",
+    Arguments,
+    2,
+    check=_check,
+    results=_results,
+    kept=_kept,
+    num_kept=2,
+    backends=(
+        Kernel("triton", _triton, _why_no_triton, _like_x),
+        Kernel("cpp", _cpp, _why_no_cpp, _like_x, checks_itself=True),
+        Composite("plain", _plain, differentiable=False),
+    ),
+    gradient=Gradient(
+        _BACKWARD,
+        save=_save,
+        arguments=_backward_arguments,
+        gradients=_gradients,
+    ),
 )

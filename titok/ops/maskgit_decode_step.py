@@ -1,7 +1,7 @@
 """One step of MaskGIT's iterative decoding: from a step's logits to the next step's tokens, in one pass.
 
 The decision of every still-masked position is defined in float32 and integers, operation by operation, so that
-plain PyTorch, C++ and CUDA give the same bits for the same logits (titok/ops/_maskgit_decode_plain.py,
+plain PyTorch, C++ and CUDA give the same bits for the same logits (titok/ops/maskgit_decode_plain.py,
 csrc/maskgit_decode*):
 
 1. Guided logit g = u + w (c - u), or g = c where w = 1 or no unconditional pass is given; y = g / softmax_temperature,
@@ -26,30 +26,25 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from titok.checks import check_tensor
-from titok.ops._extension import extension, why_no_cpp, why_no_cuda
-from titok.ops._maskgit_decode_plain import StepParams, StepTensors, decode_plain
-from titok.ops._registry import choose, register, runs_eagerly
-from titok.profiling import ranged
-
-__all__ = ["maskgit_decode_step", "maskgit_decode_step_packed", "pack_step_params"]
+from titok.ops.core import Composite, Kernel, Op, extension, why_no_cpp, why_no_cuda
+from titok.ops.maskgit_decode_plain import StepParams, StepTensors, decode_plain
 
 CONFIDENCE_RULES = ("titok", "maskgit")
 MAX_CODES = 262_144  # so that the sum of the weights stays within 2^48
 MAX_TOKENS = 4_096
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc's LogitType
-_PACKED = struct.Struct("<QQIiffff")  # StepParams as csrc's DecodeParams
+_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PACKED = struct.Struct("<QQIiffff")  # StepParams in the memory layout of DecodeParams in csrc/
 _PACKED_WORDS = _PACKED.size // 4
 
 
-@ranged("maskgit_decode_step")
 def maskgit_decode_step(
     tokens: Tensor,
     cond_logits: Tensor,
@@ -107,7 +102,7 @@ def maskgit_decode_step(
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
-    keep = num_masked if isinstance(num_masked, Tensor) else None
+    counts = num_masked if isinstance(num_masked, Tensor) else None
     if final is None:
         final = step == steps - 1
     params = _step_params(
@@ -121,15 +116,24 @@ def maskgit_decode_step(
         seed=seed,
         first_sample=first_sample,
     )
-    inputs = StepTensors(
+    signed_seed = params.seed - (1 << 64) if params.seed >> 63 else params.seed
+    new, scores = _MASKGIT_DECODE_STEP(
         tokens,
         cond_logits,
         uncond_logits,
         rows,
         rows if uncond_rows is None else uncond_rows,
-        None if final else keep,
+        None if final else counts,
+        None,
+        None,
+        signed_seed,
+        *params[1:],
+        mask_token,
+        confidence,
+        out=None if out is None else (out, None),
+        backend=backend,
     )
-    return _step(inputs, None, params, mask_token, confidence, out, return_confidence, backend)
+    return (new, scores) if return_confidence else new
 
 
 def pack_step_params(
@@ -162,7 +166,6 @@ def pack_step_params(
     return torch.frombuffer(bytearray(_PACKED.pack(*params)), dtype=torch.int32)
 
 
-@ranged("maskgit_decode_step")
 def maskgit_decode_step_packed(
     tokens: Tensor,
     cond_logits: Tensor,
@@ -191,41 +194,26 @@ def maskgit_decode_step_packed(
             zeroing of its own. Launches that may run side by side must not share one.
         the others: as of `maskgit_decode_step`.
     """
-    check_tensor("params", params, shape=(_PACKED_WORDS,), dtypes=(torch.int32,), device=tokens.device)
-    if workspace is not None:
-        check_tensor("workspace", workspace, shape=tokens.shape[:1], dtypes=(torch.int32,), device=tokens.device)
-    inputs = StepTensors(
-        tokens, cond_logits, uncond_logits, rows, rows if uncond_rows is None else uncond_rows, num_masked
+    new, scores = _MASKGIT_DECODE_STEP(
+        tokens,
+        cond_logits,
+        uncond_logits,
+        rows,
+        rows if uncond_rows is None else uncond_rows,
+        num_masked,
+        params,
+        workspace,
+        *_READ_FROM_PACKED,
+        mask_token,
+        confidence,
+        out=None if out is None else (out, None),
+        backend=backend,
     )
-    return _step(inputs, params, _NO_PARAMS, mask_token, confidence, out, return_confidence, backend, workspace)
-
-
-def _step(
-    inputs: StepTensors,
-    packed: Tensor | None,
-    params: StepParams,
-    mask_token: int,
-    confidence: str,
-    out: Tensor | None,
-    return_confidence: bool,
-    backend: str | None,
-    workspace: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    _check_tensors(inputs, out)
-    if confidence not in CONFIDENCE_RULES:
-        raise ValueError(f"confidence: expected one of {CONFIDENCE_RULES}, got {confidence!r}")
-    if 0 <= mask_token < inputs.cond.shape[-1]:
-        raise ValueError(f"mask_token: expected an id outside [0, {inputs.cond.shape[-1]}), got {mask_token}")
-    requested = backend or "auto"
-    tensors = [t for t in (*inputs, packed, out) if t is not None]
-    if runs_eagerly(*tensors):
-        new, scores = _run(inputs, packed, params, mask_token, confidence, requested, out, workspace)
-    else:
-        signed = params._replace(seed=params.seed - (1 << 64) if params.seed >> 63 else params.seed)
-        new, scores = _OP(*inputs, packed, *signed, mask_token, confidence, requested)
-        if out is not None:
-            new = out.copy_(new)
     return (new, scores) if return_confidence else new
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The numbers of a step
 
 
 def _step_params(
@@ -271,7 +259,8 @@ def _step_params(
     )
 
 
-_NO_PARAMS = StepParams(0, 0, 0, 0, 1.0, 1.0, 0.0, 0.0)
+# Stands for the numbers of a step where these are in a tensor.
+_READ_FROM_PACKED = StepParams(0, 0, 0, 0, 1.0, 1.0, 0.0, 0.0)
 
 
 def _float32(value: float) -> float:
@@ -279,185 +268,152 @@ def _float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-def _check_tensors(inputs: StepTensors, out: Tensor | None) -> None:
-    """Shapes, dtypes and devices; nothing that would wait for a GPU."""
-    tokens, cond, uncond, rows, uncond_rows, keep = inputs
-    check_tensor("tokens", tokens, shape=("B", "N"), dtypes=(torch.int64,))
-    batch, length = tokens.shape
+# ---------------------------------------------------------------------------------------------------------------
+# Arguments and results
+
+
+class Arguments(NamedTuple):
+    tokens: Tensor
+    cond_logits: Tensor
+    uncond_logits: Tensor | None
+    rows: Tensor | None
+    uncond_rows: Tensor | None
+    counts: Tensor | None  # positions that stay masked, by sample; None: `num_masked` for all
+    params: Tensor | None  # the numbers below, packed; None: those given here
+    workspace: Tensor | None
+    seed: int  # the unsigned 64 bits, read as a signed integer
+    first_sample: int
+    step: int
+    num_masked: int
+    guidance: float
+    inverse_temperature: float
+    noise: float
+    draw_scale: float
+    mask_token: int
+    confidence: str
+
+    def tensors(self) -> StepTensors:
+        return StepTensors(*self[:6])
+
+    def numbers(self) -> StepParams:
+        return StepParams(self.seed % (1 << 64), *self[9:16])
+
+
+def _check(a: Arguments) -> None:
+    """Shapes, dtypes and devices; nothing that would make the host wait for a GPU."""
+    check_tensor("tokens", a.tokens, shape=("B", "N"), dtypes=(torch.int64,))
+    batch, length = a.tokens.shape
     if length > MAX_TOKENS:
         raise ValueError(f"tokens: expected at most {MAX_TOKENS} per sample, got {length}")
-    if rows is None and uncond_rows is not None:
+    if a.rows is None and a.uncond_rows is not None:
         raise ValueError("uncond_rows: expected None without rows, got a tensor")
-    device = tokens.device
-    leading: tuple[int | str, ...] = (batch, length) if rows is None else ("R",)
-    check_tensor("cond_logits", cond, shape=(*leading, "V"), dtypes=_LOGIT_DTYPES, device=device)
-    codes = cond.shape[-1]
+    device = a.tokens.device
+    leading: tuple[int | str, ...] = (batch, length) if a.rows is None else ("R",)
+    check_tensor("cond_logits", a.cond_logits, shape=(*leading, "V"), dtypes=_LOGIT_DTYPES, device=device)
+    codes = a.cond_logits.shape[-1]
     if not 1 <= codes <= MAX_CODES:
         raise ValueError(f"cond_logits: expected 1 <= V <= {MAX_CODES}, got V = {codes}")
-    if uncond is not None:
-        check_tensor("uncond_logits", uncond, shape=(*leading, codes), dtypes=(cond.dtype,), device=device)
-    for name, logits in (("cond_logits", cond), ("uncond_logits", uncond)):
+    if a.uncond_logits is not None:
+        dtypes = (a.cond_logits.dtype,)
+        check_tensor("uncond_logits", a.uncond_logits, shape=(*leading, codes), dtypes=dtypes, device=device)
+    for name, logits in (("cond_logits", a.cond_logits), ("uncond_logits", a.uncond_logits)):
         if logits is not None and codes > 1 and logits.numel() and logits.stride(-1) != 1:
             raise ValueError(f"{name}: expected stride 1 along V, got strides {logits.stride()}")
-    for name, index in (("rows", rows), ("uncond_rows", uncond_rows), ("out", out)):
+    for name, index in (("rows", a.rows), ("uncond_rows", a.uncond_rows)):
         if index is not None:
             check_tensor(name, index, shape=(batch, length), dtypes=(torch.int64,), device=device)
-    if keep is not None:
-        check_tensor("num_masked", keep, shape=(batch,), dtypes=(torch.int64,), device=device)
+    if a.counts is not None:
+        check_tensor("num_masked", a.counts, shape=(batch,), dtypes=(torch.int64,), device=device)
+    if a.params is not None:
+        check_tensor("params", a.params, shape=(_PACKED_WORDS,), dtypes=(torch.int32,), device=device)
+    if a.workspace is not None:
+        check_tensor("workspace", a.workspace, shape=(batch,), dtypes=(torch.int32,), device=device)
+    if a.confidence not in CONFIDENCE_RULES:
+        raise ValueError(f"confidence: expected one of {CONFIDENCE_RULES}, got {a.confidence!r}")
+    if 0 <= a.mask_token < codes:
+        raise ValueError(f"mask_token: expected an id outside [0, {codes}), got {a.mask_token}")
 
 
-def _check_values(inputs: StepTensors, mask_token: int) -> None:
-    """Contents of the index tensors, which only the CPU can read for nothing."""
-    tokens, cond, uncond, rows, uncond_rows, keep = inputs
-    masked = tokens == mask_token
-    known = tokens[~masked]
-    if known.numel() and (int(known.min()) < 0 or int(known.max()) >= cond.shape[-1]):
-        raise ValueError(f"tokens: expected codes in [0, {cond.shape[-1]}) or mask_token = {mask_token}")
-    for name, index, logits in (("rows", rows, cond), ("uncond_rows", uncond_rows, uncond)):
+def _check_values(a: Arguments) -> None:
+    """Contents of the index tensors. Only on a CPU can they be read at no cost."""
+    codes = a.cond_logits.shape[-1]
+    masked = a.tokens == a.mask_token
+    known = a.tokens[~masked]
+    if known.numel() and (int(known.min()) < 0 or int(known.max()) >= codes):
+        raise ValueError(f"tokens: expected codes in [0, {codes}) or mask_token = {a.mask_token}")
+    pairs = (("rows", a.rows, a.cond_logits), ("uncond_rows", a.uncond_rows, a.uncond_logits))
+    for name, index, logits in pairs:
         if index is not None and logits is not None:
             used = index[masked]
             if used.numel() and (int(used.min()) < 0 or int(used.max()) >= logits.shape[0]):
                 raise ValueError(f"{name}: expected rows in [0, {logits.shape[0]}) at masked positions")
-    if keep is not None and keep.numel() and int(keep.min()) < 0:
-        raise ValueError(f"num_masked: expected counts >= 0, got {int(keep.min())}")
+    if a.counts is not None and a.counts.numel() and int(a.counts.min()) < 0:
+        raise ValueError(f"num_masked: expected counts >= 0, got {int(a.counts.min())}")
 
 
-def _run(
-    inputs: StepTensors,
-    packed: Tensor | None,
-    params: StepParams,
-    mask_token: int,
-    confidence: str,
-    backend: str,
-    out: Tensor | None = None,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The op on real tensors."""
-    tokens = inputs.tokens
-    candidates = {"cuda": lambda: why_no_cuda(tokens), "cpp": lambda: why_no_cpp(tokens), "plain": lambda: None}
-    name = choose("maskgit_decode_step", backend, candidates)
-    maskgit = confidence == "maskgit"
-    if name == "plain" or (name == "cuda" and not inputs.cond.numel()):  # a kernel must have some row to read
-        if tokens.device.type == "cpu":
-            _check_values(inputs, mask_token)
-        if packed is not None:
-            params = StepParams(*_PACKED.unpack(packed.cpu().numpy().tobytes()))
-        new, scores = decode_plain(inputs, mask_token, maskgit, params)
-        return (new if out is None else out.copy_(new)), scores
+def _results(a: Arguments) -> tuple[Tensor, Tensor]:
+    """The new tokens and the confidences, (B, N) both."""
+    new = torch.empty_like(a.tokens, memory_format=torch.contiguous_format)
+    return new, torch.empty_like(new, dtype=torch.float32)
 
-    inputs = StepTensors(
-        tokens.contiguous(),
-        inputs.cond,
-        inputs.uncond,
-        *(None if t is None else t.contiguous() for t in (inputs.rows, inputs.uncond_rows, inputs.keep)),
+
+# ---------------------------------------------------------------------------------------------------------------
+# Back ends
+
+
+def _contiguous_indices(a: Arguments) -> Arguments:
+    """The arguments with contiguous tensors, but for the logits, whose strides the kernels take."""
+    names = ("tokens", "rows", "uncond_rows", "counts", "params", "workspace")
+    given = {name: tensor for name in names if (tensor := getattr(a, name)) is not None}
+    return a._replace(**{name: tensor.contiguous() for name, tensor in given.items()})
+
+
+def _cpp(a: Arguments, new: Tensor, confidences: Tensor) -> None:
+    is_maskgit = a.confidence == "maskgit"
+    found_bad_value = extension().maskgit_decode_step(
+        *a[:7], a.numbers(), a.mask_token, is_maskgit, new, confidences, torch.get_num_threads()
     )
-    new = out if out is not None and out.is_contiguous() else torch.empty_like(inputs.tokens)
-    scores = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
-    if tokens.numel():
-        args = _args(inputs, packed, params, mask_token, maskgit, new, scores)
-        if name == "cuda":
-            _launch(args, tokens, workspace)
-        elif extension().maskgit_decode_cpu(args, torch.get_num_threads()):
-            _check_values(inputs, mask_token)
-    return (new if out is None or new is out else out.copy_(new)), scores
+    if found_bad_value:
+        _check_values(a)
 
 
-def _args(
-    inputs: StepTensors,
-    packed: Tensor | None,
-    params: StepParams,
-    mask_token: int,
-    maskgit: bool,
-    new: Tensor,
-    scores: Tensor,
-) -> Any:
-    """csrc's DecodeArgs. It holds addresses alone: the tensors must outlive it."""
-    cond, uncond = inputs.cond, inputs.uncond
-
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
-    def strides(logits: Tensor | None) -> tuple[int, int]:
-        return (0, 0) if logits is None else (logits.stride(0) if logits.ndim == 3 else 0, logits.stride(-2))
-
-    return extension().DecodeArgs(
-        tokens=inputs.tokens.data_ptr(),
-        logits=(cond.data_ptr(), address(uncond)),
-        rows=(address(inputs.rows), address(inputs.uncond_rows)),
-        strides=(*strides(cond), *strides(uncond)),
-        row_counts=(cond.shape[0], 0 if uncond is None else uncond.shape[0]),
-        keep=address(inputs.keep),
-        params_at=address(packed),
-        shape=(*inputs.tokens.shape, cond.shape[-1]),
-        type=_LOGIT_DTYPES.index(cond.dtype),
-        mask_token=mask_token,
-        maskgit=maskgit,
-        out=new.data_ptr(),
-        confidence=scores.data_ptr(),
-        params=tuple(params),
-    )
+def _why_no_cuda(a: Arguments) -> str | None:
+    if not a.cond_logits.numel():
+        return "a CUDA kernel must have some row of logits to read"
+    return why_no_cuda(a.tokens)
 
 
-_ZEROS: dict[tuple[int, int], Tensor] = {}
-
-
-def _launch(args: Any, tokens: Tensor, workspace: Tensor | None) -> None:
-    with torch.cuda.device(tokens.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        drawn = torch.empty(tokens.shape, dtype=torch.int32, device=tokens.device)
+def _cuda(a: Arguments, new: Tensor, confidences: Tensor) -> None:
+    with torch.cuda.device(a.tokens.device):
+        drawn = torch.empty_like(a.tokens, dtype=torch.int32)
+        workspace = a.workspace
         if workspace is None:
-            workspace = _zeros(tokens, stream)
-        extension().maskgit_decode_cuda(args, drawn.data_ptr(), workspace.data_ptr(), stream)
+            workspace = torch.zeros(a.tokens.shape[0], dtype=torch.int32, device=a.tokens.device)
+        stream = torch.cuda.current_stream().cuda_stream
+        is_maskgit = a.confidence == "maskgit"
+        extension().maskgit_decode_step_cuda(
+            *a[:7], a.numbers(), a.mask_token, is_maskgit, new, confidences, drawn, workspace, stream
+        )
 
 
-def _zeros(tokens: Tensor, stream: int) -> Tensor:
-    """A zero for each sample, which every launch leaves zero: kept by stream, so that no launch shares it with one
-    that may run beside it. A capture gets its own, zeroed by the graph."""
-    batch = tokens.shape[0]
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(batch, dtype=torch.int32, device=tokens.device)
-    key = (tokens.device.index, stream)
-    if key not in _ZEROS or len(_ZEROS[key]) < batch:
-        _ZEROS[key] = torch.zeros(max(batch, 1024), dtype=torch.int32, device=tokens.device)
-    return _ZEROS[key]
+def _plain(a: Arguments) -> tuple[Tensor, Tensor]:
+    if a.tokens.device.type == "cpu":
+        _check_values(a)
+    numbers = a.numbers()
+    if a.params is not None:
+        numbers = StepParams(*_PACKED.unpack(a.params.cpu().numpy().tobytes()))
+    return decode_plain(a.tensors(), a.mask_token, a.confidence == "maskgit", numbers)
 
 
-def _registered(
-    tokens: Tensor,
-    cond_logits: Tensor,
-    uncond_logits: Tensor | None,
-    rows: Tensor | None,
-    uncond_rows: Tensor | None,
-    keep: Tensor | None,
-    packed: Tensor | None,
-    seed: int,
-    first_sample: int,
-    step: int,
-    num_masked: int,
-    guidance: float,
-    inverse_temperature: float,
-    noise: float,
-    draw_scale: float,
-    mask_token: int,
-    confidence: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    inputs = StepTensors(tokens, cond_logits, uncond_logits, rows, uncond_rows, keep)
-    params = StepParams(
-        seed % (1 << 64), first_sample, step, num_masked, guidance, inverse_temperature, noise, draw_scale
-    )
-    return _run(inputs, packed, params, mask_token, confidence, backend)
-
-
-def _fake(tokens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.float32)
-
-
-_OP = register(
-    "maskgit_decode_step(Tensor tokens, Tensor cond_logits, Tensor? uncond_logits, Tensor? rows, Tensor? uncond_rows,"
-    " Tensor? keep, Tensor? params, int seed, int first_sample, int step, int num_masked, float guidance,"
-    " float inverse_temperature, float noise, float draw_scale, int mask_token, str confidence, str backend)"
-    " -> (Tensor, Tensor)",
-    _registered,
-    _fake,
+_MASKGIT_DECODE_STEP = Op(
+    "maskgit_decode_step",
+    Arguments,
+    2,
+    check=_check,
+    results=_results,
+    backends=(
+        Kernel("cuda", _cuda, _why_no_cuda, _contiguous_indices),
+        Kernel("cpp", _cpp, lambda a: why_no_cpp(a.tokens), _contiguous_indices, checks_itself=True),
+        Composite("plain", _plain, differentiable=False),
+    ),
 )

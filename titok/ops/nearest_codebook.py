@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.checks import check_tensor
-from titok.ops._extension import extension, why_no_cpp, why_no_triton
-from titok.ops._registry import choose, register, runs_eagerly
-from titok.profiling import ranged
+from titok.checks import FLOAT_DTYPES, check_tensor
+from titok.ops.core import Composite, Kernel, Op, extension, why_no_cpp, why_no_triton
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CPP_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum FloatType of csrc/nearest_codebook.h
 # Scores that the plain path holds at a time: 16 MiB of float32.
 _PLAIN_CHUNK = 1 << 22
 
@@ -44,7 +39,6 @@ def nearest_codebook(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@ranged("nearest_codebook")
 def nearest_codebook(
     latents: Tensor,
     codebook: Tensor,
@@ -70,7 +64,7 @@ def nearest_codebook(
             (a NaN is still a NaN: the two rules above are about the values before).
         return_quantized: also return the chosen rows, divided by their norms under `normalize`.
         out: (...) int64, takes the indices.
-        backend: `plain`, `cpp` (CPU), `triton` (CUDA), or None for the fastest.
+        backend: "triton", "cpp" (CPU), "plain", or None for the fastest that can run.
 
     Returns:
         indices (...) int64, or with `return_quantized` a pair of them and rows (..., C) in float32 (float64 if
@@ -78,19 +72,12 @@ def nearest_codebook(
 
     Raises:
         TypeError: an argument is no tensor or has an unsupported dtype.
-        ValueError: shapes or devices don't fit together, or `backend` is not one of this op.
-        RuntimeError: the named back end can't run here.
+        ValueError: shapes or devices do not fit together, or `backend` is not one of this op.
+        RuntimeError: the named back end cannot run here.
     """
-    _check(latents, codebook)
-    if out is not None:
-        check_tensor("out", out, shape=latents.shape[:-1], dtypes=(torch.int64,), device=latents.device)
-    requested = backend or "auto"
-    if runs_eagerly(latents, codebook):
-        indices = _run(latents, codebook, normalize, requested, out)
-    else:
-        indices = _OP(latents, codebook, normalize, requested)
-        if out is not None:
-            indices = out.copy_(indices)
+    (indices,) = _NEAREST_CODEBOOK(
+        latents, codebook, normalize, out=None if out is None else (out,), backend=backend
+    )
     return (indices, look_up(indices, codebook, normalize, latents.dtype)) if return_quantized else indices
 
 
@@ -105,64 +92,80 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _check(latents: Tensor, codebook: Tensor) -> None:
-    check_tensor("codebook", codebook, shape=("V", "C"), dtypes=_FLOATS)
-    rows, width = codebook.shape
+class Arguments(NamedTuple):
+    latents: Tensor
+    codebook: Tensor
+    normalize: bool = False
+
+
+def _check(a: Arguments) -> None:
+    check_tensor("codebook", a.codebook, shape=("V", "C"), dtypes=FLOAT_DTYPES)
+    rows, width = a.codebook.shape
     if rows < 1 or width < 1:
-        raise ValueError(f"codebook: expected shape (V, C) with V, C >= 1, got {tuple(codebook.shape)}")
-    check_tensor("latents", latents, shape=("...", width), dtypes=_FLOATS, device=codebook.device)
+        raise ValueError(f"codebook: expected shape (V, C) with V, C >= 1, got {tuple(a.codebook.shape)}")
+    check_tensor("latents", a.latents, shape=("...", width), dtypes=FLOAT_DTYPES, device=a.codebook.device)
 
 
-def _registered(latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto") -> Tensor:
-    """What the dispatcher calls, also for those who call `torch.ops.titok.nearest_codebook` without any check."""
-    _check(latents, codebook)
-    return _run(latents, codebook, normalize, backend, None)
+def _results(a: Arguments) -> tuple[Tensor]:
+    return (torch.empty(a.latents.shape[:-1], dtype=torch.int64, device=a.latents.device),)
 
 
-def _run(latents: Tensor, codebook: Tensor, normalize: bool, backend: str, out: Tensor | None) -> Tensor:
-    """The op on real tensors: picks a back end and gives it flat rows and an output."""
-    name = choose("nearest_codebook", backend, _candidates(latents, codebook))
-    rows = latents.detach().reshape(-1, latents.shape[-1])
-    indices = out
-    if indices is None or not indices.is_contiguous():
-        indices = latents.new_empty(latents.shape[:-1], dtype=torch.int64)
-    if rows.shape[0]:
-        _LAUNCH[name](rows, codebook.detach(), normalize, indices.view(-1))
-    return indices if out is None or indices is out else out.copy_(indices)
+# ---------------------------------------------------------------------------------------------------------------
+# C++ and Triton
 
 
-def _candidates(latents: Tensor, codebook: Tensor) -> dict[str, Callable[[], str | None]]:
-    """Back ends, fastest first."""
-
-    def why_not(missing: Callable[..., str | None]) -> str | None:
-        if compute_dtype(latents.dtype, codebook.dtype) == torch.float64:
-            return "float64 arguments take the plain path"
-        return missing(latents, codebook)
-
-    candidates: dict[str, Callable[[], str | None]] = {
-        "cpp": lambda: why_not(why_no_cpp),
-        "plain": lambda: None,
-        "triton": lambda: why_not(why_no_triton),
-    }
-    if latents.is_cuda:
-        candidates = dict(reversed(candidates.items()))
-    return candidates
+def _cpp(a: Arguments, indices: Tensor) -> None:
+    latents = a.latents
+    if latents.ndim != 2:
+        latents, indices = latents.reshape(-1, latents.shape[-1]), indices.view(-1)
+    extension().nearest_codebook(latents, a.codebook, a.normalize, indices)
 
 
-def _plain(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
+def _triton(a: Arguments, indices: Tensor) -> None:
+    from titok.kernels import nearest_codebook as kernels
+
+    latents = a.latents.reshape(-1, a.latents.shape[-1]).float().contiguous()
+    kernels.forward(latents, a.codebook.float().contiguous(), a.normalize, indices.view(-1))
+
+
+def _with_dense_rows(a: Arguments) -> Arguments:
+    latents, codebook = (x if x.stride(-1) == 1 else x.contiguous() for x in (a.latents, a.codebook))
+    return a._replace(latents=latents, codebook=codebook)
+
+
+def _why_no_cpp(a: Arguments) -> str | None:
+    return _why_no_float64(a) or why_no_cpp(a.latents, a.codebook)
+
+
+def _why_no_triton(a: Arguments) -> str | None:
+    return _why_no_float64(a) or why_no_triton(a.latents, a.codebook)
+
+
+def _why_no_float64(a: Arguments) -> str | None:
+    wide = compute_dtype(a.latents.dtype, a.codebook.dtype) == torch.float64
+    return "float64 arguments take the plain path" if wide else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plain PyTorch
+
+
+def _plain(a: Arguments) -> tuple[Tensor]:
     """Chunks of rows: |e|^2 / 2 - z.e by one matrix product, then its arg min (|z|^2 moves no minimum)."""
-    dtype = compute_dtype(latents.dtype, codebook.dtype)
-    if dtype == torch.float32 and _products_are_reduced(latents.device.type):
+    indices = _results(a)[0]
+    dtype = compute_dtype(a.latents.dtype, a.codebook.dtype)
+    if dtype == torch.float32 and _products_are_reduced(a.latents.device.type):
         dtype = torch.float64
-    with torch.autocast(latents.device.type, enabled=False):
-        codes, usable = _prepared(codebook.to(dtype), normalize)
-        half_squares = (codes.square().sum(-1) / 2).masked_fill_(~usable, torch.inf)
-        step = max(1, _PLAIN_CHUNK // codebook.shape[0])
-        for chunk, indices in zip(latents.split(step), out.split(step), strict=True):
-            rows, finite = _prepared(chunk.to(dtype), normalize)
-            scores = torch.addmm(half_squares, rows, codes.T, alpha=-1)
-            torch.argmin(scores, dim=1, out=indices)
-            indices.mul_(finite)
+    codes, usable = _prepared(a.codebook.detach().to(dtype), a.normalize)
+    half_squares = (codes.square().sum(-1) / 2).masked_fill_(~usable, torch.inf)
+    step = max(1, _PLAIN_CHUNK // a.codebook.shape[0])
+    latents = a.latents.detach().reshape(-1, a.latents.shape[-1])
+    for chunk, out in zip(latents.split(step), indices.view(-1).split(step), strict=True):
+        rows, finite = _prepared(chunk.to(dtype), a.normalize)
+        scores = torch.addmm(half_squares, rows, codes.T, alpha=-1)
+        torch.argmin(scores, dim=1, out=out)
+        out.mul_(finite)
+    return (indices,)
 
 
 def _prepared(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -179,49 +182,15 @@ def _products_are_reduced(device_type: str) -> bool:
     return settings.matmul.fp32_precision not in ("none", "ieee")
 
 
-def _cpp(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
-    latents, codebook = _unit_stride(latents), _unit_stride(codebook)
-    extension().nearest_codebook(
-        latents.data_ptr(),
-        _CPP_TYPES[latents.dtype],
-        latents.shape[0],
-        latents.stride(0),
-        codebook.data_ptr(),
-        _CPP_TYPES[codebook.dtype],
-        codebook.shape[0],
-        codebook.stride(0),
-        codebook.shape[1],
-        normalize,
-        out.data_ptr(),
-    )
-
-
-def _triton(latents: Tensor, codebook: Tensor, normalize: bool, out: Tensor) -> None:
-    from titok.kernels.nearest_codebook import count_splits, launch_nearest_codebook
-
-    splits = count_splits(latents.shape[0], *codebook.shape, latents.device)
-    scores = codes = None
-    if splits > 1:
-        scores = torch.empty((splits, latents.shape[0]), dtype=torch.float32, device=latents.device)
-        codes = torch.empty_like(scores, dtype=torch.int32)
-    latents, codebook = latents.float().contiguous(), codebook.float().contiguous()
-    launch_nearest_codebook(latents, codebook, normalize, out, scores, codes)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-_LAUNCH = {"plain": _plain, "cpp": _cpp, "triton": _triton}
-
-
-def _fake(latents: Tensor, codebook: Tensor, normalize: bool = False, backend: str = "auto") -> Tensor:
-    _check(latents, codebook)
-    return latents.new_empty(latents.shape[:-1], dtype=torch.int64)
-
-
-_OP = register(
-    "nearest_codebook(Tensor latents, Tensor codebook, bool normalize=False, str backend='auto') -> Tensor",
-    _registered,
-    _fake,
+_NEAREST_CODEBOOK = Op(
+    "nearest_codebook",
+    Arguments,
+    1,
+    check=_check,
+    results=_results,
+    backends=(
+        Kernel("triton", _triton, _why_no_triton),
+        Kernel("cpp", _cpp, _why_no_cpp, _with_dense_rows, checks_itself=True),
+        Composite("plain", _plain, differentiable=False),
+    ),
 )

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titok.ops.core import last_backend, note_backend, register_composite
 from titok.ops.nearest_codebook import compute_dtype, look_up, nearest_codebook
-from titok.profiling import ranged
+from titok.profiling import annotate
 
 
 class Quantized(NamedTuple):
@@ -23,7 +24,6 @@ class Quantized(NamedTuple):
     counts: Tensor  # (V,) int64: how many latents chose each code
 
 
-@ranged("quantize")
 def quantize(
     latents: Tensor,
     codebook: Tensor,
@@ -49,7 +49,19 @@ def quantize(
     """
     if not commitment_cost >= 0:
         raise ValueError(f"commitment_cost: expected a number >= 0, got {commitment_cost!r}")
+    if torch.compiler.is_compiling():
+        return Quantized(*_quantize(latents, codebook, normalize, commitment_cost, backend))
+    with annotate("quantize"):
+        return Quantized(*_quantize(latents, codebook, normalize, commitment_cost, backend))
+
+
+def _quantize(
+    latents: Tensor, codebook: Tensor, normalize: bool, commitment_cost: float, backend: str | None = None
+) -> tuple[Tensor, ...]:
+    """The members of `Quantized`."""
     indices = nearest_codebook(latents.detach(), codebook.detach(), normalize=normalize, backend=backend)
+    if not torch.compiler.is_compiling():
+        note_backend("quantize", last_backend("nearest_codebook") or "plain")
     z = latents.to(compute_dtype(latents.dtype, codebook.dtype))
     z = F.normalize(z, dim=-1) if normalize else z
     q = look_up(indices, codebook, normalize, latents.dtype)
@@ -59,12 +71,12 @@ def quantize(
     codebook_loss = (q - z.detach()).square().sum() / count
     flat = indices.reshape(-1)
     counts = torch.zeros(codebook.shape[0], dtype=torch.int64, device=flat.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for the GPU
-    return Quantized(
-        quantized=z + difference,
-        indices=indices,
-        loss=commitment_loss + codebook_loss,
-        commitment_loss=commitment_loss,
-        codebook_loss=codebook_loss,
-        counts=counts,
-    )
+    counts = counts.scatter_add(0, flat, torch.ones_like(flat))  # bincount would make the host wait for the GPU
+    return z + difference, indices, commitment_loss + codebook_loss, commitment_loss, codebook_loss, counts
+
+
+register_composite(
+    "quantize(Tensor latents, Tensor codebook, bool normalize, float commitment_cost, str? backend=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _quantize,
+)

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from titok.config import GeneratorConfig, TokenizerConfig, _Config
+from titok.config import Config, GeneratorConfig, TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(_Config):
+class TrainingConfig(Config):
     """What both loops share.
 
     Attributes:

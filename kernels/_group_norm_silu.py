@@ -1,0 +1,34 @@
+"""What the two directions of group_norm_silu share: loads and tile sizes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from titok.kernels._tuning import GROUP_NORM_SILU, GROUP_NORM_SILU_CHUNK
+
+
+@triton.jit
+def load_float32(ptr, mask):
+    """Values as float32, 0 where masked."""
+    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_statistics(mean_ptr, rstd_ptr, image, channels, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Mean and rstd of the group of each channel."""
+    groups = image * (C // WIDTH) + channels // WIDTH
+    return load_float32(mean_ptr + groups, channels < C), load_float32(rstd_ptr + groups, channels < C)
+
+
+def tile_constexprs(C: int) -> dict[str, int]:
+    tile = GROUP_NORM_SILU
+    columns = min(triton.next_power_of_2(C), tile.columns)
+    rows = min(tile.rows * tile.columns // columns, GROUP_NORM_SILU_CHUNK)
+    return {
+        "C": C,
+        "BLOCK_P": rows,
+        "BLOCK_C": columns,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }

@@ -1,0 +1,100 @@
+"""`GenerationRequest`: what it refuses, what it owns, and how it is cut; arguments are checked once, at the public entry."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from titok import GeneratorConfig, Pipeline, SamplingConfig, checks, sample_tokens
+from titok.generation.request import GenerationRequest
+from titok.generation.sample_sets import generate_set
+
+Make = Callable[..., Any]
+CONFIG = GeneratorConfig(4, 16, num_classes=3, sampling=SamplingConfig(steps=5))
+DEFAULTS: dict[str, Any] = {"labels": [0, 1], "seed": 0, "first_sample": 0, "sampling": None, "rounding": "nearest"}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"labels": [4]}, ValueError, r"labels: expected classes in \[0, 3\], got 4"),
+        ({"labels": [0.5]}, TypeError, "labels: expected dtype int64, got float32"),
+        ({"labels": [[0]]}, ValueError, r"labels: expected shape \(B\), got \(1, 1\)"),
+        ({"labels": "01"}, TypeError, "labels: expected a tensor or a sequence of ints, got '01'"),
+        ({"labels": None}, TypeError, "labels: expected a tensor or a sequence of ints, got None"),
+        ({"labels": torch.tensor([1], dtype=torch.int32)}, TypeError, "labels: expected dtype int64, got int32"),
+        ({"seed": -1}, ValueError, r"seed: expected an int in \[0, 2\^64\), got -1"),
+        ({"seed": 1.0}, ValueError, "seed: expected an int"),
+        ({"first_sample": 1 << 63}, ValueError, r"first_sample: expected an int in \[0, 2\^63\)"),
+        ({"sampling": {"steps": 3}}, TypeError, "sampling: expected a SamplingConfig or None, got dict"),
+        ({"rounding": "up"}, ValueError, "rounding: expected 'nearest' or 'truncate', got 'up'"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        GenerationRequest.checked(CONFIG, **{**DEFAULTS, **change})
+
+
+def test_defaults_and_parts() -> None:
+    request = GenerationRequest.checked(CONFIG, **{**DEFAULTS, "labels": range(4), "seed": 7, "first_sample": 10})
+    assert request.sampling == SamplingConfig(steps=5)
+    part = request.part(1, 3)
+    assert (part.labels.tolist(), part.first_sample, part.seed, len(part)) == ([1, 2], 11, 7, 2)
+    assert len(request.part(3, 9)) == 1
+    assert len(request.part(4, 4)) == 0
+
+
+def test_labels_are_a_copy() -> None:
+    labels = torch.tensor([0, 1])
+    request = GenerationRequest.checked(CONFIG, **{**DEFAULTS, "labels": labels})
+    labels[0] = 1_000_000
+    assert request.labels.tolist() == [0, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Once at the door
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the values of each argument are checked."""
+    names: Counter[str] = Counter()
+    check = checks._check_values
+
+    def counted(name: str, *rest: Any) -> None:
+        names[name] += 1
+        check(name, *rest)
+
+    monkeypatch.setattr(checks, "_check_values", counted)
+    return names
+
+
+def test_every_entry_checks_each_argument_once(
+    tiny_tokenizer: Make, tiny_generator: Make, checked: Counter[str], tmp_path: Any
+) -> None:
+    pipe = Pipeline(tiny_tokenizer(), tiny_generator())
+    labels = torch.tensor([0, 1, 2])
+    tokens, images = torch.zeros(3, 4, dtype=torch.int64), torch.rand(3, 3, 16, 24)
+    entries: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
+        "pipeline": (lambda: pipe(labels), {"labels": 1}),
+        "generate_many": (lambda: list(pipe.generate_many(labels, batch_size=1)), {"labels": 1}),
+        "generate_set": (lambda: generate_set(pipe, tmp_path / "a.npz", labels, batch_size=1), {"labels": 1}),
+        "sample_tokens": (lambda: sample_tokens(pipe.generator, labels), {"labels": 1}),
+        "sample_tokens, init": (
+            lambda: sample_tokens(pipe.generator, labels, init_tokens=tokens),
+            {"labels": 1, "init_tokens": 1},
+        ),
+        "generator": (lambda: pipe.generator(tokens, labels), {"tokens": 1, "labels": 1}),
+        "encode": (lambda: pipe.tokenizer.encode(images), {"images": 1}),
+        "encode_latents": (lambda: pipe.tokenizer.encode_latents(images), {"images": 1}),
+        "forward": (lambda: pipe.tokenizer(images), {"images": 1}),
+        "decode": (lambda: pipe.tokenizer.decode(tokens), {"tokens": 1}),
+    }
+    for name, (call, expected) in entries.items():
+        checked.clear()
+        call()
+        assert checked == expected, name

@@ -1,0 +1,127 @@
+"""How ops run in this thread or task: plain mode, always through the dispatcher, and which back end ran last."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+class Mode(NamedTuple):
+    """What the context managers below switch.
+
+    Attributes:
+        plain: an op that is asked for no back end by name runs plain PyTorch.
+        dispatched: every call goes through PyTorch's dispatcher, as in compiled code.
+    """
+
+    plain: bool = False
+    dispatched: bool = False
+
+
+DEFAULT = Mode()
+_MODE: ContextVar[Mode] = ContextVar("titok_ops_mode", default=DEFAULT)
+
+
+def current_mode() -> Mode:
+    """The mode of this thread or task. Not to be called while compiling: torch.compile cannot trace it."""
+    return _MODE.get()
+
+
+@contextmanager
+def _switched(**changes: bool) -> Iterator[None]:
+    token = _MODE.set(_MODE.get()._replace(**changes))
+    try:
+        yield
+    finally:
+        _MODE.reset(token)
+
+
+@contextmanager
+def only_plain(on: bool = True) -> Iterator[None]:
+    """Within, an op that is asked for no back end by name runs plain PyTorch; for this thread or task alone."""
+    with _switched(plain=on):
+        yield
+
+
+@contextmanager
+def through_dispatcher() -> Iterator[None]:
+    """Within, every op goes through PyTorch's dispatcher, as in compiled code; for this thread or task alone.
+
+    Eager calls go around the dispatcher, which would cost more than small ops themselves. This is the switch to measure
+    and test that difference with.
+    """
+    with _switched(dispatched=True):
+        yield
+
+
+def is_plain() -> bool:
+    """Whether plain mode is on in this thread or task; False while torch.compile traces."""
+    return not torch.compiler.is_compiling() and _MODE.get().plain
+
+
+def are_plain(tensors: Sequence[Any]) -> bool:
+    """Whether these are tensors that nothing watches: no subclass, no mode, no tracing, no transform of functorch."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for t in tensors:  # noqa: SIM110 (a generator takes twice the time)
+        if type(t) not in _PLAIN_TENSORS:
+            return False
+    return True
+
+
+def runs_eagerly(*tensors: Tensor) -> bool:
+    """Whether nothing watches these tensors and no gradient is wanted, so that their memory may be read directly."""
+    if torch.compiler.is_compiling() or not are_plain(tensors) or forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which PyTorch's ops keep the dtypes they are given; next to free outside autocast."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What ran last
+
+
+class _LastBackends(threading.local):
+    """One record for each thread, so that no thread reads what another one ran."""
+
+    def __init__(self) -> None:
+        self.by_op: dict[str, str] = {}
+
+
+_LAST = _LastBackends()
+
+
+def note_backend(op: str, backend: str) -> None:
+    """Records for `last_backend` that this thread ran `op` on `backend`."""
+    _LAST.by_op[op] = backend
+
+
+def last_backend(op: str) -> str | None:
+    """The back end that the latest call of `op` in this thread ran on; None before the first call."""
+    return _LAST.by_op.get(op)
+
+
+def last_backends() -> dict[str, str]:
+    """The back end that the latest call of each op in this thread ran on, by op."""
+    return dict(_LAST.by_op)

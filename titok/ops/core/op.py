@@ -1,0 +1,433 @@
+"""One op, written once: `Op` registers it with PyTorch and runs its back ends.
+
+A call takes one of four ways:
+
+1. Compiled, traced, exported, vmapped, meta and fake tensors, subclasses and modes go through PyTorch's dispatcher to
+   the op registered as `torch.ops.titok.<name>`. Its kernel and its fake implementation are made from the op's parts.
+2. Forward-mode differentiation computes plain PyTorch, which has the tangents.
+3. An eager call on the CPU that wants no gradient is offered to the C++ kernel as it is. The kernel checks what it gets
+   and refuses what it cannot take. This way costs the least, and most calls take it.
+4. Any other eager call has its arguments checked and a back end chosen. Where a gradient is wanted, an
+   `autograd.Function` runs the kernels of both directions, or plain PyTorch is differentiated by PyTorch itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from titok import profiling
+from titok.checks import check_tensor
+from titok.ops.core.available import interpreting, why_no_cpp
+from titok.ops.core.mode import DEFAULT, are_plain, current_mode, no_autocast, note_backend
+
+_LIBRARY = torch.library.Library("titok", "DEF")
+
+Outputs = tuple[Any, ...]  # tensors, and None for a result that was not asked for
+
+# How the schema of an op writes the types of its arguments.
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    int | torch.SymInt: "SymInt",
+    float: "float",
+    str: "str",
+    torch.dtype | None: "ScalarType?",
+}
+
+
+def _can_always_run(arguments: Any) -> None:
+    return None
+
+
+def _as_given(arguments: Any) -> Any:
+    return arguments
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A back end of our own, which fills tensors that the op has allocated.
+
+    Attributes:
+        launch: called with the op's arguments and each result; where a gradient is wanted, also with each tensor that
+            is kept for the backward pass.
+        why_not: called with the op's arguments; None where the kernel can take them, else the reason in one line.
+        prepare: called with the op's arguments; returns them in the memory layout that `launch` takes.
+        checks_itself: whether `launch` checks all it is given before it writes, and raises `TypeError` or `ValueError`
+            for what it cannot take, as the C++ kernels do. Eager calls are then offered to it without any check before.
+    """
+
+    name: str
+    launch: Callable[..., None]
+    why_not: Callable[[Any], str | None]
+    prepare: Callable[[Any], Any] = _as_given
+    checks_itself: bool = False
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A back end made of PyTorch's own ops.
+
+    Attributes:
+        compute: called with the op's arguments; returns all outputs, new tensors: the results, then what is kept.
+        differentiable: whether PyTorch can differentiate `compute`, in reverse and forward mode.
+    """
+
+    name: str
+    compute: Callable[[Any], Outputs]
+    why_not: Callable[[Any], str | None] = _can_always_run
+    differentiable: bool = True
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """How an op is differentiated: by another op.
+
+    Attributes:
+        op: the op of the backward pass.
+        save: called with the arguments and all outputs; returns the tensors (or None) that the backward pass reads.
+        arguments: called with the gradients of the results (None where a result has none), the saved tensors, the
+            forward pass's arguments, in which `...` stands for each tensor, and whether each tensor argument needs a
+            gradient; returns the arguments of `op`, or None where `op` has nothing to do.
+        gradients: called with the gradients of the results and what `op` returned (nothing where it had nothing to do);
+            returns the gradient of each tensor argument in order, or None.
+    """
+
+    op: Op
+    save: Callable[[Any, Outputs], tuple[Tensor | None, ...]]
+    arguments: Callable[..., tuple[Any, ...] | None]
+    gradients: Callable[[Any, Outputs], tuple[Tensor | None, ...]]
+
+
+class Op:
+    """An op with its back ends.
+
+    Args:
+        name: the op is registered as `torch.ops.titok.<name>`.
+        arguments: a NamedTuple of the arguments, with the types of `_SCHEMA_TYPES`, from which the schema is made.
+            Every op has `backend` behind them. The functions below are called with one such tuple.
+        num_results: how many tensors the op returns.
+        check: looks at every argument; raises `TypeError` or `ValueError`.
+        results: allocates what the op returns. None stands for a result that these arguments do not ask for; the
+            registered op returns an empty tensor in its place.
+        backends: fastest first; the last is a `Composite` called "plain".
+        kept: allocates further outputs, which only the backward pass reads.
+        num_kept: how many these are.
+        gradient: None where the op has none.
+        plain_gradient: whether differentiating plain PyTorch is the fastest way to a gradient for these arguments.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Any,
+        num_results: int,
+        *,
+        check: Callable[[Any], None],
+        results: Callable[[Any], Outputs],
+        backends: Sequence[Kernel | Composite],
+        kept: Callable[[Any], Outputs] | None = None,
+        num_kept: int = 0,
+        gradient: Gradient | None = None,
+        plain_gradient: Callable[[Any], bool] | None = None,
+    ) -> None:
+        self.name, self.arguments = name, arguments
+        types = [_SCHEMA_TYPES[kind] for kind in get_type_hints(arguments).values()]
+        self._tensor_at = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
+        self.check, self._results, self._kept = check, results, kept
+        self.backends = {backend.name: backend for backend in backends}
+        self.gradient, self._plain_gradient = gradient, plain_gradient
+        self._plain = backends[-1]
+        self._direct = next((b for b in backends if isinstance(b, Kernel) and b.checks_itself), None)
+        self._num_results = num_results
+        defaults = {field: f"={value}" for field, value in arguments._field_defaults.items()}
+        declared = ", ".join(
+            f"{kind} {field}{defaults.get(field, '')}"
+            for kind, field in zip(types, arguments._fields, strict=True)
+        )
+        outputs = ["Tensor"] * (num_results + num_kept)
+        returned = "Tensor" if len(outputs) == 1 else f"({', '.join(outputs)})"
+        self._register(f"{name}({declared}, str? backend=None) -> {returned}")
+
+    # --- calls
+
+    def __call__(self, *arguments: Any, out: Outputs | None = None, backend: str | None = None) -> Outputs:
+        """The results.
+
+        Args:
+            arguments: in order.
+            out: one tensor or None for each result; the tensors take their results and are returned.
+            backend: the name of one; None or "auto" for the fastest that can run.
+        """
+        if torch.compiler.is_compiling():
+            return self._dispatched(arguments, out, backend)
+        if profiling.is_enabled():
+            with profiling.annotate(self.name):
+                return self._run(self.arguments(*arguments), out, backend)
+        return self._run(self.arguments(*arguments), out, backend)
+
+    def _run(self, arguments: Any, out: Outputs | None, backend: str | None) -> Outputs:
+        tensors = [t for i in self._tensor_at if (t := arguments[i]) is not None]
+        if not tensors:
+            self.check(arguments)
+        if not are_plain(tensors):
+            if not all(isinstance(t, Tensor) for t in tensors):
+                self.check(arguments)  # this names the argument that should be a tensor
+            return self._dispatched(arguments, out, backend)
+        mode = current_mode()
+        if mode.dispatched:
+            return self._dispatched(arguments, out, backend)
+        wants_gradient = False
+        if self.gradient is not None:
+            if forward_ad._current_level >= 0:
+                self.check(arguments)
+                return self._into(out, self._compute(self._plain, arguments))
+            if torch.is_grad_enabled():
+                wants_gradient = any(t.requires_grad for t in tensors)
+        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self._dispatched(
+                arguments, out, backend
+            )  # whoever differentiates the results is told that none can
+        if backend is None and mode is DEFAULT and self._direct is not None and not wants_gradient:
+            first = tensors[0]
+            results = self._offer(self._direct, arguments, out) if first.is_cpu and first.numel() else None
+            if results is not None:
+                return results
+        self.check(arguments)
+        if any(t.device.type not in ("cpu", "cuda") or t.is_neg() or t._is_zerotensor() for t in tensors):
+            return self._dispatched(arguments, out, backend)
+        chosen = self.choose(backend, arguments, wants_gradient=wants_gradient)
+        if not wants_gradient:
+            outputs = self._outputs(chosen, arguments, keep=False)
+        elif isinstance(chosen, Composite) and chosen.differentiable:
+            outputs = self._compute(chosen, arguments)
+        else:
+            outputs = _Differentiable.apply(*arguments, backend, self, chosen)
+        return self._into(out, outputs)
+
+    def _offer(self, kernel: Kernel, arguments: Any, out: Outputs | None) -> Outputs | None:
+        """The results of a kernel that checks its arguments itself; None where it refuses them."""
+        if why_no_cpp() is not None:
+            return None
+        try:
+            results = self._results(arguments)
+            if out is not None:
+                results = tuple(r if o is None else o for o, r in zip(out, results, strict=True))
+            kernel.launch(arguments, *results)
+        except Exception:  # the checks of the longer way name what is wrong, or another back end runs
+            return None
+        note_backend(self.name, kernel.name)
+        if out is not None:
+            torch.autograd.graph.increment_version([t for t in out if t is not None])
+        return results
+
+    def _outputs(self, chosen: Kernel | Composite, arguments: Any, *, keep: bool) -> Outputs:
+        """The results, and with `keep` what the backward pass reads behind them."""
+        note_backend(self.name, chosen.name)
+        if isinstance(chosen, Composite):
+            return self._compute(chosen, arguments)
+        results = self._results(arguments)
+        kept = self._kept(arguments) if keep and self._kept is not None else ()
+        asked = [t for t in (*results, *kept) if t is not None]
+        if asked[0].numel() == 0:
+            for tensor in asked[1:]:
+                tensor.zero_()  # sums and means over nothing
+        else:
+            chosen.launch(chosen.prepare(arguments), *results, *kept)
+        return (*results, *kept)
+
+    def _compute(self, chosen: Kernel | Composite, arguments: Any) -> Outputs:
+        assert isinstance(chosen, Composite)
+        note_backend(self.name, chosen.name)
+        tensor = next(t for i in self._tensor_at if (t := arguments[i]) is not None)
+        with no_autocast(tensor):
+            return chosen.compute(arguments)
+
+    def _dispatched(self, arguments: tuple[Any, ...], out: Outputs | None, backend: str | None) -> Outputs:
+        outputs = self.overload(*arguments, backend)
+        return self._into(out, outputs if isinstance(outputs, tuple) else (outputs,))
+
+    def _into(self, out: Outputs | None, outputs: Outputs) -> Outputs:
+        """The results without what is kept, copied into `out` where one is given."""
+        results = outputs[: self._num_results]
+        if out is None:
+            return results
+        if not isinstance(out, tuple | list) or len(out) != len(results):
+            wanted = "a pair of tensors" if len(results) == 2 else f"{len(results)} tensors"
+            raise TypeError(f"out: expected {wanted}, got {type(out).__name__}")
+        names_one = sum(target is not None for target in out) == 1
+        for i, (target, result) in enumerate(zip(out, results, strict=True)):
+            if result is None or target is None:
+                continue
+            name = "out" if names_one else f"out[{i}]"
+            check_tensor(name, target, shape=result.shape, dtypes=(result.dtype,), device=result.device)
+            target.copy_(result)
+        return tuple(result if target is None else target for target, result in zip(out, results, strict=True))
+
+    # --- the choice of a back end
+
+    def choose(self, requested: str | None, arguments: Any, *, wants_gradient: bool = False) -> Kernel | Composite:
+        """The back end that is to run.
+
+        Args:
+            requested: a name, which is used or raises with the cause; None or "auto" for the first that can run, but
+                never Triton's interpreter, which is there for tests.
+            wants_gradient: whether the backward pass will follow in eager code.
+
+        Raises:
+            ValueError: `requested` is no back end of this op.
+            RuntimeError: `requested` cannot run here, or has no backward pass where one is wanted, with the cause.
+        """
+        if requested is None or requested == "auto":
+            if current_mode().plain or (
+                wants_gradient and self._plain_gradient and self._plain_gradient(arguments)
+            ):
+                return self._plain
+            skipped = "triton" if interpreting() else None
+            return next(b for b in self.backends.values() if b.name != skipped and b.why_not(arguments) is None)
+        if requested not in self.backends:
+            names = sorted(self.backends)
+            raise ValueError(f"backend: expected 'auto' or one of {names} for {self.name}, got {requested!r}")
+        chosen = self.backends[requested]
+        reason = chosen.why_not(arguments)
+        if reason is None and wants_gradient and self.gradient and requested not in self.gradient.op.backends:
+            able = sorted(self.gradient.op.backends)
+            reason = f"it has no backward pass, which {able} have: call it without gradients, or choose another"
+        if reason is not None:
+            raise RuntimeError(f"{self.name}: backend {requested!r} cannot run: {reason}")
+        return chosen
+
+    # --- registration
+
+    def _register(self, schema: str) -> None:
+        name = self.name
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, self._kernel, "CPU")
+        _LIBRARY.impl(name, self._kernel, "CUDA")
+        torch.library.register_fake(f"titok::{name}", self._fake, lib=_LIBRARY)
+        torch.library.register_vmap(f"titok::{name}", self._vmap, lib=_LIBRARY)
+        torch.library.register_autograd(
+            f"titok::{name}",
+            self._gradients if self.gradient is not None else self._no_gradient,
+            setup_context=self._save,
+            lib=_LIBRARY,
+        )
+        self.overload = getattr(torch.ops.titok, name).default
+
+    def _kernel(self, *given: Any) -> Any:
+        """What the dispatcher calls with real tensors, also for those who call `torch.ops.titok.<name>` themselves."""
+        arguments, backend = self._split(given)
+        self.check(arguments)
+        return self._returned(self._outputs(self.choose(backend, arguments), arguments, keep=True))
+
+    def _fake(self, *given: Any) -> Any:
+        arguments, _ = self._split(given)
+        self.check(arguments)
+        return self._returned(
+            (*self._results(arguments), *(self._kept(arguments) if self._kept is not None else ()))
+        )
+
+    def _split(self, given: tuple[Any, ...]) -> tuple[Any, str | None]:
+        """Arguments and `backend`. The dispatcher leaves out arguments behind the last that is not its default."""
+        count = len(self.arguments._fields)
+        return self.arguments(*given[:count]), given[count] if len(given) > count else None
+
+    @staticmethod
+    def _returned(outputs: Outputs) -> Any:
+        """As the schema declares it: no tuple of one, and an empty tensor for what was not asked for."""
+        if len(outputs) == 1:
+            return outputs[0]
+        asked = next(t for t in outputs if t is not None)
+        return tuple(asked.new_empty(0) if t is None else t for t in outputs)
+
+    def _vmap(self, info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
+        """One call for each sample of the mapped dimension, stacked in front."""
+        samples = [
+            self.overload(*(x if d is None else x.select(d, i) for x, d in zip(given, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
+
+    # --- autograd, for `autograd.Function` and for the dispatcher alike
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        arguments, ctx.backend = self._split(inputs)
+        ctx.dtypes = [None if arguments[i] is None else arguments[i].dtype for i in self._tensor_at]
+        ctx.arguments = self.arguments(*(... if isinstance(a, Tensor) else a for a in arguments))
+        ctx.set_materialize_grads(False)
+        if self.gradient is None:
+            return
+        ctx.mark_non_differentiable(*outputs[self._num_results :])
+        ctx.save_for_backward(*self.gradient.save(arguments, outputs))
+
+    def _gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of every input of the registered op; None for those that have or need none."""
+        assert self.gradient is not None
+        needs_grad = ctx.needs_input_grad
+        everything: list[Tensor | None] = [None] * len(needs_grad)
+        grads = grads[: self._num_results]
+        if all(grad is None for grad in grads):
+            return tuple(everything)
+        needs = [i < len(needs_grad) and needs_grad[i] for i in self._tensor_at]
+        arguments = self.gradient.arguments(grads, ctx.saved_tensors, ctx.arguments, needs)
+        returned = () if arguments is None else self.gradient.op(*arguments, backend=ctx.backend)
+        found = self.gradient.gradients(grads, returned)
+        for i, grad, need, dtype in zip(self._tensor_at, found, needs, ctx.dtypes, strict=True):
+            if grad is not None and need:
+                everything[i] = grad.to(dtype)
+        return tuple(everything)
+
+    def _no_gradient(self, ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(f"titok::{self.name} is not differentiable: its gradient was asked for")
+
+
+class _Differentiable(torch.autograd.Function):
+    """An eager call that wants a gradient: the kernels of both directions, without the dispatcher's cost."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Outputs:
+        *inputs, op, chosen = given
+        ctx.op = op
+        outputs: Outputs = op._outputs(chosen, op._split(tuple(inputs))[0], keep=True)
+        op._save(ctx, tuple(inputs), outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: tuple[Tensor | None, ...] = ctx.op._gradients(ctx, *grads)
+        return gradients
+
+
+def register_composite(schema: str, function: Callable[..., Any]) -> None:
+    """Registers a function that is made of PyTorch's ops and of ours as `torch.ops.titok.<name>`.
+
+    PyTorch looks inside such an op: what it is made of is differentiated, compiled and vmapped.
+    """
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
+
+
+def contiguous(arguments: Any) -> Any:
+    """The arguments with contiguous tensors."""
+    return arguments._make(a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def vjp(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the inputs, by computing the function once more and letting PyTorch differentiate it."""
+    # A kernel that the dispatcher called runs below autograd, which is let in here.
+    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), autograd:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        result = function(*leaves)
+        gradients: tuple[Tensor, ...] = torch.autograd.grad(result, leaves, grad)
+    return gradients
