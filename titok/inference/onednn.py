@@ -6,6 +6,9 @@ They are not public; where a release lacks one, `available` says no and PyTorch'
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,11 +19,24 @@ from titok.ops import runs_eagerly
 
 _GEOMETRY: Any = ([1, 1], [1, 1], [1, 1], 1)  # of every convolution here: padding, stride, dilation, groups
 
+_WITHOUT_LAYOUTS: ContextVar[bool] = ContextVar("titok_onednn_without_layouts", default=False)
+
+
+@contextmanager
+def without_layouts() -> Iterator[None]:
+    """Within, layers of this thread or task use neither oneDNN's packed weights nor its fused sums."""
+    token = _WITHOUT_LAYOUTS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_LAYOUTS.reset(token)
+
 
 def available(x: Tensor) -> bool:
     """Whether they may be called on x: a plain float32 or bfloat16 tensor on a CPU that has them."""
     return (
         x.device.type == "cpu"
+        and not _WITHOUT_LAYOUTS.get()
         and x.numel() > 0
         and x.dtype in (torch.float32, torch.bfloat16)
         and runs_eagerly(x)

@@ -4,7 +4,14 @@ Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which f
 """
 
 from titok.ops._extension import backends
-from titok.ops._registry import is_plain, last_backend, last_backends, only_plain, runs_eagerly
+from titok.ops._registry import (
+    is_plain,
+    last_backend,
+    last_backends,
+    only_plain,
+    runs_eagerly,
+    through_dispatcher,
+)
 from titok.ops.add_layer_norm import add_layer_norm, layer_norm
 from titok.ops.code_mixture import code_mixture
 from titok.ops.group_norm_silu import group_norm_silu
@@ -31,4 +38,5 @@ __all__ = [
     "pack_step_params",
     "quantize",
     "runs_eagerly",
+    "through_dispatcher",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ _LIBRARY = torch.library.Library("titok", "DEF")
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _LAST_BACKEND: dict[str, str] = {}
 _only_plain = False
+_THROUGH_DISPATCHER: ContextVar[bool] = ContextVar("titok_ops_through_dispatcher", default=False)
 
 
 def is_plain() -> bool:
@@ -30,6 +32,16 @@ def only_plain(on: bool = True) -> Iterator[None]:
         yield
     finally:
         _only_plain = before
+
+
+@contextmanager
+def through_dispatcher() -> Iterator[None]:
+    """Within, every op of this thread or task is called as registered with PyTorch's dispatcher."""
+    token = _THROUGH_DISPATCHER.set(True)
+    try:
+        yield
+    finally:
+        _THROUGH_DISPATCHER.reset(token)
 
 
 def register(
@@ -66,7 +78,8 @@ def runs_eagerly(*tensors: torch.Tensor, gradients: bool = False) -> bool:
         gradients: accept tensors that want a gradient, for an op with an `autograd.Function` of its own.
     """
     if (
-        _only_plain  # whose path `choose` finds; what calls a kernel of ours directly must not
+        _THROUGH_DISPATCHER.get()
+        or _only_plain  # whose path `choose` finds; what calls a kernel of ours directly must not
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
