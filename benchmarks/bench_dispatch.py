@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    results = Results(arguments.json)
     torch.set_num_threads(1)  # with more, waking them for inputs this small would be most of the time
+    results = Results(arguments.json)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("microseconds a call, medians of interleaved runs")
     print(f"{'op':20}{'backend':>10}{'eager path':>12}{'dispatcher':>12}{'difference':>12}")

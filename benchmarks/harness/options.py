@@ -41,7 +41,7 @@ def add_out(p: argparse.ArgumentParser) -> None:
 def start(arguments: argparse.Namespace) -> Path:
     """Seeds the run, sets whether a GPU multiplies float32 as TF32, and returns the results file."""
     if arguments.device == "cpu" and arguments.dtype == "tf32":
-        print("tf32 is a format of GPUs; this CPU computes fp32")
+        print("tf32 is a format of GPUs; a CPU computes fp32")
         arguments.dtype = "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.dtype == "tf32"
     torch.manual_seed(0)

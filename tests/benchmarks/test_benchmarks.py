@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import mmap
 import re
 import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -264,3 +266,38 @@ def test_makefile_runs_every_op_benchmark():
     others = {"bench_dispatch", "bench_models"}
     found = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} - others
     assert found == {f"bench_{op}" for op in gpu.OPS}
+
+
+def test_benchmarks_use_public_names_only():
+    """No private module or name of titok or of another benchmark, and nothing that patches them."""
+    found = []
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("titok", "benchmarks"):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                module = getattr(node, "module", None) or ""
+                assert "mock" not in [*module.split("."), *(alias.name for alias in node.names)], path
+            found += [f"{path.name}: {name}" for name in names if re.match("_(?!_)", name)]
+    assert not found
+
+
+def test_parts_of_the_gpu_run_end_in_verdicts(tmp_path, capsys):
+    log = tmp_path / "gpu.log"
+    with log.open("w") as file:
+        runner = gpu.Runner(minutes=1, log=file)
+        for name, code in (("fine", "print('hello')"), ("broken", "raise SystemExit(3)")):
+            runner.run(name, [sys.executable, "-c", code], limit=30)
+        assert runner.failed()
+        runner.run("slow", [sys.executable, "-c", "import time; time.sleep(30)"], limit=0.5)
+        runner.verdicts["speedup"] = f"{gpu.NOT_INSTALLED}: rich"
+    assert runner.verdicts == {
+        "fine": "ok",
+        "broken": "exit status 3",
+        "slow": "stopped after 0 s",
+        "speedup": "not installed: rich",
+    }
+    assert "hello" in log.read_text()
+    assert "hello" in capsys.readouterr().out
+    assert 0 < runner.left() < 60
