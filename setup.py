@@ -35,6 +35,7 @@ CXX_FLAGS = [
     "-fno-trapping-math",  # results are the same; without it GCC does not vectorize a loop with a `?:` in it
     "-Wall",
     "-Wextra",
+    "-Wno-psabi",  # vectors that are wider than a register are passed between functions of one file only
 ]
 # `<op>_simd.cpp` is compiled once for each of these, in a namespace of that name; `<op>.cpp` picks at run time.
 ISA_FLAGS = {
