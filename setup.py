@@ -94,9 +94,11 @@ class BuildExtension(build_ext):
         print(f"titok: built without {what}: {why}", file=sys.stderr, flush=True)
 
     def _compile(self, target: Path, nvcc: str | None) -> None:
+        import pybind11
+
         cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
         includes = [f"-I{CSRC}"]
-        python = [f"-isystem{sysconfig.get_path('include')}"]
+        python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
         cuda = ["-DTITOK_WITH_CUDA"] if nvcc else []
         # Not `self.build_temp`, which editable installs throw away: ninja rebuilds only what changed.
         build = ROOT / "build" / f"csrc-{sys.implementation.cache_tag}-{platform.machine()}"

@@ -195,15 +195,22 @@ class Op:
             return self._dispatched(
                 arguments, out, backend
             )  # whoever differentiates the results is told that none can
-        if backend is None and mode is DEFAULT and self._direct is not None and not wants_gradient:
-            first = tensors[0]
-            results = self._offer(self._direct, arguments, out) if first.is_cpu and first.numel() else None
+        plain_gradient = wants_gradient and self._plain_gradient is not None and self._plain_gradient(arguments)
+        if backend is None and mode is DEFAULT and not plain_gradient and self._can_offer(tensors[0]):
+            if wants_gradient:
+                outputs = _Differentiable.apply(*arguments, backend, self, None)
+                return self._into(out, outputs)
+            results = self._offer(arguments, out)
             if results is not None:
                 return results
         self.check(arguments)
-        if any(t.device.type not in ("cpu", "cuda") or t.is_neg() or t._is_zerotensor() for t in tensors):
-            return self._dispatched(arguments, out, backend)
-        chosen = self.choose(backend, arguments, wants_gradient=wants_gradient)
+        for t in tensors:
+            if not (t.is_cpu or t.is_cuda) or t.is_neg() or t._is_zerotensor():
+                return self._dispatched(arguments, out, backend)
+        if plain_gradient and backend is None:
+            chosen = self._plain
+        else:
+            chosen = self.choose(backend, arguments, wants_gradient=wants_gradient)
         if not wants_gradient:
             outputs = self._outputs(chosen, arguments, keep=False)
         elif isinstance(chosen, Composite) and chosen.differentiable:
@@ -212,21 +219,25 @@ class Op:
             outputs = _Differentiable.apply(*arguments, backend, self, chosen)
         return self._into(out, outputs)
 
-    def _offer(self, kernel: Kernel, arguments: Any, out: Outputs | None) -> Outputs | None:
-        """The results of a kernel that checks its arguments itself; None where it refuses them."""
-        if why_no_cpp() is not None:
-            return None
+    def _can_offer(self, first: Tensor) -> bool:
+        return self._direct is not None and first.is_cpu and first.numel() > 0 and why_no_cpp() is None
+
+    def _offer(self, arguments: Any, out: Outputs | None = None, *, keep: bool = False) -> Outputs | None:
+        """The outputs of the kernel that checks its arguments itself; None where it refuses them."""
+        assert self._direct is not None
         try:
-            results = self._results(arguments)
+            outputs = self._results(arguments)
             if out is not None:
-                results = tuple(r if o is None else o for o, r in zip(out, results, strict=True))
-            kernel.launch(arguments, *results)
+                outputs = tuple(r if o is None else o for o, r in zip(out, outputs, strict=True))
+            if keep and self._kept is not None:
+                outputs = (*outputs, *self._kept(arguments))
+            self._direct.launch(arguments, *outputs)
         except Exception:  # the checks of the longer way name what is wrong, or another back end runs
             return None
-        note_backend(self.name, kernel.name)
+        note_backend(self.name, self._direct.name)
         if out is not None:
             torch.autograd.graph.increment_version([t for t in out if t is not None])
-        return results
+        return outputs
 
     def _outputs(self, chosen: Kernel | Composite, arguments: Any, *, keep: bool) -> Outputs:
         """The results, and with `keep` what the backward pass reads behind them."""
@@ -242,6 +253,19 @@ class Op:
         else:
             chosen.launch(chosen.prepare(arguments), *results, *kept)
         return (*results, *kept)
+
+    def _forward(self, split: tuple[Any, str | None], chosen: Kernel | Composite | None = None) -> Outputs:
+        """All outputs for arguments that nobody has checked where `chosen` is None."""
+        arguments, backend = split
+        if chosen is None:
+            first = next(t for i in self._tensor_at if (t := arguments[i]) is not None)
+            if backend is None and not current_mode().plain and self._can_offer(first):
+                outputs = self._offer(arguments, keep=True)
+                if outputs is not None:
+                    return outputs
+            self.check(arguments)
+            chosen = self.choose(backend, arguments)
+        return self._outputs(chosen, arguments, keep=True)
 
     def _compute(self, chosen: Kernel | Composite, arguments: Any) -> Outputs:
         assert isinstance(chosen, Composite)
@@ -323,9 +347,7 @@ class Op:
 
     def _kernel(self, *given: Any) -> Any:
         """What the dispatcher calls with real tensors, also for those who call `torch.ops.titok.<name>` themselves."""
-        arguments, backend = self._split(given)
-        self.check(arguments)
-        return self._returned(self._outputs(self.choose(backend, arguments), arguments, keep=True))
+        return self._returned(self._forward(self._split(given)))
 
     def _fake(self, *given: Any) -> Any:
         arguments, _ = self._split(given)
@@ -398,7 +420,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Outputs:
         *inputs, op, chosen = given
         ctx.op = op
-        outputs: Outputs = op._outputs(chosen, op._split(tuple(inputs))[0], keep=True)
+        outputs: Outputs = op._forward(op._split(tuple(inputs)), chosen)
         op._save(ctx, tuple(inputs), outputs)
         return outputs
 
