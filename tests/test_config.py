@@ -1,4 +1,4 @@
-"""Configurations: every bad value names its field, JSON round trips, and the sizes of the published presets."""
+"""Configurations: errors name the field, JSON restores equal configurations, presets have the published sizes."""
 
 from __future__ import annotations
 
@@ -122,9 +122,9 @@ def test_json_round_trip(name: str) -> None:
     config: Any = CONFIGS[name]
     kind = type(config)
     assert kind.from_dict(config.to_dict()) == config
-    again = kind.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert again == config
-    assert hash(again) == hash(config), "lists out of JSON must have become tuples"
+    restored = kind.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert restored == config
+    assert hash(restored) == hash(config), "lists of JSON must become tuples"
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.num_latent_tokens = 1
 
@@ -160,7 +160,7 @@ def test_an_int_is_a_square() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Sizes of what was published
+# Published sizes
 
 PUBLISHED = {
     "titok-l-32": "titok_l32", "titok-b-64": "titok_b64", "titok-s-128": "titok_s128",
@@ -171,7 +171,7 @@ PUBLISHED = {
 
 
 def sizes(model: torch.nn.Module) -> tuple[int, int]:
-    """(tensors, numbers) that a checkpoint holds."""
+    """How many tensors and how many numbers a checkpoint holds."""
     state = model.state_dict()
     return len(state), sum(t.numel() for t in state.values())
 
@@ -199,9 +199,9 @@ def test_generators_are_as_large_as_published(name: str) -> None:
     with torch.device("meta"):
         tensors, numbers = sizes(MaskGIT(config))
     if config.architecture == "vit":
-        numbers += 2 * config.width  # BERT's two token types: row 0 is folded into our positions, row 1 never used
+        numbers += 2 * config.width  # BERT's two token types: row 0 is added to our positions, row 1 is unused
         tensors += 1
-        tensors += 2 * 2 * config.layers  # query, key and value, weight and bias: three tensors there, one here
+        tensors += 2 * 2 * config.layers  # weights and biases of query, key and value, which we pack
     assert (tensors, numbers) == (want["tensors"], want["parameters"])
 
 

@@ -1,8 +1,9 @@
 """The import graph of titok: no circle, one direction, few layers, nothing private across folders.
 
-The graph is read from the source with `ast`, so that imports within functions count as well, and so does the name of a
-module that is passed to a function such as `importlib.import_module`. Imports under `if TYPE_CHECKING:` do not count,
-because they never run. A wing is a folder of titok/ (`titok.models`) or a module beside the folders (`titok.config`).
+The graph is read from the source with `ast`, so that imports within functions count as well. So does the name of a
+module that is passed to a function such as `importlib.import_module`. Imports under `if TYPE_CHECKING:` do not
+count, because they never run. A wing is a folder of titok/ (`titok.models`) or a module beside the folders
+(`titok.config`).
 """
 
 from __future__ import annotations

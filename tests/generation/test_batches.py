@@ -1,4 +1,4 @@
-"""`Pipeline.generate_many`: order, batches of any size, stopping and going on, how "auto" finds its size."""
+"""`Pipeline.generate_many`: order, batch sizes, continuing a stopped run, and how "auto" finds its batch size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pipe(tiny_tokenizer: Make, tiny_generator: Make) -> Pipeline:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The tokens of every batch that is decoded."""
+    """A list that collects the tokens of every batch that is decoded."""
     batches: list[Tensor] = []
     decode = TiTok.decode_head
 
@@ -42,26 +42,26 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize("size", [1, 3, 4, 11, 50, "auto"])
 def test_pictures_are_those_of_one_call(pipe: Pipeline, size: Any, decoded: list[Tensor]) -> None:
     config = SamplingConfig(steps=3, temperature=4.0)
-    whole = pipe(LABELS, seed=3, first_sample=5, sampling=config, rounding="truncate")
+    in_one_batch = pipe(LABELS, seed=3, first_sample=5, sampling=config, rounding="truncate")
     decoded.clear()
     many = pipe.generate_many(
         LABELS, batch_size=size, seed=3, first_sample=5, sampling=config, rounding="truncate"
     )
     pictures = torch.stack(list(many))
     assert pictures.dtype == torch.uint8
-    # Tokens are equal. Pixels may fall on the other side of a level where another batch size rounds differently.
+    # Tokens are equal. A pixel may differ by one level, because another batch size rounds differently.
     assert torch.equal(torch.cat(decoded), sample_tokens(pipe.generator, LABELS, config, seed=3, first_sample=5))
-    assert (pictures.int() - whole.int()).abs().max() <= 1
-    assert len(whole.unique(dim=0)) == len(LABELS), "equal pictures would prove no order"
+    assert (pictures.int() - in_one_batch.int()).abs().max() <= 1
+    assert len(in_one_batch.unique(dim=0)) == len(LABELS), "with equal pictures the order could not be tested"
     if size != "auto":
         assert [len(tokens) for tokens in decoded[:-1]] == [size] * ((len(LABELS) - 1) // size)
 
 
 def test_a_stopped_run_goes_on(pipe: Pipeline) -> None:
-    whole = torch.stack(list(pipe.generate_many(LABELS, batch_size=4)))
+    in_one_batch = torch.stack(list(pipe.generate_many(LABELS, batch_size=4)))
     first = list(itertools.islice(pipe.generate_many(LABELS, batch_size=4), 6))
     rest = list(pipe.generate_many(LABELS[6:], first_sample=6, batch_size=4))
-    assert (torch.stack(first + rest).int() - whole.int()).abs().max() <= 1
+    assert (torch.stack(first + rest).int() - in_one_batch.int()).abs().max() <= 1
 
 
 def test_labels_as_tensor_and_none_at_all(pipe: Pipeline) -> None:
@@ -106,17 +106,20 @@ def test_bad_input_is_refused_at_once(
 
 
 def test_progress(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    for progress, shown in ((True, True), (False, False), (None, False)):  # here stderr is no terminal
+    for progress, shown in ((True, True), (False, False), (None, False)):  # stderr is not a terminal in tests
         list(pipe.generate_many(LABELS, batch_size=4, progress=progress))
         assert ("/11" in capsys.readouterr().err) == shown
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The size of a batch
+# The search for the batch size
 
 
 def sizes(search: BatchSizeSearch, seconds: Callable[[int], float]) -> Iterator[int]:
-    """The sizes of the batches of a machine that takes `seconds(size)` for one, each first one ten times as long."""
+    """The batch sizes that `search` tries.
+
+    A batch takes `seconds(size)`, and the first batch of each size takes ten times as long.
+    """
     tried = set()
     while True:
         size = search.size
@@ -160,10 +163,10 @@ def test_auto_grows_while_it_pays() -> None:
 def test_auto_heeds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {"VmRSS": 1000, "VmHWM": 1000, "MemAvailable": 10_000}
 
-    def told(file: str, field: str) -> int:
+    def figure(file: str, field: str) -> int:
         return figures[field]
 
-    monkeypatch.setattr(streaming, "_memory_figure", told)
+    monkeypatch.setattr(streaming, "_memory_figure", figure)
     search, tried = BatchSizeSearch("auto", CPU), []
     for _ in range(20):
         tried.append(search.size)
@@ -175,21 +178,21 @@ def test_auto_heeds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_goes_back_where_memory_ran_out(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = torch.stack(list(pipe.generate_many(LABELS, batch_size=4)))
+    in_one_batch = torch.stack(list(pipe.generate_many(LABELS, batch_size=4)))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     decode, batches = TiTok.decode_head, []
 
-    def cramped(self: TiTok, tokens: Tensor) -> Tensor:
+    def decode_two_at_most(self: TiTok, tokens: Tensor) -> Tensor:
         batches.append(len(tokens))
         if len(tokens) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(self, tokens)
 
-    monkeypatch.setattr(TiTok, "decode_head", cramped)
+    monkeypatch.setattr(TiTok, "decode_head", decode_two_at_most)
     monkeypatch.setattr(streaming.time, "perf_counter", itertools.count().__next__)  # every batch takes a second
     pictures = torch.stack(list(pipe.generate_many(LABELS, batch_size="auto")))
     assert batches == [1, 1, 2, 2, 4, 2, 2, 1]
-    assert (pictures.int() - whole.int()).abs().max() <= 1
+    assert (pictures.int() - in_one_batch.int()).abs().max() <= 1
     with pytest.raises(torch.OutOfMemoryError):
         list(pipe.generate_many(LABELS, batch_size=4))
 
@@ -198,8 +201,8 @@ def test_auto_goes_back_where_memory_ran_out(pipe: Pipeline, monkeypatch: pytest
 def test_on_a_gpu(tiny_tokenizer: Make, tiny_generator: Make) -> None:
     pipe = Pipeline(tiny_tokenizer().cuda(), tiny_generator().cuda())
     labels = torch.arange(300) % 3
-    whole = pipe(labels, seed=1).cpu()
+    in_one_batch = pipe(labels, seed=1).cpu()
     for size in (7, 64, "auto"):
         pictures = torch.stack(list(pipe.generate_many(labels, seed=1, batch_size=size)))  # type: ignore[arg-type]
         assert pictures.device.type == "cpu"
-        assert (pictures.int() - whole.int()).abs().max() <= 1
+        assert (pictures.int() - in_one_batch.int()).abs().max() <= 1

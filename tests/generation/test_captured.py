@@ -1,4 +1,4 @@
-"""The decoding loop over fixed buffers, which a GPU captures as a graph: the same tokens as those of the eager loop.
+"""The decoding loop over buffers of fixed shape, which a GPU captures as a graph, returns the eager loop's tokens.
 
 Without a GPU the buffers are tested uncaptured (`capture=False`).
 """
@@ -61,7 +61,7 @@ def test_static_buffers_give_the_tokens_of_the_eager_loop(labels: list[int]) -> 
 
 
 def test_one_set_of_buffers_serves_other_labels_seeds_and_numbers() -> None:
-    """Everything but the shape of the work is an input: nothing of the first run may be baked in."""
+    """Everything but the shape of the work is an input: nothing of the first run may be fixed in it."""
     model = make()
     static = StaticDecode(model, request([8, 8, 0, 3], seed=9, first_sample=2), 6, 4)
     other = dataclasses.replace(GUIDED, guidance_scale=7.0, temperature=1.0, softmax_annealing=False)
@@ -81,7 +81,7 @@ def test_long_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(decode_captured(model, request(labels, seed=1), GraphCache(), capture=False), want)
 
 
-def test_a_failed_capture_is_said_once_and_decoding_goes_on() -> None:
+def test_a_failed_capture_warns_once_and_decoding_goes_on() -> None:
     if torch.cuda.is_available():
         pytest.skip("captures do not fail here")
     model, labels, graphs = make(), torch.arange(4), GraphCache()
@@ -117,7 +117,7 @@ def test_a_copied_or_unpickled_model_starts_without_graphs() -> None:
 
 
 def test_threads_take_turns_at_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs are copied into buffers that all runs of a graph share: another thread must not write them meanwhile."""
+    """All runs of a graph share its input buffers, so another thread must not write them during a run."""
     model, graphs = make(), GraphCache()
     compute = StaticDecode._compute
 
@@ -129,7 +129,7 @@ def test_threads_take_turns_at_the_buffers(monkeypatch: pytest.MonkeyPatch) -> N
     results: dict[int, torch.Tensor] = {}
 
     def run(seed: int) -> None:
-        with torch.no_grad():  # belongs to a thread
+        with torch.no_grad():  # the setting of a thread
             results[seed] = decode_captured(model, request([1, 2, 3, 4], seed=seed), graphs, capture=False)
 
     threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]

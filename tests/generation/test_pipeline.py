@@ -1,4 +1,4 @@
-"""Labels to pictures: pairs that do not fit, 8 bits, what a picture depends on."""
+"""`Pipeline`: models that do not fit together, 8-bit pictures, what a picture depends on, threads."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def test_pictures_are_the_decoded_tokens_in_8_bits(pipe: Pipeline) -> None:
 
 def test_a_picture_depends_on_seed_and_number_alone(pipe: Pipeline) -> None:
     labels = [0, 1, 2, 2, 1, 0, 0]
-    whole = pipe(labels, seed=3)
+    in_one_batch = pipe(labels, seed=3)
     cut = [pipe(labels[i : i + 3], seed=3, first_sample=i) for i in range(0, 7, 3)]
-    # The tokens are equal; their pictures may differ where a batch of another size rounds differently.
-    assert (torch.cat(cut).int() - whole.int()).abs().max() <= 1
-    assert not torch.equal(pipe(labels, seed=4), whole)
-    assert not torch.equal(pipe(labels, seed=3, first_sample=1), whole)
-    assert not torch.equal(pipe([1] * 7, seed=3), whole)
+    # Tokens are equal. A pixel may differ by one level, because another batch size rounds differently.
+    assert (torch.cat(cut).int() - in_one_batch.int()).abs().max() <= 1
+    assert not torch.equal(pipe(labels, seed=4), in_one_batch)
+    assert not torch.equal(pipe(labels, seed=3, first_sample=1), in_one_batch)
+    assert not torch.equal(pipe([1] * 7, seed=3), in_one_batch)
 
 
 def test_sampling_defaults_to_the_generators(tiny_tokenizer: Make, tiny_generator: Make) -> None:
@@ -114,10 +114,10 @@ def test_bad_input(pipe: Pipeline, call: dict[str, Any], error: type[Exception],
 def test_from_pretrained(pipe: Pipeline, tmp_path: Path) -> None:
     pipe.tokenizer.save_pretrained(tmp_path / "tokenizer")
     pipe.generator.save_pretrained(tmp_path / "generator")
-    again = Pipeline.from_pretrained(tmp_path / "tokenizer", tmp_path / "generator")
-    assert torch.equal(again([0, 1, 2], seed=9), pipe([0, 1, 2], seed=9))
-    half = Pipeline.from_pretrained(tmp_path / "tokenizer", tmp_path / "generator", dtype=torch.bfloat16)
-    assert half([0, 1]).shape == (2, 16, 24, 3)
+    loaded = Pipeline.from_pretrained(tmp_path / "tokenizer", tmp_path / "generator")
+    assert torch.equal(loaded([0, 1, 2], seed=9), pipe([0, 1, 2], seed=9))
+    bfloat16 = Pipeline.from_pretrained(tmp_path / "tokenizer", tmp_path / "generator", dtype=torch.bfloat16)
+    assert bfloat16([0, 1]).shape == (2, 16, 24, 3)
     with pytest.raises(ValueError, match="expected a TiTok, got a 'MaskGIT'"):
         Pipeline.from_pretrained(tmp_path / "generator", tmp_path / "tokenizer")
 
@@ -137,7 +137,7 @@ def test_models_keep_their_mode(tiny_tokenizer: Make, tiny_generator: Make) -> N
 
 
 def paused(pipe: Pipeline, on_entry: Callable[[], None]) -> list[bool]:
-    """Calls `on_entry` in the middle of each call of `pipe`. Returns a list that tells of each call if it ran plain."""
+    """Calls `on_entry` within each call of `pipe`; the list collects whether the call runs in plain mode."""
     modes: list[bool] = []
     decode = pipe.tokenizer.decode_head
 

@@ -1,4 +1,4 @@
-"""`GenerationRequest`: what it refuses and how it is cut; and that every public entry checks its arguments once."""
+"""`GenerationRequest`: bad input and parts of a request; every public entry checks its arguments once."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_labels_are_a_copy() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Once at the door
+# Arguments are checked once
 
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the values of each argument are checked."""
+    """Counts how often the values of each argument are checked."""
     names: Counter[str] = Counter()
     check = checks._check_values
 

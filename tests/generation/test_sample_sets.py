@@ -1,4 +1,4 @@
-"""Sample sets: their layout, what a run that was stopped leaves and how it goes on, several processes."""
+"""`generate_set`: the layout of the file, continuing a stopped run, several processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pipe(tiny_tokenizer: Make, tiny_generator: Make) -> Pipeline:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads of small models mostly wait for each other, for long where others use the machine."""
+    """One thread for models so small that threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +41,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def flushed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What was flushed, in order; to wait for a disk that others use as well would be most of the time taken here."""
+    """A list of what would be flushed, in place of flushing: waiting for the disk would take most of the time."""
     paths: list[Path] = []
     monkeypatch.setattr(sample_sets, "_flush", paths.append)
     return paths
@@ -70,7 +70,7 @@ def test_an_empty_set(pipe: Pipeline, tmp_path: Path) -> None:
         assert file["arr_1"].shape == (0,)
 
 
-def test_a_set_is_replaced_whole(pipe: Pipeline, tmp_path: Path) -> None:
+def test_a_set_is_replaced(pipe: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     generate_set(pipe, path, LABELS, batch_size=4)
     before = path.read_bytes()
@@ -85,14 +85,17 @@ def test_a_set_is_replaced_whole(pipe: Pipeline, tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Ends `generate_set` in place of the end of the process."""
 
 
 def stopped(step: int, pipe: Pipeline, path: Path) -> bool:
-    """Generates, but dies at a step if the run gets so far. Every change of a name on the disk is a step."""
+    """Calls `generate_set` and kills it at step `step`; False where it ends before.
+
+    A step is every change of a name on the disk.
+    """
     count = itertools.count()
 
-    def mortal(change: Callable[..., None]) -> Callable[..., None]:
+    def until_step(change: Callable[..., None]) -> Callable[..., None]:
         def changed(*args: Any, **options: Any) -> None:
             if next(count) >= step:
                 raise Killed
@@ -101,9 +104,9 @@ def stopped(step: int, pipe: Pipeline, path: Path) -> bool:
         return changed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", mortal(os.replace))
-        patch.setattr(Path, "unlink", mortal(Path.unlink))
-        patch.setattr(Path, "rmdir", mortal(Path.rmdir))
+        patch.setattr(os, "replace", until_step(os.replace))
+        patch.setattr(Path, "unlink", until_step(Path.unlink))
+        patch.setattr(Path, "rmdir", until_step(Path.rmdir))
         try:
             generate_set(pipe, path, LABELS, batch_size=4)
         except Killed:
@@ -112,10 +115,10 @@ def stopped(step: int, pipe: Pipeline, path: Path) -> bool:
 
 
 def test_a_run_that_dies_at_any_step_goes_on(pipe: Pipeline, tmp_path: Path) -> None:
-    generate_set(pipe, tmp_path / "whole.npz", LABELS, batch_size=4)
-    want = (tmp_path / "whole.npz").read_bytes()
+    generate_set(pipe, tmp_path / "reference.npz", LABELS, batch_size=4)
+    want = (tmp_path / "reference.npz").read_bytes()
     path = tmp_path / "run" / "a.npz"
-    # The settings, three parts and the output get their names; settings, parts, lock and folder go.
+    # Steps: settings, three parts and output are renamed; settings, three parts, lock and folder are removed.
     for step in range(11):
         assert stopped(step, pipe, path)
         assert path.exists() == (step > 4)
@@ -123,10 +126,10 @@ def test_a_run_that_dies_at_any_step_goes_on(pipe: Pipeline, tmp_path: Path) -> 
         assert path.read_bytes() == want
         assert list(path.parent.iterdir()) == [path]
         path.unlink()
-    assert not stopped(11, pipe, path), "there are no more steps"
+    assert not stopped(11, pipe, path), "a run has 11 steps"
 
 
-def test_all_is_on_the_disk_before_it_has_its_name(
+def test_files_are_flushed_before_they_are_renamed(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flushed: list[Path]
 ) -> None:
     replace, named = os.replace, []
@@ -139,12 +142,12 @@ def test_all_is_on_the_disk_before_it_has_its_name(
     monkeypatch.setattr(os, "replace", checked)
     generate_set(pipe, tmp_path / "a.npz", LABELS, batch_size=6)
     assert named == ["settings.json", "000000000000-000000000006.u8", "000000000006-000000000011.u8", "a.npz"]
-    assert flushed[-1] == tmp_path, "the name itself, before the parts go"
+    assert flushed[-1] == tmp_path, "the folder of the output, before the parts are removed"
 
 
 def test_only_what_is_missing_is_made(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.npz"
-    generate_set(pipe, tmp_path / "whole.npz", LABELS, batch_size=4)
+    generate_set(pipe, tmp_path / "reference.npz", LABELS, batch_size=4)
     stopped(2, pipe, path)
     assert [p.name for p in sorted((tmp_path / "a.npz.parts").glob("*.u8"))] == ["000000000000-000000000004.u8"]
     made: list[int] = []
@@ -152,10 +155,10 @@ def test_only_what_is_missing_is_made(pipe: Pipeline, tmp_path: Path, monkeypatc
     monkeypatch.setattr(
         TiTok, "decode_head", lambda self, tokens: made.append(len(tokens)) or decode(self, tokens)
     )
-    generate_set(pipe, path, LABELS, batch_size=3)  # another size may go on
+    generate_set(pipe, path, LABELS, batch_size=3)  # with another batch size
     assert sum(made) == 7
-    whole, pictures = (np.load(p)["arr_0"].astype(int) for p in (tmp_path / "whole.npz", path))
-    assert np.abs(pictures - whole).max() <= 1
+    reference, pictures = (np.load(p)["arr_0"].astype(int) for p in (tmp_path / "reference.npz", path))
+    assert np.abs(pictures - reference).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -169,9 +172,7 @@ def test_only_what_is_missing_is_made(pipe: Pipeline, tmp_path: Path, monkeypatc
         ({"sampling": SamplingConfig(temperature=3.0)}, "sampling.temperature 9.5"),
     ],
 )
-def test_other_settings_are_not_mixed_in(
-    pipe: Pipeline, change: dict[str, Any], name: str, tmp_path: Path
-) -> None:
+def test_other_settings_are_refused(pipe: Pipeline, change: dict[str, Any], name: str, tmp_path: Path) -> None:
     path, parts = tmp_path / "a.npz", tmp_path / "a.npz.parts"
     stopped(3, pipe, path)
     before = {p: p.read_bytes() for p in parts.iterdir()}
@@ -181,7 +182,7 @@ def test_other_settings_are_not_mixed_in(
     generate_set(pipe, path, LABELS, batch_size=4)
 
 
-def test_other_weights_are_not_mixed_in(
+def test_other_weights_are_refused(
     pipe: Pipeline, tiny_tokenizer: Make, tiny_generator: Make, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.npz"
@@ -196,7 +197,7 @@ def test_other_weights_are_not_mixed_in(
     generate_set(Pipeline(tiny_tokenizer(), tiny_generator()), path, LABELS, batch_size=4)
 
 
-def test_settings_without_pictures_bind_nobody(pipe: Pipeline, tmp_path: Path) -> None:
+def test_settings_without_pictures_may_change(pipe: Pipeline, tmp_path: Path) -> None:
     stopped(1, pipe, tmp_path / "a.npz")
     generate_set(pipe, tmp_path / "a.npz", LABELS, seed=1)
 
@@ -219,7 +220,7 @@ def test_two_runs_at_once_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
     assert refused[0] == f"{tmp_path / 'a.npz.parts'}: another process is at work here"
 
 
-def test_what_is_not_ours_stays(pipe: Pipeline, tmp_path: Path) -> None:
+def test_files_of_others_stay(pipe: Pipeline, tmp_path: Path) -> None:
     parts = tmp_path / "a.npz.parts"
     parts.mkdir()
     (parts / "notes.u8").write_text("mine")
@@ -245,15 +246,15 @@ def test_a_failing_disk_stops_the_run(pipe: Pipeline, tmp_path: Path, monkeypatc
     assert not (tmp_path / "a.npz").exists()
 
 
-@pytest.mark.parametrize("grid", [1, 4, 7])
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
 @pytest.mark.parametrize("world", [1, 2, 3, 16])
-def test_shares_are_all_that_is_missing_once(world: int, grid: int) -> None:
+def test_shares_are_disjoint_and_complete(world: int, batch_size: int) -> None:
     rng = np.random.default_rng(0)
     for missing in (np.arange(30), np.arange(0), np.array([29]), np.flatnonzero(rng.random(30) < 0.6)):
-        runs = [run for rank in range(world) for run in sample_sets._share(missing, rank, world, grid)]
-        assert [i for start, stop in runs for i in range(start, stop)] == missing.tolist()
-        for (_, stop), (start, _) in itertools.pairwise(runs):
-            assert stop < start or stop % grid == 0, "processes part at the start of a batch"
+        ranges = [r for rank in range(world) for r in sample_sets._share(missing, rank, world, batch_size)]
+        assert [i for start, stop in ranges for i in range(start, stop)] == missing.tolist()
+        for (_, stop), (start, _) in itertools.pairwise(ranges):
+            assert stop < start or stop % batch_size == 0, "shares are cut at the start of a batch"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -269,11 +270,11 @@ def command(models: Path, output: Path, count: int, *, world: int) -> list[str]:
     return [sys.executable, "-m", *launcher, "titok", "generate", *map(str, arguments), "-o", str(output)]
 
 
-def family(pid: int) -> list[int]:
-    """The process and all that descend from it."""
+def descendants(pid: int) -> list[int]:
+    """The process and all its descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # the process has ended
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     found = [pid]
     for member in found:
@@ -282,8 +283,8 @@ def family(pid: int) -> list[int]:
 
 
 def kill(run: subprocess.Popen[str]) -> None:
-    """Launcher and workers at once, so that none can tidy up."""
-    members = family(run.pid)
+    """Kills launcher and workers at the same time, so that none can clean up."""
+    members = descendants(run.pid)
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in members:
             with contextlib.suppress(ProcessLookupError):
@@ -304,8 +305,8 @@ def start(models: Path, output: Path, count: int) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_two_processes_killed_in_the_middle(models: Path, tmp_path: Path) -> None:
     count = 600
-    whole, path, parts = tmp_path / "whole.npz", tmp_path / "a.npz", tmp_path / "a.npz.parts"
-    subprocess.run(command(models, whole, count, world=1), env=ONE_THREAD, check=True, capture_output=True)
+    reference, path, parts = tmp_path / "reference.npz", tmp_path / "a.npz", tmp_path / "a.npz.parts"
+    subprocess.run(command(models, reference, count, world=1), env=ONE_THREAD, check=True, capture_output=True)
     run = start(models, path, count)
     try:
         deadline = time.monotonic() + 120
@@ -320,9 +321,9 @@ def test_two_processes_killed_in_the_middle(models: Path, tmp_path: Path) -> Non
         kill(run)
     assert not path.exists()
     assert 20 <= len(list(parts.glob("*.u8"))) < count // 4
-    again = start(models, path, count)
-    said, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, said
-    assert path.read_bytes() == whole.read_bytes()
-    assert sorted(tmp_path.iterdir()) == [path, whole]
-    assert said.count("600 pictures of 3 classes") == 1, "one process reports"
+    continued = start(models, path, count)
+    output, _ = continued.communicate(timeout=200)
+    assert continued.returncode == 0, output
+    assert path.read_bytes() == reference.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [path, reference]
+    assert output.count("600 pictures of 3 classes") == 1, "only one process reports"

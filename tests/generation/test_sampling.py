@@ -1,4 +1,4 @@
-"""`sample_tokens`: what a sample's tokens depend on, what is kept, what is refused. Parity is in test_parity.py."""
+"""`sample_tokens`: what tokens depend on, known tokens, dropout, bad input. Parity: tests/models/test_parity.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def generator() -> MaskGIT:
     torch.manual_seed(0)
     config = GeneratorConfig(K, V, num_classes=CLASSES, width=64, layers=2, heads=4, mlp_width=128)
     model = MaskGIT(config)
-    for p in model.parameters():  # weights of 0.02 give flat logits: draws would not depend on the input
+    for p in model.parameters():  # with the usual deviation of 0.02 draws would hardly depend on the input
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
     return model
@@ -32,20 +32,20 @@ def generator() -> MaskGIT:
 def test_a_sample_depends_on_seed_and_index_alone(generator: MaskGIT, rule: Any) -> None:
     labels = torch.arange(12) % CLASSES
     config = SamplingConfig(confidence=rule, guidance_scale=2.0, temperature=4.5)
-    whole = sample_tokens(generator, labels, config, seed=7)
+    in_one_batch = sample_tokens(generator, labels, config, seed=7)
     for size in (1, 5):
         cut = [
             sample_tokens(generator, labels[i : i + size], config, seed=7, first_sample=i)
             for i in range(0, 12, size)
         ]
-        assert torch.equal(torch.cat(cut), whole)
-    assert torch.equal(sample_tokens(generator, labels, config, seed=7), whole)
+        assert torch.equal(torch.cat(cut), in_one_batch)
+    assert torch.equal(sample_tokens(generator, labels, config, seed=7), in_one_batch)
     other = sample_tokens(generator, labels, config, seed=8)
-    assert (other != whole).float().mean() > 0.5
+    assert (other != in_one_batch).float().mean() > 0.5
     same_label = sample_tokens(generator, torch.zeros(12, dtype=torch.int64), config, seed=7)
     assert len(same_label.unique(dim=0)) == 12, "samples of one class must differ by their index"
-    assert int(whole.min()) >= 0
-    assert int(whole.max()) < V
+    assert int(in_one_batch.min()) >= 0
+    assert int(in_one_batch.max()) < V
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 15, 16, 17, 40])
@@ -55,7 +55,7 @@ def test_masked_counts_and_known_tokens(generator: MaskGIT, steps: int) -> None:
     assert trace.tokens.shape == (steps + 1, 3, K)
     assert torch.equal(trace.tokens[-1], tokens)
     left, want = K, [K]
-    for step in range(steps):  # the definition, written out: at least one is decided, at least one is left
+    for step in range(steps):  # the definition: at least one is decided, and at least one is left
         target = math.floor(K * math.acos((step + 1) / steps) / (math.pi / 2))
         left = 0 if step == steps - 1 else max(1, min(left - 1, target))
         want.append(left)
@@ -64,11 +64,11 @@ def test_masked_counts_and_known_tokens(generator: MaskGIT, steps: int) -> None:
     for before, after in zip(trace.tokens[:-1], trace.tokens[1:], strict=True):
         known = before != V
         assert torch.equal(before[known], after[known])
-    # Steps that could only draw the last token and mask it again are left out when nobody looks: same result.
+    # Without a trace, steps that would draw the last token and mask it again are left out. The result is the same.
     assert torch.equal(sample_tokens(generator, [1, 2, 3], config), tokens)
 
 
-def test_init_tokens_keep_what_is_known(generator: MaskGIT) -> None:
+def test_known_init_tokens_stay(generator: MaskGIT) -> None:
     init = torch.randint(V, (5, K))
     init[0], init[1, :5], init[2, -1] = V, V, V
     before = init.clone()
@@ -86,7 +86,7 @@ def test_init_tokens_keep_what_is_known(generator: MaskGIT) -> None:
 
 
 def test_unconditional_and_guidance_free_runs_agree(generator: MaskGIT) -> None:
-    """Guiding towards "no class" is no guidance: w * u + (1 - w) * u = u."""
+    """With "no class" as the label both passes are equal: w * u + (1 - w) * u = u."""
     labels = torch.full((3,), generator.no_class)
     guided = SamplingConfig(guidance_scale=3.0, temperature=0.0)
     free = SamplingConfig(guidance_scale=0.0, temperature=0.0)
@@ -102,7 +102,7 @@ def test_init_tokens_that_are_all_masked_are_no_init_tokens(generator: MaskGIT) 
 
 
 def test_init_tokens_with_as_many_known_ones_in_every_sample(generator: MaskGIT) -> None:
-    """Samples that share their counts take another way to the op than samples that do not."""
+    """Counts that all samples share reach the op in another argument than counts that differ."""
     init = torch.randint(V, (3, K))
     init[0, :9], init[1, 3:12], init[2, ::2], init[2, 1] = V, V, V, V
     assert (init == V).sum(1).tolist() == [9, 9, 9]
@@ -122,7 +122,7 @@ def test_dropout_is_off_while_sampling(generator: MaskGIT) -> None:
 
 
 def test_sampling_leaves_a_model_that_another_thread_trains_alone() -> None:
-    """The other thread reads the mode and computes with dropout, also while a forward pass of the sampling runs."""
+    """The other thread reads the mode and computes with dropout while a forward pass of the sampling runs."""
     torch.manual_seed(0)
     config = GeneratorConfig(K, V, num_classes=CLASSES, width=32, layers=2, heads=2, mlp_width=64, dropout=0.5)
     model = MaskGIT(config).eval()

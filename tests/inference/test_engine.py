@@ -1,4 +1,4 @@
-"""The fast path against the plain one: same results, prepared weights that follow the parameters, memory that stays."""
+"""The fast path: results of the plain one, prepared weights that follow the parameters, memory that is kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from titok.models import vqgan
 from titok.models.layers import Conv3x3, Linear, UpsampleConv
 from titok.ops import last_backends
 
-VIT = ViTConfig(384, 2, 6, 16)  # wide enough for weights to be worth a layout of their own
+VIT = ViTConfig(384, 2, 6, 16)  # wide enough for packed weights
 
 
 def tokenizer(shortcut_of_result: bool = True, seed: int = 0) -> TiTok:
@@ -68,7 +68,7 @@ def tokenizer(shortcut_of_result: bool = True, seed: int = 0) -> TiTok:
         model.pixel_codebook.normal_()
         for name, p in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
-                p.add_(0.2 * torch.randn_like(p))  # else half of what could be wrong is 0 or 1
+                p.add_(0.2 * torch.randn_like(p))  # fresh norms and biases are 0 or 1 and would hide mistakes
     return model
 
 
@@ -102,10 +102,10 @@ def test_pictures_are_those_of_the_plain_path(
         fast = model.decode(TOKENS)
         with engine.plain():
             plain = model.decode(TOKENS)
-    trained = model.decode(TOKENS)  # with gradients
-    assert trained.requires_grad
+    differentiable = model.decode(TOKENS)
+    assert differentiable.requires_grad
     assert relative(fast, plain.double()) < tolerance
-    assert relative(trained.detach(), plain.double()) < tolerance
+    assert relative(differentiable.detach(), plain.double()) < tolerance
 
 
 def test_tokens_are_those_of_the_plain_path() -> None:
@@ -130,7 +130,7 @@ def test_bfloat16_is_no_less_exact_than_as_published() -> None:
         pixels = exact.decode_pixels(logits.movedim(1, -1))
         ours = relative(model.decode_pixels(logits.movedim(1, -1).bfloat16()), pixels)
         assert ours < 1.05 * relative(published.pixels(logits.bfloat16()), pixels)
-    assert 1e-4 < error < 0.05  # rounded indeed, and not by much
+    assert 1e-4 < error < 0.05  # the model did compute in bfloat16
 
 
 def test_the_decoder_takes_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,15 +139,15 @@ def test_the_decoder_takes_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     decode = model.pixel_decoder._decode
     monkeypatch.setattr(model.pixel_decoder, "_decode", lambda codes: sizes.append(len(codes)) or decode(codes))
     with torch.no_grad():
-        whole = model.decode(TOKENS)
+        at_once = model.decode(TOKENS)
         monkeypatch.setattr(vqgan, "_MAX_MAP_BYTES_CPU", 2 * 64 * 96 * 64 * 8)
-        assert torch.allclose(model.decode(TOKENS), whole, rtol=1e-12)
+        assert torch.allclose(model.decode(TOKENS), at_once, rtol=1e-12)
         assert model.decode(TOKENS[:0]).shape == (0, 3, 64, 96)
     assert sizes == [3, 2, 1, 0]
 
 
 def test_one_graph_ends_in_pictures() -> None:
-    """Its static form; capture needs a GPU."""
+    """Without a GPU the buffers are tested uncaptured."""
     pipe = Pipeline(tokenizer(), generator())
     labels = torch.tensor([2, 2, 5])
     with torch.no_grad():
@@ -157,11 +157,11 @@ def test_one_graph_ends_in_pictures() -> None:
         got = decode_captured(pipe.generator, request, GraphCache(), pictures, capture=False)
     want = pipe(labels, seed=3, first_sample=7)
     assert got.shape == want.shape == (3, 64, 96, 3)
-    assert (got.int() - want.int()).abs().max() <= 1  # padded to a batch of three by the bucket: rounding
+    assert (got.int() - want.int()).abs().max() <= 1  # another batch size may round differently
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What runs
+# Which implementation runs
 
 
 def calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
@@ -182,8 +182,10 @@ def test_inference_on_a_cpu_runs_onednn_on_packed_weights(monkeypatch: pytest.Mo
         products = called.count("packed_linear")
         called.clear()
         model.decode(TOKENS)
-        assert set(called) == {"packed_linear"}  # nothing is packed twice
-        assert called.count("packed_linear") == products - 1  # the tokens that are the same in every image
+        assert set(called) == {"packed_linear"}  # the packed weights are kept
+        assert (
+            called.count("packed_linear") == products - 1
+        )  # that of the tokens which are the same in every image
         called.clear()
         with engine.plain():
             model.decode(TOKENS)
@@ -194,7 +196,7 @@ def test_inference_on_a_cpu_runs_onednn_on_packed_weights(monkeypatch: pytest.Mo
     assert called == []
 
 
-def test_plain_runs_no_kernel_of_ours() -> None:
+def test_the_plain_engine_runs_plain_pytorch() -> None:
     pipe = Pipeline(tokenizer(), generator(), engine="plain")
     pipe([1])
     used = ("group_norm_silu", "add_layer_norm", "masked_attention", "maskgit_decode_step", "code_mixture")
@@ -217,7 +219,7 @@ def test_unknown_engine() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is made of weights
+# Prepared weights
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] = {
@@ -280,7 +282,7 @@ def test_copies_and_pickles_leave_prepared_weights_behind(kind: str) -> None:
 
 def test_inference_tensors_and_inference_mode() -> None:
     with torch.inference_mode():
-        layer, x = Linear(384, 512), torch.randn(3, 384)  # such weights have no version
+        layer, x = Linear(384, 512), torch.randn(3, 384)  # PyTorch counts no versions of these weights
         assert relative(layer(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())) < 1e-6
         layer.weight.neg_()
         assert relative(layer(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())) < 1e-6
@@ -297,10 +299,10 @@ def test_gelu_behind_a_linear_layer() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# bfloat16 without instructions for it
+# bfloat16 on a CPU without instructions for it
 
 
-def test_emulated_bfloat16_gives_way_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emulated_bfloat16_is_replaced_by_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepared, "bfloat16_is_native", lambda: False)
     coder, model = tokenizer().bfloat16(), generator().bfloat16()
     exact = copy.deepcopy(coder).double()
@@ -313,7 +315,7 @@ def test_emulated_bfloat16_gives_way_to_float32(monkeypatch: pytest.MonkeyPatch)
         assert relative(coder.decode(TOKENS), exact.decode(TOKENS)) < 2.5e-3
         assert coder.encode(torch.rand(1, 3, 64, 96)).shape == (1, 8)
         with engine.plain():
-            assert relative(coder.decode(TOKENS), exact.decode(TOKENS)) > 2.5e-3  # bfloat16 all the way
+            assert relative(coder.decode(TOKENS), exact.decode(TOKENS)) > 2.5e-3  # every layer rounds to bfloat16
     assert Pipeline(coder, model)([1, 2]).shape == (2, 64, 96, 3)
 
 
@@ -340,7 +342,7 @@ def test_the_float32_copy_belongs_to_its_model(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_prepared_weights_are_shared_between_threads() -> None:
-    """Threads that pass other keys get the values of their own keys."""
+    """Threads that pass different keys each get the value of their own key."""
     weight, made = torch.ones(4), PreparedWeight()
     wrong: list[tuple[int, int]] = []
 
@@ -390,23 +392,23 @@ def faults():
 torch.set_grad_enabled(False)
 print(faults())
 with memory_that_stays():
-    for _ in range(10):  # until a hole of the heap fits
+    for _ in range(10):  # until the heap has a free block of this size
         faults()
     with memory_that_stays():
-        pass  # the inner end is not the outer one
+        pass  # the end of an inner context must not end the outer one
     print(sum(faults() for _ in range(10)) / 10)
 with memory_that_stays():
-    print(sum(faults() for _ in range(10)) / 10)  # from one call to the next
+    print(sum(faults() for _ in range(10)) / 10)  # the next context finds the memory of the last one
 engine.release_memory()
 with memory_that_stays():
     print(faults())
 """
 
 
-@pytest.mark.skipif(_glibc() is None, reason="glibc alone")
+@pytest.mark.skipif(_glibc() is None, reason="needs glibc")
 @pytest.mark.parametrize("kept", [True, False])
 def test_memory_stays_within_and_goes_when_released(kept: bool) -> None:
-    """Shares of 64 MiB that had to be asked of the system, in a fresh process."""
+    """Counts page faults in a fresh process: the share of a 64 MiB tensor that is new memory from the system."""
     env = os.environ | {"TITOK_KEEP_HEAP": str(int(kept)), "THP_MEM_ALLOC_ENABLE": "0"}
     done = subprocess.run([sys.executable, "-c", FAULTS], env=env, check=True, capture_output=True, timeout=240)
     shares = [float(x) for x in done.stdout.split()]

@@ -1,4 +1,4 @@
-"""The folded form of upsampling and convolution against interpolate and conv2d, in float64 and below."""
+"""`upsample_conv` against interpolate and conv2d in float64, in several dtypes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     return F.conv2d(enlarged, weight.double(), None if bias is None else bias.double(), padding=1)
 
 
-# one pixel, where every window hangs over the border; one row; odd sides
+# One pixel, where every window reads the padding; one row; odd sizes.
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1, 3), (2, 3, 1, 6, 5), (2, 5, 7, 4, 4)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -29,11 +29,11 @@ def test_equals_the_enlarged_form(
     bias = torch.randn(outputs, dtype=torch.float64) if with_bias else None
     got = upsample_conv(x, fold_upsample_conv(weight, bias))
     assert torch.allclose(got, reference(x, weight, bias), rtol=0, atol=1e-13 * 9 * channels)
-    if height * width > 1:  # one pixel is in both layouts
+    if height * width > 1:  # a map of one pixel has both layouts
         assert got.is_contiguous(memory_format=memory_format)
 
 
-# rounding of sums of 4 * channels products, and in bfloat16 of the folded weights
+# Sums of 4 * channels products are rounded, and in bfloat16 the folded weights too.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
 def test_rounding(dtype: torch.dtype, tolerance: float) -> None:
     x = torch.randn(2, 32, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)

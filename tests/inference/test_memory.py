@@ -1,7 +1,8 @@
-"""Memory of long runs: no more after thousands of pictures than after the first batch.
+"""Memory of long runs: thousands of pictures take no more than the first batch.
 
-Each run has a process of its own, whose peak is compared. What passes through is many times what may be added, which
-is left to what fills up once: batches read ahead, and the allocator's arenas of the threads that read or write.
+Each run has its own process, whose peak is compared. The data of a run is many times larger than the growth that is
+allowed. That growth is left to what fills up once: batches that are read ahead, and the allocator's arenas of the
+threads that read or write.
 """
 
 from __future__ import annotations
@@ -54,9 +55,8 @@ def write_set(folder: Path) -> int:
     from titok.generation.sample_sets import generate_set
 
     pipe, labels = small_pipeline(), torch.arange(1000) % 3
-    generate_set(
-        pipe, folder / "few.npz", labels[: 4 * BATCH], batch_size=BATCH
-    )  # three batches are under way at most
+    # Three batches are in memory at most, so four show the peak.
+    generate_set(pipe, folder / "few.npz", labels[: 4 * BATCH], batch_size=BATCH)
     before = peak()
     generate_set(pipe, folder / "many.npz", labels, batch_size=BATCH)
     assert (folder / "many.npz").stat().st_size > 1000 * 3 * SIZE**2
@@ -85,9 +85,12 @@ def tokenize(folder: Path) -> int:
 @pytest.mark.parametrize(
     ("run", "allowed"),
     [
-        (generate, 8 * MIB),  # of 26 MiB of pictures; measured: 2 to 4
+        (generate, 8 * MIB),  # the pictures take 26 MiB; measured: 2 to 4 MiB
         (write_set, 8 * MIB),
-        (tokenize, 16 * MIB),  # of 1,055 MiB; measured: 7, of which three batches read ahead are 5
+        (
+            tokenize,
+            16 * MIB,
+        ),  # the images take 1,055 MiB; measured: 7 MiB, of which 5 are three batches read ahead
     ],
 )
 def test_a_long_run_takes_no_more_memory(run: Callable[[Path], int], allowed: int, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The models' own contracts: shapes of every kind, bad input, gradients, dtypes. Parity is in test_parity.py."""
+"""The models: shapes, gradients, dtypes, dropout, bad input. Parity is in test_parity.py."""
 
 from __future__ import annotations
 
@@ -58,12 +58,14 @@ def test_shapes_and_gradients(kind: str) -> None:
     reconstruction, bottleneck = model(images)
     extra = bottleneck.kl().mean() if wide else bottleneck.loss
     ((reconstruction - images).square().mean() + extra).backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not silent
+    without_gradient = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
+    assert not without_gradient
 
 
 def test_a_patch_predicts_the_codes_that_it_covers() -> None:
-    """Patch (i, j) of the decoder answers for proxy codes (4i..4i+3, 4j..4j+3), rows before columns."""
+    """Patch (i, j) of the decoder predicts the proxy codes (4i..4i+3, 4j..4j+3), row by row."""
     c = KINDS["two-stage, 4x4 codes a patch"]
     model = TiTok(c)
     predictions: list[torch.Tensor] = []
@@ -105,8 +107,10 @@ def test_generator_shapes_and_gradients(architecture: Any) -> None:
     assert logits.shape == (2, 6, 20)
     assert torch.allclose(model(tokens[1:])[0], logits[1], atol=1e-5) or model.training
     logits.square().sum().backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not silent
+    without_gradient = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
+    assert not without_gradient
     assert model(tokens[:0]).shape == (0, 6, 20)
 
 
@@ -187,7 +191,7 @@ def test_vqgan_bad_input() -> None:
 
 
 def test_corrected_shortcut_leads_around_the_block() -> None:
-    """With a second convolution of zeros the corrected block passes its input on, and the official one returns 0."""
+    """With a second convolution of zeros the corrected block returns its shortcut, and the official one 0."""
     x = torch.randn(1, 32, 4, 4)
     for shortcut_of_result, passes_input in ((False, True), (True, False)):
         block = ResidualBlock(32, 64, shortcut_of_result=shortcut_of_result)

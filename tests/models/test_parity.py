@@ -33,7 +33,7 @@ def write_official(folder: Path, case: str, config: dict[str, Any] | None) -> Pa
 
 
 def check(case: Case, name: str, got: Tensor) -> None:
-    """`name` without its prefix: compared with f64.* or out.* by the dtype of `got`."""
+    """Compares with the golden array f64.<name> or out.<name>, by the dtype of `got`."""
     if got.dtype == torch.float64:
         case.assert_float64(f"f64.{name}", got)
     else:
@@ -83,7 +83,7 @@ def test_tokenizer(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
             check(case, "decoder_logits", model.decode_logits(tokens))
         if dtype == torch.float32:
             case.assert_float32("out.decoded_from_given_tokens", model.decode(case["in.tokens"]))
-            # Rounding noise may move a value across a level: one in 500, by one.
+            # Rounding may change a level by one, of one value in 500 at most.
             levels = to_uint8(decoded, "truncate").int() - case["out.uint8_image"].int()
             assert levels.abs().max() <= 1
             assert (levels != 0).float().mean() <= 0.002
@@ -146,7 +146,7 @@ def test_generator_logits(name: str, dtype: torch.dtype, tmp_path: Path) -> None
 
 
 def sampling_of(variant: dict[str, Any]) -> SamplingConfig:
-    """What is not listed has the official function's default."""
+    """The configuration of a golden run; what the run does not list has the default of the official function."""
     return SamplingConfig(
         steps=variant.get("num_sample_steps", 8),
         guidance_scale=variant.get("guidance_scale", 3.0),
@@ -158,7 +158,7 @@ def sampling_of(variant: dict[str, Any]) -> SamplingConfig:
 
 
 def test_guided_logits(tmp_path: Path) -> None:
-    """The logits that a step decides on, from the official tokens that entered it: guidance and annealing."""
+    """Guidance and annealing: the logits that each step decides on, from the official tokens that entered it."""
     from titok.ops import maskgit_decode_step
 
     case = Case("generator_vit")
@@ -174,7 +174,7 @@ def test_guided_logits(tmp_path: Path) -> None:
             want = case[f"out.{run}.guided_logits_row0"][step.index]
             got = step.guidance * cond + (1 - step.guidance) * uncond
             assert (got / step.softmax_temperature - want).abs().max() <= 3e-4, run
-            # The confidence of a greedy draw is the largest of them, so the op's own arithmetic shows there.
+            # The confidence of a greedy draw is the largest guided logit, so it shows what the op computes.
             _, confidence = maskgit_decode_step(
                 tokens,
                 cond,
@@ -208,7 +208,7 @@ def test_noiseless_decoding_step_by_step(name: str, tmp_path: Path) -> None:
         assert torch.equal(tokens, case[f"out.{run}.ids"]), run
         want, masked = case[f"out.{run}.confidence"], trace.tokens[:-1] == model.mask_token
         assert torch.equal(want == torch.inf, ~masked), run
-        assert (trace.confidences - want)[masked].abs().max() <= 1e-3, run  # logits of up to 9
+        assert (trace.confidences - want)[masked].abs().max() <= 1e-3, run  # the logits reach 9
 
 
 def test_guidance_and_temperatures_follow_the_schedules() -> None:
@@ -223,7 +223,7 @@ def test_guidance_and_temperatures_follow_the_schedules() -> None:
         plan = list(schedule(config))
         torch.testing.assert_close(
             torch.tensor([s.guidance for s in plan], dtype=torch.float64), case[name], rtol=2e-7, atol=0
-        )  # the official power-cosine holds its scale in float32
+        )  # the official power-cosine computes its scale in float32
         for what, numbers in (
             ("softmax_temperature", [s.softmax_temperature for s in plan]),
             ("gumbel_temperature_per_unit", [s.noise_temperature for s in plan]),
@@ -231,7 +231,7 @@ def test_guidance_and_temperatures_follow_the_schedules() -> None:
             want = case[f"out.{what}.steps{steps}"]
             torch.testing.assert_close(
                 torch.tensor(numbers, dtype=torch.float64), want, rtol=1e-7, atol=1e-7
-            )  # measured through float32
+            )  # the golden values were measured in float32
 
 
 def test_masked_counts_follow_the_schedule() -> None:
@@ -245,7 +245,7 @@ def test_masked_counts_follow_the_schedule() -> None:
 
 
 def test_every_preset_has_the_official_names_and_shapes() -> None:
-    """The official names of every published checkpoint, put through the converter, are exactly our parameters."""
+    """The names and shapes of every published checkpoint convert to exactly our parameters."""
     files = {
         "titok_l32": "titok-l-32",
         "titok_b64": "titok-b-64",

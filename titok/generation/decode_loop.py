@@ -83,15 +83,20 @@ class DecodeBatch:
             tokens = init_tokens.to(device, copy=True)
 
         sampling = request.sampling
-        counts_from = {count: masked_counts(sampling, count) for count in set(at_start)}
-        counts = [[counts_from[count][i] for count in at_start] for i in range(sampling.steps + 1)]
-        same_for_all = len(counts_from) <= 1
-        by_sample = None if same_for_all else torch.tensor(counts, dtype=torch.int64, device=device)
+        counts_from = {start: masked_counts(sampling, start) for start in set(at_start) or {length}}
+        if len(counts_from) == 1:
+            (shared,) = counts_from.values()
+            counts = [[count] * len(request) for count in shared]
+            by_sample = None
+        else:
+            shared = [0] * (sampling.steps + 1)  # the op reads the counts of each sample instead
+            counts = [[counts_from[start][i] for start in at_start] for i in range(sampling.steps + 1)]
+            by_sample = torch.tensor(counts, dtype=torch.int64, device=device)
         step_params = [
             pack_step_params(
                 step=step.index,
                 steps=sampling.steps,
-                num_masked=max(counts[step.index + 1], default=0) if same_for_all else 0,
+                num_masked=shared[step.index + 1],
                 guidance=step.guidance,
                 softmax_temperature=step.softmax_temperature,
                 noise_temperature=step.noise_temperature,
@@ -188,7 +193,7 @@ def _masked_logits(
     # A pass is one sequence that the generator reads; `cond_pass` and `uncond_pass` (B,) say which pass serves a
     # sample.
     fully_masked = min(num_masked, default=0) == tokens.shape[1]
-    if fully_masked:
+    if fully_masked:  # all rows of `tokens` and of `positions` are equal, so any of them serves a pass
         cond_labels, cond_pass = batch.distinct_labels, batch.label_index
         num_uncond, uncond_pass = 1, torch.zeros_like(batch.label_index)
     else:
