@@ -32,9 +32,8 @@ class Launch:
 
     kernel: Any  # the function under @triton.jit
     signature: dict[str, str]  # run-time argument -> type in Triton's notation, e.g. "*bf16", "i32", "fp32"
-    constexprs: dict[
-        str, Any
-    ]  # tl.constexpr argument -> value; also absent tensors (None) and integers that are 1
+    # tl.constexpr argument -> value. Absent tensors (None) and integers that are 1 are compiled in likewise.
+    constexprs: dict[str, Any]
     aligned: frozenset[str]  # run-time arguments that are multiples of 16: pointers, in bytes, and integers
     num_warps: int
     num_stages: int
@@ -93,6 +92,7 @@ def count_multiprocessors(device: torch.device) -> int:
 def describe(
     kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any], num_warps: int, num_stages: int
 ) -> Launch:
+    """What Triton would compile for a launch with these arguments."""
     # Kernels under Triton's interpreter lack the attribute; they are never compiled.
     generic = getattr(kernel, "do_not_specialize", None) or ()
     signature: dict[str, str] = {}

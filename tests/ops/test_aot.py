@@ -140,13 +140,15 @@ from titok.kernels._launch import record
 
 def launch_other_shapes():
     half = torch.float16
-    x, weight = meta(48, 200, dtype=half), meta(200)
-    add_layer_norm.forward(x, x, weight, weight, 1e-6, x, x)
-    add_layer_norm.backward(None, x, x, weight, 1e-6, x)
-    logits, codebook, rows = meta(5, 1000, dtype=half), meta(1000, 24, dtype=half), meta(5, 24, dtype=half)
-    code_mixture.forward(logits, codebook, rows)
-    code_mixture.backward(rows, logits, codebook, rows, logits, need_codebook=False)
-    for channels, side in ((96, 24), (32, 5)):
+    for M in (1, 48):
+        x, weight = meta(M, 200, dtype=half), meta(200)
+        add_layer_norm.forward(x, x, weight, weight, 1e-6, x, x)
+        add_layer_norm.backward(None, x, x, weight, 1e-6, x)
+    for M, K, need_codebook in ((5, 1000, False), (1, 70, True)):
+        logits, codebook, rows = meta(M, K, dtype=half), meta(K, 24, dtype=half), meta(M, 24, dtype=half)
+        code_mixture.forward(logits, codebook, rows)
+        code_mixture.backward(rows, logits, codebook, rows, logits, need_codebook)
+    for channels, side in ((96, 24), (32, 5), (96, 1), (32, 1)):
         x = meta(2, channels, side, side, dtype=half).contiguous(memory_format=torch.channels_last)
         weight, statistics = meta(channels), meta(2, 8)
         group_norm_silu.forward(x, None, 8, weight, weight, 1e-6, x, x, statistics, statistics)
