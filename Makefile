@@ -45,12 +45,13 @@ format: $(STAMP)  ## rewrite the sources with ruff
 kernels: $(STAMP)  ## compile every Triton kernel for three GPU generations without a GPU, check it, write kernels/RESOURCES.md
 	$(BIN)/python -m titok.kernels.aot --write
 
-# A GPU machine has its own torch: nothing is downloaded there, and its own Python is used.
-gpu:  ## on a machine with a GPU: build, GPU tests, op benchmarks, in under 9 minutes (GPU_PYTHON=python3)
+# A GPU machine has its own Python with its own torch, which is used as it is: nothing is downloaded.
+# Options, e.g. make gpu GPU_OPTIONS='--minutes 20 --out results': see python -m benchmarks.gpu --help
+gpu:  ## with a GPU: build, GPU tests, all benchmarks (GPU_PYTHON=python3 GPU_OPTIONS='--minutes 8.5 --out FOLDER')
 	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(GPU_PYTHON) -m benchmarks.gpu
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
-bench: $(STAMP)  ## TiTok against DiT-XL/2 at 512 pixels, then every op against its peers; a quarter of an hour
+bench: $(STAMP)  ## TiTok against DiT-XL/2 at 512 pixels, then every op against its peers; about 15 minutes
 	$(BIN)/python -m benchmarks.speedup --limit 480
 	for op in $(OPS); do $(BIN)/python -m benchmarks.bench_$$op --seconds 2 || exit 1; done
 
