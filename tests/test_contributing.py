@@ -62,37 +62,43 @@ MUTABLE = {
 }  # fmt: skip
 
 
-def called(node: ast.expr | None) -> str:
-    """The last part of the name of the function that an expression calls: "Lock" for `threading.Lock()`."""
-    if not isinstance(node, ast.Call):
-        return ""
-    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+def last_name(node: ast.expr | None) -> str:
+    """The last part of a dotted name: "Lock" for `threading.Lock`."""
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def is_cached(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef) and any("cache" in ast.unparse(d) for d in node.decorator_list)
 
 
 def state_of(tree: ast.Module) -> Iterator[str]:
     """Names of a module's caches and of its variables that a call can change."""
-    for statement in tree.body:
-        targets: list[ast.expr] = []
-        value: ast.expr | None = None
-        if isinstance(statement, ast.Assign):
-            targets, value = statement.targets, statement.value
-        elif isinstance(statement, ast.AnnAssign):
-            targets, value = [statement.target], statement.value
-        empty = (isinstance(value, ast.Dict) and not value.keys) or (
-            isinstance(value, ast.List) and not value.elts
-        )
-        if empty or called(value) in MUTABLE:
-            yield from (target.id for target in targets if isinstance(target, ast.Name))
-        elif isinstance(value, ast.Tuple) and isinstance(targets[0], ast.Tuple):
-            for target, item in zip(targets[0].elts, value.elts, strict=True):
-                if called(item) in MUTABLE and isinstance(target, ast.Name):
-                    yield target.id
+    thread_local = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and any(last_name(base) == "local" for base in node.bases)
+    }
+
+    def is_mutable(value: ast.expr | None) -> bool:
+        if isinstance(value, ast.Call):
+            return last_name(value.func) in MUTABLE | thread_local
+        return (isinstance(value, ast.Dict) and not value.keys) or (isinstance(value, ast.List) and not value.elts)
+
+    for node in tree.body:
+        if is_cached(node):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign) and is_mutable(node.value):
+            yield ast.unparse(node.target)
+        elif isinstance(node, ast.Assign) and is_mutable(node.value):
+            yield from (ast.unparse(target) for target in node.targets)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            names = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else []
+            yield from (
+                ast.unparse(n) for n, value in zip(names, node.value.elts, strict=False) if is_mutable(value)
+            )
     for node in ast.walk(tree):
         if isinstance(node, ast.Global):
             yield from node.names
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and any("cache" in ast.unparse(d) for d in node.decorator_list):
-            yield node.name
 
 
 def test_all_module_level_state_is_in_the_table() -> None:

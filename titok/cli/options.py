@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from titok.config import Rounding
+
 _MODEL = "Folder, weights file or Hugging Face repository of the {}; preset:NAME tries one with random weights."
 TokenizerOption = Annotated[
     str, typer.Option("--tokenizer", "-t", metavar="MODEL", help=_MODEL.format("tokenizer"))
@@ -58,11 +60,11 @@ def check_output(path: Path, *suffixes: str) -> None:
         raise ValueError(f"{path}: expected a file, got a folder")
 
 
-def parse_rounding(name: str) -> Literal["nearest", "truncate"]:
+def parse_rounding(name: str) -> Rounding:
     """The value of --rounding."""
     if name not in ("nearest", "truncate"):
         raise ValueError(f"--rounding: expected nearest or truncate, got {name!r}")
-    return cast(Literal["nearest", "truncate"], name)
+    return cast("Rounding", name)
 
 
 def parse_auto_batch_size(text: str) -> int | Literal["auto"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from titok.checkpoints.files import atomic_path
 from titok.checks import check_tensor
+from titok.config import Rounding
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -24,7 +24,7 @@ def check_rounding(rounding: str) -> None:
         raise ValueError(f"rounding: expected 'nearest' or 'truncate', got {rounding!r}")
 
 
-def to_uint8(images: Tensor, rounding: Literal["nearest", "truncate"] = "nearest") -> Tensor:
+def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
     """Images (..., C, H, W) as 8-bit pictures (..., H, W, C). Values outside [0, 1] are clamped.
 
     Args:

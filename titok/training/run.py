@@ -33,10 +33,8 @@ M = TypeVar("M", TiTok, MaskGIT)
 Batch = TypeVar("Batch")
 
 CHECKPOINT = "training.safetensors"
-KEYS_THAT_MAY_CHANGE = (
-    "checkpoint_every",
-    "log_every",
-)  # between a run and its resumption; no result depends on them
+# Settings that may differ between a run and its resumption, because the trained weights do not depend on them.
+KEYS_THAT_MAY_CHANGE = ("checkpoint_every", "log_every")
 
 
 def seed_of(*numbers: int) -> int:
@@ -128,9 +126,8 @@ class Run(Generic[M]):
         """
         path = self.folder / CHECKPOINT
         tensors, info = read_weights(path), read_run_info(path)
-        given = json.loads(
-            json.dumps({"config": self.config.to_dict(), "data": self.data})
-        )  # as JSON returns them
+        # Through JSON, because the checkpoint holds JSON, which has lists in place of tuples.
+        given = json.loads(json.dumps({"config": self.config.to_dict(), "data": self.data}))
         for part in ("config", "data"):
             _check_unchanged(path, part, saved=info[part], given=given[part])
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "extra": {}}

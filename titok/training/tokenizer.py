@@ -27,8 +27,8 @@ def train_tokenizer(
     """Trains a tokenizer from scratch, and saves it in `out_dir` with `TiTok.save_pretrained`.
 
     Args:
-        images: a tensor (n, C, H, W) with values in [0, 1], or an object with a length that returns images (C, H,
-            W) by index, such as `titok.data.folders.ImageFolder`.
+        images: with values in [0, 1]: a tensor (n, C, H, W), or an object that has a length and returns images
+            (C, H, W) by index, such as `titok.data.folders.ImageFolder`.
         config: settings of the model and of the run.
         out_dir: of the model and of `training.safetensors`, the checkpoint of the run.
         resume: True continues from the checkpoint in `out_dir`, or starts where there is none.
