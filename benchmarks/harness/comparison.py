@@ -91,7 +91,7 @@ class Comparison:
         speeds: dict[int, float] = {}
         seconds_per_image = 0.0  # that trying a batch takes, all parts and calls together
         # On a GPU a call may replay a CUDA graph, which the counter cannot see into. On a CPU the calls at batch 1
-        # serve.
+        # are counted in `_try`.
         count_apart = self.arguments.device == "cuda" or 1 not in self.batches
         self.counted[side.name] = side.count_flops() if count_apart else 0.0
         for batch in self.batches:

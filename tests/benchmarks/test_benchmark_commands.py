@@ -18,6 +18,7 @@ from benchmarks.harness.models import Models
 from benchmarks.harness.results import Results, read
 from titok import MaskGITVQGAN, config
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
+from titok.inference import onednn
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +168,16 @@ def test_every_rung_runs_and_costs_what_the_formula_says() -> None:
         # Folded upsampling computes one more row and column than the map has, which matters for maps of 4 to 32
         # pixels.
         assert counted == pytest.approx(side.flops, rel=0.1 if side.folded_flops == side.flops else 1e-9), name
+
+
+def test_rungs_before_the_last_do_without_layouts() -> None:
+    x = torch.randn(2, 4)
+    with ladder.equal_memory():
+        usual = onednn.available(x)
+    with ladder.equal_memory_without_layouts():
+        assert not onednn.available(x)
+    with ladder.equal_memory():
+        assert onednn.available(x) == usual == torch.backends.mkldnn.is_available()
 
 
 @pytest.mark.parametrize(
