@@ -58,7 +58,8 @@ def test_every_environment_variable_that_is_read_is_in_the_table() -> None:
 # Module-level state
 
 MUTABLE = {
-    "ContextVar", "Library", "Lock", "OrderedDict", "RLock", "WeakKeyDictionary", "_LastBackends", "defaultdict", "deque", "local",
+    "ContextVar", "Library", "Lock", "OrderedDict", "RLock", "WeakKeyDictionary", "_LastBackends", "defaultdict",
+    "deque", "local",
 }  # fmt: skip
 
 
