@@ -22,7 +22,7 @@ from cpp_cases import (
     rows,
     tokens,
 )
-from titok.ops._extension import why_no_cpp
+from titok.ops.core.available import why_no_cpp
 
 if reason := why_no_cpp():
     pytest.skip(reason, allow_module_level=True)

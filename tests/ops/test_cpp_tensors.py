@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpp_cases import UNREADABLE, image
-from titok.ops._extension import why_no_cpp
+from titok.ops.core.available import why_no_cpp
 
 if reason := why_no_cpp():
     pytest.skip(reason, allow_module_level=True)
