@@ -4,7 +4,8 @@ A call takes one of four ways:
 
 1. Compiled, traced, exported, vmapped, meta and fake tensors, subclasses and modes go through PyTorch's dispatcher to
    the op registered as `torch.ops.titok.<name>`. Its kernel and its fake implementation are made from the op's parts.
-2. Forward-mode differentiation computes plain PyTorch, which has the tangents.
+2. Where forward-mode differentiation or a transform of `torch.func` differentiates an op that has a gradient, plain
+   PyTorch computes it, which PyTorch can differentiate in every way.
 3. An eager call on the CPU that wants no gradient is offered to the C++ kernel as it is. The kernel checks what it gets
    and refuses what it cannot take. This way costs the least, and most calls take it.
 4. Any other eager call has its arguments checked and a back end chosen. Where a gradient is wanted, an
@@ -19,12 +20,18 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from titok import profiling
 from titok.checks import check_tensor
 from titok.ops.core.available import interpreting, why_no_cpp
-from titok.ops.core.mode import DEFAULT, are_plain, current_mode, no_autocast, note_backend
+from titok.ops.core.mode import (
+    DEFAULT,
+    are_plain,
+    current_mode,
+    is_transformed_and_differentiated,
+    no_autocast,
+    note_backend,
+)
 
 _LIBRARY = torch.library.Library("titok", "DEF")
 
@@ -93,6 +100,8 @@ class Gradient:
     Attributes:
         op: the op of the backward pass.
         save: called with the arguments and all outputs; returns the tensors (or None) that the backward pass reads.
+            Among them must be every differentiable argument, or a result, that the gradient depends on: by these
+            PyTorch notices that somebody differentiates twice.
         arguments: called with the gradients of the results (None where a result has none), the saved tensors, the
             forward pass's arguments, in which `...` stands for each tensor, and whether each tensor argument needs a
             gradient; returns the arguments of `op`, or None where `op` has nothing to do.
@@ -177,6 +186,9 @@ class Op:
         tensors = [t for i in self._tensor_at if (t := arguments[i]) is not None]
         if not tensors:
             self.check(arguments)
+        if self.gradient is not None and is_transformed_and_differentiated(tensors):
+            self.check(arguments)
+            return self._into(out, self._compute(self._plain, arguments))
         if not are_plain(tensors):
             if not all(isinstance(t, Tensor) for t in tensors):
                 self.check(arguments)  # this names the argument that should be a tensor
@@ -186,9 +198,6 @@ class Op:
             return self._dispatched(arguments, out, backend)
         wants_gradient = False
         if self.gradient is not None:
-            if forward_ad._current_level >= 0:
-                self.check(arguments)
-                return self._into(out, self._compute(self._plain, arguments))
             if torch.is_grad_enabled():
                 wants_gradient = any(t.requires_grad for t in tensors)
         elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -321,12 +330,21 @@ class Op:
             raise ValueError(f"backend: expected 'auto' or one of {names} for {self.name}, got {requested!r}")
         chosen = self.backends[requested]
         reason = chosen.why_not(arguments)
-        if reason is None and wants_gradient and self.gradient and requested not in self.gradient.op.backends:
-            able = sorted(self.gradient.op.backends)
-            reason = f"it has no backward pass, which {able} have: call it without gradients, or choose another"
         if reason is not None:
             raise RuntimeError(f"{self.name}: backend {requested!r} cannot run: {reason}")
+        if wants_gradient:
+            self._check_backward(requested)
         return chosen
+
+    def _check_backward(self, requested: str | None) -> None:
+        """Raises `RuntimeError` where a back end that was chosen by name has no backward pass."""
+        if self.gradient is None or requested in (None, "auto") or requested in self.gradient.op.backends:
+            return
+        able = sorted(self.gradient.op.backends)
+        raise RuntimeError(
+            f"{self.name}: backend {requested!r} cannot run: it has no backward pass, which {able} have; "
+            "call it without gradients, or choose another back end"
+        )
 
     # --- registration
 
@@ -371,10 +389,10 @@ class Op:
 
     def _vmap(self, info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
         """One call for each sample of the mapped dimension, stacked in front."""
-        samples = [
-            self.overload(*(x if d is None else x.select(d, i) for x, d in zip(given, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
+        samples = []
+        for i in range(info.batch_size):
+            sample = (x if d is None else x.select(d, i) for x, d in zip(given, in_dims, strict=True))
+            samples.append(self.overload(*sample))
         if isinstance(samples[0], Tensor):
             return torch.stack(samples), 0
         return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
@@ -400,6 +418,7 @@ class Op:
         grads = grads[: self._num_results]
         if all(grad is None for grad in grads):
             return tuple(everything)
+        self._check_backward(ctx.backend)
         needs = [i < len(needs_grad) and needs_grad[i] for i in self._tensor_at]
         arguments = self.gradient.arguments(grads, ctx.saved_tensors, ctx.arguments, needs)
         returned = () if arguments is None else self.gradient.op(*arguments, backend=ctx.backend)
