@@ -119,6 +119,7 @@ def _norm_results(a: LayerNormArguments) -> tuple[Tensor]:
 
 
 def _norm_cpp(a: LayerNormArguments, normalised: Tensor) -> None:
+    check_eps(a.eps)
     extension().add_layer_norm(a.x, None, a.weight, a.bias, a.eps, None, normalised)
 
 
@@ -166,6 +167,7 @@ def _results(a: AddLayerNormArguments) -> tuple[Tensor, Tensor]:
 
 
 def _cpp(a: AddLayerNormArguments, total: Tensor, normalised: Tensor) -> None:
+    check_eps(a.eps)
     extension().add_layer_norm(a.x, a.residual, a.weight, a.bias, a.eps, total, normalised)
 
 
@@ -213,6 +215,7 @@ def _backward_results(a: BackwardArguments) -> tuple[Tensor, Tensor]:
 
 
 def _backward_cpp(a: BackwardArguments, grad: Tensor, grad_parameters: Tensor) -> None:
+    check_eps(a.eps)
     chunks = extension().add_layer_norm_chunks(a.total.numel() // a.total.shape[-1])
     # One sum for each chunk of rows, added up here, so that the number of threads changes no bit.
     partial = torch.empty((chunks, *grad_parameters.shape))
