@@ -244,6 +244,7 @@ def test_only_one_result_is_used(backend: str) -> None:
     assert bias.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     leaves = inputs((2, 3, 20), F32, BF16, F32)

@@ -344,6 +344,7 @@ def test_instruction_sets_and_threads_agree(tmp_path: Any) -> None:
         assert_close(b, a.double(), TOLERANCE[a.dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
 def test_opcheck(memory_format: torch.memory_format, backend: str) -> None:
