@@ -65,7 +65,8 @@ PyObject* add_layer_norm(Call& call) {
 }
 
 PyObject* add_layer_norm_backward(Call& call) {
-  const TensorArg grad_total = call.optional_tensor("grad_total"), grad_normalised = call.tensor("grad_normalised");
+  const TensorArg grad_total = call.optional_tensor("grad_total"),
+                  grad_normalised = call.tensor("grad_normalised");
   const TensorArg total = call.tensor("total"), weight = call.tensor("weight");
   const float eps = static_cast<float>(call.number("eps"));
   const TensorArg grad = call.tensor("grad"), partial = call.tensor("partial");
@@ -118,7 +119,8 @@ PyMethodDef kFunctions[] = {
         "total takes the wider of the two dtypes, normalised either. residual and total may both be None."),
     python_function<add_layer_norm_backward, 7>(
         "add_layer_norm_backward",
-        "add_layer_norm_backward($module, grad_total, grad_normalised, total, weight, eps, grad, partial, /)\n--\n\n"
+        "add_layer_norm_backward($module, grad_total, grad_normalised, total, weight, eps, grad, partial, /)\n"
+        "--\n\n"
         "Gradient of the sum, into grad, and those of weight and bias by chunks of rows, into partial\n"
         "(add_layer_norm_chunks(rows), 2, D) float32, to be summed over its first dimension."),
     python_function<chunks, 1>(

@@ -14,9 +14,9 @@ enum class DeviceKind : int32_t { kCpu, kCuda, kOther };
 struct TensorArg {
   static constexpr int kMaxDims = 64;  // as many as PyTorch's own loops over elements take
 
-  const char* name;    // of the argument, for messages
-  bool given;          // false for None; then nothing below holds
-  void* data;          // first element; null only if there is no element
+  const char* name;  // name of the argument, for messages
+  bool given;        // false for None; then nothing below holds
+  void* data;        // first element; null only if there is no element
   DType dtype;
   DeviceKind device;
   int32_t device_index;

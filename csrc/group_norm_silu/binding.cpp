@@ -80,9 +80,9 @@ PyMethodDef kFunctions[] = {
         "group_norm_silu($module, x, residual, num_groups, weight, bias, eps, total, normalised, mean, rstd, /)\n"
         "--\n\n"
         "total = x + residual; normalised = SiLU(GroupNorm(total)). CPU tensors.\n\n"
-        "x (B, C, H, W) float32 or bfloat16 in channels-last memory, as all maps here; residual and total like x, or\n"
-        "both None; normalised of either dtype; weight, bias (C,) float32 or bfloat16; mean, rstd (B, num_groups)\n"
-        "float32, or None. Nothing is written where x has no element."),
+        "x (B, C, H, W) float32 or bfloat16 in channels-last memory, like all maps; residual and total of its\n"
+        "dtype, or both None; normalised of either dtype; weight, bias (C,) of one dtype, float32 or bfloat16;\n"
+        "mean, rstd (B, num_groups) float32, or None. If x has no element, nothing is written."),
     {}};
 
 }  // namespace

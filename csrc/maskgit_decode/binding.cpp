@@ -49,7 +49,8 @@ void check_logits(const TensorArg& logits, bool by_rows, int64_t batch, int64_t 
 
 // Reads and checks the arguments that both functions share.
 DecodeArgs read_arguments(Call& call) {
-  const TensorArg tokens = call.tensor("tokens"), cond = call.tensor("cond"), uncond = call.optional_tensor("uncond");
+  const TensorArg tokens = call.tensor("tokens"), cond = call.tensor("cond"),
+                  uncond = call.optional_tensor("uncond");
   const TensorArg rows = call.optional_tensor("rows"), uncond_rows = call.optional_tensor("uncond_rows");
   const TensorArg keep = call.optional_tensor("keep"), packed = call.optional_tensor("packed");
   const DecodeParams params = read_params(call.tuple("params", kParams));
@@ -60,14 +61,16 @@ DecodeArgs read_arguments(Call& call) {
   check_dense(tokens, DType::kInt64, {kAnySize, kAnySize});
   const int64_t batch = tokens.size(0), length = tokens.size(1);
   if (length > kMaxTokens || batch * length > INT32_MAX) {
-    raise_value_error("tokens", "at most " + std::to_string(kMaxTokens) + " tokens in a sample and 2^31 - 1 in all",
+    raise_value_error("tokens",
+                      "at most " + std::to_string(kMaxTokens) + " tokens in a sample and 2^31 - 1 in all",
                       shape_of(tokens));
   }
   expect_dtype(cond, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
   check_logits(cond, rows.given, batch, length, kAnySize);
   const int64_t codes = cond.size(-1);
   if (codes < 1 || codes > kMaxCodes) {
-    raise_value_error("cond", "1 to " + std::to_string(kMaxCodes) + " codes in the last dimension", shape_of(cond));
+    raise_value_error("cond", "1 to " + std::to_string(kMaxCodes) + " codes in the last dimension",
+                      shape_of(cond));
   }
   if (uncond.given) {
     expect_dtype(uncond, {cond.dtype});
@@ -80,7 +83,8 @@ DecodeArgs read_arguments(Call& call) {
   check_dense(packed, DType::kInt32, {kPackedWords});
   if (!packed.given) check_draw_scale("params.draw_scale", params);
   if (mask_token >= 0 && mask_token < codes) {
-    raise_value_error("mask_token", "an integer outside [0, " + std::to_string(codes) + ")", std::to_string(mask_token));
+    raise_value_error("mask_token", "an integer outside [0, " + std::to_string(codes) + ")",
+                      std::to_string(mask_token));
   }
   check_dense(out, DType::kInt64, {batch, length});
   check_dense(confidence, DType::kFloat32, {batch, length});
@@ -159,20 +163,23 @@ PyObject* maskgit_decode_step_cuda(Call& call) {
 PyMethodDef kFunctions[] = {
     python_function<maskgit_decode_step, 13>(
         "maskgit_decode_step",
-        "maskgit_decode_step($module, tokens, cond, uncond, rows, uncond_rows, keep, packed, params, mask_token, "
-        "maskgit, out, confidence, threads, /)\n--\n\n"
+        "maskgit_decode_step($module, tokens, cond, uncond, rows, uncond_rows, keep, packed, params, mask_token,\n"
+        "                    maskgit, out, confidence, threads, /)\n"
+        "--\n\n"
         "One step of MaskGIT's decoding; titok.ops.maskgit_decode_step states the definition. CPU tensors.\n\n"
-        "params holds the eight numbers of StepParams; packed, int32 (10,) with the same numbers as bytes, overrides "
-        "it\nunless None. Returns 0, or which input holds a value out of range, in which case nothing is written:\n"
-        "1 tokens, 2 rows, 3 uncond_rows, 4 keep."),
+        "params holds the eight numbers of a step, in the order of DecodeParams in csrc. packed, int32 (10,) or\n"
+        "None, holds the same numbers as bytes and replaces params. Returns 0, or the number of the argument that\n"
+        "holds a value out of range: 1 tokens, 2 rows, 3 uncond_rows, 4 keep. Then nothing is written."),
 #if defined(TITOK_WITH_CUDA)
     python_function<maskgit_decode_step_cuda, 15>(
         "maskgit_decode_step_cuda",
-        "maskgit_decode_step_cuda($module, tokens, cond, uncond, rows, uncond_rows, keep, packed, params, mask_token, "
-        "maskgit, out, confidence, drawn, workspace, stream, /)\n--\n\n"
-        "maskgit_decode_step on tensors of the current CUDA device, in one launch on `stream` (a cudaStream_t) "
-        "without a\nsynchronisation. drawn (B, N) int32 takes the drawn codes; workspace, int32 (at least B,) zeros, "
-        "is zero again\nafterwards. Rows out of range are clamped."),
+        "maskgit_decode_step_cuda($module, tokens, cond, uncond, rows, uncond_rows, keep, packed, params,\n"
+        "                         mask_token, maskgit, out, confidence, drawn, workspace, stream, /)\n"
+        "--\n\n"
+        "maskgit_decode_step on tensors of the current CUDA device: one launch on `stream` (a cudaStream_t as an\n"
+        "integer), without a synchronisation.\n\n"
+        "drawn (B, N) int32 takes the drawn codes, -1 at known positions. workspace, at least B zeros of int32,\n"
+        "is zero again afterwards. Values out of range are clamped, not reported."),
 #endif
     {}};
 

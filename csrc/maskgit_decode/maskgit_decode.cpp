@@ -1,5 +1,5 @@
-// One step of MaskGIT's decoding on the CPU. Masked positions are shared among threads. The thread that draws the last
-// code of a sample selects which of its positions stay masked.
+// One step of MaskGIT's decoding on the CPU. Masked positions are shared among threads. The thread that draws the
+// last code of a sample selects which of its positions stay masked.
 #include "maskgit_decode/maskgit_decode.h"
 
 #include <omp.h>
@@ -13,7 +13,7 @@
 namespace titok {
 namespace {
 
-constexpr int kPositionsAtOnce = 4;           // that a thread takes at a time
+constexpr int kPositionsAtOnce = 4;       // that a thread takes at a time
 constexpr int64_t kCodesAlone = 1 << 15;  // up to so many (about 70 us of work) one thread is faster than all
 
 DecodeError check(const DecodeArgs& args) {
@@ -27,7 +27,8 @@ DecodeError check(const DecodeArgs& args) {
       continue;
     }
     if (outside(args.rows, i, args.cond_rows_count)) return DecodeError::kRows;
-    if (args.uncond != nullptr && outside(args.uncond_rows, i, args.uncond_rows_count)) return DecodeError::kUncondRows;
+    if (args.uncond != nullptr && outside(args.uncond_rows, i, args.uncond_rows_count))
+      return DecodeError::kUncondRows;
   }
   for (int b = 0; args.keep != nullptr && b < args.batch; ++b) {
     if (args.keep[b] < 0) return DecodeError::kKeep;
@@ -78,8 +79,8 @@ DecodeError launch_maskgit_decode(const DecodeArgs& args, int threads) {
     if (missing[b] == 0) select(args, params, b, drawn.data());
   }
   const int64_t positions = static_cast<int64_t>(masked.size());
-  // One thread or all: libgomp ends the threads that a smaller team leaves idle. Never more than there are processors or
-  // than PyTorch uses.
+  // One thread or all: libgomp ends the threads that a smaller team leaves idle. Never more than there are
+  // processors or than PyTorch uses.
   const int most = std::min(threads, std::max(omp_get_max_threads(), omp_get_num_procs()));
   const int team = positions * args.codes <= kCodesAlone ? 1 : most;
 
@@ -91,8 +92,8 @@ DecodeError launch_maskgit_decode(const DecodeArgs& args, int threads) {
         row_offset(args.rows, args.cond_rows_count, args.cond_stride_b, args.cond_stride_n, b, n, args.length);
     const int64_t uncond = row_offset(args.uncond_rows, args.uncond_rows_count, args.uncond_stride_b,
                                       args.uncond_stride_n, b, n, args.length);
-    const DecodeRow row = {row_at(args, args.cond, cond), row_at(args, args.uncond, uncond), args.dtype, args.codes,
-                           args.maskgit};
+    const DecodeRow row = {row_at(args, args.cond, cond), row_at(args, args.uncond, uncond), args.dtype,
+                           args.codes, args.maskgit};
     const DecodeNoise noise = decode_noise(params.seed, params.first_sample + b, params.step, n);
     const DrawnCode code = draw_code(row, params, noise.uniform);
     drawn[i] = code.code;
