@@ -18,12 +18,6 @@ void check_like(const TensorArg& tensor, const TensorArg& like) {
   expect_shape_of(tensor, like);
 }
 
-void check_parameter(const TensorArg& tensor, std::initializer_list<DType> dtypes, int64_t width) {
-  expect_dtype(tensor, dtypes);
-  expect_shape(tensor, {width});
-  expect_contiguous(tensor);
-}
-
 PyObject* add_layer_norm(Call& call) {
   const TensorArg x = call.tensor("x"), residual = call.optional_tensor("residual");
   const TensorArg weight = call.tensor("weight"), bias = call.tensor("bias");
@@ -32,8 +26,8 @@ PyObject* add_layer_norm(Call& call) {
 
   check_rows(x);
   if (residual.given) check_like(residual, x);
-  check_parameter(weight, kRowTypes, x.size(-1));
-  check_parameter(bias, {weight.dtype}, x.size(-1));
+  expect_contiguous(weight, kRowTypes, {x.size(-1)});
+  expect_contiguous(bias, {weight.dtype}, {x.size(-1)});
   expect_given(total, residual.given, residual.given ? "beside a residual" : "without a residual");
   if (total.given) {
     check_like(total, x);
@@ -77,13 +71,11 @@ PyObject* add_layer_norm_backward(Call& call) {
     expect_dtype(grad_total, {total.dtype});
   }
   check_like(grad_normalised, total);
-  check_parameter(weight, kRowTypes, total.size(-1));
+  expect_contiguous(weight, kRowTypes, {total.size(-1)});
   check_like(grad, total);
   expect_dtype(grad, {total.dtype});
   const int64_t rows = total.product(0, total.ndim - 1);
-  expect_dtype(partial, {DType::kFloat32});
-  expect_shape(partial, {add_layer_norm_chunks(rows), 2, total.size(-1)});
-  expect_contiguous(partial);
+  expect_contiguous(partial, {DType::kFloat32}, {add_layer_norm_chunks(rows), 2, total.size(-1)});
   if (total.numel() == 0) Py_RETURN_NONE;
 
   AddLayerNormBackwardArgs args{};

@@ -1,3 +1,4 @@
+// The checks of tensors and the wording of their messages.
 #include "common/tensor.h"
 
 namespace titok {
@@ -108,6 +109,13 @@ void expect_contiguous(const TensorArg& tensor) {
   for (int i = 0; i < tensor.ndim; ++i) dims[i] = tensor.ndim - 1 - i;
   if (!is_dense(tensor, dims, tensor.ndim))
     raise_value_error(tensor.name, "a contiguous tensor", strides_of(tensor));
+}
+
+void expect_contiguous(const TensorArg& tensor, std::initializer_list<DType> dtypes,
+                       std::initializer_list<int64_t> sizes) {
+  expect_dtype(tensor, dtypes);
+  expect_shape(tensor, sizes);
+  expect_contiguous(tensor);
 }
 
 void expect_channels_last(const TensorArg& tensor) {

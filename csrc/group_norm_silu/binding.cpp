@@ -13,19 +13,6 @@ void check_map(const TensorArg& map, std::initializer_list<DType> dtypes, const 
   expect_shape_of(map, like);
 }
 
-void check_parameter(const TensorArg& tensor, std::initializer_list<DType> dtypes, int64_t channels) {
-  expect_dtype(tensor, dtypes);
-  expect_shape(tensor, {channels});
-  expect_contiguous(tensor);
-}
-
-void check_statistic(const TensorArg& tensor, int64_t batch, int64_t groups) {
-  if (!tensor.given) return;
-  expect_dtype(tensor, {DType::kFloat32});
-  expect_shape(tensor, {batch, groups});
-  expect_contiguous(tensor);
-}
-
 PyObject* group_norm_silu(Call& call) {
   const TensorArg x = call.tensor("x"), residual = call.optional_tensor("residual");
   const int64_t groups = call.integer("num_groups", 1, INT64_MAX);
@@ -41,13 +28,14 @@ PyObject* group_norm_silu(Call& call) {
     raise_value_error("num_groups", "a divisor of the " + std::to_string(channels) + " channels of x",
                       std::to_string(groups));
   }
-  check_parameter(weight, kMapTypes, channels);
-  check_parameter(bias, {weight.dtype}, channels);
+  expect_contiguous(weight, kMapTypes, {channels});
+  expect_contiguous(bias, {weight.dtype}, {channels});
   expect_given(total, residual.given, residual.given ? "beside a residual" : "without a residual");
   if (total.given) check_map(total, {x.dtype}, x);
   check_map(normalised, kMapTypes, x);
-  check_statistic(mean, batch, groups);
-  check_statistic(rstd, batch, groups);
+  for (const TensorArg* statistic : {&mean, &rstd}) {
+    if (statistic->given) expect_contiguous(*statistic, {DType::kFloat32}, {batch, groups});
+  }
   if (x.numel() == 0) Py_RETURN_NONE;
 
   GroupNormSiluArgs args{};

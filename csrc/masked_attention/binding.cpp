@@ -8,12 +8,6 @@ namespace {
 // Keeps every product of sizes within 64 bits.
 constexpr int64_t kMaxTokens = int64_t{1} << 24, kMaxWidth = int64_t{1} << 24;
 
-void check_dense(const TensorArg& tensor, DType dtype, std::initializer_list<int64_t> shape) {
-  expect_dtype(tensor, {dtype});
-  expect_shape(tensor, shape);
-  expect_contiguous(tensor);
-}
-
 // Checks what both directions are given and fills what both read.
 MaskedAttentionArgs check_common(const TensorArg& qkv, const TensorArg& key_mask, int64_t heads, int64_t start,
                                  double scale, const TensorArg& out, const TensorArg& lse) {
@@ -30,16 +24,16 @@ MaskedAttentionArgs check_common(const TensorArg& qkv, const TensorArg& key_mask
                       shape_of(qkv));
   }
   expect_dense_last_dimension(qkv);
-  if (key_mask.given) check_dense(key_mask, DType::kBool, {batch, tokens});
+  if (key_mask.given) expect_contiguous(key_mask, {DType::kBool}, {batch, tokens});
   if (start > tokens)
     raise_value_error("start", "at most " + std::to_string(tokens) + " tokens", std::to_string(start));
-  check_dense(out, qkv.dtype, {batch, kAnySize, width / 3});
+  expect_contiguous(out, {qkv.dtype}, {batch, kAnySize, width / 3});
   const int64_t queries = out.size(1);
   if (queries > tokens - start) {
     raise_value_error("out", "at most " + std::to_string(tokens - start) + " queries from start on",
                       shape_of(out));
   }
-  if (lse.given) check_dense(lse, DType::kFloat32, {batch, heads, queries});
+  if (lse.given) expect_contiguous(lse, {DType::kFloat32}, {batch, heads, queries});
 
   MaskedAttentionArgs args{};
   args.qkv = qkv.data;
@@ -84,7 +78,7 @@ PyObject* masked_attention_backward(Call& call) {
   expect_dtype(grad, {qkv.dtype});
   expect_shape_of(grad, out);
   expect_dense_last_dimension(grad);
-  check_dense(dqkv, qkv.dtype, {qkv.size(0), qkv.size(1), qkv.size(2)});
+  expect_contiguous(dqkv, {qkv.dtype}, {qkv.size(0), qkv.size(1), qkv.size(2)});
   if (dqkv.numel() == 0) Py_RETURN_NONE;
   args.grad = grad.data;
   args.grad_batch_stride = grad.stride(0);

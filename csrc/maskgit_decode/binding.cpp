@@ -30,11 +30,8 @@ void check_draw_scale(const char* name, const DecodeParams& params) {
   }
 }
 
-void check_dense(const TensorArg& tensor, DType dtype, std::initializer_list<int64_t> shape) {
-  if (!tensor.given) return;
-  expect_dtype(tensor, {dtype});
-  expect_shape(tensor, shape);
-  expect_contiguous(tensor);
+void check_optional(const TensorArg& tensor, DType dtype, std::initializer_list<int64_t> shape) {
+  if (tensor.given) expect_contiguous(tensor, {dtype}, shape);
 }
 
 // (batch, length, codes), or with rows (any number, codes).
@@ -58,7 +55,7 @@ DecodeArgs read_arguments(Call& call) {
   const bool maskgit = call.boolean("maskgit");
   const TensorArg out = call.tensor("out"), confidence = call.tensor("confidence");
 
-  check_dense(tokens, DType::kInt64, {kAnySize, kAnySize});
+  expect_contiguous(tokens, {DType::kInt64}, {kAnySize, kAnySize});
   const int64_t batch = tokens.size(0), length = tokens.size(1);
   if (length > kMaxTokens || batch * length > INT32_MAX) {
     raise_value_error("tokens",
@@ -77,17 +74,17 @@ DecodeArgs read_arguments(Call& call) {
     check_logits(uncond, rows.given, batch, length, codes);
     expect_given(uncond_rows, rows.given, rows.given ? "beside rows and uncond" : "without rows");
   }
-  check_dense(rows, DType::kInt64, {batch, length});
-  check_dense(uncond_rows, DType::kInt64, {batch, length});
-  check_dense(keep, DType::kInt64, {batch});
-  check_dense(packed, DType::kInt32, {kPackedWords});
+  check_optional(rows, DType::kInt64, {batch, length});
+  check_optional(uncond_rows, DType::kInt64, {batch, length});
+  check_optional(keep, DType::kInt64, {batch});
+  check_optional(packed, DType::kInt32, {kPackedWords});
   if (!packed.given) check_draw_scale("params.draw_scale", params);
   if (mask_token >= 0 && mask_token < codes) {
     raise_value_error("mask_token", "an integer outside [0, " + std::to_string(codes) + ")",
                       std::to_string(mask_token));
   }
-  check_dense(out, DType::kInt64, {batch, length});
-  check_dense(confidence, DType::kFloat32, {batch, length});
+  expect_contiguous(out, {DType::kInt64}, {batch, length});
+  expect_contiguous(confidence, {DType::kFloat32}, {batch, length});
 
   DecodeArgs args{};
   args.tokens = tokens.as<const int64_t>();
@@ -122,7 +119,6 @@ PyObject* maskgit_decode_step(Call& call) {
   const int threads = static_cast<int>(call.integer("threads", 1, INT32_MAX));
   if (args.params_at) {
     std::memcpy(&args.params, args.params_at, sizeof args.params);
-    args.params_at = nullptr;
     check_draw_scale("packed", args.params);
   }
   DecodeError error = DecodeError::kNone;
@@ -139,8 +135,8 @@ PyObject* maskgit_decode_step_cuda(Call& call) {
   DecodeArgs args = read_arguments(call);
   const TensorArg drawn = call.tensor("drawn"), workspace = call.tensor("workspace");
   void* const stream = reinterpret_cast<void*>(call.unsigned_integer("stream"));
-  check_dense(drawn, DType::kInt32, {args.batch, args.length});
-  check_dense(workspace, DType::kInt32, {kAnySize});
+  expect_contiguous(drawn, {DType::kInt32}, {args.batch, args.length});
+  expect_contiguous(workspace, {DType::kInt32}, {kAnySize});
   if (workspace.size(0) < args.batch) {
     raise_value_error("workspace", "at least " + std::to_string(args.batch) + " items", shape_of(workspace));
   }
@@ -168,8 +164,8 @@ PyMethodDef kFunctions[] = {
         "--\n\n"
         "One step of MaskGIT's decoding; titok.ops.maskgit_decode_step states the definition. CPU tensors.\n\n"
         "params holds the eight numbers of a step, in the order of DecodeParams in csrc. packed, int32 (10,) or\n"
-        "None, holds the same numbers as bytes and replaces params. Returns 0, or the number of the argument that\n"
-        "holds a value out of range: 1 tokens, 2 rows, 3 uncond_rows, 4 keep. Then nothing is written."),
+        "None, holds the same numbers as bytes and replaces params. Returns 0, or the number of the argument\n"
+        "that holds a value out of range: 1 tokens, 2 rows, 3 uncond_rows, 4 keep. Then nothing is written."),
 #if defined(TITOK_WITH_CUDA)
     python_function<maskgit_decode_step_cuda, 15>(
         "maskgit_decode_step_cuda",

@@ -39,7 +39,7 @@ struct DecodeArgs {
   const int64_t* rows;            // (batch, length), or null
   const int64_t* uncond_rows;     // (batch, length), or null: of uncond
   const int64_t* keep;            // (batch): positions that stay masked, or null: num_masked of the parameters
-  const DecodeParams* params_at;  // the parameters in the memory of the kernel's device, or null: `params`
+  const DecodeParams* params_at;  // GPU only: parameters in device memory, or null: `params`
   int64_t cond_stride_b, cond_stride_n, uncond_stride_b, uncond_stride_n;
   int64_t cond_rows_count, uncond_rows_count;  // rows that the logits have, where `rows` is given
   int64_t mask_token;                          // outside [0, codes)

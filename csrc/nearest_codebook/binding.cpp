@@ -30,9 +30,7 @@ PyObject* nearest_codebook(Call& call) {
                       shape_of(codebook));
   }
   args.latents = check_rows(latents, width);
-  expect_dtype(out, {DType::kInt64});
-  expect_shape(out, {latents.size(0)});
-  expect_contiguous(out);
+  expect_contiguous(out, {DType::kInt64}, {latents.size(0)});
   if (latents.size(0) == 0) Py_RETURN_NONE;
   args.width = static_cast<int32_t>(width);
   args.normalize = normalize;

@@ -46,9 +46,9 @@ struct NearestCodebookKernels {
   // Bytes that `search` needs for one thread.
   int64_t (*scratch_bytes)(int width);
   // Compares latents [first_row, first_row + rows), at most kRowBlock, with `tiles` packed tiles that begin at
-  // code `first_code`. For each latent z: the lowest score |e|^2 / 2 - z.e and the lowest code that has it; (inf,
-  // 0) if no code may be chosen; (-inf, 0) if the latent's sum of squares is not finite. `scratch` is aligned to a
-  // cache line.
+  // code `first_code`. Writes for each latent z the lowest score |e|^2 / 2 - z.e and the lowest code that has it.
+  // If no code may be chosen, these are inf and 0. If the latent's sum of squares is not finite, they are -inf and
+  // 0. `scratch` is aligned to a cache line.
   void (*search)(const NearestCodebookArgs& args, int64_t first_row, int rows, const float* packed, int64_t tiles,
                  int64_t first_code, void* scratch, float* scores, int32_t* codes);
 };
