@@ -13,7 +13,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # .venv is up to date when this file is newer than everything that an installation is made from. For the build, pip
-# downloads setuptools and ninja. Neither a GPU nor nvcc nor root is needed.
+# downloads setuptools and pybind11. Neither a GPU nor nvcc nor root is needed.
 $(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -1,7 +1,7 @@
 """Builds the optional extension `titok._C` from csrc/. Everything else about the package is in pyproject.toml.
 
-The extension needs a C++17 compiler and the headers of Python. It includes no header of PyTorch, so one binary serves
-every torch release. What cannot be built is left out with one line that says why:
+The extension needs a C++17 compiler and pybind11. It includes no header of PyTorch, so one binary serves every torch
+release. What cannot be built is left out with one line that says why:
 
 * without nvcc (`$CUDA_HOME/bin/nvcc` or on PATH) the CUDA half is left out;
 * without a C++ compiler, or if it fails, the whole extension is left out, and `titok` runs on plain PyTorch.

@@ -1,11 +1,14 @@
-// The Python module titok._C: the functions of each op (csrc/<op>/binding.cpp), and what the build and the machine offer.
+// The Python module titok._C: the functions of each op (csrc/<op>/binding.cpp), and what the build and the machine
+// offer.
 //
-// pybind11 makes the module and the functions whose calls are rare. The functions of the ops are called many times for
-// each image and take many tensors; common/python_call.h reads these for a fraction of what pybind11's casters cost.
+// pybind11 makes the module and the functions whose calls are rare. The functions of the ops are called many times
+// for each image and take many tensors; common/python_call.h reads these for a fraction of what pybind11's casters
+// cost.
+#include "module.h"
+
 #include <pybind11/pybind11.h>
 
 #include "common/cpu_isa.h"
-#include "module.h"
 
 namespace py = pybind11;
 
@@ -44,9 +47,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of titok. Import torch first: both share one OpenMP runtime.";
   m.attr("with_cuda") = kWithCuda;
   m.def("cpu_isa", &cpu_isa_name, "Instruction set that the CPU kernels use here: generic, avx2 or avx512.");
-  m.def("_describe_tensor", &describe_tensor, py::arg("tensor"), py::arg("attributes"),
-        "(address, dtype, device, sizes, strides) as the kernels see a tensor. With `attributes` it is read the way that "
-        "serves torch releases without the DLPack exchange API. For tests.");
+  m.def(
+      "_describe_tensor", &describe_tensor, py::arg("tensor"), py::arg("attributes"),
+      "(address, dtype, device, sizes, strides) as the kernels see a tensor. With `attributes` it is read the way "
+      "that serves torch releases without the DLPack exchange API. For tests.");
   for (const auto bind : {bind_add_layer_norm, bind_group_norm_silu, bind_masked_attention, bind_maskgit_decode,
                           bind_nearest_codebook}) {
     if (bind(m.ptr()) != 0) throw py::error_already_set();

@@ -1,5 +1,5 @@
-// Declarations of the bind_<op> functions that module.cpp calls. Each adds the functions of one op to the module and
-// returns 0, or -1 with a Python exception set.
+// Declarations of the bind_<op> functions that module.cpp calls. Each adds the functions of one op to the module
+// and returns 0, or -1 with a Python exception set.
 #pragma once
 
 #include "common/python_call.h"

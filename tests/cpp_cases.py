@@ -141,6 +141,31 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+TENSORS = [
+    (case, name) for case, make in CASES.items() for name, value in make().items() if isinstance(value, Tensor)
+]
+
+Names = set[str | tuple[str, str]]  # argument names, in all functions or (function, name)
+OPTIONAL: Names = {
+    "grad_total",
+    "key_mask",
+    "mean",
+    "rstd",
+    "keep",
+    "packed",
+    "uncond",
+    ("masked_attention", "lse"),
+}
+# In these only the last dimension must be dense. Every other tensor must be contiguous.
+STRIDED: Names = {"qkv", "latents", "codebook", "cond", "uncond", ("masked_attention_backward", "grad")}
+# (case, name) of tensors whose number of rows no other argument determines.
+ANY_ROWS = {("nearest_codebook", "codebook"), *(("maskgit_decode_step:rows", n) for n in ("cond", "uncond"))}
+
+
+def listed(names: Names, case: str, name: str) -> bool:
+    return name in names or (case.split(":")[0], name) in names
+
+
 def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 

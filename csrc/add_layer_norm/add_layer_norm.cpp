@@ -43,11 +43,13 @@ void launch_add_layer_norm_backward(const AddLayerNormBackwardArgs& args) {
   const AddLayerNormKernels& kernels = kernels_for_this_cpu();
   const int64_t chunks = add_layer_norm_chunks(args.rows);
   const int threads = threads_for_elements(args.rows * args.width);
+  const int64_t scratch_size = 2 * add_layer_norm_padded(args.width);
+  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const std::unique_ptr<float[]> scratch(new float[2 * add_layer_norm_padded(args.width)]);
-    kernels.backward(args, chunks * thread / team, chunks * (thread + 1) / team, scratch.get());
+    kernels.backward(args, chunks * thread / team, chunks * (thread + 1) / team,
+                     scratch.get() + thread * scratch_size);
   }
 }
 

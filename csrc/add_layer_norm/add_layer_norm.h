@@ -1,5 +1,5 @@
-// LayerNorm over rows (Ba, Kiros and Hinton 2016), optionally of the sum of two tensors, and its gradient: arguments and
-// entry points.
+// LayerNorm over rows (Ba, Kiros and Hinton 2016), optionally of the sum of two tensors, and its gradient:
+// arguments and entry points.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ struct AddLayerNormBackwardArgs {
   const void* total;            // (rows, width) total_dtype
   void* grad;                   // (rows, width) total_dtype, output: gradient of total
   const void* weight;           // (width) weight_dtype
-  float* partial;               // (chunks, 2, width), output: gradients of weight and bias from the rows of each chunk
+  float* partial;  // (chunks, 2, width), output: gradients of weight and bias from the rows of each chunk
   DType normalised_dtype;
   DType total_dtype;
   DType weight_dtype;
@@ -41,8 +41,8 @@ struct AddLayerNormBackwardArgs {
   float eps;
 };
 
-// Gradients of weight and bias are summed by chunks of rows, whose size depends on the number of rows alone, so that
-// results do not depend on the number of threads. The last chunk may have fewer rows.
+// Gradients of weight and bias are summed by chunks of rows, whose size depends on the number of rows alone, so
+// that results do not depend on the number of threads. The last chunk may have fewer rows.
 constexpr int64_t add_layer_norm_chunk_rows(int64_t rows) { return rows > 16 * 64 ? (rows + 63) / 64 : 16; }
 constexpr int64_t add_layer_norm_chunks(int64_t rows) {
   return (rows + add_layer_norm_chunk_rows(rows) - 1) / add_layer_norm_chunk_rows(rows);
@@ -59,7 +59,8 @@ struct AddLayerNormKernels {
   // Chunks [begin, end). `scratch` holds 2 * add_layer_norm_padded(width) floats of this thread.
   void (*backward)(const AddLayerNormBackwardArgs& args, int64_t begin, int64_t end, float* scratch);
 };
-constexpr int64_t add_layer_norm_padded(int64_t width) { return (width + 31) / 32 * 32; }  // whole pairs of vectors
+// The width rounded up to whole pairs of vectors.
+constexpr int64_t add_layer_norm_padded(int64_t width) { return (width + 31) / 32 * 32; }
 const AddLayerNormKernels& add_layer_norm_kernels(Generic);
 const AddLayerNormKernels& add_layer_norm_kernels(Avx2);
 const AddLayerNormKernels& add_layer_norm_kernels(Avx512);

@@ -1,10 +1,9 @@
 // The loops of add_layer_norm, compiled once per instruction set.
 //
-// A row is read several times while it stays in the first-level cache: for the sum and its mean, for the variance around
-// that mean (the two-pass formula, which does not cancel), and to normalise. The backward pass computes the statistics
-// again from `total` and reads the row twice more.
+// A row is read several times while it stays in the first-level cache: for the sum and its mean, for the variance
+// around that mean (the two-pass formula, which does not cancel), and to normalise. The backward pass computes the
+// statistics again from `total` and reads the row twice more.
 #include "add_layer_norm/add_layer_norm.h"
-
 #include "common/simd.h"
 
 namespace titok::TITOK_ISA {

@@ -18,12 +18,6 @@ void check_like(const TensorArg& tensor, const TensorArg& like) {
   expect_shape_of(tensor, like);
 }
 
-void check_parameter(const TensorArg& tensor, std::initializer_list<DType> dtypes, int64_t width) {
-  expect_dtype(tensor, dtypes);
-  expect_shape(tensor, {width});
-  expect_contiguous(tensor);
-}
-
 PyObject* add_layer_norm(Call& call) {
   const TensorArg x = call.tensor("x"), residual = call.optional_tensor("residual");
   const TensorArg weight = call.tensor("weight"), bias = call.tensor("bias");
@@ -32,8 +26,8 @@ PyObject* add_layer_norm(Call& call) {
 
   check_rows(x);
   if (residual.given) check_like(residual, x);
-  check_parameter(weight, kRowTypes, x.size(-1));
-  check_parameter(bias, {weight.dtype}, x.size(-1));
+  expect_contiguous(weight, kRowTypes, {x.size(-1)});
+  expect_contiguous(bias, {weight.dtype}, {x.size(-1)});
   expect_given(total, residual.given, residual.given ? "beside a residual" : "without a residual");
   if (total.given) {
     check_like(total, x);
@@ -65,7 +59,8 @@ PyObject* add_layer_norm(Call& call) {
 }
 
 PyObject* add_layer_norm_backward(Call& call) {
-  const TensorArg grad_total = call.optional_tensor("grad_total"), grad_normalised = call.tensor("grad_normalised");
+  const TensorArg grad_total = call.optional_tensor("grad_total"),
+                  grad_normalised = call.tensor("grad_normalised");
   const TensorArg total = call.tensor("total"), weight = call.tensor("weight");
   const float eps = static_cast<float>(call.number("eps"));
   const TensorArg grad = call.tensor("grad"), partial = call.tensor("partial");
@@ -76,13 +71,11 @@ PyObject* add_layer_norm_backward(Call& call) {
     expect_dtype(grad_total, {total.dtype});
   }
   check_like(grad_normalised, total);
-  check_parameter(weight, kRowTypes, total.size(-1));
+  expect_contiguous(weight, kRowTypes, {total.size(-1)});
   check_like(grad, total);
   expect_dtype(grad, {total.dtype});
   const int64_t rows = total.product(0, total.ndim - 1);
-  expect_dtype(partial, {DType::kFloat32});
-  expect_shape(partial, {add_layer_norm_chunks(rows), 2, total.size(-1)});
-  expect_contiguous(partial);
+  expect_contiguous(partial, {DType::kFloat32}, {add_layer_norm_chunks(rows), 2, total.size(-1)});
   if (total.numel() == 0) Py_RETURN_NONE;
 
   AddLayerNormBackwardArgs args{};
@@ -118,7 +111,8 @@ PyMethodDef kFunctions[] = {
         "total takes the wider of the two dtypes, normalised either. residual and total may both be None."),
     python_function<add_layer_norm_backward, 7>(
         "add_layer_norm_backward",
-        "add_layer_norm_backward($module, grad_total, grad_normalised, total, weight, eps, grad, partial, /)\n--\n\n"
+        "add_layer_norm_backward($module, grad_total, grad_normalised, total, weight, eps, grad, partial, /)\n"
+        "--\n\n"
         "Gradient of the sum, into grad, and those of weight and bias by chunks of rows, into partial\n"
         "(add_layer_norm_chunks(rows), 2, D) float32, to be summed over its first dimension."),
     python_function<chunks, 1>(

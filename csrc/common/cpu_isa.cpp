@@ -42,8 +42,8 @@ const char* cpu_isa_name() {
 
 bool cpu_multiplies_bf16() {
 #if defined(__x86_64__)
-  static const bool yes = cpu_isa() == CpuIsa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&
-                          !std::getenv("TITOK_CPU_ISA");
+  static const bool yes =
+      cpu_isa() == CpuIsa::kAvx512 && __builtin_cpu_supports("avx512bf16") && !std::getenv("TITOK_CPU_ISA");
   return yes;
 #else
   return false;

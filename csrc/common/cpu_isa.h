@@ -1,7 +1,8 @@
 // Which of the compiled instruction-set variants runs on this machine.
 //
-// Each csrc/<op>/<op>_simd.cpp is compiled once per instruction set. All its code lies in namespace titok::TITOK_ISA and
-// in an unnamed namespace; it defines one overload of a function that returns the kernels, for the tag of its set:
+// Each csrc/<op>/<op>_simd.cpp is compiled once per instruction set. All its code lies in namespace
+// titok::TITOK_ISA and in an unnamed namespace; it defines one overload of a function that returns the kernels,
+// for the tag of its set:
 //
 //   const AddLayerNormKernels& add_layer_norm_kernels(Avx2);
 #pragma once
@@ -16,8 +17,8 @@ struct Avx512Bf16 {};  // AVX-512 that also multiplies bfloat16; only masked_att
 
 enum class CpuIsa { kGeneric, kAvx2, kAvx512 };
 
-// The best that the CPU has, detected at the first call. The environment variable TITOK_CPU_ISA (generic, avx2, avx512)
-// lowers it, so that one machine can test the others.
+// The best that the CPU has, detected at the first call. The environment variable TITOK_CPU_ISA (generic, avx2,
+// avx512) lowers it, so that one machine can test the others.
 CpuIsa cpu_isa();
 const char* cpu_isa_name();
 

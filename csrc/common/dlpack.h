@@ -1,7 +1,7 @@
 // The part of DLPack 1.x that reading a tensor needs: https://dmlc.github.io/dlpack/latest/c_api.html
 //
-// A tensor library publishes a table of C functions as the attribute `__dlpack_c_exchange_api__` of its tensor type, a
-// PyCapsule. The table's layout is fixed within a major version.
+// A tensor library publishes a table of C functions as the attribute `__dlpack_c_exchange_api__` of its tensor
+// type, a PyCapsule. The table's layout is fixed within a major version.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace titok::dlpack {
 constexpr char kCapsuleName[] = "dlpack_exchange_api";
 constexpr uint32_t kMajorVersion = 1;
 
-enum DeviceType : int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3 };
+enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
 enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
 
 // DLTensor: a view of memory that the tensor owns.

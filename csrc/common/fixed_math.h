@@ -1,8 +1,8 @@
 // exp and log as fixed sequences of float32 multiplications and additions.
 //
-// The build forbids the compilers to fuse a multiplication and an addition (-ffp-contract=off, -fmad=false), so every
-// compiler, instruction set and GPU returns the same bits. titok/ops/fixed_math.py does the same operations in PyTorch:
-// change both or neither. Templates take F = float or, on the CPU, a GCC vector of floats.
+// The build forbids the compilers to fuse a multiplication and an addition (-ffp-contract=off, -fmad=false), so
+// every compiler, instruction set and GPU returns the same bits. titok/ops/fixed_math.py does the same operations
+// in PyTorch: change both or neither. Templates take F = float or, on the CPU, a GCC vector of floats.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,18 @@ namespace titok {
 constexpr int kWeightBits = 30;
 constexpr float kLowestExponent = -22.0f;         // exp(-22) * 2^30 rounds to 0, and 2^n stays a normal number
 constexpr float kLogUnit = 20.7944154167983592f;  // ln(2^30)
-constexpr float kLn2High = 0.693359375f;          // ln 2 to ten bits, so that its product with a small integer is exact
-constexpr float kLn2Low = -2.12194440e-4f;        // ln 2 - kLn2High
+constexpr float kLn2High = 0.693359375f;    // ln 2 to ten bits, so that its product with a small integer is exact
+constexpr float kLn2Low = -2.12194440e-4f;  // ln 2 - kLn2High
 
 // exp(x) * 2^30 rounded to an integer, for x <= 0, -inf included.
 //
-// x = n ln 2 + r with an integer n and |r| <= ln 2 / 2; exp(r) is a polynomial of degree 5 (Cody and Waite's reduction).
+// x = n ln 2 + r with an integer n and |r| <= ln 2 / 2; exp(r) is a polynomial of degree 5 (Cody and Waite's
+// reduction).
 template <class F>
 TITOK_HD typename Lanes<F>::Int exp_weight(F x) {
   using Int = typename Lanes<F>::Int;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
+  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold.
+  constexpr float kRound = 12582912.0f;
   const F lowest = F{} + kLowestExponent;
   x = x > lowest ? x : lowest;
   const F shifted = x * 1.44269504f + kRound;
@@ -37,8 +39,8 @@ TITOK_HD typename Lanes<F>::Int exp_weight(F x) {
   return Lanes<F>::truncate(p * scale + 0.5f);
 }
 
-// Natural logarithm of a positive normal float: x = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and a polynomial of
-// degree 8 in f.
+// Natural logarithm of a positive normal float: x = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and a
+// polynomial of degree 8 in f.
 TITOK_HD float log_fixed(float x) {
   constexpr int32_t kSqrtHalf = 0x3F3504F3;  // bits of sqrt(1/2)
   const int32_t bits = bit_cast<int32_t>(x);

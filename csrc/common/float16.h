@@ -6,15 +6,15 @@
 
 namespace titok {
 
-// float16 to float32 without the conversion instruction. A subnormal goes through an integer and one exact product, so
-// that a CPU mode that flushes subnormals to zero changes nothing.
+// float16 to float32 without the conversion instruction. A subnormal goes through an integer and one exact
+// product, so that a CPU mode that flushes subnormals to zero changes nothing.
 //
-// Args: half: 32-bit words, a scalar or a GCC vector, whose lower 16 bits hold the float16. F: float, or the vector of
-// floats with as many lanes.
+// Args: half: 32-bit words, a scalar or a GCC vector, whose lower 16 bits hold the float16. F: float, or the
+// vector of floats with as many lanes.
 template <class F, class Words>
 TITOK_HD F widen_float16(Words half) {
   const Words sign = (half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
-  const Words normal = (magnitude << 13) + (112u << 23);   // the exponent's bias grows from 15 to 127
+  const Words normal = (magnitude << 13) + (112u << 23);  // the exponent's bias grows from 15 to 127
   const Words special = (magnitude << 13) | 0x7F800000u;  // infinity and NaN
   const Words subnormal = bit_cast<Words>(F(Lanes<F>::convert(magnitude) * 5.9604644775390625e-8f));  // 2^-24
   const Words wide = magnitude > 0x7BFFu ? special : normal;

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
-// Marks functions that g++ compiles for the CPU and nvcc for both sides. They are always inlined: an out-of-line copy
-// from a file that is compiled for AVX-512 would share its symbol with the copies for lesser CPUs, and the linker would
-// keep any one of them for all.
+// Marks functions that g++ compiles for the CPU and nvcc for both sides. They are always inlined: an out-of-line
+// copy from a file that is compiled for AVX-512 would share its symbol with the copies for lesser CPUs, and the
+// linker would keep any one of them for all.
 #if defined(__CUDACC__)
 #define TITOK_HD __host__ __device__ __forceinline__
 #else
@@ -24,8 +24,8 @@ TITOK_HD To bit_cast(const From& from) {
   return to;
 }
 
-// For templates over F, which is float or a GCC vector of floats: the 32-bit integers of the same number of lanes, and
-// conversions lane by lane. maskgit_decode_simd.cpp specialises it for its vectors.
+// For templates over F, which is float or a GCC vector of floats: the 32-bit integers of the same number of lanes,
+// and conversions lane by lane. maskgit_decode_simd.cpp specialises it for its vectors.
 template <class F>
 struct Lanes;
 template <>

@@ -12,8 +12,8 @@ namespace titok {
 
 // Asks Linux to back a block of at least 32 MiB with pages of 2 MiB; does nothing for smaller ones.
 //
-// glibc maps such a block afresh at each allocation. With pages of 4 KiB the page faults of touching it then take longer
-// than a kernel that writes it once.
+// glibc maps such a block afresh at each allocation. With pages of 4 KiB the page faults of touching it then take
+// longer than a kernel that writes it once.
 inline void ask_for_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;

@@ -1,5 +1,6 @@
-// Philox4x32-10, a counter-based random number generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-// SC 2011), for CPU and GPU. titok/ops/philox.py is the same in PyTorch and documents what each counter and word serves.
+// Philox4x32-10, a counter-based random number generator (Salmon et al., "Parallel random numbers: as easy as 1,
+// 2, 3", SC 2011), for CPU and GPU. titok/ops/philox.py is the same in PyTorch and documents what each counter and
+// word serves.
 #pragma once
 
 #include <cstdint>

@@ -16,11 +16,18 @@ std::string text_of(PyObject* value) {
   return result;
 }
 
-// A new reference to value as an int, or null where it is none.
-PyObject* as_integer(PyObject* value) {
-  PyObject* const integer = PyNumber_Index(value);
-  if (!integer) PyErr_Clear();
-  return integer;
+// Whether converting the value to a number runs no Python code, which could change the tensors that were read
+// before. NumPy's scalars are of static types; a type that is written in Python is not.
+bool converts_without_python(PyObject* value) {
+  return PyLong_Check(value) || PyFloat_Check(value) || !PyType_HasFeature(Py_TYPE(value), Py_TPFLAGS_HEAPTYPE);
+}
+
+// A new reference to the value as an int. Throws ArgumentError where it is none.
+PyObject* as_integer(PyObject* value, const char* name) {
+  PyObject* const integer = converts_without_python(value) ? PyNumber_Index(value) : nullptr;
+  if (integer) return integer;
+  PyErr_Clear();
+  raise_type_error(name, "an integer", Py_TYPE(value)->tp_name);
 }
 
 }  // namespace
@@ -35,7 +42,8 @@ TensorArg Call::tensor(const char* name) {
   if (device_index_ < 0) device_index_ = tensor.device_index;
   if (tensor.device != device_ || tensor.device_index != device_index_) {
     const bool cpu = device_ == DeviceKind::kCpu;
-    raise_value_error(name, "device " + (cpu ? "cpu" : "cuda:" + std::to_string(device_index_)), device_of(tensor));
+    raise_value_error(name, "device " + (cpu ? "cpu" : "cuda:" + std::to_string(device_index_)),
+                      device_of(tensor));
   }
   return tensor;
 }
@@ -54,21 +62,20 @@ TensorArg Call::optional_tensor(const char* name) {
 
 int64_t Call::integer(const char* name, int64_t least, int64_t most) {
   PyObject* const value = object(name);
-  PyObject* const integer = as_integer(value);
-  if (!integer) raise_type_error(name, "an integer", Py_TYPE(value)->tp_name);
+  PyObject* const integer = as_integer(value, name);
   int overflow = 0;
   const int64_t result = PyLong_AsLongLongAndOverflow(integer, &overflow);
   Py_DECREF(integer);
   if (overflow || result < least || result > most) {
-    raise_value_error(name, "an integer in [" + std::to_string(least) + ", " + std::to_string(most) + "]", text_of(value));
+    raise_value_error(name, "an integer in [" + std::to_string(least) + ", " + std::to_string(most) + "]",
+                      text_of(value));
   }
   return result;
 }
 
 uint64_t Call::unsigned_integer(const char* name) {
   PyObject* const value = object(name);
-  PyObject* const integer = as_integer(value);
-  if (!integer) raise_type_error(name, "an integer", Py_TYPE(value)->tp_name);
+  PyObject* const integer = as_integer(value, name);
   const uint64_t result = PyLong_AsUnsignedLongLong(integer);
   Py_DECREF(integer);
   if (PyErr_Occurred()) {
@@ -80,12 +87,11 @@ uint64_t Call::unsigned_integer(const char* name) {
 
 double Call::number(const char* name) {
   PyObject* const value = object(name);
-  const double result = PyFloat_AsDouble(value);
-  if (result == -1.0 && PyErr_Occurred()) {
-    PyErr_Clear();
-    raise_type_error(name, "a number", Py_TYPE(value)->tp_name);
-  }
-  return result;
+  const bool convertible = converts_without_python(value);
+  const double result = convertible ? PyFloat_AsDouble(value) : 0;
+  if (convertible && !PyErr_Occurred()) return result;
+  PyErr_Clear();
+  raise_type_error(name, "a number", Py_TYPE(value)->tp_name);
 }
 
 bool Call::boolean(const char* name) {
@@ -120,7 +126,8 @@ PyObject* raise_in_python() noexcept {
 namespace detail {
 void expect_count(Py_ssize_t expected, Py_ssize_t actual) {
   if (actual == expected) return;
-  throw ArgumentError{true, "expected " + std::to_string(expected) + " positional arguments, got " + std::to_string(actual)};
+  throw ArgumentError{
+      true, "expected " + std::to_string(expected) + " positional arguments, got " + std::to_string(actual)};
 }
 }  // namespace detail
 

@@ -62,8 +62,8 @@ PyObject* enter(PyObject*, PyObject* const* values, Py_ssize_t count) noexcept {
 }
 }  // namespace detail
 
-// An entry of a module's table of functions. METH_FASTCALL: building a tuple and matching keywords would take longer than
-// reading the tensors.
+// An entry of a module's table of functions. METH_FASTCALL: building a tuple and matching keywords would take
+// longer than reading the tensors.
 template <PyObject* (*kFunction)(Call&), int kArguments>
 PyMethodDef python_function(const char* name, const char* doc) {
   const auto enter = &detail::enter<kFunction, kArguments>;

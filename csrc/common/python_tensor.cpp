@@ -30,11 +30,11 @@ struct NamedDType {
   uint8_t bits;
 };
 constexpr NamedDType kDTypes[] = {
-    {DType::kFloat32, dlpack::kFloat, 32},   {DType::kBFloat16, dlpack::kBfloat, 16},
-    {DType::kFloat16, dlpack::kFloat, 16},   {DType::kFloat64, dlpack::kFloat, 64},
-    {DType::kInt64, dlpack::kInt, 64},       {DType::kInt32, dlpack::kInt, 32},
-    {DType::kInt16, dlpack::kInt, 16},       {DType::kInt8, dlpack::kInt, 8},
-    {DType::kUInt8, dlpack::kUInt, 8},       {DType::kBool, dlpack::kBool, 8},
+    {DType::kFloat32, dlpack::kFloat, 32},     {DType::kBFloat16, dlpack::kBfloat, 16},
+    {DType::kFloat16, dlpack::kFloat, 16},     {DType::kFloat64, dlpack::kFloat, 64},
+    {DType::kInt64, dlpack::kInt, 64},         {DType::kInt32, dlpack::kInt, 32},
+    {DType::kInt16, dlpack::kInt, 16},         {DType::kInt8, dlpack::kInt, 8},
+    {DType::kUInt8, dlpack::kUInt, 8},         {DType::kBool, dlpack::kBool, 8},
     {DType::kComplex64, dlpack::kComplex, 64}, {DType::kComplex128, dlpack::kComplex, 128},
 };
 constexpr int kNamedDTypes = sizeof(kDTypes) / sizeof(kDTypes[0]);
@@ -51,7 +51,7 @@ struct Torch {
   PyObject* stride;
   PyObject* dtype;
   PyObject* device;
-  PyObject* dtypes[kNamedDTypes];      // torch.float32 ..., in the order of kDTypes
+  PyObject* dtypes[kNamedDTypes];       // torch.float32 ..., in the order of kDTypes
   const dlpack::ExchangeApi* exchange;  // null where this torch has none
 };
 
@@ -114,7 +114,8 @@ std::string take_error() {
 }
 
 [[noreturn]] void raise_unreadable(const char* name) {
-  raise_value_error(name, "a strided tensor whose elements lie in memory", "one that has none (" + take_error() + ")");
+  raise_value_error(name, "a strided tensor whose elements lie in memory",
+                    "one that cannot be read (" + take_error() + ")");
 }
 
 // Calls a method or getter of torch.Tensor without running Python code of a subclass.
@@ -135,7 +136,8 @@ void read_exchanged(const Torch& torch, PyObject* value, TensorArg& to) {
   to.data = from.data ? static_cast<char*>(from.data) + from.byte_offset : nullptr;
   to.dtype = DType::kOther;
   for (const NamedDType& known : kDTypes) {
-    if (from.type_code == known.code && from.type_bits == known.bits && from.type_lanes == 1) to.dtype = known.dtype;
+    if (from.type_code == known.code && from.type_bits == known.bits && from.type_lanes == 1)
+      to.dtype = known.dtype;
   }
   to.device = from.device_type == dlpack::kCpu    ? DeviceKind::kCpu
               : from.device_type == dlpack::kCuda ? DeviceKind::kCuda
@@ -194,7 +196,8 @@ TensorArg read_tensor(PyObject* value, const char* name, TensorReader reader) {
     read_attributes(*torch, value, tensor);
   }
   if (tensor.ndim > TensorArg::kMaxDims) {
-    raise_value_error(name, "at most " + std::to_string(TensorArg::kMaxDims) + " dimensions", std::to_string(tensor.ndim));
+    raise_value_error(name, "at most " + std::to_string(TensorArg::kMaxDims) + " dimensions",
+                      std::to_string(tensor.ndim));
   }
   if (!tensor.data && tensor.numel() > 0) {
     raise_value_error(name, "a strided tensor whose elements lie in memory", "one without storage");

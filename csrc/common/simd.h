@@ -1,9 +1,9 @@
-// Vectors of float32 for the <op>_simd.cpp files, as wide as the instruction set that the file is compiled for, and rows
-// of float32 or bfloat16 that are computed on in float32.
+// Vectors of float32 for the <op>_simd.cpp files, as wide as the instruction set that the file is compiled for,
+// and rows of float32 or bfloat16 that are computed on in float32.
 //
-// Everything lies in an unnamed namespace, and the <op>_simd.cpp files use no inline code of the standard library: the
-// linker must never keep a copy that was compiled for AVX-512 for all callers. Vectors are GCC's (vector_size), with
-// intrinsics where GCC's operators do not reach an instruction.
+// Everything lies in an unnamed namespace, and the <op>_simd.cpp files use no inline code of the standard library:
+// the linker must never keep a copy that was compiled for AVX-512 for all callers. Vectors are GCC's
+// (vector_size), with intrinsics where GCC's operators do not reach an instruction.
 #pragma once
 
 #include <cstdint>
@@ -64,8 +64,8 @@ inline Ints lane_numbers() {
   return lanes;
 }
 
-// a * b + c, rounded once where the instruction set has the instruction. The build forbids the compiler to fuse on its
-// own, so results depend only on where this function is called.
+// a * b + c, rounded once where the instruction set has the instruction. The build forbids the compiler to fuse on
+// its own, so results depend only on where this function is called.
 inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(TITOK_ISA_AVX512)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -88,7 +88,8 @@ inline Floats across(Floats v, Fold fold) {
 inline Floats add(Floats a, Floats b) { return a + b; }
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
-// kStream writes past the caches, for results that are larger than they are; `p` must then be aligned to the vector.
+// With kStream, writes past the caches, which suits results that are larger than they are. `p` must then be
+// aligned to the vector.
 template <bool kStream, class Vector>
 inline void write_streamed(void* p, Vector v) {
 #if defined(TITOK_ISA_AVX512)
@@ -111,8 +112,8 @@ inline void fence() {
 // bfloat16 to float32, which is exact.
 inline Floats widen(Halves v) { return bit_cast<Floats>(__builtin_convertvector(v, Words) << 16); }
 
-// The nearest bfloat16 (ties to even) in the upper half of each lane; the lower half is undefined. A NaN becomes the
-// default NaN, because rounding could carry it into the infinities.
+// The nearest bfloat16 (ties to even) in the upper half of each lane; the lower half is undefined. A NaN becomes
+// the default NaN, because rounding could carry it into the infinities.
 inline Words nearest_bfloat16(Floats v) {
   const Words word = bit_cast<Words>(v);
   return v == v ? word + 0x7fff + ((word >> 16) & 1) : 0x7fc00000 - Words{};
@@ -132,8 +133,8 @@ inline auto with_storage_type(DType dtype, Visit visit) {
 //   in order        0 1 2 3      4 5 6 7
 //   kEvenOdd        0 2 4 6      1 3 5 7
 //
-// A vector of bfloat16 splits into even and odd values with one instruction each (a shift and a mask), into halves with
-// several. A loop that touches any bfloat16 row therefore uses kEvenOdd for all its rows.
+// A vector of bfloat16 splits into even and odd values with one instruction each (a shift and a mask), into halves
+// with several. A loop that touches any bfloat16 row therefore uses kEvenOdd for all its rows.
 struct Pair {
   Floats first, second;
 };
@@ -196,11 +197,14 @@ inline Pair rounded(Pair v) {
 inline Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
 inline Pair operator-(Pair a, Pair b) { return {a.first - b.first, a.second - b.second}; }
 inline Pair operator*(Pair a, Pair b) { return {a.first * b.first, a.second * b.second}; }
-inline Pair fma(Pair a, Pair b, Pair c) { return {fma(a.first, b.first, c.first), fma(a.second, b.second, c.second)}; }
+inline Pair fma(Pair a, Pair b, Pair c) {
+  return {fma(a.first, b.first, c.first), fma(a.second, b.second, c.second)};
+}
 
 inline Pair broadcast_pair(float value) { return {broadcast(value), broadcast(value)}; }
 
-// Not by `across`: LayerNorm's row sums took half as long again with its shuffles (AVX2, GCC 12).
+// The sum of all values. Not computed by `across`, with whose shuffles add_layer_norm took half as long again
+// (AVX2, GCC 12).
 inline float sum(Pair pair) {
   Floats v = pair.first + pair.second;
   for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -211,8 +215,8 @@ inline float sum(Pair pair) {
 
 // ---- Loops over a row
 //
-// A loop body reads and writes through an `access`: WholePair, and for the last values of a row EndOfRow. Both have the
-// same functions, so that one body serves both.
+// A loop body reads and writes through an `access`: WholePair, and for the last values of a row EndOfRow. Both
+// have the same functions, so that one body serves both.
 
 template <bool kEvenOdd, bool kStream = false>
 struct WholePair {

@@ -1,7 +1,7 @@
 // Powers of two of vectors, by minimax polynomials (found with the Remez algorithm).
 //
-// Unlike those of fixed_math.h they fuse multiplications and additions, so that results differ in the last bits between
-// instruction sets. The tests of masked_attention and group_norm_silu compare them with float64.
+// Unlike those of fixed_math.h they fuse multiplications and additions, so that results differ in the last bits
+// between instruction sets. The tests of masked_attention and group_norm_silu compare them with float64.
 #pragma once
 
 #include "common/simd.h"
@@ -24,7 +24,8 @@ struct Exp2<float> {  // relative error 1.5e-7
 template <>
 struct Exp2<BFloat16> {  // relative error 7.5e-5: 1/26 of half a unit in the last place
   static constexpr int kCount = 4;
-  static constexpr float kCoefficients[] = {5.517166853e-02f, 2.426111400e-01f, 6.932609677e-01f, 9.999280572e-01f};
+  static constexpr float kCoefficients[] = {5.517166853e-02f, 2.426111400e-01f, 6.932609677e-01f,
+                                            9.999280572e-01f};
 };
 
 // 2^x for x <= 0, relative error 1.5e-7. Returns 0 for x < -126, -inf included, and NaN for NaN.

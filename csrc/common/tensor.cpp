@@ -1,3 +1,4 @@
+// The checks of tensors and the wording of their messages.
 #include "common/tensor.h"
 
 namespace titok {
@@ -90,27 +91,38 @@ void expect_dtype(const TensorArg& tensor, std::initializer_list<DType> dtypes) 
 void expect_shape(const TensorArg& tensor, std::initializer_list<int64_t> sizes) {
   const int count = static_cast<int>(sizes.size());
   bool fits = tensor.ndim == count;
-  for (int i = 0; fits && i < count; ++i) fits = sizes.begin()[i] == kAnySize || sizes.begin()[i] == tensor.sizes[i];
+  for (int i = 0; fits && i < count; ++i)
+    fits = sizes.begin()[i] == kAnySize || sizes.begin()[i] == tensor.sizes[i];
   if (!fits) raise_value_error(tensor.name, "shape " + join(sizes.begin(), count), shape_of(tensor));
 }
 
 void expect_shape_of(const TensorArg& tensor, const TensorArg& like) {
   bool fits = tensor.ndim == like.ndim;
   for (int i = 0; fits && i < like.ndim; ++i) fits = tensor.sizes[i] == like.sizes[i];
-  if (!fits) raise_value_error(tensor.name, "the shape of " + std::string(like.name) + ", " + shape_of(like),
-                               shape_of(tensor));
+  if (!fits)
+    raise_value_error(tensor.name, "the shape of " + std::string(like.name) + ", " + shape_of(like),
+                      shape_of(tensor));
 }
 
 void expect_contiguous(const TensorArg& tensor) {
   int dims[TensorArg::kMaxDims];
   for (int i = 0; i < tensor.ndim; ++i) dims[i] = tensor.ndim - 1 - i;
-  if (!is_dense(tensor, dims, tensor.ndim)) raise_value_error(tensor.name, "a contiguous tensor", strides_of(tensor));
+  if (!is_dense(tensor, dims, tensor.ndim))
+    raise_value_error(tensor.name, "a contiguous tensor", strides_of(tensor));
+}
+
+void expect_contiguous(const TensorArg& tensor, std::initializer_list<DType> dtypes,
+                       std::initializer_list<int64_t> sizes) {
+  expect_dtype(tensor, dtypes);
+  expect_shape(tensor, sizes);
+  expect_contiguous(tensor);
 }
 
 void expect_channels_last(const TensorArg& tensor) {
   expect_shape(tensor, {kAnySize, kAnySize, kAnySize, kAnySize});
   const int dims[] = {1, 3, 2, 0};
-  if (!is_dense(tensor, dims, 4)) raise_value_error(tensor.name, "a contiguous channels-last map", strides_of(tensor));
+  if (!is_dense(tensor, dims, 4))
+    raise_value_error(tensor.name, "a contiguous channels-last map", strides_of(tensor));
 }
 
 void expect_dense_last_dimension(const TensorArg& tensor) {
@@ -121,7 +133,8 @@ void expect_dense_last_dimension(const TensorArg& tensor) {
 
 void expect_given(const TensorArg& tensor, bool given, const char* condition) {
   if (tensor.given == given) return;
-  raise_value_error(tensor.name, std::string(given ? "a tensor " : "None ") + condition, tensor.given ? "a tensor" : "None");
+  raise_value_error(tensor.name, std::string(given ? "a tensor " : "None ") + condition,
+                    tensor.given ? "a tensor" : "None");
 }
 
 }  // namespace titok

@@ -14,9 +14,9 @@ enum class DeviceKind : int32_t { kCpu, kCuda, kOther };
 struct TensorArg {
   static constexpr int kMaxDims = 64;  // as many as PyTorch's own loops over elements take
 
-  const char* name;    // of the argument, for messages
-  bool given;          // false for None; then nothing below holds
-  void* data;          // first element; null only if there is no element
+  const char* name;  // name of the argument, for messages
+  bool given;        // false for None; then nothing below holds
+  void* data;        // first element; null only if there is no element
   DType dtype;
   DeviceKind device;
   int32_t device_index;
@@ -43,7 +43,7 @@ struct ArgumentError {
   std::string message;
 };
 
-// Raises "<name>: expected <expected>, got <actual>".
+// Throw ArgumentError with the message "<name>: expected <expected>, got <actual>".
 [[noreturn]] void raise_value_error(const char* name, const std::string& expected, const std::string& actual);
 [[noreturn]] void raise_type_error(const char* name, const std::string& expected, const std::string& actual);
 
@@ -51,19 +51,23 @@ const char* name_of(DType dtype);
 std::string shape_of(const TensorArg& tensor);
 std::string device_of(const TensorArg& tensor);
 
-// A size that any length fits, for expect_shape.
+// In an expected shape, a size that may be anything.
 constexpr int64_t kAnySize = -1;
 
+// Each of these throws ArgumentError unless the tensor is as its name says.
 void expect_dtype(const TensorArg& tensor, std::initializer_list<DType> dtypes);
 void expect_shape(const TensorArg& tensor, std::initializer_list<int64_t> sizes);
 void expect_shape_of(const TensorArg& tensor, const TensorArg& like);
 // Row-major without gaps; strides of dimensions of size 1 do not matter.
 void expect_contiguous(const TensorArg& tensor);
+// Contiguous, of one of these dtypes and of this shape.
+void expect_contiguous(const TensorArg& tensor, std::initializer_list<DType> dtypes,
+                       std::initializer_list<int64_t> sizes);
 // (batch, channels, height, width) whose memory is (batch, height, width, channels) without gaps.
 void expect_channels_last(const TensorArg& tensor);
 // Neighbours of the last dimension are neighbours in memory.
 void expect_dense_last_dimension(const TensorArg& tensor);
-// For a tensor that goes together with another one: both or neither.
+// Given, or None. `condition` says in the message why.
 void expect_given(const TensorArg& tensor, bool given, const char* condition);
 
 }  // namespace titok

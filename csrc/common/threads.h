@@ -11,8 +11,8 @@
 
 namespace titok {
 
-// One thread for each `work_per_thread` units of `work`: at least one, at most `limit` and at most PyTorch's number of
-// threads, which is OpenMP's because both share one runtime.
+// One thread for each `work_per_thread` units of `work`: at least one, at most `limit` and at most PyTorch's
+// number of threads, which is OpenMP's because both share one runtime.
 inline int threads_for(double work, double work_per_thread, int64_t limit = INT32_MAX) {
   const double most = static_cast<double>(std::min<int64_t>(omp_get_max_threads(), std::max<int64_t>(limit, 1)));
   return static_cast<int>(std::clamp(work / work_per_thread, 1.0, most));

@@ -13,19 +13,6 @@ void check_map(const TensorArg& map, std::initializer_list<DType> dtypes, const 
   expect_shape_of(map, like);
 }
 
-void check_parameter(const TensorArg& tensor, std::initializer_list<DType> dtypes, int64_t channels) {
-  expect_dtype(tensor, dtypes);
-  expect_shape(tensor, {channels});
-  expect_contiguous(tensor);
-}
-
-void check_statistic(const TensorArg& tensor, int64_t batch, int64_t groups) {
-  if (!tensor.given) return;
-  expect_dtype(tensor, {DType::kFloat32});
-  expect_shape(tensor, {batch, groups});
-  expect_contiguous(tensor);
-}
-
 PyObject* group_norm_silu(Call& call) {
   const TensorArg x = call.tensor("x"), residual = call.optional_tensor("residual");
   const int64_t groups = call.integer("num_groups", 1, INT64_MAX);
@@ -41,13 +28,14 @@ PyObject* group_norm_silu(Call& call) {
     raise_value_error("num_groups", "a divisor of the " + std::to_string(channels) + " channels of x",
                       std::to_string(groups));
   }
-  check_parameter(weight, kMapTypes, channels);
-  check_parameter(bias, {weight.dtype}, channels);
+  expect_contiguous(weight, kMapTypes, {channels});
+  expect_contiguous(bias, {weight.dtype}, {channels});
   expect_given(total, residual.given, residual.given ? "beside a residual" : "without a residual");
   if (total.given) check_map(total, {x.dtype}, x);
   check_map(normalised, kMapTypes, x);
-  check_statistic(mean, batch, groups);
-  check_statistic(rstd, batch, groups);
+  for (const TensorArg* statistic : {&mean, &rstd}) {
+    if (statistic->given) expect_contiguous(*statistic, {DType::kFloat32}, {batch, groups});
+  }
   if (x.numel() == 0) Py_RETURN_NONE;
 
   GroupNormSiluArgs args{};
@@ -80,9 +68,9 @@ PyMethodDef kFunctions[] = {
         "group_norm_silu($module, x, residual, num_groups, weight, bias, eps, total, normalised, mean, rstd, /)\n"
         "--\n\n"
         "total = x + residual; normalised = SiLU(GroupNorm(total)). CPU tensors.\n\n"
-        "x (B, C, H, W) float32 or bfloat16 in channels-last memory, as all maps here; residual and total like x, or\n"
-        "both None; normalised of either dtype; weight, bias (C,) float32 or bfloat16; mean, rstd (B, num_groups)\n"
-        "float32, or None. Nothing is written where x has no element."),
+        "x (B, C, H, W) float32 or bfloat16 in channels-last memory, like all maps; residual and total of its\n"
+        "dtype, or both None; normalised of either dtype; weight, bias (C,) of one dtype, float32 or bfloat16;\n"
+        "mean, rstd (B, num_groups) float32, or None. If x has no element, nothing is written."),
     {}};
 
 }  // namespace

@@ -7,8 +7,8 @@
 namespace titok {
 namespace {
 
-// Above this many bytes of arguments and results they do not stay in a core's own caches, and a streamed store saves
-// reading the line that it overwrites. A convolution that reads the result next takes no longer.
+// Above this many bytes of arguments and results they do not stay in a core's own caches, and a streamed store
+// saves reading the line that it overwrites. A convolution that reads the result next takes no longer.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 constexpr int64_t kChunkElements = int64_t{1} << 15;
 
@@ -20,14 +20,16 @@ GroupNormSiluPlan plan_for(const GroupNormSiluArgs& args) {
   plan.scratch_size = (plan.chunks + 1) * 2 * plan.padded;
   plan.threads = omp_get_max_threads();  // PyTorch's number: both share one OpenMP runtime
   const int64_t elements = args.batch * args.pixels * args.channels;
-  const int64_t bytes = elements * ((args.residual ? 3 : 1) * bytes_of(args.map_dtype) + bytes_of(args.normalised_dtype));
-  const uintptr_t addresses = reinterpret_cast<uintptr_t>(args.normalised) | reinterpret_cast<uintptr_t>(args.total);
+  const int64_t bytes =
+      elements * ((args.residual ? 3 : 1) * bytes_of(args.map_dtype) + bytes_of(args.normalised_dtype));
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(args.normalised) | reinterpret_cast<uintptr_t>(args.total);
   plan.stream = bytes >= kStreamBytes && addresses % kCacheLine == 0 && args.channels % 32 == 0;
   return plan;
 }
 
-// Memory of the calling thread, which keeps it until it ends, at the largest size that it ever asked for: a call that
-// allocated its own would take a page fault for every 4 KiB of it.
+// Memory of the calling thread, which keeps it until it ends, at the largest size that it ever asked for: a call
+// that allocated its own would take a page fault for every 4 KiB of it.
 double* scratch_of_this_thread(size_t size) {
   static thread_local std::unique_ptr<double[]> scratch;
   static thread_local size_t capacity = 0;

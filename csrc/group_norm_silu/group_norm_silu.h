@@ -1,4 +1,5 @@
-// GroupNorm (Wu and He 2018) and SiLU of channels-last maps, optionally of the sum of two maps: arguments and entry point.
+// GroupNorm (Wu and He 2018) and SiLU of channels-last maps, optionally of the sum of two maps: arguments and
+// entry point.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,8 @@ struct GroupNormSiluArgs {
 
 void launch_group_norm_silu(const GroupNormSiluArgs& args);
 
-// How a call divides its work. Pixels are summed in chunks whose size depends on the shape alone, so that results do not
-// depend on the number of threads.
+// How a call divides its work. Pixels are summed in chunks whose size depends on the shape alone, so that results
+// do not depend on the number of threads.
 //
 // Scratch of a thread, scratch_size doubles:
 //
@@ -49,7 +50,8 @@ struct GroupNormSiluPlan {
 };
 
 // One instruction set's. `scratch` holds plan.threads * plan.scratch_size doubles.
-using GroupNormSiluKernel = void (*)(const GroupNormSiluArgs& args, const GroupNormSiluPlan& plan, double* scratch);
+using GroupNormSiluKernel = void (*)(const GroupNormSiluArgs& args, const GroupNormSiluPlan& plan,
+                                     double* scratch);
 GroupNormSiluKernel group_norm_silu_kernel(Generic);
 GroupNormSiluKernel group_norm_silu_kernel(Avx2);
 GroupNormSiluKernel group_norm_silu_kernel(Avx512);

@@ -1,21 +1,20 @@
 // The loops of group_norm_silu, compiled once per instruction set.
 //
-// Two phases over an image: sums and sums of squares of each channel, then SiLU((x - mean) * scale + shift). Lanes are
-// channels, and sums run over pixels in a fixed order, so every number of threads gives the same bits, and so do AVX2 and
-// AVX-512.
-#include "group_norm_silu/group_norm_silu.h"
-
+// Two phases over an image: sums and sums of squares of each channel, then SiLU((x - mean) * scale + shift). Lanes
+// are channels, and sums run over pixels in a fixed order, so every number of threads gives the same bits, and so
+// do AVX2 and AVX-512.
 #include <omp.h>
 
 #include "common/simd_math.h"
+#include "group_norm_silu/group_norm_silu.h"
 
 namespace titok::TITOK_ISA {
 namespace {
 
-// Pixels that are summed in float32 before the sums are added in float64. The float32 sums are of differences from the
-// run's first pixel, because a mean far from zero would otherwise cancel the variance. Relative to the run's own
-// variance the rounding error is at most kRun + 1 units whatever that first pixel is: n (first - mean)^2 is at most n
-// times the sum of (x - mean)^2.
+// Pixels that are summed in float32 before the sums are added in float64. The float32 sums are of differences from
+// the run's first pixel, because a mean far from zero would otherwise cancel the variance. Relative to the run's
+// own variance the rounding error is at most kRun + 1 units whatever that first pixel is: n (first - mean)^2 is at
+// most n times the sum of (x - mean)^2.
 constexpr int kRun = 16;
 
 // Sums over pixels for each channel, stored as the pairs lie in registers.
@@ -89,7 +88,8 @@ struct Source {
   }
 };
 
-// The second phase computes SiLU((x - mean) * scale + shift) for each channel. Stored as the pairs lie in registers.
+// The second phase computes SiLU((x - mean) * scale + shift) for each channel. Stored as the pairs lie in
+// registers.
 struct Affine {
   float* mean;
   float* scale;
@@ -99,9 +99,8 @@ struct Affine {
 };
 
 inline float parameter(const void* values, DType dtype, int64_t c) {
-  return dtype == DType::kBFloat16
-             ? bit_cast<float>(uint32_t{static_cast<const BFloat16*>(values)[c].bits} << 16)
-             : static_cast<const float*>(values)[c];
+  return dtype == DType::kBFloat16 ? bit_cast<float>(uint32_t{static_cast<const BFloat16*>(values)[c].bits} << 16)
+                                   : static_cast<const float*>(values)[c];
 }
 
 // To float32, any NaN becoming the default one: half_unit_up relies on it.
@@ -137,8 +136,8 @@ void finish_statistics(const GroupNormSiluArgs& a, const GroupNormSiluPlan& plan
       const double scale = rstd * parameter(a.weight, a.parameter_dtype, c);
       affine.mean[at] = quiet(mean);
       affine.scale[at] = quiet(scale);
-      // The second phase subtracts the mean as a float32 before it scales, so that a mean far from zero does not cancel
-      // the result. The shift makes up for the rounding of that mean.
+      // The second phase subtracts the mean as a float32 before it scales, so that a mean far from zero does not
+      // cancel the result. The shift makes up for the rounding of that mean.
       const double shift = parameter(a.bias, a.parameter_dtype, c) + (affine.mean[at] - mean) * scale;
       affine.shift[at] = quiet(shift);
     }
@@ -168,9 +167,9 @@ inline Floats in_register(float value) {
 
 // z / (1 + exp(-z)) for results that are stored as Out.
 //
-// exp(-z) = 2^n 2^f with n + f = -z log2(e) and |f| <= 1/2; n is added to the exponent field of the polynomial's result.
-// Each step is done for all vectors before the next: the chain of dependent instructions of one vector is longer than a
-// core looks ahead.
+// exp(-z) = 2^n 2^f with n + f = -z log2(e) and |f| <= 1/2; n is added to the exponent field of the polynomial's
+// result. Each step is done for all vectors before the next: the chain of dependent instructions of one vector is
+// longer than a core looks ahead.
 template <class Out>
 struct Silu {
   Floats limit = in_register(87.0f);  // exp(-87) is a normal number; a NaN comes back through the numerator
@@ -199,9 +198,9 @@ struct Silu {
   }
 };
 
-// Rounds to the nearest bfloat16 once the lower half is cut off, ties away from zero. Ties to even would take longer and
-// be no better, because SiLU is rounded before. A NaN of all ones would overflow; quiet() parameters and bfloat16 maps
-// give none.
+// Rounds to the nearest bfloat16 once the lower half is cut off, ties away from zero. Ties to even would take
+// longer and be no better, because SiLU is rounded before. A NaN of all ones would overflow; quiet() parameters
+// and bfloat16 maps give none.
 inline Floats half_unit_up(Floats v) { return bit_cast<Floats>(bit_cast<Words>(v) + 0x8000); }
 
 // The second phase for kPairs neighbouring pairs of one pixel.
@@ -271,7 +270,8 @@ void run(const GroupNormSiluArgs& a, const GroupNormSiluPlan& plan, double* scra
   };
 
   // The second phase takes the chunks in reverse, so that it begins with those that the first left in the caches.
-  if (a.batch % threads == 0 || a.batch >= 4 * threads) {  // whole images for each thread: no barrier between phases
+  // With enough images each thread takes whole ones, so that the phases need no barrier between them.
+  if (a.batch % threads == 0 || a.batch >= 4 * threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t image = 0; image < a.batch; ++image) {
       double* own = scratch + omp_get_thread_num() * plan.scratch_size;

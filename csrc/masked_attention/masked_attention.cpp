@@ -14,13 +14,15 @@ constexpr double kProductsPerThread = 1 << 19;  // fewer multiplications take le
 template <class KernelOf>
 MaskedAttentionKernel choose([[maybe_unused]] const MaskedAttentionArgs& args, KernelOf kernel_of) {
 #if defined(__x86_64__)
-  if (args.dtype == DType::kBFloat16 && args.head_dim % 2 == 0 && cpu_multiplies_bf16()) return kernel_of(Avx512Bf16{});
+  if (args.dtype == DType::kBFloat16 && args.head_dim % 2 == 0 && cpu_multiplies_bf16())
+    return kernel_of(Avx512Bf16{});
 #endif
   return for_this_cpu(kernel_of);
 }
 
 // `matrix_products`: how many products of a (queries, tokens) and a (tokens, head_dim) matrix each head takes.
-void run(const MaskedAttentionKernel& kernel, const MaskedAttentionArgs& args, int64_t items, double matrix_products) {
+void run(const MaskedAttentionKernel& kernel, const MaskedAttentionArgs& args, int64_t items,
+         double matrix_products) {
   const double products = matrix_products * args.batch * args.heads * args.queries * args.tokens * args.head_dim;
   const int threads = threads_for(products, kProductsPerThread, items);
   const int64_t scratch_bytes = divide_up(kernel.scratch_bytes(args), kCacheLine) * kCacheLine;

@@ -11,13 +11,13 @@ namespace titok {
 
 // Tensors are of `dtype`, float32 or bfloat16, unless said otherwise. Strides are in elements.
 struct MaskedAttentionArgs {
-  const void* qkv;          // (batch, tokens, 3, heads, head_dim): queries, keys, values; the last three dimensions dense
+  const void* qkv;  // (batch, tokens, 3, heads, head_dim): queries, keys, values; the last three dimensions dense
   int64_t batch_stride;     // of qkv
   int64_t token_stride;     // of qkv
   const uint8_t* key_mask;  // (batch, tokens) bool, nonzero where a key is visible, contiguous; null: all are
   void* out;                // (batch, queries, heads, head_dim), contiguous; output of forward, input of backward
-  // (batch, heads, queries) float32, contiguous: log2 of the sum over visible keys of 2^(score * scale / ln 2). Output of
-  // forward, where it may be null; input of backward. Undefined for samples without a visible key.
+  // (batch, heads, queries) float32, contiguous: log2 of the sum over visible keys of 2^(score * scale / ln 2).
+  // Output of forward, where it may be null; input of backward. Undefined for samples without a visible key.
   float* lse;
   DType dtype;
   int64_t batch;
@@ -32,14 +32,16 @@ struct MaskedAttentionArgs {
   const void* grad;           // (batch, queries, heads, head_dim): gradient of out; the last two dimensions dense
   int64_t grad_batch_stride;  // of grad
   int64_t grad_token_stride;  // of grad
-  void* dqkv;  // (batch, tokens, 3, heads, head_dim), contiguous, output; the queries of other tokens are not written
+  // (batch, tokens, 3, heads, head_dim), contiguous, output. Of the tokens that are no queries, the query part is
+  // not written.
+  void* dqkv;
 };
 
 void launch_masked_attention(const MaskedAttentionArgs& args);
 void launch_masked_attention_backward(const MaskedAttentionArgs& args);
 
-// One direction of one instruction set. An item is a piece of work for one thread: forward up to kQueryBlock queries of
-// one head of one sample, in the order (sample, head, block), backward one head of one sample.
+// One direction of one instruction set. An item is a piece of work for one thread: forward up to kQueryBlock
+// queries of one head of one sample, in the order (sample, head, block), backward one head of one sample.
 constexpr int64_t kQueryBlock = 48;
 struct MaskedAttentionKernel {
   int64_t (*scratch_bytes)(const MaskedAttentionArgs& args);  // for one thread

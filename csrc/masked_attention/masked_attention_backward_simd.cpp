@@ -1,14 +1,14 @@
-// The loops of masked_attention backward, compiled once per instruction set (Dao 2023, "FlashAttention-2", algorithm 2,
-// with whole rows of scores).
+// The loops of masked_attention backward, compiled once per instruction set (Dao 2023, "FlashAttention-2",
+// algorithm 2, with whole rows of scores).
 //
-// With scores S = Q K^T, weights P = 2^(S * scale / ln 2 - lse), gradient dO of the output O, and D = sum(dO * O) for each
-// query:
+// With scores S = Q K^T, weights P = 2^(S * scale / ln 2 - lse), gradient dO of the output O, and D = sum(dO * O)
+// for each query:
 //
 //   dV = P^T dO    dP = dO V^T    dS = P * (dP - D)    dQ = scale dS K    dK = scale dS^T Q
 //
-// The visible keys and values of a head are packed once. Then blocks of queries pass. The tiles of whole rows of S and dP
-// fit the second-level cache up to about 1,000 tokens. Each block adds to dK and dV of the head, in float32 and in a fixed
-// order.
+// The visible keys and values of a head are packed once. Then blocks of queries pass. The tiles of whole rows of S
+// and dP fit the second-level cache up to about 1,000 tokens. Each block adds to dK and dV of the head, in float32
+// and in a fixed order.
 #include "masked_attention/masked_attention_tiles.h"
 
 namespace titok::TITOK_ISA {
@@ -74,8 +74,8 @@ struct Scratch {
 //   row q of scores    S(q, k)         becomes   P(q, k)
 //   row q of slopes    dP(q, k)        becomes   dS(q, k)
 //
-// Two values a word, queries q and q + 1. [x, y] is one word with x in its lower half. The sums over queries (dV and dK)
-// need words of neighbouring queries, the sum over keys (dQ) words of neighbouring keys:
+// Two values a word, queries q and q + 1. [x, y] is one word with x in its lower half. The sums over queries (dV
+// and dK) need words of neighbouring queries, the sum over keys (dQ) words of neighbouring keys:
 //
 //   row q of scores        S(q, k)         becomes   [P(q, k), P(q + 1, k)]             for dV
 //   row q + 1 of scores    S(q + 1, k)     becomes   [dS(q, k), dS(q + 1, k)]           for dK
@@ -106,7 +106,8 @@ inline void store_gradients(BFloat16PairPacking, const Floats (&weights)[2], con
 }
 #endif
 
-// S and dP of a block to P and dS, in place. Beside the last of an odd number of queries a query of zeros is stored.
+// S and dP of a block to P and dS, in place. Beside the last of an odd number of queries a query of zeros is
+// stored.
 //
 // Args: rows: queries. count: keys. lse, delta: of each query; delta is D above.
 template <class Packing>
@@ -170,7 +171,8 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
       }
       const Tokens<T> queries{qkv + (a.first_query + start) * a.token_stride, a.token_stride, a.head_dim, rows,
                               nullptr};
-      const Tokens<T> grads{all_grads + start * a.grad_token_stride, a.grad_token_stride, a.head_dim, rows, nullptr};
+      const Tokens<T> grads{all_grads + start * a.grad_token_stride, a.grad_token_stride, a.head_dim, rows,
+                            nullptr};
       pack_left<Packing>(queries, scratch.step, scratch.queries);
       pack_left<Packing>(grads, scratch.step, scratch.grads);
       if (kPerWord > 1) {
@@ -200,8 +202,9 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
         prefetch_next_head(queries[r] + 2 * model_dim, a.head_dim);
       }
       const auto multiply_over_queries = [&](const uint32_t* left, const uint32_t* right, float* to) {
-        multiply<Packing, true>(count, scratch.width, (rows + kPerWord - 1) / kPerWord, left, kPerWord * scratch.span,
-                                right, scratch.width, kTile, to, scratch.width, start > 0);
+        multiply<Packing, true>(count, scratch.width, (rows + kPerWord - 1) / kPerWord, left,
+                                kPerWord * scratch.span, right, scratch.width, kTile, to, scratch.width,
+                                start > 0);
       };
       const uint32_t* const slopes_by_query = kPerWord > 1 ? scratch.scores + scratch.span : scratch.slopes;
       multiply_over_queries(scratch.scores, scratch.grads_by_token, scratch.dv);

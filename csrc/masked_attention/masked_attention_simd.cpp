@@ -1,8 +1,9 @@
 // The loops of masked_attention forward, compiled once per instruction set.
 //
-// The visible keys and values of a head are packed once. Then blocks of up to kQueryBlock queries pass: scores, softmax
-// and the weighted sum of the values run on one tile of whole rows of scores. The tile fits the second-level cache up to
-// about 2,000 tokens. At 4,096 it has 768 KiB, for which the online softmax of FlashAttention would still not pay.
+// The visible keys and values of a head are packed once. Then blocks of up to kQueryBlock queries pass: scores,
+// softmax and the weighted sum of the values run on one tile of whole rows of scores. The tile fits the
+// second-level cache up to about 2,000 tokens. At 4,096 it has 768 KiB, for which the online softmax of
+// FlashAttention would still not pay.
 #include "masked_attention/masked_attention_tiles.h"
 
 namespace titok::TITOK_ISA {
@@ -97,14 +98,16 @@ void run(const MaskedAttentionArgs& a, int64_t first_item, int64_t last_item, vo
     }
     const T* const first = queries + (a.first_query + start) * a.token_stride;
     pack_left<Packing>({first, a.token_stride, a.head_dim, rows, nullptr}, scratch.step, scratch.queries);
-    multiply<Packing>(rows, round_up(count, kLanes), scratch.depth, scratch.queries, scratch.step, scratch.keys, kTile,
-                      kTile * scratch.depth, reinterpret_cast<float*>(scratch.scores), scratch.span);
+    multiply<Packing>(rows, round_up(count, kLanes), scratch.depth, scratch.queries, scratch.step, scratch.keys,
+                      kTile, kTile * scratch.depth, reinterpret_cast<float*>(scratch.scores), scratch.span);
     float totals[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
-      for (int part = 0; part < 3; ++part) prefetch_next_head(first + r * a.token_stride + part * model_dim, a.head_dim);
+      for (int part = 0; part < 3; ++part)
+        prefetch_next_head(first + r * a.token_stride + part * model_dim, a.head_dim);
       const Softmax row = softmax<Packing>(scratch.scores + r * scratch.span, count, a.scale);
       totals[r] = row.total;
-      if (a.lse) a.lse[(sample * a.heads + head) * a.queries + start + r] = row.largest + __builtin_log2f(row.total);
+      if (a.lse)
+        a.lse[(sample * a.heads + head) * a.queries + start + r] = row.largest + __builtin_log2f(row.total);
     }
     multiply<Packing>(rows, scratch.width, (count + kPerWord - 1) / kPerWord, scratch.scores, scratch.span,
                       scratch.values, scratch.width, kTile, scratch.sums, scratch.width);

@@ -1,7 +1,8 @@
-// What both directions of masked_attention are made of: matrix products of packed factors, and how factors are packed.
+// What both directions of masked_attention are made of: matrix products of packed factors, and how factors are
+// packed.
 //
-// Factors of products are packed as 32-bit words. A word holds one float32 or, where the CPU multiplies bfloat16, two
-// bfloat16 that are neighbours along the dimension that is summed over.
+// Factors of products are packed as 32-bit words. A word holds one float32 or, where the CPU multiplies bfloat16,
+// two bfloat16 that are neighbours along the dimension that is summed over.
 #pragma once
 
 #include "common/simd_math.h"
@@ -10,8 +11,8 @@
 namespace titok::TITOK_ISA {
 namespace {
 
-// A product is computed in register tiles of kRows x kPanels vectors of sums. They leave registers for kPanels vectors of
-// the right factor and one broadcast word of the left.
+// A product is computed in register tiles of kRows x kPanels vectors of sums. They leave registers for kPanels
+// vectors of the right factor and one broadcast word of the left.
 #if defined(TITOK_ISA_AVX512)
 constexpr int kRows = 6, kPanels = 4;
 #else
@@ -94,12 +95,14 @@ inline int64_t list_visible(const MaskedAttentionArgs& a, int64_t sample, int64_
   return count;
 }
 
-// Prefetches a token's channels of the next head, so that they arrive while this head is computed. Neighbouring tokens
-// lie pages apart, which hardware prefetchers do not follow. After the last head the prefetch is useless but harmless.
+// Prefetches a token's channels of the next head, so that they arrive while this head is computed. Neighbouring
+// tokens lie pages apart, which hardware prefetchers do not follow. After the last head the prefetch is useless
+// but harmless.
 template <class T>
 inline void prefetch_next_head(const T* channels, int64_t head_dim) {
   const char* const next = reinterpret_cast<const char*>(channels + head_dim);
-  for (int64_t at = 0; at < head_dim * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(next + at, 0, 2);
+  for (int64_t at = 0; at < head_dim * static_cast<int64_t>(sizeof(T)); at += 64)
+    __builtin_prefetch(next + at, 0, 2);
 }
 
 // ---- How words hold values
@@ -111,7 +114,9 @@ struct Float32Packing {
   using Part = Stored<T>;  // the part of a row that makes a vector of words
   static constexpr int kPerWord = 1;
   static Words to_words(Part part) { return widen_to_words(part); }
-  static Floats multiply_add(Words a, Words b, Floats c) { return fma(bit_cast<Floats>(a), bit_cast<Floats>(b), c); }
+  static Floats multiply_add(Words a, Words b, Floats c) {
+    return fma(bit_cast<Floats>(a), bit_cast<Floats>(b), c);
+  }
   // Stores the weights of keys at ... at + kLanes in the row of a left factor whose depth is the keys.
   static void store_weights(Floats weights, uint32_t* row, int64_t at) { write(row + at, weights); }
 };
@@ -166,7 +171,8 @@ void pack_left(const Tokens<typename Packing::Value>& from, int64_t step, uint32
   for (int64_t i = 0; i < from.count; ++i) {
     for (int64_t word = 0; word < step; word += kLanes) {
       const int64_t at = word * Packing::kPerWord;
-      write(to + i * step + word, Packing::to_words(read_part<typename Packing::Part>(from[i], at, from.head_dim)));
+      write(to + i * step + word,
+            Packing::to_words(read_part<typename Packing::Part>(from[i], at, from.head_dim)));
     }
   }
 }
@@ -215,8 +221,8 @@ void pack_right_over_channels(const Tokens<typename Packing::Value>& from, uint3
   }
 }
 
-// B whose depth is tokens and whose columns are channels: [word of one or two tokens][channel], `width` words a row, a
-// multiple of kLanes. A missing second token of the last word is 0, and so are channels past the last one.
+// B whose depth is tokens and whose columns are channels: [word of one or two tokens][channel], `width` words a
+// row, a multiple of kLanes. A missing second token of the last word is 0, and so are channels past the last one.
 template <class Packing>
 void pack_right_over_tokens(const Tokens<typename Packing::Value>& from, int64_t width, uint32_t* to) {
   const auto load = [&](int64_t i, int64_t at) {
@@ -232,21 +238,22 @@ void pack_right_over_tokens(const Tokens<typename Packing::Value>& from, int64_t
   }
 }
 
-// One register tile of C = A B, or with `add` of C += A B. A is [row][depth], or with kTransposed [depth][row]. The
-// template arguments kR and kP count down to `rows` and `panels`, so that each tile size has its own unrolled loop.
+// One register tile of C = A B, or with `add` of C += A B. A is [row][depth], or with kTransposed [depth][row].
+// The template arguments kR and kP count down to `rows` and `panels`, so that each tile size has its own unrolled
+// loop.
 template <class Packing, bool kTransposed, int kR = kRows, int kP = kPanels>
-void multiply_tile(int64_t rows, int64_t panels, int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b,
-                   int64_t b_stride, float* c, int64_t c_stride, bool add) {
+void multiply_tile(int64_t rows, int64_t panels, int64_t depth, const uint32_t* a, int64_t a_stride,
+                   const uint32_t* b, int64_t b_stride, float* c, int64_t c_stride, bool add) {
   if constexpr (kR > 1) {
     if (rows < kR) {
-      return multiply_tile<Packing, kTransposed, kR - 1, kP>(rows, panels, depth, a, a_stride, b, b_stride, c, c_stride,
-                                                             add);
+      return multiply_tile<Packing, kTransposed, kR - 1, kP>(rows, panels, depth, a, a_stride, b, b_stride, c,
+                                                             c_stride, add);
     }
   }
   if constexpr (kP > 1) {
     if (panels < kP) {
-      return multiply_tile<Packing, kTransposed, kR, kP - 1>(rows, panels, depth, a, a_stride, b, b_stride, c, c_stride,
-                                                             add);
+      return multiply_tile<Packing, kTransposed, kR, kP - 1>(rows, panels, depth, a, a_stride, b, b_stride, c,
+                                                             c_stride, add);
     }
   }
   Floats sums[kR][kP] = {};
@@ -277,15 +284,15 @@ void multiply_tile(int64_t rows, int64_t panels, int64_t depth, const uint32_t* 
 
 // C = A B, or with `add` C += A B. Strides are in words.
 //
-// Args: columns: a multiple of kLanes. depth: words. b: tiles of kTile columns that lie tile_stride apart, each with rows
-// that lie b_stride apart.
+// Args: columns: a multiple of kLanes. depth: words. b: tiles of kTile columns that lie tile_stride apart, each
+// with rows that lie b_stride apart.
 template <class Packing, bool kTransposed = false>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b,
               int64_t b_stride, int64_t tile_stride, float* c, int64_t c_stride, bool add = false) {
   for (int64_t column = 0; column < columns; column += kTile, b += tile_stride) {
     for (int64_t row = 0; row < rows; row += kRows) {
-      multiply_tile<Packing, kTransposed>(least(kRows, rows - row), least(kPanels, (columns - column) / kLanes), depth,
-                                          a + row * (kTransposed ? 1 : a_stride), a_stride, b, b_stride,
+      multiply_tile<Packing, kTransposed>(least(kRows, rows - row), least(kPanels, (columns - column) / kLanes),
+                                          depth, a + row * (kTransposed ? 1 : a_stride), a_stride, b, b_stride,
                                           c + row * c_stride + column, c_stride, add);
     }
   }

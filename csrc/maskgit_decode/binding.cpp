@@ -30,11 +30,8 @@ void check_draw_scale(const char* name, const DecodeParams& params) {
   }
 }
 
-void check_dense(const TensorArg& tensor, DType dtype, std::initializer_list<int64_t> shape) {
-  if (!tensor.given) return;
-  expect_dtype(tensor, {dtype});
-  expect_shape(tensor, shape);
-  expect_contiguous(tensor);
+void check_optional(const TensorArg& tensor, DType dtype, std::initializer_list<int64_t> shape) {
+  if (tensor.given) expect_contiguous(tensor, {dtype}, shape);
 }
 
 // (batch, length, codes), or with rows (any number, codes).
@@ -49,7 +46,8 @@ void check_logits(const TensorArg& logits, bool by_rows, int64_t batch, int64_t 
 
 // Reads and checks the arguments that both functions share.
 DecodeArgs read_arguments(Call& call) {
-  const TensorArg tokens = call.tensor("tokens"), cond = call.tensor("cond"), uncond = call.optional_tensor("uncond");
+  const TensorArg tokens = call.tensor("tokens"), cond = call.tensor("cond"),
+                  uncond = call.optional_tensor("uncond");
   const TensorArg rows = call.optional_tensor("rows"), uncond_rows = call.optional_tensor("uncond_rows");
   const TensorArg keep = call.optional_tensor("keep"), packed = call.optional_tensor("packed");
   const DecodeParams params = read_params(call.tuple("params", kParams));
@@ -57,33 +55,36 @@ DecodeArgs read_arguments(Call& call) {
   const bool maskgit = call.boolean("maskgit");
   const TensorArg out = call.tensor("out"), confidence = call.tensor("confidence");
 
-  check_dense(tokens, DType::kInt64, {kAnySize, kAnySize});
+  expect_contiguous(tokens, {DType::kInt64}, {kAnySize, kAnySize});
   const int64_t batch = tokens.size(0), length = tokens.size(1);
   if (length > kMaxTokens || batch * length > INT32_MAX) {
-    raise_value_error("tokens", "at most " + std::to_string(kMaxTokens) + " tokens in a sample and 2^31 - 1 in all",
+    raise_value_error("tokens",
+                      "at most " + std::to_string(kMaxTokens) + " tokens in a sample and 2^31 - 1 in all",
                       shape_of(tokens));
   }
   expect_dtype(cond, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
   check_logits(cond, rows.given, batch, length, kAnySize);
   const int64_t codes = cond.size(-1);
   if (codes < 1 || codes > kMaxCodes) {
-    raise_value_error("cond", "1 to " + std::to_string(kMaxCodes) + " codes in the last dimension", shape_of(cond));
+    raise_value_error("cond", "1 to " + std::to_string(kMaxCodes) + " codes in the last dimension",
+                      shape_of(cond));
   }
   if (uncond.given) {
     expect_dtype(uncond, {cond.dtype});
     check_logits(uncond, rows.given, batch, length, codes);
     expect_given(uncond_rows, rows.given, rows.given ? "beside rows and uncond" : "without rows");
   }
-  check_dense(rows, DType::kInt64, {batch, length});
-  check_dense(uncond_rows, DType::kInt64, {batch, length});
-  check_dense(keep, DType::kInt64, {batch});
-  check_dense(packed, DType::kInt32, {kPackedWords});
+  check_optional(rows, DType::kInt64, {batch, length});
+  check_optional(uncond_rows, DType::kInt64, {batch, length});
+  check_optional(keep, DType::kInt64, {batch});
+  check_optional(packed, DType::kInt32, {kPackedWords});
   if (!packed.given) check_draw_scale("params.draw_scale", params);
   if (mask_token >= 0 && mask_token < codes) {
-    raise_value_error("mask_token", "an integer outside [0, " + std::to_string(codes) + ")", std::to_string(mask_token));
+    raise_value_error("mask_token", "an integer outside [0, " + std::to_string(codes) + ")",
+                      std::to_string(mask_token));
   }
-  check_dense(out, DType::kInt64, {batch, length});
-  check_dense(confidence, DType::kFloat32, {batch, length});
+  expect_contiguous(out, {DType::kInt64}, {batch, length});
+  expect_contiguous(confidence, {DType::kFloat32}, {batch, length});
 
   DecodeArgs args{};
   args.tokens = tokens.as<const int64_t>();
@@ -118,7 +119,6 @@ PyObject* maskgit_decode_step(Call& call) {
   const int threads = static_cast<int>(call.integer("threads", 1, INT32_MAX));
   if (args.params_at) {
     std::memcpy(&args.params, args.params_at, sizeof args.params);
-    args.params_at = nullptr;
     check_draw_scale("packed", args.params);
   }
   DecodeError error = DecodeError::kNone;
@@ -135,8 +135,8 @@ PyObject* maskgit_decode_step_cuda(Call& call) {
   DecodeArgs args = read_arguments(call);
   const TensorArg drawn = call.tensor("drawn"), workspace = call.tensor("workspace");
   void* const stream = reinterpret_cast<void*>(call.unsigned_integer("stream"));
-  check_dense(drawn, DType::kInt32, {args.batch, args.length});
-  check_dense(workspace, DType::kInt32, {kAnySize});
+  expect_contiguous(drawn, {DType::kInt32}, {args.batch, args.length});
+  expect_contiguous(workspace, {DType::kInt32}, {kAnySize});
   if (workspace.size(0) < args.batch) {
     raise_value_error("workspace", "at least " + std::to_string(args.batch) + " items", shape_of(workspace));
   }
@@ -159,20 +159,23 @@ PyObject* maskgit_decode_step_cuda(Call& call) {
 PyMethodDef kFunctions[] = {
     python_function<maskgit_decode_step, 13>(
         "maskgit_decode_step",
-        "maskgit_decode_step($module, tokens, cond, uncond, rows, uncond_rows, keep, packed, params, mask_token, "
-        "maskgit, out, confidence, threads, /)\n--\n\n"
+        "maskgit_decode_step($module, tokens, cond, uncond, rows, uncond_rows, keep, packed, params, mask_token,\n"
+        "                    maskgit, out, confidence, threads, /)\n"
+        "--\n\n"
         "One step of MaskGIT's decoding; titok.ops.maskgit_decode_step states the definition. CPU tensors.\n\n"
-        "params holds the eight numbers of StepParams; packed, int32 (10,) with the same numbers as bytes, overrides "
-        "it\nunless None. Returns 0, or which input holds a value out of range, in which case nothing is written:\n"
-        "1 tokens, 2 rows, 3 uncond_rows, 4 keep."),
+        "params holds the eight numbers of a step, in the order of DecodeParams in csrc. packed, int32 (10,) or\n"
+        "None, holds the same numbers as bytes and replaces params. Returns 0, or the number of the argument\n"
+        "that holds a value out of range: 1 tokens, 2 rows, 3 uncond_rows, 4 keep. Then nothing is written."),
 #if defined(TITOK_WITH_CUDA)
     python_function<maskgit_decode_step_cuda, 15>(
         "maskgit_decode_step_cuda",
-        "maskgit_decode_step_cuda($module, tokens, cond, uncond, rows, uncond_rows, keep, packed, params, mask_token, "
-        "maskgit, out, confidence, drawn, workspace, stream, /)\n--\n\n"
-        "maskgit_decode_step on tensors of the current CUDA device, in one launch on `stream` (a cudaStream_t) "
-        "without a\nsynchronisation. drawn (B, N) int32 takes the drawn codes; workspace, int32 (at least B,) zeros, "
-        "is zero again\nafterwards. Rows out of range are clamped."),
+        "maskgit_decode_step_cuda($module, tokens, cond, uncond, rows, uncond_rows, keep, packed, params,\n"
+        "                         mask_token, maskgit, out, confidence, drawn, workspace, stream, /)\n"
+        "--\n\n"
+        "maskgit_decode_step on tensors of the current CUDA device: one launch on `stream` (a cudaStream_t as an\n"
+        "integer), without a synchronisation.\n\n"
+        "drawn (B, N) int32 takes the drawn codes, -1 at known positions. workspace, at least B zeros of int32,\n"
+        "is zero again afterwards. Values out of range are clamped, not reported."),
 #endif
     {}};
 

@@ -1,5 +1,5 @@
-// One step of MaskGIT's decoding (Chang et al. 2022): what CPU and GPU share. titok/ops/maskgit_decode_step.py states the
-// definition.
+// One step of MaskGIT's decoding (Chang et al. 2022): what CPU and GPU share. titok/ops/maskgit_decode_step.py
+// states the definition.
 #pragma once
 
 #include <cfloat>
@@ -35,11 +35,11 @@ struct DecodeArgs {
   const int64_t* tokens;  // (batch, length): codes, or mask_token where undecided
   // Logits of position (b, n): without rows at b * stride_b + n * stride_n, with rows at rows[b, n] * stride_n.
   const void* cond;
-  const void* uncond;            // or null: no guidance
-  const int64_t* rows;           // (batch, length), or null
-  const int64_t* uncond_rows;    // (batch, length), or null: of uncond
-  const int64_t* keep;           // (batch): positions that stay masked, or null: num_masked of the parameters
-  const DecodeParams* params_at;  // the parameters in the memory of the kernel's device, or null: `params`
+  const void* uncond;             // or null: no guidance
+  const int64_t* rows;            // (batch, length), or null
+  const int64_t* uncond_rows;     // (batch, length), or null: of uncond
+  const int64_t* keep;            // (batch): positions that stay masked, or null: num_masked of the parameters
+  const DecodeParams* params_at;  // GPU only: parameters in device memory, or null: `params`
   int64_t cond_stride_b, cond_stride_n, uncond_stride_b, uncond_stride_n;
   int64_t cond_rows_count, uncond_rows_count;  // rows that the logits have, where `rows` is given
   int64_t mask_token;                          // outside [0, codes)
@@ -53,8 +53,8 @@ struct DecodeArgs {
   DecodeParams params;
 };
 
-// Offset of the logits of position n of sample b, in elements. Row numbers that came unchecked (on a GPU) are clamped, so
-// that no memory outside the logits is read.
+// Offset of the logits of position n of sample b, in elements. Row numbers that came unchecked (on a GPU) are
+// clamped, so that no memory outside the logits is read.
 TITOK_HD int64_t row_offset(const int64_t* rows, int64_t count, int64_t stride_b, int64_t stride_n, int b, int n,
                             int length) {
   if (rows == nullptr) return b * stride_b + n * stride_n;
@@ -85,13 +85,13 @@ struct DecodeNoise {
 };
 
 TITOK_HD DecodeNoise decode_noise(uint64_t seed, uint64_t sample, uint32_t step, uint32_t position) {
-  const PhiloxWords words = philox4x32({position, step, uint32_t(sample), uint32_t(sample >> 32)}, uint32_t(seed),
-                                       uint32_t(seed >> 32));
+  const PhiloxWords words =
+      philox4x32({position, step, uint32_t(sample), uint32_t(sample >> 32)}, uint32_t(seed), uint32_t(seed >> 32));
   return {uint64_t{words.w0} << 32 | words.w1, words.w2};
 }
 
-// floor(uniform * total / 2^64): an integer below total. For total <= 2^48 its law differs from the uniform one by at most
-// 2^-16 of the probability of each value.
+// floor(uniform * total / 2^64): an integer below total. For total <= 2^48 its law differs from the uniform one by
+// at most 2^-16 of the probability of each value.
 TITOK_HD uint64_t scale_uniform(uint64_t uniform, uint64_t total) {
 #if defined(__CUDA_ARCH__)
   return __umul64hi(uniform, total);

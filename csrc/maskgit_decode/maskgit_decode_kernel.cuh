@@ -1,13 +1,13 @@
-// One step of MaskGIT's decoding on the GPU (titok/ops/maskgit_decode_step.py states the definition). This file holds
-// device code alone, so that tests/cuda_host can build it for the CPU.
+// One step of MaskGIT's decoding on the GPU (titok/ops/maskgit_decode_step.py states the definition). This file
+// holds device code alone, so that tests/cuda_host can build it for the CPU.
 //
-// One block draws the code of one position. The block that finishes last in a sample selects which of its positions stay
-// masked.
+// One block draws the code of one position. The block that finishes last in a sample selects which of its
+// positions stay masked.
 //
 // The draw is inverse transform sampling on integers. A row is cut into segments of 256 codes. A warp computes the
-// weights of a segment at a time, eight neighbouring codes in each lane, and leaves their sum in shared memory. The search
-// first walks over these sums, then over the codes of one segment. Sums of integers do not depend on their order, so the
-// drawn code is that of the CPU for every block size.
+// weights of a segment at a time, eight neighbouring codes in each lane, and leaves their sum in shared memory.
+// The search first walks over these sums, then over the codes of one segment. Sums of integers do not depend on
+// their order, so the drawn code is that of the CPU for every block size.
 #pragma once
 
 #include "common/float16.h"
@@ -16,13 +16,14 @@
 namespace titok {
 
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
-constexpr int kPerLane = 8;             // neighbouring codes of a lane
+constexpr int kPerLane = 8;              // neighbouring codes of a lane
 constexpr int kSegment = 32 * kPerLane;  // codes of a warp
 constexpr uint64_t kNoKey = ~uint64_t{0};
 
 TITOK_HD int segments_of(int codes) { return (codes + kSegment - 1) / kSegment; }
 
-// Bytes of dynamic shared memory: first a sum for each segment, later a selection key for each position of the sample.
+// Bytes of dynamic shared memory: first a sum for each segment, later a selection key for each position of the
+// sample.
 TITOK_HD int shared_bytes(const DecodeArgs& args) {
   const int segments = segments_of(args.codes);
   return (segments > args.length ? segments : args.length) * static_cast<int>(sizeof(uint64_t));
@@ -37,8 +38,8 @@ __device__ inline uint64_t* dynamic_shared() {
 uint64_t* dynamic_shared();  // tests/cuda_host defines it
 #endif
 
-// Shared memory through which the warps of a block exchange values. Consecutive exchanges alternate between two slots, so
-// that one barrier is enough for each.
+// Shared memory through which the warps of a block exchange values. Consecutive exchanges alternate between two
+// slots, so that one barrier is enough for each.
 template <int kWarps>
 struct Exchange {
   uint32_t slot[2][kWarps];
@@ -106,7 +107,8 @@ struct LogitRow {
   }
 
   // y of codes first ... first + 7; -inf past the last code, whose weight is 0.
-  __device__ void finish(int first, const RawLogits<T>& given, const RawLogits<T>& base, float (&y)[kPerLane]) const {
+  __device__ void finish(int first, const RawLogits<T>& given, const RawLogits<T>& base,
+                         float (&y)[kPerLane]) const {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       float logit = to_float(given.value[i]);
@@ -132,8 +134,8 @@ __device__ inline uint64_t running_sum(uint64_t value, int lane) {
   return value;
 }
 
-// The lane in which unit `left` lies, when lane i holds `own` units after those of the lanes before it. `left` becomes the
-// unit's number inside that lane.
+// The lane in which unit `left` lies, when lane i holds `own` units after those of the lanes before it. `left`
+// becomes the unit's number inside that lane.
 __device__ inline int find_lane(uint64_t own, uint64_t& left, int lane) {
   const uint64_t until = running_sum(own, lane);
   const int found = __ffs(__ballot_sync(kAllLanes, until > left)) - 1;
@@ -182,8 +184,9 @@ __device__ void draw(const DecodeArgs& args, const DecodeParams& params, const L
   args.confidence[at] = noisy_confidence(score, noise.gumbel_word, params.noise);
 }
 
-// The whole block draws the code of position n of sample b. With kRounds > 0 the row stays in registers, and a warp has
-// that many segments. With kRounds = 0 the row is read from the caches again, and any number of codes will do.
+// The whole block draws the code of position n of sample b. With kRounds > 0 the row stays in registers, and a
+// warp has that many segments. With kRounds = 0 the row is read from the caches again, and any number of codes
+// will do.
 template <class T, int kThreads, int kRounds>
 __device__ void decide(const DecodeArgs& args, const DecodeParams& params, int b, int n, uint64_t* sums,
                        Exchange<kThreads / 32>& exchange, int& turn) {
@@ -194,13 +197,16 @@ __device__ void decide(const DecodeArgs& args, const DecodeParams& params, int b
   const auto first_of = [=](int round) { return (round * kWarps + warp) * kSegment + lane * kPerLane; };
   const bool guided = args.uncond != nullptr && params.guidance != 1.0f;
   LogitRow<T> row = {
-      static_cast<const T*>(args.cond) + row_offset(args.rows, args.cond_rows_count, args.cond_stride_b,
-                                                    args.cond_stride_n, b, n, args.length),
+      static_cast<const T*>(args.cond) +
+          row_offset(args.rows, args.cond_rows_count, args.cond_stride_b, args.cond_stride_n, b, n, args.length),
       guided ? static_cast<const T*>(args.uncond) + row_offset(args.uncond_rows, args.uncond_rows_count,
                                                                args.uncond_stride_b, args.uncond_stride_n, b, n,
                                                                args.length)
              : nullptr,
-      args.codes, params.guidance, params.inverse_temperature, false};
+      args.codes,
+      params.guidance,
+      params.inverse_temperature,
+      false};
   row.packed = args.codes % kPerLane == 0 &&
                (reinterpret_cast<uintptr_t>(row.cond) | reinterpret_cast<uintptr_t>(row.uncond)) % 16 == 0;
 
@@ -218,7 +224,7 @@ __device__ void decide(const DecodeArgs& args, const DecodeParams& params, int b
   float most = bit_cast<float>(0xFF800000u);
 #pragma unroll kHeld
   for (int round = 0; round < rounds; ++round) {
-    float(&y)[kPerLane] = held[kRounds > 0 ? round : 0];
+    float (&y)[kPerLane] = held[kRounds > 0 ? round : 0];
     if (kRounds > 0) {
       row.finish(first_of(round), given[round], base[round], y);
     } else {
@@ -233,7 +239,7 @@ __device__ void decide(const DecodeArgs& args, const DecodeParams& params, int b
   uint32_t first_top = kAllLanes;
 #pragma unroll kHeld
   for (int round = 0; round < rounds; ++round) {
-    float(&y)[kPerLane] = held[kRounds > 0 ? round : 0];
+    float (&y)[kPerLane] = held[kRounds > 0 ? round : 0];
     const int segment = round * kWarps + warp, first = first_of(round);
     if (kRounds == 0) row.logits(first, y);
     if (params.draw_scale == 0.0f) {
@@ -267,8 +273,8 @@ __device__ void decide(const DecodeArgs& args, const DecodeParams& params, int b
   }
 }
 
-// The whole block selects the positions of sample b that stay masked, once all its codes are drawn: a radix search, bit by
-// bit, for the largest key among them. Keys are distinct, so exactly the wanted number stays.
+// The whole block selects the positions of sample b that stay masked, once all its codes are drawn: a radix
+// search, bit by bit, for the largest key among them. Keys are distinct, so exactly the wanted number stays.
 template <int kThreads>
 __device__ void select(const DecodeArgs& args, const DecodeParams& params, int b, uint64_t* keys,
                        Exchange<kThreads / 32>& exchange, int& turn) {
@@ -307,7 +313,8 @@ __device__ void select(const DecodeArgs& args, const DecodeParams& params, int b
 
 // Grid: batch * length blocks of kThreads. Dynamic shared memory: shared_bytes(args).
 template <class T, int kThreads, int kRounds>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads) maskgit_decode_kernel(const __grid_constant__ DecodeArgs args) {
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    maskgit_decode_kernel(const __grid_constant__ DecodeArgs args) {
   uint64_t* const shared = dynamic_shared();
   __shared__ Exchange<kThreads / 32> exchange;
   int turn = 0;

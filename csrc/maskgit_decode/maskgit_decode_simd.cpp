@@ -1,8 +1,8 @@
 // Draws one code from one row of logits, compiled once per instruction set.
 //
-// Inverse transform sampling on integers (titok/ops/maskgit_decode_step.py, step 2). The templates of maskgit_decode.h and
-// fixed_math.h run on vectors as wide as the instruction set has. Sums of integers do not depend on their order, so every
-// instruction set draws the same code.
+// Inverse transform sampling on integers (titok/ops/maskgit_decode_step.py, step 2). The templates of
+// maskgit_decode.h and fixed_math.h run on vectors as wide as the instruction set has. Sums of integers do not
+// depend on their order, so every instruction set draws the same code.
 #include "maskgit_decode/maskgit_decode_simd.h"
 
 #include "common/float16.h"
@@ -94,7 +94,9 @@ TITOK_HD int64_t sum_of(Words x) {
 template <class T, bool kGuided>
 DrawnCode draw(const DecodeRow& in, const DecodeParams& params, uint64_t uniform) {
   const Row<T, kGuided> row(in, params);
-  const auto end_of = [&](int block) { return block * kBlock + kBlock < in.codes ? block * kBlock + kBlock : in.codes; };
+  const auto end_of = [&](int block) {
+    return block * kBlock + kBlock < in.codes ? block * kBlock + kBlock : in.codes;
+  };
   const int blocks = (in.codes + kBlock - 1) / kBlock;
   if (blocks < 1) __builtin_unreachable();
 
@@ -148,7 +150,8 @@ DrawnCode draw(const DecodeRow& in, const DecodeParams& params, uint64_t uniform
     }
     int i = 0;
     while (left >= static_cast<int64_t>(weight[i])) left -= weight[i++];
-    drawn = {v + i, in.maskgit ? log_probability((y[i] - top) * params.draw_scale, static_cast<uint64_t>(total)) : y[i]};
+    drawn = {v + i,
+             in.maskgit ? log_probability((y[i] - top) * params.draw_scale, static_cast<uint64_t>(total)) : y[i]};
   });
   return drawn;
 }

@@ -24,13 +24,13 @@ PyObject* nearest_codebook(Call& call) {
   args.codebook = check_rows(codebook, kAnySize);
   const int64_t codes = codebook.size(0), width = codebook.size(1);
   if (codes < 1 || codes > kMaxCodes || width < 1 || width > kMaxWidth) {
-    raise_value_error("codebook", "shape (V, C) with V in [1, " + std::to_string(kMaxCodes) + "] and C in [1, " +
-                                      std::to_string(kMaxWidth) + "]", shape_of(codebook));
+    raise_value_error("codebook",
+                      "shape (V, C) with V in [1, " + std::to_string(kMaxCodes) + "] and C in [1, " +
+                          std::to_string(kMaxWidth) + "]",
+                      shape_of(codebook));
   }
   args.latents = check_rows(latents, width);
-  expect_dtype(out, {DType::kInt64});
-  expect_shape(out, {latents.size(0)});
-  expect_contiguous(out);
+  expect_contiguous(out, {DType::kInt64}, {latents.size(0)});
   if (latents.size(0) == 0) Py_RETURN_NONE;
   args.width = static_cast<int32_t>(width);
   args.normalize = normalize;
@@ -46,9 +46,10 @@ PyMethodDef kFunctions[] = {
     python_function<nearest_codebook, 4>(
         "nearest_codebook",
         "nearest_codebook($module, latents, codebook, normalize, out, /)\n--\n\n"
-        "Index of the nearest row of codebook (V, C) for each row of latents (M, C), into out (M,) int64. CPU tensors.\n\n"
-        "latents, codebook float32, bfloat16 or float16, each with dense rows that lie any distance apart; normalize: "
-        "divide\nall rows by their l2 norms first."),
+        "Writes the index of the nearest row of codebook (V, C) for each row of latents (M, C) into out (M,)\n"
+        "int64. CPU tensors.\n\n"
+        "latents and codebook are float32, bfloat16 or float16. Their rows are dense and may lie any distance\n"
+        "apart. With `normalize` all rows are divided by their l2 norms first."),
     {}};
 
 }  // namespace

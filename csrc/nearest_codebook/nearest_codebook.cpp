@@ -1,8 +1,8 @@
 // Shares the search of nearest_codebook among threads.
 //
-// The codebook is packed chunk by chunk, and blocks of latents are searched in each chunk. With few blocks the codes of a
-// chunk are divided among threads as well. Results are merged in the order of the codes, so that of equal distances the
-// lowest index wins, whatever the number of threads.
+// The codebook is packed chunk by chunk, and blocks of latents are searched in each chunk. With few blocks the
+// codes of a chunk are divided among threads as well. Results are merged in the order of the codes, so that of
+// equal distances the lowest index wins, whatever the number of threads.
 #include "nearest_codebook/nearest_codebook.h"
 
 #include <limits>
@@ -58,8 +58,8 @@ void launch_nearest_codebook(const NearestCodebookArgs& args) {
         const int count = static_cast<int>(std::min<int64_t>(kRowBlock, rows - row));
         float* const item_scores = pieces > 1 ? piece_scores.data() + piece * rows + row : scores;
         int32_t* const item_codes = pieces > 1 ? piece_codes.data() + piece * rows + row : codes;
-        kernels.search(args, row, count, packed_codes + from * tile_floats, to - from, (chunk + from) * kernels.tile,
-                       own_scratch, item_scores, item_codes);
+        kernels.search(args, row, count, packed_codes + from * tile_floats, to - from,
+                       (chunk + from) * kernels.tile, own_scratch, item_scores, item_codes);
         if (pieces > 1) continue;
         for (int r = 0; r < count; ++r) {
           if (direct || scores[r] < best[row + r]) args.out[row + r] = codes[r];

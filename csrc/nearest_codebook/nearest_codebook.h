@@ -26,13 +26,14 @@ struct NearestCodebookArgs {
 
 void launch_nearest_codebook(const NearestCodebookArgs& args);
 
-// A thread walks over the codebook with a block of at most this many latents, which stay in its second-level cache.
+// A thread walks over the codebook with a block of at most this many latents, which stay in its second-level
+// cache.
 constexpr int kRowBlock = 96;
 
 // One instruction set's kernels.
 //
-// A tile of the packed codebook holds `tile` codes e, (width + 1) * tile floats. Codes that must never be chosen, such as
-// the padding of the last tile, have the half square inf:
+// A tile of the packed codebook holds `tile` codes e, (width + 1) * tile floats. Codes that must never be chosen,
+// such as the padding of the last tile, have the half square inf:
 //
 //   |e|^2 / 2 of each code
 //   -e[0] of each code
@@ -44,9 +45,10 @@ struct NearestCodebookKernels {
   void (*pack)(const NearestCodebookArgs& args, int64_t first_tile, int64_t tiles, float* packed);
   // Bytes that `search` needs for one thread.
   int64_t (*scratch_bytes)(int width);
-  // Compares latents [first_row, first_row + rows), at most kRowBlock, with `tiles` packed tiles that begin at code
-  // `first_code`. For each latent z: the lowest score |e|^2 / 2 - z.e and the lowest code that has it; (inf, 0) if no
-  // code may be chosen; (-inf, 0) if the latent's sum of squares is not finite. `scratch` is aligned to a cache line.
+  // Compares latents [first_row, first_row + rows), at most kRowBlock, with `tiles` packed tiles that begin at
+  // code `first_code`. Writes for each latent z the lowest score |e|^2 / 2 - z.e and the lowest code that has it.
+  // If no code may be chosen, these are inf and 0. If the latent's sum of squares is not finite, they are -inf and
+  // 0. `scratch` is aligned to a cache line.
   void (*search)(const NearestCodebookArgs& args, int64_t first_row, int rows, const float* packed, int64_t tiles,
                  int64_t first_code, void* scratch, float* scores, int32_t* codes);
 };

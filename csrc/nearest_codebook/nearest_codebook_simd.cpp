@@ -1,12 +1,11 @@
 // The kernels of nearest_codebook, compiled once per instruction set.
 //
-// The nearest code minimises |e|^2 / 2 - z.e, because |z - e|^2 = |z|^2 + 2 (|e|^2 / 2 - z.e). A matrix product in register
-// tiles of kRows latents by kPanels vectors of codes computes these scores, and they go straight into running minima,
-// lane by lane: the matrix of distances is never stored.
-#include "nearest_codebook/nearest_codebook.h"
-
+// The nearest code minimises |e|^2 / 2 - z.e, because |z - e|^2 = |z|^2 + 2 (|e|^2 / 2 - z.e). A matrix product in
+// register tiles of kRows latents by kPanels vectors of codes computes these scores, and they go straight into
+// running minima, lane by lane: the matrix of distances is never stored.
 #include "common/float16.h"
 #include "common/simd.h"
+#include "nearest_codebook/nearest_codebook.h"
 
 namespace titok::TITOK_ISA {
 namespace {
@@ -164,7 +163,7 @@ int64_t scratch_bytes(int width) {
 void search(const NearestCodebookArgs& args, int64_t first_row, int rows, const float* packed, int64_t tiles,
             int64_t first_code, void* scratch, float* scores, int32_t* codes) {
   const int width = args.width;
-  Running* running = static_cast<Running*>(scratch);               // (kRowBlock)
+  Running* running = static_cast<Running*>(scratch);              // (kRowBlock)
   float* staged = reinterpret_cast<float*>(running + kRowBlock);  // (kRowBlock, width)
   bool finite[kRowBlock];
   const int groups = (rows + kRows - 1) / kRows;
@@ -204,4 +203,6 @@ constexpr NearestCodebookKernels kKernels = {kTile, pack, scratch_bytes, search}
 }  // namespace
 }  // namespace titok::TITOK_ISA
 
-const titok::NearestCodebookKernels& titok::nearest_codebook_kernels(TITOK_ISA::ThisIsa) { return TITOK_ISA::kKernels; }
+const titok::NearestCodebookKernels& titok::nearest_codebook_kernels(TITOK_ISA::ThisIsa) {
+  return TITOK_ISA::kKernels;
+}

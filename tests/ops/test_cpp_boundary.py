@@ -7,17 +7,23 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from cpp_cases import (
+    ANY_ROWS,
     CASES,
     CHANNELS_LAST,
     EMPTY,
+    OPTIONAL,
+    STRIDED,
+    TENSORS,
     UNREADABLE,
     decode_arguments,
     decode_params,
+    listed,
     nothing,
     rows,
     tokens,
@@ -29,32 +35,9 @@ if reason := why_no_cpp():
 
 import titok._C as cpp
 
-TENSORS = [
-    (case, name) for case, make in CASES.items() for name, value in make().items() if isinstance(value, Tensor)
-]
-Names = set[str | tuple[str, str]]  # of arguments, in all functions or in one
-OPTIONAL: Names = {
-    "grad_total",
-    "key_mask",
-    "mean",
-    "rstd",
-    "keep",
-    "packed",
-    "uncond",
-    ("masked_attention", "lse"),
-}
-# In these only the last dimension must be dense; every other tensor must be contiguous.
-STRIDED: Names = {"qkv", "latents", "codebook", "cond", "uncond", ("masked_attention_backward", "grad")}
-# Whose number of rows no other argument fixes.
-ANY_ROWS = {("nearest_codebook", "codebook"), *(("maskgit_decode_step:rows", n) for n in ("cond", "uncond"))}
-
 
 def function(case: str) -> Callable[..., Any]:
     return getattr(cpp, case.split(":")[0])
-
-
-def listed(names: Names, case: str, name: str) -> bool:
-    return name in names or (case.split(":")[0], name) in names
 
 
 def assert_rejected(
@@ -214,6 +197,29 @@ def test_numbers(case: str, name: str, bad: list[int]) -> None:
     for value in wrong:
         kind = "a number" if name in ("eps", "scale") else "an integer"
         assert_rejected(case, {**CASES[case](), name: value}, TypeError, f"^{name}: expected {kind}, got ")
+
+
+class Resizing:
+    """A number whose conversion takes the memory of a tensor that was read before."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __index__(self) -> int:
+        self.tensor.untyped_storage().resize_(0)
+        return 2
+
+    def __float__(self) -> float:
+        return float(self.__index__())
+
+
+def test_numbers_run_no_python_code() -> None:
+    arguments = CASES["masked_attention"]()
+    for name, kind in (("num_heads", "an integer"), ("scale", "a number")):
+        wrong = {**arguments, name: Resizing(arguments["qkv"])}
+        assert_rejected("masked_attention", wrong, TypeError, f"^{name}: expected {kind}, got Resizing$")
+    numpy = {**arguments, "num_heads": np.int32(2), "start": np.int64(1), "scale": np.float32(0.5)}
+    assert cpp.masked_attention(*numpy.values()) is None
 
 
 @pytest.mark.parametrize(
