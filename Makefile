@@ -1,10 +1,9 @@
-# `make` lists the targets. Everything runs in .venv, which `make setup` makes from the project's own files.
+# `make` lists the targets. They run in .venv, which each of them makes when it is missing or out of date.
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 OPS := nearest_codebook masked_attention code_mixture group_norm_silu add_layer_norm maskgit_decode_step
 VENV := .venv
 BIN := $(VENV)/bin
-# build isolation asks PyPI for setuptools and pybind11; nothing here needs a GPU, nvcc or root
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -13,45 +12,48 @@ STAMP := $(VENV)/.installed
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+# .venv is up to date when this file is newer than everything that an installation is made from. For the build, pip
+# downloads setuptools and ninja. Neither a GPU nor nvcc nor root is needed.
+$(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 setup: $(STAMP)  ## make .venv and install titok with every extra that development needs
 
-build:  ## compile csrc/ again into titok/_C (incremental)
+build:  ## compile what changed in csrc/ into titok/_C
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-quickstart: $(STAMP)  ## train a small TiTok and a MaskGIT on real digits, generate; two to four minutes on two cores
+quickstart: $(STAMP)  ## train a small TiTok and MaskGIT on real digits and generate; 2 to 4 minutes on two cores
 	$(BIN)/titok quickstart
 
-test: $(STAMP)  ## every test
+test: $(STAMP)  ## run every test
 	$(BIN)/python -m pytest -q
 
-test-fast: $(STAMP)  ## the tests that take a second or less each
+test-fast: $(STAMP)  ## run the tests that take about a second or less each
 	$(BIN)/python -m pytest -q -m 'not slow'
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## check with ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## rewrite the sources in the one format
+format: $(STAMP)  ## rewrite the sources with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-kernels: $(STAMP)  ## compile every Triton kernel for three GPU generations with no GPU, check it, write its table
+kernels: $(STAMP)  ## compile every Triton kernel for three GPU generations without a GPU, check it, write kernels/RESOURCES.md
 	$(BIN)/python -m titok.kernels.aot --write
 
-# A GPU machine has its own torch: nothing is downloaded there, and its own Python is used.
-gpu:  ## on a machine with a GPU: build, GPU tests, op benchmarks, in under 9 minutes (GPU_PYTHON=python3)
+# A GPU machine has its own Python with its own torch, which is used as it is: nothing is downloaded.
+# Options, e.g. make gpu GPU_OPTIONS='--minutes 20 --out results': see python -m benchmarks.gpu --help
+gpu:  ## with a GPU: build, GPU tests, all benchmarks (GPU_PYTHON=python3 GPU_OPTIONS='--minutes 8.5 --out FOLDER')
 	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(GPU_PYTHON) -m benchmarks.gpu
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
-bench: $(STAMP)  ## TiTok against DiT-XL/2 at 512 pixels, then every op against its peers; a quarter of an hour
+bench: $(STAMP)  ## TiTok against DiT-XL/2 at 512 pixels, then every op against its peers; about 15 minutes
 	$(BIN)/python -m benchmarks.speedup --limit 480
 	for op in $(OPS); do $(BIN)/python -m benchmarks.bench_$$op --seconds 2 || exit 1; done
 
-clean:  ## remove what was built (keeps .venv and runs/)
+clean:  ## remove what was built, except .venv and runs/
 	rm -rf build dist *.egg-info titok/_C*.so

@@ -1,13 +1,13 @@
-"""Builds the optional extension `titok._C`; everything else about the package is in pyproject.toml.
+"""Builds the optional extension `titok._C` from csrc/. Everything else about the package is in pyproject.toml.
 
-The extension needs a C++17 compiler and pybind11, and includes no PyTorch header, so that one binary
-serves every torch release. What a machine lacks is left out with one line of explanation, never an error:
+The extension needs a C++17 compiler and the headers of Python. It includes no header of PyTorch, so one binary serves
+every torch release. What cannot be built is left out with one line that says why:
 
-* no nvcc (`$CUDA_HOME/bin/nvcc` or on PATH): the CUDA half is left out;
-* no C++ compiler, or it fails: the whole extension is left out, and `titok` runs on plain PyTorch.
+* without nvcc (`$CUDA_HOME/bin/nvcc` or on PATH) the CUDA half is left out;
+* without a C++ compiler, or if it fails, the whole extension is left out, and `titok` runs on plain PyTorch.
 
-`TITOK_BUILD=cpu` leaves the CUDA half out, `TITOK_BUILD=none` all of it, `TITOK_BUILD=strict` turns a
-failed build into an error (for packagers and CI).
+`TITOK_BUILD=cpu` leaves out the CUDA half, `TITOK_BUILD=none` the whole extension. `TITOK_BUILD=strict` makes a failed
+build an error, for packagers and continuous integration.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -32,11 +33,13 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-fopenmp",
     "-ffp-contract=off",
-    "-fno-trapping-math",  # results are the same; without it GCC does not vectorize a loop with a `?:` in it
+    "-fno-trapping-math",  # same results; without it GCC does not vectorize a loop that holds a `?:`
     "-Wall",
     "-Wextra",
+    "-Wno-psabi",  # vectors that are wider than a register are passed between functions of one file only
 ]
-# `<op>_simd.cpp` is compiled once for each of these, in a namespace of that name; `<op>.cpp` picks at run time.
+# Each <op>_simd.cpp is compiled once per instruction set, in a namespace of that name. csrc/common/cpu_isa.h chooses
+# among them at run time.
 ISA_FLAGS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -50,7 +53,7 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-# Of single files, beside these: what only some of the machines of an instruction set can do.
+# Further instruction sets of single files: AVX-512 CPUs that also multiply bfloat16.
 _AVX512BF16 = {"avx512bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-DTITOK_ISA_AVX512"]}
 EXTRA_ISA_FLAGS = {"masked_attention_simd": _AVX512BF16, "masked_attention_backward_simd": _AVX512BF16}
 CUDA_ARCHS = ("80", "90", "100")
@@ -71,8 +74,44 @@ def cuda_arch_flags(nvcc: str) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
 
+class Job(NamedTuple):
+    """One file to compile."""
+
+    source: Path
+    object: Path
+    command: list[str]  # up to the names of the files
+
+
+def jobs(build: Path, cxx: str, nvcc: str | None) -> list[Job]:
+    """Every object of the extension, compiled into the folder `build`."""
+    import pybind11
+
+    base = [cxx, *CXX_FLAGS, f"-I{CSRC}", *(["-DTITOK_WITH_CUDA"] if nvcc else [])]
+    python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+
+    def place(source: Path, suffix: str) -> Path:
+        return build / ("-".join(source.relative_to(CSRC).with_suffix("").parts) + suffix)
+
+    listed = []
+    for source in sorted(CSRC.rglob("*.cpp")):
+        if not source.stem.endswith("_simd"):
+            listed.append(Job(source, place(source, ".o"), [*base, *python]))
+            continue
+        sets = {**ISA_FLAGS, **EXTRA_ISA_FLAGS.get(source.stem, {})} if is_x86 else {"generic": []}
+        for isa, flags in sets.items():
+            command = [*base, *flags, f"-DTITOK_ISA={isa}", f"-DTITOK_ISA_{isa.upper()}"]
+            listed.append(Job(source, place(source, f".{isa}.o"), command))
+    if nvcc:
+        host = "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"
+        command = [nvcc, "-std=c++17", "-O3", host, "-ccbin", cxx, "-fmad=false", *cuda_arch_flags(nvcc)]
+        for source in sorted(CSRC.rglob("*.cu")):
+            listed.append(Job(source, place(source, ".cu.o"), [*command, f"-I{CSRC}", "-DTITOK_WITH_CUDA"]))
+    return listed
+
+
 class BuildExtension(build_ext):
-    """Compiles csrc/ with ninja where it is there (parallel, incremental), else one command at a time."""
+    """Compiles csrc/ with ninja where it is installed (in parallel, only what changed), else file by file."""
 
     def build_extension(self, ext: Extension) -> None:
         mode = os.environ.get("TITOK_BUILD", "auto")
@@ -82,7 +121,7 @@ class BuildExtension(build_ext):
         if nvcc is None:
             self._left_out("the CUDA half of titok._C", "TITOK_BUILD=cpu" if mode == "cpu" else "no nvcc found")
         try:
-            self._compile(Path(self.get_ext_fullpath(ext.name)).resolve(), nvcc)  # ninja runs elsewhere
+            self._compile(Path(self.get_ext_fullpath(ext.name)).resolve(), nvcc)  # absolute: ninja runs elsewhere
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
             if mode == "strict":
                 raise
@@ -94,66 +133,36 @@ class BuildExtension(build_ext):
 
     def _compile(self, target: Path, nvcc: str | None) -> None:
         cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
-        includes = [f"-I{CSRC}"]
-        python = [f"-isystem{sysconfig.get_path('include')}"]
-        cuda = ["-DTITOK_WITH_CUDA"] if nvcc else []
-        # Not `self.build_temp`, which editable installs throw away: ninja rebuilds only what changed.
+        # Not `self.build_temp`, which an editable install deletes: ninja compiles only what changed since last time.
         build = ROOT / "build" / f"csrc-{sys.implementation.cache_tag}-{platform.machine()}"
         build.mkdir(parents=True, exist_ok=True)
-
-        jobs: list[tuple[Path, Path, list[str]]] = []  # object, source, command up to the file names
-        for source in sorted(CSRC.rglob("*.cpp")):
-            name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
-            base = [cxx, *CXX_FLAGS, *includes, *cuda]
-            if source.stem.endswith("_simd"):
-                isas = {**ISA_FLAGS, **EXTRA_ISA_FLAGS.get(source.stem, {})}
-                if platform.machine() not in ("x86_64", "AMD64"):
-                    isas = {"generic": []}
-                for isa, flags in isas.items():
-                    job = [*base, *flags, f"-DTITOK_ISA={isa}", f"-DTITOK_ISA_{isa.upper()}"]
-                    jobs.append((build / f"{name}.{isa}.o", source, job))
-            else:
-                jobs.append((build / f"{name}.o", source, [*base, *python]))
-        if nvcc:
-            host = f"-Xcompiler={','.join(['-fPIC', '-fvisibility=hidden', '-ffp-contract=off'])}"
-            flags = [nvcc, "-std=c++17", "-O3", host, "-ccbin", cxx, "-fmad=false", *cuda_arch_flags(nvcc)]
-            for source in sorted(CSRC.rglob("*.cu")):
-                jobs.append(
-                    (
-                        build / f"{'-'.join(source.relative_to(CSRC).with_suffix('').parts)}.cu.o",
-                        source,
-                        [*flags, *includes, *cuda],
-                    )
-                )
-
         target.parent.mkdir(parents=True, exist_ok=True)
-        objects = [str(obj) for obj, _, _ in jobs]
-        # nvcc links where it is there, because it alone knows where its static runtime lies.
+        listed = jobs(build, cxx, nvcc)
+        # nvcc links where it is used, because it knows where its static runtime is.
         linker = [nvcc, "-shared", "-ccbin", cxx, "-Xcompiler=-fopenmp"] if nvcc else [cxx, "-shared", "-fopenmp"]
-        link = [*linker, "-o", str(target), *objects]
+        link = [*linker, "-o", str(target), *(str(job.object) for job in listed)]
         ninja = shutil.which("ninja")
         if ninja is None:
-            for obj, source, command in jobs:
-                subprocess.run([*command, "-c", str(source), "-o", str(obj)], check=True)
+            for job in listed:
+                subprocess.run([*job.command, "-c", str(job.source), "-o", str(job.object)], check=True)
             subprocess.run(link, check=True)
             return
         lines = [
             "rule compile\n  command = $cmd -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             "rule link\n  command = $cmd",
         ]
-        for obj, source, command in jobs:
-            lines.append(f"build {obj}: compile {source}\n  cmd = {' '.join(command)}")
-        lines.append(f"build {target}: link {' '.join(objects)}\n  cmd = {' '.join(link)}")
+        for job in listed:
+            lines.append(f"build {job.object}: compile {job.source}\n  cmd = {' '.join(job.command)}")
+        inputs = " ".join(str(job.object) for job in listed)
+        lines.append(f"build {target}: link {inputs}\n  cmd = {' '.join(link)}")
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
         subprocess.run([ninja, "-C", str(build)], check=True)
 
 
 setup(
     packages=[*find_packages(include=["titok", "titok.*"]), "titok.kernels"],
-    package_dir={
-        "titok": "titok",
-        "titok.kernels": "kernels",
-    },  # a top-level `kernels` is another project's name
+    # A top-level module `kernels` would collide with another package.
+    package_dir={"titok": "titok", "titok.kernels": "kernels"},
     ext_modules=[Extension("titok._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildExtension},
 )

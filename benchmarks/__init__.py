@@ -1,1 +1,1 @@
-"""Benchmarks; run them as `python -m benchmarks.<name>`."""
+"""Benchmarks of titok. Each module at this level is a command: `python -m benchmarks.<name> --help`."""

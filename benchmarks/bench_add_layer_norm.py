@@ -1,7 +1,8 @@
 """`add_layer_norm` against an add and torch's layer_norm: `python -m benchmarks.bench_add_layer_norm`.
 
-Bytes: each input and result once, four tensors forward and four more backward. FLOPs: about 8 an element forward,
-which never bound it. Forward, on a CPU, all sides write to memory that the process already holds, as within the models.
+Bytes: each input and each result once, which makes four tensors forward and four more backward. FLOP: about 8 an
+element forward; they never bound the time. On a CPU all candidates run forward in memory that the process keeps,
+as in titok's models.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._report import Report, options
+from benchmarks.harness.op_report import OpReport, parse
 from titok.inference.memory import memory_that_stays
 from titok.ops import add_layer_norm
 
 EPS = 1e-5
-# the encoder of L-32, of B-64 and of S-128 at 256 pixels; L-64 at 512
+# (tokens, width) in the encoders of L-32, B-64 and S-128 at 256 pixels, and of L-64 at 512 pixels
 SHAPES = ((289, 1024), (321, 768), (385, 512), (1089, 1024))
 
 
@@ -34,6 +35,7 @@ def titok(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
 
 
 def case(batch: int, tokens: int, width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """x (B, N, D), residual (B, N, D), weight (D,), bias (D,); all require gradients."""
     shapes = ((batch, tokens, width), (batch, tokens, width), (width,), (width,))
     return [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
 
@@ -50,8 +52,8 @@ def test_bench(benchmark: Any, run: Callable[..., Any]) -> None:
 
 
 def main() -> None:
-    arguments = options(__doc__)
-    report = Report("add_layer_norm", arguments)
+    arguments = parse(__doc__)
+    report = OpReport("add_layer_norm", arguments)
     candidates: dict[str, Callable[..., Any]] = {"eager": eager, "titok": titok}
     if arguments.compile:
         candidates["compiled"] = torch.compile(eager, dynamic=False)

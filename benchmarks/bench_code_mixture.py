@@ -1,7 +1,8 @@
 """`code_mixture` against softmax and product as separate ops: `python -m benchmarks.bench_code_mixture`.
 
-Peers: the official layout (logits (B, K, P), codes mixed along axis 1), the same channels-last, and torch.compile of
-that. Bytes: logits and result once, codebook once. FLOPs: the product, 2 M K C.
+Peers: "official" takes logits (B, K, P) and mixes along axis 1, as the official code does; "eager" takes logits
+(B, P, K); "compiled" is the second under torch.compile. Bytes: logits, codebook and result once. FLOP: those of
+the product, 2 M K C with M = B * P rows.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks._report import Report, options
+from benchmarks.harness.op_report import OpReport, parse
 from titok.ops import code_mixture
 
 CODES, WIDTH = 1024, 256
-PATCHES = (256, 1024)  # 256 and 512 pixels
+PATCHES = (256, 1024)  # P at 256 and at 512 pixels
 
 
 def official(logits: Tensor, codebook: Tensor) -> Tensor:
@@ -30,6 +31,7 @@ def eager(logits: Tensor, codebook: Tensor) -> Tensor:
 
 
 def case(batch: int, patches: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """logits (B, P, K), codebook (K, C)."""
     return (
         (3 * torch.randn(batch, patches, CODES, device=device)).to(dtype),
         torch.randn(CODES, WIDTH, device=device).to(dtype),
@@ -43,8 +45,8 @@ def test_bench(benchmark: Any, run: Callable[..., Tensor]) -> None:
 
 
 def main() -> None:
-    arguments = options(__doc__)
-    report = Report("code_mixture", arguments)
+    arguments = parse(__doc__)
+    report = OpReport("code_mixture", arguments)
     compiled = torch.compile(eager, dynamic=False)
     for batch in arguments.batch:
         for patches in PATCHES:

@@ -1,7 +1,7 @@
-"""What PyTorch's dispatcher adds to a call: `python -m benchmarks.bench_dispatch`.
+"""What PyTorch's dispatcher adds to a call of an op: `python -m benchmarks.bench_dispatch`.
 
-Each op on inputs so small that a call is all overhead, twice: as eager code without gradients calls it, which goes
-around the dispatcher (`titok.ops.core.op`), and made to take the registered op all the same.
+Each op is timed on inputs so small that a call is all overhead, in two ways: as eager code without gradients calls
+it, which goes around the dispatcher, and inside `titok.ops.through_dispatcher()`, which calls the registered op.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from benchmarks._results import Results, quantiles
-from benchmarks._timing import interleave
+from benchmarks.harness.results import Results, quantiles
+from benchmarks.harness.timing import interleave
 from titok import ops
 
-CALLS = 20  # in a sample
+CALLS = 20  # in one sample
 
 
 def cases(device: str) -> dict[str, Callable[[], Any]]:
-    """Op -> one tiny call."""
+    """Op -> one call on tiny inputs."""
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device)
@@ -48,24 +48,28 @@ def dispatched(call: Callable[[], Any]) -> None:
         repeated(call)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each op")
-    parser.add_argument("--json", metavar="FILE", help="append raw samples here")
-    arguments = parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seconds", type=float, default=3.0, help="for each op (default: %(default)s)")
+    p.add_argument("--json", metavar="FILE", help="results file to append to (default: none)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    torch.set_num_threads(1)  # with more, waking them for inputs this small would be most of the time
     results = Results(arguments.json)
-    torch.set_num_threads(1)  # waking other threads for nothing would be most of the time
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("microseconds a call, medians of interleaved runs")
     print(f"{'op':20}{'backend':>10}{'eager path':>12}{'dispatcher':>12}{'difference':>12}")
     for op, call in cases(device).items():
+        candidates = {"eager": partial(repeated, call), "dispatched": partial(dispatched, call)}
         with torch.no_grad():
-            samples = interleave(
-                {"eager": partial(repeated, call), "dispatched": partial(dispatched, call)}, arguments.seconds
-            )
-        results.row("dispatch", {"op": op, "calls": CALLS, "backend": ops.last_backend(op)}, samples)
+            samples = interleave(candidates, arguments.seconds)
+        backend = ops.last_backend(op) or ""
+        results.row("dispatch", {"op": op, "calls": CALLS, "backend": backend}, samples)
         eager, slow = (quantiles(samples[name])[0] / CALLS * 1e6 for name in ("eager", "dispatched"))
-        print(f"{op:20}{ops.last_backend(op) or '':>10}{eager:12.1f}{slow:12.1f}{slow - eager:12.1f}")
+        print(f"{op:20}{backend:>10}{eager:12.1f}{slow:12.1f}{slow - eager:12.1f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """`group_norm_silu` on channels-last maps against torch's ops: `python -m benchmarks.bench_group_norm_silu`.
 
-Maps are those of the pixel decoder at 256 and 512 pixels, in 32 groups. Bytes: maps to 32 pixels are read and written
-once; larger ones, which no cache or register file need hold, are read twice, for the statistics and to be normalised:
-3 * B * C * H * W * bytes of an element, and with the residual sum 5 (two read, sum written, sum read, result
-written). FLOPs: about 20 an element. On a CPU all sides write to memory that the process already holds, as within
-`titok`'s models: page faults of fresh blocks would weigh more than any of them, and come and go with the heap.
+The maps are those of the pixel decoder at 256 and 512 pixels, in 32 groups. Bytes, in passes over B * C * H * W
+elements: maps of at most 32 x 32 pixels are read once and written once. Larger maps are read twice, for the
+statistics and to be normalised, because they need not fit in a cache. That makes 3 passes, and 5 with the residual
+sum (two inputs read, sum written, sum read, result written). FLOP: about 20 an element.
+
+On a CPU all candidates run in memory that the process keeps, as in titok's models, because page faults of fresh
+memory would take longer than the ops do.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._report import Report, options
+from benchmarks.harness.op_report import OpReport, parse
 from titok.inference.memory import memory_that_stays
 from titok.ops import group_norm_silu
 
 EPS, GROUPS = 1e-6, 32
-SHAPES = ((512, 16), (512, 32), (256, 64), (512, 64), (256, 128), (128, 128), (128, 256))  # C, H = W
+SHAPES = ((512, 16), (512, 32), (256, 64), (512, 64), (256, 128), (128, 128), (128, 256))  # (C, H = W)
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def add_titok(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tupl
 
 
 def case(batch: int, channels: int, side: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """x, residual, weight, bias"""
+    """x (B, C, side, side), residual (like x), weight (C,), bias (C,)."""
     maps = torch.randn(2, batch, channels, side, side, device=device).to(dtype)
     affine = torch.randn(2, channels, device=device).to(dtype)
     return [*(m.contiguous(memory_format=torch.channels_last) for m in maps), *affine]
@@ -61,8 +63,8 @@ def test_bench(benchmark: Any, side: int, run: Callable[..., Any]) -> None:
 
 
 def main() -> None:
-    arguments = options(__doc__)
-    report = Report("group_norm_silu", arguments)
+    arguments = parse(__doc__)
+    report = OpReport("group_norm_silu", arguments)
     alone: dict[str, Callable[..., Any]] = {"eager": eager, "titok": titok}
     added: dict[str, Callable[..., Any]] = {"eager": add_eager, "titok": add_titok}
     if arguments.compile:
@@ -71,13 +73,16 @@ def main() -> None:
     for batch in arguments.batch:
         for channels, side in SHAPES:
             x, residual, *affine = case(batch, channels, side, report.dtype, report.device)
-            again = int(side > 32)
-            variants = (("no", alone, (x, *affine), 2 + again), ("yes", added, (x, residual, *affine), 4 + again))
-            for sum_, runs, inputs, moved in variants:
-                sizes = {"B": batch, "C": channels, "px": side, "residual": sum_}
+            second_read = int(side > 32)
+            variants = (
+                ("no", alone, (x, *affine), 2 + second_read),
+                ("yes", added, (x, residual, *affine), 4 + second_read),
+            )
+            for with_residual, runs, inputs, passes in variants:
+                sizes = {"B": batch, "C": channels, "px": side, "residual": with_residual}
                 calls = {name: partial(run, *inputs) for name, run in runs.items()}
                 with torch.no_grad(), memory_that_stays():
-                    report.case(sizes, calls, num_bytes=moved * x.nbytes, flops=20.0 * x.numel())
+                    report.case(sizes, calls, num_bytes=passes * x.nbytes, flops=20.0 * x.numel())
 
 
 if __name__ == "__main__":

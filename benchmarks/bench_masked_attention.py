@@ -1,12 +1,18 @@
 """`masked_attention` against its peers, layer to layer: `python -m benchmarks.bench_masked_attention`.
 
 Every candidate starts from qkv (B, N, 3*H*D) and ends with (B, N, H*D), so each pays for the transposes it needs.
-`eager`: matrix products and softmax on split heads. `sdpa`: heads split by transposed copies, then
-scaled_dot_product_attention. `views`, on a CPU: titok's `backend="sdpa"`, which spares these copies; `titok` is C++
-there. `flash-attn`: reads the packed qkv; where that package is installed.
 
-FLOPs: two products of 2 * B * H * N * N * D forward, five more backward, where one recomputes the scores.
-Bytes: qkv and the output once forward; backward reads both and the output's gradient, and writes that of qkv.
+- `eager`: matrix products and softmax on split heads.
+- `sdpa`: heads split by transposed copies, then scaled_dot_product_attention.
+- `titok`: the back end that titok chooses, on a CPU C++.
+- `views`, on a CPU: titok's `backend="sdpa"`, which gives scaled_dot_product_attention views instead of copies.
+- `flash-attn`, if that package is installed and the dtype is not float32: reads the packed qkv.
+
+FLOP: two products of 2 * B * H * N * N * D forward, and five more backward, of which one computes the scores
+again.
+
+Bytes: qkv and the output once forward. Backward reads both and the output's gradient, and writes the gradient of
+qkv.
 """
 
 from __future__ import annotations
@@ -20,11 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._report import Report, options
-from titok.ops import masked_attention
-from titok.ops.core.available import why_no_flash_attn
+from benchmarks.harness.op_report import OpReport, parse
+from titok.ops import backends, masked_attention
 
-# (tokens, heads, head dim): generators of L-32 (ViT), B-64 (ViT) and S-128 (U-ViT); encoders of L-32, B-64 and S-128
+# (tokens, heads, head dim) of the generators of L-32, B-64 and S-128, then of the encoders of L-32, B-64 and S-128
 SHAPES = ((33, 16, 48), (65, 16, 48), (129, 16, 64), (289, 16, 64), (321, 12, 64), (385, 8, 64))
 
 
@@ -64,11 +69,10 @@ def test_bench(benchmark: Any, run: Callable[..., Any], tokens: int, heads: int,
 
 
 def main() -> None:
-    arguments = options(__doc__)
-    report = Report("masked_attention", arguments)
+    arguments = parse(__doc__)
+    report = OpReport("masked_attention", arguments)
     candidates: dict[str, Callable[..., Any]] = {"eager": eager, "sdpa": sdpa, "titok": titok}
-    probe = torch.empty(0, device=report.device)
-    if why_no_flash_attn(probe) is None and report.dtype != torch.float32:
+    if backends()["flash-attn"] == "available" and report.dtype != torch.float32:
         candidates["flash-attn"] = flash_attn
     if report.device == "cpu":
         candidates["views"] = partial(masked_attention, backend="sdpa")
@@ -82,13 +86,13 @@ def main() -> None:
             forward = {name: partial(run, leaf.detach(), heads) for name, run in candidates.items()}
             both = {name: partial(train, run, leaf, heads, grad) for name, run in candidates.items()}
             product = 2.0 * batch * heads * tokens * tokens * head_dim
-            once = leaf.nbytes + grad.nbytes
+            forward_bytes = leaf.nbytes + grad.nbytes
             for direction, runs, products, passes in (
                 ("forward", forward, 2, 1),
                 ("forward+backward", both, 7, 3),
             ):
                 sizes = {"direction": direction, "B": batch, "N": tokens, "H": heads, "D": head_dim}
-                report.case(sizes, runs, num_bytes=passes * once, flops=products * product)
+                report.case(sizes, runs, num_bytes=passes * forward_bytes, flops=products * product)
 
 
 if __name__ == "__main__":

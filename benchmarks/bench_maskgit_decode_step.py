@@ -1,7 +1,8 @@
 """`maskgit_decode_step` against the official step: `python -m benchmarks.bench_maskgit_decode_step`.
 
-The official step's tensor expressions (noise as -log(-log u) for every code, arg max, gather, sort) read and write
-about a dozen tensors of B x N x V; ours reads the logits of masked positions once. Same law, other random stream.
+The official step computes noise -log(-log u) for every code, an arg max, a gather and a sort, which reads and
+writes about a dozen tensors of B x N x V. titok's op reads the logits of masked positions once. Both draw from the
+same distribution, with different random numbers. Bytes: both passes' logits of the masked positions.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks._results import Results
-from benchmarks._timing import interleave
+from benchmarks.harness.results import Results
+from benchmarks.harness.timing import interleave
 from titok.ops import maskgit_decode_step
 
 TOKENS, CODES, STEPS = 64, 4096, 8
@@ -27,7 +28,7 @@ GUIDANCE, TEMPERATURE = 4.5, 9.5
 
 
 def official_step(tokens: Tensor, cond: Tensor, uncond: Tensor, step: int) -> Tensor:
-    """The official decoding step as tensor expressions, from our description of what it computes."""
+    """The official decoding step as tensor expressions, written from a description of what it computes."""
     ratio = (step + 1) / STEPS
     noise_temperature = TEMPERATURE * (1 - ratio)
     masked = tokens == CODES
@@ -46,7 +47,7 @@ def official_step(tokens: Tensor, cond: Tensor, uncond: Tensor, step: int) -> Te
     return torch.where(score <= cut_off, CODES, new)
 
 
-def our_step(tokens: Tensor, cond: Tensor, uncond: Tensor, step: int) -> Tensor | tuple[Tensor, Tensor]:
+def titok_step(tokens: Tensor, cond: Tensor, uncond: Tensor, step: int) -> Tensor | tuple[Tensor, Tensor]:
     ratio = (step + 1) / STEPS
     return maskgit_decode_step(
         tokens,
@@ -63,7 +64,7 @@ def our_step(tokens: Tensor, cond: Tensor, uncond: Tensor, step: int) -> Tensor 
 
 
 def case(batch: int, step: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens with as many masked as enter `step`, and logits."""
+    """tokens (B, N) as at the start of `step`, conditional logits (B, N, V), unconditional logits (B, N, V)."""
     masked = TOKENS if step == 0 else math.floor(TOKENS * math.acos(step / STEPS) / (math.pi / 2))
     tokens = torch.randint(CODES, (batch, TOKENS), device=device)
     tokens.scatter_(1, torch.rand(batch, TOKENS, device=device).argsort(dim=1)[:, :masked], CODES)
@@ -72,7 +73,7 @@ def case(batch: int, step: int, dtype: torch.dtype, device: str) -> tuple[Tensor
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("run", [official_step, our_step], ids=["official", "titok"])
+@pytest.mark.parametrize("run", [official_step, titok_step], ids=["official", "titok"])
 @pytest.mark.benchmark(group="maskgit_decode_step")
 def test_bench(benchmark: Any, batch: int, run: Callable[..., Any]) -> None:
     benchmark.group += f"[B={batch}, N={TOKENS}, V={CODES}]"
@@ -80,14 +81,16 @@ def test_bench(benchmark: Any, batch: int, run: Callable[..., Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=6.0, help="for each row of the table")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="for each line of the table (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--json", help="file to append every sample to")
+    parser.add_argument("--json", metavar="FILE", help="results file to append to (default: none)")
     arguments = parser.parse_args()
     results = Results(arguments.json)
-    steps: dict[str, Callable[..., Any]] = {"official": official_step, "titok": our_step}
+    steps: dict[str, Callable[..., Any]] = {"official": official_step, "titok": titok_step}
     if arguments.device == "cuda":
         steps["compiled"] = torch.compile(official_step)
     where = (
@@ -101,15 +104,15 @@ def main() -> None:
             runs = {name: functools.partial(run, *inputs, step) for name, run in steps.items()}
             samples = interleave(runs, arguments.seconds)
             masked = int((inputs[0] == CODES).sum())
-            read = 2 * masked * CODES * inputs[1].element_size()  # both passes' logits of the masked positions
+            num_bytes = 2 * masked * CODES * inputs[1].element_size()
             median = {name: statistics.median(values) for name, values in samples.items()}
             ours = median.pop("titok")
             others = "  ".join(f"{name} {seconds / ours:.1f}x" for name, seconds in median.items())
-            rate = read / ours / 1e9
+            rate = num_bytes / ours / 1e9
             line = f"{batch:5} {step:4} {masked // batch:6} {ours * 1e3:8.3f} {rate:7.1f}  {others}"
             print(line, flush=True)
             shape = {"batch": batch, "tokens": TOKENS, "codes": CODES, "step": step, "dtype": arguments.dtype}
-            results.row("maskgit_decode_step", shape, samples, bytes=read)
+            results.row("maskgit_decode_step", shape, samples, bytes=num_bytes)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,31 @@
 """`nearest_codebook` against the official expression: `python -m benchmarks.bench_nearest_codebook`.
 
-Peers: sums of squares and a product in one (M, V) matrix of distances, then its arg min, as the official quantizer
-writes it; our plain path, which holds a slice of that matrix; torch.compile of the first. Bytes: latents and codebook
-read once, indices written. FLOPs: the product, 2 M V C. Under each table: the peak of memory beyond the
-inputs (of the process, on the CPU), and how many indices differ from the official ones, with the largest excess of
-their float64 distance over the other's, relative to the sum of squares that both come from.
+Peers: "official" makes the (M, V) matrix of distances from sums of squares and a product, then takes its arg min;
+"plain" is titok's path in PyTorch, which holds a slice of that matrix; "compiled" is the first under
+torch.compile. Bytes: latents and codebook read once, indices written once. FLOP: those of the product, 2 M V C.
+
+Below each table: the peak memory of a call beyond its inputs (on a CPU that of the process), and how many of
+titok's indices differ from the official ones. For those, the distances to both codes are computed in float64, and
+the largest excess of titok's distance is given relative to the sum of squares that the distances are computed
+from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks._report import Report, options
+from benchmarks.harness.memory import peak_growth
+from benchmarks.harness.op_report import OpReport, parse
 from titok.ops import nearest_codebook
 
-# latents, codes, channels: many images' tokens of the l2 presets, and the proxy codes of 16 images of 256 pixels;
-# one image and a batch of 64 of the presets
+# (latents M, codes V, channels C): tokens of many images in the presets; proxy codes of 16 images of 256 pixels;
+# tokens of one image and of 64 images in titok-l-32; tokens with 64 channels
 CASES = ((65_536, 4096, 12), (4096, 1024, 256), (32, 4096, 12), (2048, 4096, 12), (4096, 8192, 64))
 GPU_CASES = (*CASES, (8192, 4096, 12), (16_384, 1024, 256), (1_048_576, 4096, 12))
 
@@ -40,30 +43,18 @@ CANDIDATES: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 
 def case(rows: int, codes: int, width: int, device: str) -> tuple[Tensor, Tensor]:
+    """latents (M, C), codebook (V, C)."""
     return torch.randn(rows, width, device=device), torch.randn(codes, width, device=device)
 
 
-def extra_megabytes(name: str, sizes: tuple[int, int, int], device: str) -> float:
-    """Peak memory of one call beyond its inputs."""
-    inputs = case(*sizes, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
-        CANDIDATES[name](*inputs)
-        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = _resident("VmRSS")
-    CANDIDATES[name](*inputs)
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return float(status.partition(f"{field}:")[2].split()[0]) / 2**10
+def extra_mebibytes(name: str, sizes: tuple[int, int, int], device: str) -> str:
+    """Peak memory of one call beyond its inputs, in MiB; "-" where the system does not report it."""
+    growth = peak_growth(partial(CANDIDATES[name], *case(*sizes, device)), device)
+    return "-" if growth is None else f"{growth / 2**20:.1f}"
 
 
 def differences(latents: Tensor, codebook: Tensor) -> tuple[int, float]:
-    """How many indices differ from the official ones, and the largest relative excess of ours in float64."""
+    """How many of titok's indices differ from the official ones, and their largest relative excess of distance."""
     ours, theirs = (CANDIDATES[name](latents, codebook) for name in ("titok", "official"))
     where = torch.ne(ours, theirs).nonzero()[:, 0]
     if not len(where):
@@ -82,9 +73,9 @@ def test_bench(benchmark: Any, name: str, sizes: tuple[int, int, int]) -> None:
 
 
 def main() -> None:
-    arguments = options(__doc__)
-    arguments.dtype = "float32"  # whatever the model's precision
-    report = Report("nearest_codebook", arguments)
+    arguments = parse(__doc__)
+    arguments.dtype = "float32"  # the op computes in float32 whatever the dtype of the model
+    report = OpReport("nearest_codebook", arguments)
     for sizes in GPU_CASES if report.device == "cuda" else CASES:
         rows, codes, width = sizes
         inputs = case(*sizes, report.device)
@@ -95,7 +86,7 @@ def main() -> None:
         flops = 2.0 * rows * codes * width
         with torch.inference_mode():
             report.case({"M": rows, "V": codes, "C": width}, runs, num_bytes=num_bytes, flops=flops)
-        memory = ", ".join(f"{name} {extra_megabytes(name, sizes, report.device):.1f}" for name in CANDIDATES)
+        memory = ", ".join(f"{name} {extra_mebibytes(name, sizes, report.device)}" for name in CANDIDATES)
         count, excess = differences(*inputs)
         print(f"extra MiB: {memory}; {count} of {rows} indices differ, by at most {excess:.1e}")
 

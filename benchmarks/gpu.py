@@ -1,16 +1,16 @@
-"""Everything that needs a GPU, in one command: `make gpu`.
+"""Everything that needs a GPU, in one command: `python -m benchmarks.gpu --minutes 8.5 --out benchmarks/results`.
 
-Runs the tests marked `gpu`, compute-sanitizer over the decode step where it is there, then every op benchmark, each
-within its share of the time, and the comparison with DiT-XL/2 in the rest; what fails or is not installed is said by
-name and the rest goes on. Writes under `$OUT` (else benchmarks/results/): `gpu-<date>.jsonl` with every raw sample,
-and `gpu-<date>.log`.
+It runs the tests marked `gpu`, compute-sanitizer over the decoding step if that tool is installed, every op
+benchmark, and the comparison with DiT-XL/2, and divides the time budget between them. A part that fails, or whose
+tools are not installed, is named at the end, and the others run all the same. Two files are written to the output
+folder: `gpu-<date>.jsonl` with every raw sample, and `gpu-<date>.log` with all output. The exit status is 1 if any
+part failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import shutil
 import subprocess
 import sys
@@ -20,7 +20,9 @@ from typing import IO
 
 import torch
 
-from benchmarks._results import environment, results_folder
+from benchmarks.harness.ceilings import ceiling_runs
+from benchmarks.harness.results import FOLDER, Results
+from benchmarks.harness.timing import interleave
 
 OPS = (
     "nearest_codebook",
@@ -30,90 +32,127 @@ OPS = (
     "add_layer_norm",
     "maskgit_decode_step",
 )
-
-ENGINE_SECONDS = 45  # at most for benchmarks.engine: images a second and one image's latency at 256 pixels
-HEADLINE_MINUTES = 3  # of the time, kept for it and benchmarks.speedup
-
-
-def ceilings() -> dict[str, float]:
-    """What this card reaches: bytes/s of a device-to-device copy (read plus written), FLOP/s of a bf16 product."""
-    from benchmarks._timing import interleave
-
-    source = torch.randn(1 << 30, device="cuda")  # 4 GiB, far beyond any cache
-    target = torch.empty_like(source)
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16).unbind()
-    samples = interleave({"copy": lambda: target.copy_(source), "mm": lambda: a @ b}, seconds=3)
-    medians = {name: sorted(values)[len(values) // 2] for name, values in samples.items()}
-    return {
-        "copy_bytes_per_s": 2 * source.numel() * source.element_size() / medians["copy"],
-        "bf16_flop_per_s": 2 * 8192**3 / medians["mm"],
-    }
+ENGINE_SECONDS = 45  # at most, for `benchmarks.engine`
+COMPARISON_SECONDS = 180  # kept free for `benchmarks.engine` and `benchmarks.speedup`
+NOT_INSTALLED, NO_TIME = "not installed", "no time left"
 
 
-def _run(command: list[str], log: IO[str], limit: float) -> str:
-    """Runs one part, copying its output to screen and log. Returns "ok" or what went wrong."""
-    print(f"\n$ {' '.join(command)}", flush=True)
-    log.write(f"\n$ {' '.join(command)}\n")
-    log.flush()
-    try:
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit)
-        output, verdict = run.stdout, "ok" if run.returncode == 0 else f"exit status {run.returncode}"
-    except subprocess.TimeoutExpired as error:
-        partial = error.stdout or b""
-        output = partial.decode(errors="replace") if isinstance(partial, bytes) else partial
-        verdict = f"stopped after {limit:.0f} s"
-    log.write(output)
-    log.flush()
-    print(output[-6000:], flush=True)
-    return verdict
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--minutes", type=float, default=8.5, help="for everything together (default: %(default)s)"
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ops", nargs="*", default=list(OPS), help="op benchmarks to run (default: all)")
-    arguments = parser.parse_args()
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=8.5,
+        help="time budget for everything; a part that overruns its share is stopped (default: %(default)s)",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=FOLDER,
+        metavar="FOLDER",
+        help="where the results file and the log go; made if missing (default: benchmarks/results)",
+    )
+    p.add_argument("--ops", nargs="*", default=list(OPS), choices=OPS, help="op benchmarks to run (default: all)")
+    return p
+
+
+class Runner:
+    """Runs parts one after the other within the time budget and remembers how each of them ended."""
+
+    def __init__(self, minutes: float, log: IO[str]) -> None:
+        self.end = time.monotonic() + 60 * minutes
+        self.log = log
+        self.verdicts: dict[str, str] = {}
+
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.end - time.monotonic()
+
+    def run(self, name: str, command: list[str], limit: float) -> None:
+        """Runs one part for at most `limit` seconds; its output goes to the screen (its end) and the log."""
+        print(f"\n$ {' '.join(command)}", flush=True)
+        self.log.write(f"\n$ {' '.join(command)}\n")
+        self.log.flush()
+        try:
+            run = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit
+            )
+            output, verdict = run.stdout, "ok" if run.returncode == 0 else f"exit status {run.returncode}"
+        except subprocess.TimeoutExpired as error:
+            partial = error.stdout or b""
+            output = partial.decode(errors="replace") if isinstance(partial, bytes) else partial
+            verdict = f"stopped after {limit:.0f} s"
+        self.log.write(output)
+        self.log.flush()
+        print(output[-6000:], flush=True)
+        self.verdicts[name] = verdict
+
+    def failed(self) -> bool:
+        return any(v != "ok" and not v.startswith(NOT_INSTALLED) for v in self.verdicts.values())
+
+
+def tests(runner: Runner) -> None:
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    runner.run("tests", pytest, max(30.0, 0.4 * runner.left()))
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        runner.verdicts["compute-sanitizer"] = NOT_INSTALLED
+        return
+    for tool in ("memcheck", "racecheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest, "-k", "sanitize"]
+        runner.run(tool, command, max(20.0, 0.15 * runner.left()))
+
+
+def op_benchmarks(runner: Runner, ops: list[str], results: Path) -> None:
+    for i, op in enumerate(ops):
+        share = (runner.left() - COMPARISON_SECONDS) / (len(ops) - i)
+        if share > 10:
+            command = [sys.executable, "-m", f"benchmarks.bench_{op}", "--json", str(results)]
+            runner.run(op, command, share)
+        else:
+            runner.verdicts[op] = NO_TIME
+
+
+def comparison(runner: Runner, results: Path) -> None:
+    if missing := [name for name in ("rich", "einops") if importlib.util.find_spec(name) is None]:
+        runner.verdicts["speedup"] = f"{NOT_INSTALLED}: {', '.join(missing)}"
+        return
+    engine = [sys.executable, "-m", "benchmarks.engine", "--device", "cuda", "--rows", "titok"]
+    engine += ["--batch", "1", "64", "--seconds", "5", "--out", str(results)]
+    runner.run("engine", engine, ENGINE_SECONDS)
+    left = runner.left()
+    if left > 60:
+        speedup = [sys.executable, "-m", "benchmarks.speedup", "--device", "cuda", "--out", str(results)]
+        runner.run("speedup", [*speedup, f"--limit={left - 20:.0f}"], left)
+    else:
+        runner.verdicts["speedup"] = NO_TIME
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: no CUDA device here")
-    end = time.monotonic() + 60 * arguments.minutes
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    folder = results_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"gpu-{stamp}.jsonl"
-    verdicts: dict[str, str] = {}
-    with path.open("a") as file, (folder / f"gpu-{stamp}.log").open("a") as log:
-        file.write(json.dumps(environment()) + "\n")
-        file.write(json.dumps({"kind": "ceilings", **ceilings()}) + "\n")
-        file.flush()
-        tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-        verdicts["tests"] = _run(tests, log, max(30.0, (end - time.monotonic()) * 0.4))
-        if sanitizer := shutil.which("compute-sanitizer"):
-            for tool in ("memcheck", "racecheck"):
-                check = [sanitizer, "--tool", tool, "--error-exitcode", "9", *tests, "-k", "sanitize"]
-                verdicts[tool] = _run(check, log, max(20.0, (end - time.monotonic()) * 0.15))
-        else:
-            verdicts["compute-sanitizer"] = "not installed"
-        for i, op in enumerate(arguments.ops):
-            share = (end - 60 * HEADLINE_MINUTES - time.monotonic()) / (len(arguments.ops) - i)
-            bench = [sys.executable, "-m", f"benchmarks.bench_{op}", "--json", str(path)]
-            verdicts[op] = _run(bench, log, share) if share > 10 else "no time left"
-        engine = [sys.executable, "-m", "benchmarks.engine", "--device", "cuda", "--rows", "titok"]
-        engine += ["--batch", "1", "64", "--seconds", "5", "--out", str(path)]
-        headline = [sys.executable, "-m", "benchmarks.speedup", "--device", "cuda", "--out", str(path)]
-        if missing := [name for name in ("rich", "einops") if importlib.util.find_spec(name) is None]:
-            verdicts["speedup"] = f"not installed: {', '.join(missing)}"
-        else:
-            verdicts["engine"] = _run(engine, log, ENGINE_SECONDS)
-            left = end - time.monotonic()
-            verdicts["speedup"] = (
-                _run([*headline, f"--limit={left - 20:.0f}"], log, left) if left > 60 else "no time left"
-            )
-        file.write(json.dumps({"kind": "verdicts", **verdicts}) + "\n")
-    print("\n" + "\n".join(f"{name:22} {verdict}" for name, verdict in verdicts.items()))
-    print(f"results: {Path(path)}")
-    sys.exit(any(v != "ok" and not v.startswith("not installed") for v in verdicts.values()))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = f"gpu-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    path = arguments.out / f"{name}.jsonl"
+    with (arguments.out / f"{name}.log").open("a") as log:
+        runner = Runner(arguments.minutes, log)
+        results = Results(path)
+        runs, work = ceiling_runs(torch.bfloat16, "cuda")
+        results.row("ceiling", {"dtype": "bf16", "device": "cuda"}, interleave(runs, 3.0), work=work)
+        del runs
+        torch.cuda.empty_cache()  # this process keeps no GPU memory from the parts that follow
+        tests(runner)
+        op_benchmarks(runner, arguments.ops, path)
+        comparison(runner, path)
+        results.write({"kind": "verdicts", **runner.verdicts})
+    print("\n" + "\n".join(f"{part:22} {verdict}" for part, verdict in runner.verdicts.items()))
+    print(f"results: {path}")
+    sys.exit(runner.failed())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Pictures and tables from result files alone: `python -m benchmarks.plot benchmarks/results/*.jsonl`.
+"""Plots and tables from results files alone: `python -m benchmarks.plot`.
 
-Draws what the files hold: speed against FLOP, the ladder from eager to our engine, cost against batch, tokens and
-resolution, and the time of each stage. `--markdown` prints the tables for the documentation instead.
+By default it reads benchmarks/results/*.jsonl and writes the plots that the documents show: docs/speed.png (images
+per second against FLOP an image), docs/ladder.png (from eager PyTorch to titok) and docs/stages.png (time of each
+stage and its floor). Two more can be asked for: batch.png and tokens.png (seconds an image against batch size and
+against tokens). A plot whose measurements no file holds is not written. Where several runs measured the same
+thing, the newest is drawn.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,202 +20,284 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from benchmarks import _tables, engine, roofline
+from benchmarks.harness import measures, tables
+from benchmarks.harness.results import FOLDER, Row, read
 
-COLOURS = {"dit": "#b45f3c", "maskgit": "#8a7a2e"}
-OURS, EAGER = "#2c6e9b", "#9dbdd4"
-Row = dict[str, Any]
+DOCUMENTS = Path(__file__).parents[1] / "docs"
+FAMILY_COLOURS = {"dit": "#b45f3c", "maskgit": "#8a7a2e"}
+TITOK, EAGER, FAINT = "#2c6e9b", "#9dbdd4", "0.4"
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    p.add_argument("files", nargs="+", type=Path)
-    p.add_argument("--out", type=Path, default=Path("docs/figures"))
-    p.add_argument("--markdown", action="store_true", help="print tables, draw nothing")
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("files", nargs="*", type=Path, help="results files (default: benchmarks/results/*.jsonl)")
+    p.add_argument("--out", type=Path, default=DOCUMENTS, help="folder for the plots (default: docs)")
+    p.add_argument(
+        "--plots",
+        nargs="+",
+        default=["speed", "ladder", "stages"],
+        choices=list(PLOTS),
+        help="which plots to draw (default: speed ladder stages)",
+    )
+    p.add_argument("--markdown", action="store_true", help="print tables of everything in the files, draw nothing")
     return p
 
 
+def newest(rows: Sequence[Row], *keys: str) -> list[Row]:
+    """Of rows that agree in the benchmark and in these keys of their case, the one measured last; in order."""
+    kept: dict[tuple[str, tuple[Any, ...]], Row] = {}
+    for row in sorted(rows, key=lambda row: str(row["environment"]["time"])):
+        key = tuple(row["case"][name] for name in keys)
+        kept[row["bench"], key] = row
+    return [row for row in rows if any(row is other for other in kept.values())]
+
+
+def newest_sides(rows: Sequence[Row]) -> list[Row]:
+    return newest(measures.select(rows, "speedup"), "name", "resolution", "dtype", "device", "steps")
+
+
+def speed(rows: Sequence[Row], figure: Figure) -> bool:
+    """Images per second of every side over its FLOP an image, a panel for each resolution and dtype.
+
+    The dashed line is the speed at which `torch.mm` alone would do the FLOP.
+    """
+    sides = newest_sides(rows)
+    if not sides:
+        return False
+    panels = _panels(figure, sides, "resolution", "dtype")
+    low, high = (choose(row["flops"] / 1e9 for row in sides) for choose in (min, max))
+    for axes, shown in panels:
+        for row in shown:
+            median, slow, fast = measures.rate(row)
+            bars = [[median - slow], [fast - median]]
+            axes.errorbar(row["flops"] / 1e9, median, yerr=bars, fmt="o", color=_colour(row), markersize=5)
+        axes.set(xscale="log", yscale="log", xlim=(low / 3, high * 3), xlabel="GFLOP an image", ylabel="images/s")
+        _draw_ceiling(axes, rows, shown, low, high)
+        _tidy(axes, f"{shown[0]['case']['resolution']} pixels, {shown[0]['case']['dtype']}")
+    for axes, shown in panels:  # after all panels have their points, because they share the axes' limits
+        _label(axes, [(row["flops"] / 1e9, measures.rate(row)[0], _side_name(row)) for row in shown])
+    _credit(figure, sides)
+    return True
+
+
+def ladder(rows: Sequence[Row], figure: Figure) -> bool:
+    """Images per second of each rung, with its share of the rate of `torch.mm` in its dtype."""
+    measured = measures.select(rows, "ladder")
+    if not measured:
+        return False
+    run = measures.latest_run(rows, "ladder")
+    rungs, ceilings = measures.select(run, "ladder"), measures.ceilings(run)
+    rates = [measures.rate(row) for row in rungs]
+    errors = [[m - low for m, low, _ in rates], [high - m for m, _, high in rates]]
+    colours = [EAGER] * (len(rungs) - 1) + [TITOK]
+    axes = figure.subplots()
+    names = [row["case"]["name"] for row in rungs]
+    bars = axes.barh(names, [m for m, *_ in rates], xerr=errors, color=colours, height=0.6)
+    for bar, row, (median, _, high) in zip(bars, rungs, rates, strict=True):
+        share = measures.share_of_mm(row, ceilings)
+        of_mm = "" if share is None else f", {share:.0%} of torch.mm"
+        axes.annotate(
+            f"  {tables.number(median)}/s{of_mm}",
+            (high, bar.get_y() + bar.get_height() / 2),
+            xytext=(0, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+        )
+    axes.invert_yaxis()
+    axes.margins(x=0.4)
+    axes.set_xlabel("images/s")
+    case = rungs[-1]["case"]
+    _tidy(axes, f"{case['family']}, batch {case['batch']}, {case['dtype']}")
+    _credit(figure, rungs)
+    return True
+
+
+def stages(rows: Sequence[Row], figure: Figure) -> bool:
+    """Time of each stage of each preset, with its floor drawn over it."""
+    records = newest(measures.select(rows, "roofline"), "preset", "dtype", "device", "batch")
+    if not records:
+        return False
+    labels, times, floors = [], [], []
+    for record in records:
+        for stage in measures.stages(record):
+            labels.append(f"{record['case']['preset']} {record['case']['dtype']}: {stage['stage']}")
+            times.append(1e3 * stage["s"])
+            floors.append(1e3 * stage["floor_s"])
+    axes = figure.subplots()
+    axes.barh(labels, times, color=EAGER, height=0.6, label="measured")
+    axes.barh(labels, floors, color=TITOK, height=0.3, label="floor")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set(xlabel="ms for one batch")
+    axes.legend(fontsize=7, frameon=False)
+    _tidy(axes, "Time of each stage, and its floor")
+    _credit(figure, records)
+    return True
+
+
+def batch(rows: Sequence[Row], figure: Figure) -> bool:
+    """Seconds an image over batch size, a line for each side that was measured at several batch sizes."""
+    keys = ("name", "resolution", "dtype", "device", "steps", "batch")
+    sides = newest(measures.select(rows, "speedup") + measures.select(rows, "sweep"), *keys)
+    curves: dict[tuple[Any, ...], list[Row]] = {}
+    for row in sides:
+        curves.setdefault(tuple(row["case"][key] for key in keys[:-1]), []).append(row)
+    curves = {key: points for key, points in curves.items() if len(points) > 1}
+    if not curves:
+        return False
+    axes = figure.subplots()
+    for points in curves.values():
+        points.sort(key=lambda row: row["case"]["batch"])
+        sizes = [row["case"]["batch"] for row in points]
+        costs = [1 / measures.rate(row)[0] for row in points]
+        label = f"{_side_name(points[0])}, {points[0]['case']['dtype']}"
+        axes.plot(sizes, costs, "o-", label=label, markersize=3, linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="seconds an image")
+    _ticks(axes, {row["case"]["batch"] for points in curves.values() for row in points})
+    axes.legend(fontsize=6, frameon=False)
+    _tidy(axes, "Cost against batch size")
+    _credit(figure, sides)
+    return True
+
+
+def tokens(rows: Sequence[Row], figure: Figure) -> bool:
+    """Seconds an image over its number of tokens, without eager sides, a panel for each dtype.
+
+    Circles are 256 pixels, squares 512 pixels.
+    """
+    sides = [row for row in newest_sides(rows) if not row["case"]["name"].endswith("eager")]
+    if len({row["case"]["tokens"] for row in sides}) < 2:
+        return False
+    panels = _panels(figure, sides, "dtype")
+    for axes, shown in panels:
+        for row in shown:
+            marker = "s" if row["case"]["resolution"] == 512 else "o"
+            axes.plot(row["case"]["tokens"], 1 / measures.rate(row)[0], marker, color=_colour(row), markersize=5)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds an image")
+        axes.margins(0.3)
+        _ticks(axes, {row["case"]["tokens"] for row in sides})
+        _tidy(axes, shown[0]["case"]["dtype"])
+    for axes, shown in panels:
+        _label(axes, [(row["case"]["tokens"], 1 / measures.rate(row)[0], _side_name(row)) for row in shown])
+    _credit(figure, sides)
+    return True
+
+
+PLOTS: dict[str, Callable[[Sequence[Row], Figure], bool]] = {
+    "speed": speed,
+    "ladder": ladder,
+    "stages": stages,
+    "batch": batch,
+    "tokens": tokens,
+}
+
+
+def _side_name(row: Row) -> str:
+    case = row["case"]
+    name = case["name"].removesuffix(f" {case['dtype']}, SDPA").removesuffix(f" as published, {case['dtype']}")
+    return f"{name}, {case['steps']} steps"
+
+
 def _colour(row: Row) -> str:
-    family = row["case"]["family"]
-    return COLOURS.get(family, EAGER if row["case"]["name"].endswith("eager") else OURS)
+    titok = EAGER if row["case"]["name"].endswith("eager") else TITOK
+    return FAMILY_COLOURS.get(row["case"]["family"], titok)
 
 
-def _titled(axes: Axes, title: str, rows: Sequence[Row]) -> None:
-    axes.set_title(title, loc="left", fontsize=10)
-    seen: dict[str, None] = {}
-    for e in (row["environment"] for row in rows):
-        machine = e.get("gpu") or e.get("cpu")
-        date, commit = str(e.get("time"))[:10], str(e.get("commit"))[:10]
-        seen[f"{machine}, torch {e.get('torch')}, {date}, commit {commit}"] = None
-    axes.figure.text(0.005, 0.005, "; ".join(seen), fontsize=6, color="0.4")
-    axes.grid(alpha=0.25, which="both", linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+def _panels(figure: Figure, rows: Sequence[Row], *keys: str) -> list[tuple[Axes, list[Row]]]:
+    """Axes that share their limits, one for each combination of these keys in the rows' cases, and its rows."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: [str(row["case"][key]) for key in keys]):
+        groups.setdefault(tuple(row["case"][key] for key in keys), []).append(row)
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    figure.set_size_inches(5 * columns, 3.4 * lines)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes in grid[len(groups) :]:
+        axes.remove()
+    return list(zip(grid[: len(groups)], groups.values(), strict=True))
+
+
+def _draw_ceiling(axes: Axes, rows: Sequence[Row], shown: Sequence[Row], low: float, high: float) -> None:
+    """Images per second over GFLOP at the median rate that `torch.mm` reached in the runs of `shown`."""
+    dtype, runs = shown[0]["case"]["dtype"], [row["environment"] for row in shown]
+    found = [row for row in measures.select(rows, "ceiling", dtype=dtype) if row["environment"] in runs]
+    if not found:
+        return
+    rate = statistics.median(measures.own_ceiling(row, "mm") for row in found) / 1e9
+    axes.plot([low / 2, high * 2], [rate / (low / 2), rate / (high * 2)], "--", color="0.6", linewidth=0.8)
+    axes.annotate(
+        "torch.mm",
+        (low / 2, rate / (low / 2)),
+        xytext=(4, 0),
+        textcoords="offset points",
+        fontsize=6,
+        color=FAINT,
+    )
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names points (x, y, text) beside them, on the side with more room, and one below the other where they crowd."""
+    """Writes the text of each point (x, y, text) beside it, on the side with more room, without overlaps."""
     figure: Any = axes.figure
-    figure.draw_without_rendering()  # settles where the points are
-    scale = 72 / figure.dpi
-    left, right = (scale * axes.get_window_extent().x0, scale * axes.get_window_extent().x1)
-    taken: list[tuple[float, float, float]] = []  # of each label left, right, y, in points of 1/72 inch
+    figure.draw_without_rendering()  # only now do the points have a place on the page
+    scale = 72 / figure.dpi  # from pixels to points of 1/72 inch
+    left, right = scale * axes.get_window_extent().x0, scale * axes.get_window_extent().x1
+    taken: list[tuple[float, float, float]] = []  # left end, right end and y of each label so far
     for x, y, text in sorted(points, key=lambda point: -point[1]):
         at_x, at_y = (scale * value for value in axes.transData.transform((x, y)))
-        beside = 6 if at_x < (left + right) / 2 else -6
-        ends = sorted((at_x + beside, at_x + beside + 3.3 * len(text) * (1 if beside > 0 else -1)))
+        direction = 1 if at_x < (left + right) / 2 else -1
+        beside = 8 * direction
+        ends = sorted((at_x + beside, at_x + beside + 3.3 * len(text) * direction))
         label_y = at_y
         while any(ends[0] < r and ends[1] > lo and abs(label_y - other) < 8 for lo, r, other in taken):
             label_y -= 1
         taken.append((ends[0], ends[1], label_y))
         axes.annotate(
-            text, (x, y), xytext=(beside, label_y - at_y), textcoords="offset points", fontsize=6, va="center",
+            text,
+            (x, y),
+            xytext=(beside, label_y - at_y),
+            textcoords="offset points",
+            fontsize=6,
+            va="center",
             ha="left" if beside > 0 else "right",
             arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.6", "shrinkA": 0, "shrinkB": 3},
-        )  # fmt: skip
-
-
-def speed_against_flops(rows: Sequence[Row], axes: Axes) -> bool:
-    """Images per second of every side over its FLOP per image; a line of constant FLOP/s is the ceiling."""
-    sides = _tables.of(rows, "speedup")
-    if not sides:
-        return False
-    points = []
-    for row in sides:
-        median, low, high = _tables.rate(row)
-        case, x = row["case"], row["flops"] / 1e9
-        bars = [[median - low], [high - median]]
-        axes.errorbar(x, median, yerr=bars, fmt="o", color=_colour(row), markersize=5)
-        points.append(
-            (x, median, f"{case['name']} ({case['resolution']} px, {case['dtype']}, {case['steps']} steps)")
         )
-    low, high = min(r["flops"] for r in sides), max(r["flops"] for r in sides)
-    for name, ceiling in _tables.ceilings(rows).items():
-        if name.startswith("mm "):
-            ends, middle = [low / 2, high * 2], (low * high) ** 0.5
-            axes.plot([f / 1e9 for f in ends], [ceiling / f for f in ends], "--", color="0.6", linewidth=0.8)
-            axes.annotate(
-                f"torch.{name}", (middle / 1e9, ceiling / middle), xytext=(3, 3), textcoords="offset points",
-                fontsize=6, color="0.4",
-            )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="GFLOP an image", ylabel="images/s")
-    axes.set_xlim(low / 3e9, high * 3 / 1e9)
-    _titled(axes, "Speed against work", sides)
-    _label(axes, points)
-    return True
 
 
-def ladder(rows: Sequence[Row], axes: Axes) -> bool:
-    """Images per second of each rung, with the share of the matmul ceiling of its dtype where that was measured."""
-    rungs = _tables.of(rows, "ladder")
-    if not rungs:
-        return False
-    ceilings = _tables.ceilings(rows)
-    names = [f"{row['case']['name']}" for row in rungs]
-    rates = [_tables.rate(row) for row in rungs]
-    errors = [[m - low for m, low, _ in rates], [high - m for m, _, high in rates]]
-    bars = axes.barh(
-        names, [m for m, *_ in rates], xerr=errors, color=[EAGER] * (len(rungs) - 1) + [OURS], height=0.6
-    )
-    for bar, row, (median, _, high) in zip(bars, rungs, rates, strict=True):
-        mm = ceilings.get(f"mm {row['case']['dtype']}")
-        share = f", {_tables.achieved(row) / mm:.0%} of torch.mm" if mm else ""
-        axes.annotate(
-            f"  {_tables.number(median)}/s{share}", (high, bar.get_y() + bar.get_height() / 2),
-            xytext=(0, 0), textcoords="offset points", va="center", fontsize=7,
-        )  # fmt: skip
-    axes.invert_yaxis()
-    axes.margins(x=0.4)
-    axes.set_xlabel("images/s")
-    case = rungs[-1]["case"]
-    _titled(axes, f"From eager to titok: {case['family']}, batch {case['batch']}, {case['dtype']}", rungs)
-    return True
-
-
-def growth(rows: Sequence[Row], axes: Axes) -> bool:
-    """Seconds an image over batch size, log-log, one line for each side."""
-    sides = _tables.of(rows, "speedup") + _tables.of(rows, "sweep")
-    lines: dict[tuple[str, str], dict[int, float]] = {}
-    for row in sides:
-        key = (row["case"]["name"], row["case"]["note"])
-        lines.setdefault(key, {})[row["case"]["batch"]] = 1 / _tables.rate(row)[0]
-    lines = {key: points for key, points in lines.items() if len(points) > 1}
-    if not lines:
-        return False
-    for (name, _), points in lines.items():
-        batches = sorted(points)
-        axes.plot(batches, [points[b] for b in batches], "o-", label=name, markersize=3, linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="seconds an image")
-    batches = sorted({batch for points in lines.values() for batch in points})
-    axes.set_xticks(batches, labels=[str(batch) for batch in batches])
+def _ticks(axes: Axes, values: set[int]) -> None:
+    axes.set_xticks(sorted(values), labels=[str(value) for value in sorted(values)])
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    axes.legend(fontsize=6, frameon=False)
-    _titled(axes, "Cost against batch", sides)
-    return True
 
 
-def tokens(rows: Sequence[Row], axes: Axes) -> bool:
-    """Seconds an image over its number of tokens, log-log, by resolution."""
-    sides = _tables.of(rows, "speedup")
-    if len({row["case"]["tokens"] for row in sides}) < 2:
-        return False
-    points = []
-    for row in sides:
-        case, cost = row["case"], 1 / _tables.rate(row)[0]
-        marker = "s" if case["resolution"] == 512 else "o"
-        axes.plot(case["tokens"], cost, marker, color=_colour(row), markersize=5)
-        points.append((case["tokens"], cost, f"{case['name']} ({case['steps']})"))
-    axes.set(
-        xscale="log", yscale="log", xlabel="tokens (steps in brackets; squares: 512 px)", ylabel="seconds an image"
-    )
-    axes.margins(x=0.2)
-    counts = sorted({row["case"]["tokens"] for row in sides})
-    axes.set_xticks(counts, labels=[str(count) for count in counts])
-    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    _titled(axes, "Cost against tokens", sides)
-    _label(axes, points)
-    return True
+def _tidy(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def stages(rows: Sequence[Row], axes: Axes) -> bool:
-    """Time of each stage beside its floor."""
-    records = _tables.of(rows, "roofline")
-    if not records:
-        return False
-    labels, times, floors = [], [], []
-    for record in records:
-        case = record["case"]
-        for row in roofline.rows(record):
-            labels.append(f"{case['preset']} {case['dtype']}: {row['stage']}")
-            times.append(1e3 * row["s"])
-            floors.append(1e3 * row["floor_s"])
-    axes.barh(labels, times, color=EAGER, height=0.6, label="measured")
-    axes.barh(labels, floors, color=OURS, height=0.6, label="floor")
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set(xlabel="ms for a batch")
-    axes.legend(fontsize=7, frameon=False)
-    _titled(axes, "Time of each stage, and its floor", records)
-    return True
+def _credit(figure: Figure, rows: Sequence[Row]) -> None:
+    """Machine, PyTorch and commits at the foot of a plot."""
+    runs = [row["environment"] for row in rows]
+    machines = dict.fromkeys(f"{run.get('gpu') or run.get('cpu')}, torch {run.get('torch')}" for run in runs)
+    commits = dict.fromkeys(tables.commit(run) for run in runs)
+    text = f"{'; '.join(machines)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    figure.text(0.005, 0.005, text, fontsize=6, color=FAINT)
 
 
-PICTURES: dict[str, Callable[[Sequence[Row], Axes], bool]] = {
-    "speed_against_flops": speed_against_flops,
-    "ladder": ladder,
-    "cost_against_batch": growth,
-    "cost_against_tokens": tokens,
-    "stages": stages,
-}
-
-
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Pictures of what the rows hold, as PNG files in `folder`."""
+def draw(rows: Sequence[Row], folder: Path, plots: Sequence[str]) -> list[Path]:
+    """Draws those plots that `rows` hold measurements for, as PNG files in `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, picture in PICTURES.items():
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        if picture(rows, axes):
+    for name in plots:
+        figure = plt.figure(figsize=(7, 4), layout="constrained")
+        if PLOTS[name](rows, figure):
             figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # type: ignore[union-attr, call-arg]
             figure.savefig(folder / f"{name}.png", dpi=140)
             written.append(folder / f"{name}.png")
@@ -219,33 +305,13 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     return written
 
 
-def tables(rows: Sequence[Row]) -> str:
-    """Markdown tables, each under the commands that measured it."""
-    blocks = []
-    for file in dict.fromkeys(row["environment"]["time"] for row in rows):
-        run = [row for row in rows if row["environment"]["time"] == file]
-        if _tables.of(run, "speedup"):
-            blocks.append(
-                _tables.source(run) + "\n\n" + _tables.markdown(*_tables.turned(*_tables.speedup_table(run)))
-            )
-        for record in _tables.of(run, "roofline"):
-            blocks.append(_tables.source([record]) + "\n\n" + _tables.markdown(*roofline.table(record)))
-        for record in _tables.of(run, "engine"):
-            case = record["case"]
-            title = f"{case['preset']}, {case['dtype']}, batch {case['batch']}"
-            blocks.append(f"{_tables.source([record])}; {title}\n\n" + _tables.markdown(*engine.table(record)))
-        if rungs := _tables.of(run, "ladder"):
-            blocks.append(_tables.source(rungs) + "\n\n" + _tables.markdown(*_tables.ladder_table(run)))
-    return "\n\n".join(blocks)
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    rows = list(_tables.read(arguments.files))
+    rows = read(arguments.files or sorted(FOLDER.glob("*.jsonl")))
     if arguments.markdown:
-        print(tables(rows))
+        print(tables.all_tables(rows))
         return
-    for path in draw(rows, arguments.out):
+    for path in draw(rows, arguments.out, arguments.plots):
         print(path)
 
 

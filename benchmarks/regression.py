@@ -1,7 +1,8 @@
-"""Did anything get slower? `python -m benchmarks.regression before.json after.json`, two files of `--benchmark-save`.
+"""Did anything get slower? `python -m benchmarks.regression before.json after.json`
 
-Each time is divided by the calibration product of its own run, so that a noisy or another machine changes both alike.
-Exits with 1 where a benchmark's calibrated minimum grew by more than `--tolerance`.
+Both files come from `pytest benchmarks/bench_models.py --benchmark-only --benchmark-save=NAME`. Each time is
+divided by the time of the calibration product in the same run, so that runs on a busy or on another machine can be
+compared. The exit status is 1 if the calibrated minimum of any benchmark grew by more than `--tolerance`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-CALIBRATION = "calibration"
+CALIBRATION = "calibration"  # the group of the benchmark that all others are divided by
 
 
 class Change(NamedTuple):
+    """One benchmark before and after, in multiples of the calibration's time."""
+
     name: str
-    before: float  # multiples of the calibration
+    before: float
     after: float
 
     @property
@@ -26,15 +29,25 @@ class Change(NamedTuple):
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.regression", description=__doc__)
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.regression",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("before", type=Path)
     p.add_argument("after", type=Path)
-    p.add_argument("--tolerance", type=float, default=0.15, help="growth that counts as noise")
+    p.add_argument(
+        "--tolerance", type=float, default=0.15, help="growth that counts as noise (default: %(default)s)"
+    )
     return p
 
 
 def calibrated(path: Path) -> dict[str, float]:
-    """Benchmark -> its fastest call in multiples of the calibration's; the minimum is what noise disturbs least."""
+    """Benchmark -> its fastest call, which noise disturbs least, in multiples of the calibration's fastest call.
+
+    Raises:
+        ValueError: the file does not hold exactly one calibration.
+    """
     found = {b["fullname"]: (b["group"], b["stats"]["min"]) for b in json.loads(path.read_text())["benchmarks"]}
     yardsticks = [seconds for group, seconds in found.values() if group == CALIBRATION]
     if len(yardsticks) != 1:
@@ -43,9 +56,9 @@ def calibrated(path: Path) -> dict[str, float]:
 
 
 def compare(before: Path, after: Path) -> list[Change]:
-    """Benchmarks of both files, the most slowed down first."""
-    old, new = calibrated(before), calibrated(after)
-    changes = [Change(name, old[name], new[name]) for name in old if name in new]
+    """The benchmarks that both files have, the one that slowed down most first."""
+    first, second = calibrated(before), calibrated(after)
+    changes = [Change(name, first[name], second[name]) for name in first if name in second]
     return sorted(changes, key=lambda change: -change.ratio)
 
 

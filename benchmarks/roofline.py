@@ -1,7 +1,8 @@
 """Where the time of a preset goes, and how far each stage is from what the machine can do.
 
-`python -m benchmarks.roofline --preset titok-l-64-512`: for each stage FLOP, least bytes, the floor (the longer of both
-at the rates of torch.mm and of a copy, measured in the same run), the time it took, and the gap between the two.
+`python -m benchmarks.roofline --preset titok-l-64-512` prints for each stage its FLOP, its least bytes, its floor,
+the time it took, and the ratio of the two. The floor is the longer of FLOP at the rate of torch.mm and of least
+bytes at the rate of a copy, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -12,38 +13,38 @@ from typing import Any
 
 import torch
 
-from benchmarks import _tables, flops
-from benchmarks._results import Results
-from benchmarks._sides import Models, Run, _labels
-from benchmarks._timing import interleave
-from benchmarks.flops import Work
-from benchmarks.speedup import DTYPES, begin, ceiling_runs
+from benchmarks.harness import flops, measures, tables
+from benchmarks.harness.ceilings import ceiling_runs
+from benchmarks.harness.flops import Work
+from benchmarks.harness.models import Models
+from benchmarks.harness.options import DTYPES, add_out, add_preset, command_parser, start
+from benchmarks.harness.results import Results
+from benchmarks.harness.sides import Run, class_labels
+from benchmarks.harness.timing import interleave
 from titok import Pipeline, sample_tokens
-from titok.config import GENERATOR_PRESETS
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
-    p.add_argument("--preset", default="titok-l-32", choices=list(GENERATOR_PRESETS))
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    p.add_argument("--dtype", default="bf16", choices=list(DTYPES))
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--seconds", type=float, default=30)
-    p.add_argument("--out", help="results file; default results/<machine>-<device>-<date>.jsonl")
+    p = command_parser("roofline", __doc__)
+    add_preset(p)
+    p.add_argument("--batch", type=int, default=1, help="default: %(default)s")
+    p.add_argument(
+        "--seconds", type=float, default=30, help="how long the stages take turns (default: %(default)s)"
+    )
+    add_out(p)
     return p
 
 
 def stages(models: Models, batch: int) -> dict[str, tuple[Work, Run]]:
-    """Stage -> what it costs at least, with upsampling folded, and how to run it."""
+    """Stage -> its cost by formula, with upsampling folded, and a function without arguments that runs it."""
     pipe = Pipeline(models.tokenizer, models.generator)
     tokenizer, generator = pipe.tokenizer, pipe.generator
-    config, g = tokenizer.config, generator.config
-    images = torch.rand(batch, config.channels, *config.image_size, dtype=tokenizer.dtype, device=tokenizer.device)
-    tokens = torch.randint(config.codebook_size, (batch, config.num_latent_tokens), device=tokenizer.device)
-    assert tokenizer.quantizer is not None
-    latents = tokenizer.quantizer.lookup(tokens).to(tokenizer.dtype)
+    t, g = tokenizer.config, generator.config
+    images = torch.rand(batch, t.channels, *t.image_size, dtype=tokenizer.dtype, device=tokenizer.device)
+    tokens = torch.randint(t.codebook_size, (batch, t.num_latent_tokens), device=tokenizer.device)
+    labels = class_labels(batch)
     with torch.no_grad():
-        logits = tokenizer.decoder(latents)
+        logits = tokenizer.decode_head(tokens)
 
     def run(function: Callable[..., Any], *arguments: Any) -> Run:
         @torch.no_grad()
@@ -52,67 +53,32 @@ def stages(models: Models, batch: int) -> dict[str, tuple[Work, Run]]:
 
         return call
 
-    labels = _labels(batch)
+    generate, decode = flops.generate(g, batch), flops.decoder(t, batch)
+    decode_pixels = flops.pixel_decoder(t, batch, folded=True)
     return {
-        "encoder": (flops.encoder(config, batch), run(tokenizer.encode, images)),
-        "generator": (flops.generate(g, batch), run(sample_tokens, generator, labels)),
-        "decoder": (flops.decoder(config, batch), run(tokenizer.decode_head, tokens)),
-        "pixel decoder": (flops.pixel_decoder(config, batch, folded=True), run(tokenizer.decode_pixels, logits)),
-        "labels to pictures": (
-            flops.total(
-                (
-                    flops.generate(g, batch),
-                    flops.decoder(config, batch),
-                    flops.pixel_decoder(config, batch, folded=True),
-                )
-            ),
-            run(pipe, labels),
-        ),
+        "encoder": (flops.encoder(t, batch), run(tokenizer.encode, images)),
+        "generator": (generate, run(sample_tokens, generator, labels)),
+        "decoder": (decode, run(tokenizer.decode_head, tokens)),
+        "pixel decoder": (decode_pixels, run(tokenizer.decode_pixels, logits)),
+        "labels to pictures": (flops.total((generate, decode, decode_pixels)), run(pipe, labels)),
     }
-
-
-def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of one result row, per stage: floors by arithmetic and by memory in seconds, time, and the gap."""
-    ceiling = _tables.ceilings([{**record, "bench": "ceiling"}])
-    dtype = record["case"]["dtype"]
-    mm, copy = ceiling[f"mm {dtype}"], ceiling[f"copy {dtype}"]
-    found = []
-    for name, cost in record["stages"].items():
-        seconds = record["median_s"][name]
-        floor = max(cost["flops"] / mm, cost["bytes"] / copy)
-        bound = "arithmetic" if cost["flops"] / mm >= cost["bytes"] / copy else "memory"
-        found.append(
-            {"stage": name, **cost, "floor_s": floor, "bound": bound, "s": seconds, "gap": seconds / floor}
-        )
-    return found
-
-
-def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    header = ["stage", "GFLOP", "least MB", "floor, ms", "bound by", "measured, ms", "gap", "could save, ms"]
-    cells = []
-    for row in rows(record):
-        figures = (row["flops"] / 1e9, row["bytes"] / 1e6, 1e3 * row["floor_s"])
-        measured = (1e3 * row["s"], row["gap"], 1e3 * (row["s"] - row["floor_s"]))
-        cells.append([row["stage"], *map(_tables.number, figures), row["bound"], *map(_tables.number, measured)])
-    return header, cells
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    path = begin(arguments)
+    path = start(arguments)
     dtype, batch = DTYPES[arguments.dtype], arguments.batch
     todo = stages(Models(arguments.preset, dtype, arguments.device), batch)
     ceiling, work = ceiling_runs(dtype, arguments.device)
     samples = interleave({**ceiling, **{name: run for name, (_, run) in todo.items()}}, arguments.seconds)
     case = {"preset": arguments.preset, "dtype": arguments.dtype, "device": arguments.device, "batch": batch}
     costs = {name: {"flops": w.flops, "bytes": w.bytes(dtype.itemsize)} for name, (w, _) in todo.items()}
-    record = Results(path).row("roofline", case, samples, work=work, stages=costs)
-    header, cells = table(record)
-    _tables.show(header, cells, f"{arguments.preset}, {arguments.dtype}, batch {batch}")
-    ceilings = _tables.ceilings([{**record, "bench": "ceiling"}])
+    row = Results(path).row("roofline", case, samples, work=work, stages=costs)
+    tables.show(*tables.stage_table(row), tables.describe(row))
+    mm, copy = (measures.own_ceiling(row, name) for name in ("mm", "copy"))
     print(
-        f"ceilings: torch.mm {ceilings[f'mm {arguments.dtype}'] / 1e9:,.0f} GFLOP/s, "
-        f"copy {ceilings[f'copy {arguments.dtype}'] / 1e9:,.1f} GB/s (read and written); medians; samples in {path}"
+        f"ceilings: torch.mm {mm / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:,.1f} GB/s (read and written); medians; "
+        f"samples in {path}"
     )
 
 

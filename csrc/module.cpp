@@ -1,48 +1,34 @@
 // The Python module titok._C: the functions of each op (csrc/<op>/binding.cpp), and what the build and the machine offer.
-#include "module.h"
+//
+// pybind11 makes the module and the functions whose calls are rare. The functions of the ops are called many times for
+// each image and take many tensors; common/python_call.h reads these for a fraction of what pybind11's casters cost.
+#include <pybind11/pybind11.h>
 
 #include "common/cpu_isa.h"
+#include "module.h"
+
+namespace py = pybind11;
 
 namespace titok {
 namespace {
 
-PyObject* cpu_isa(Call&) { return PyUnicode_FromString(cpu_isa_name()); }
-
-PyObject* to_tuple(const int64_t* values, int count) {
-  PyObject* const tuple = PyTuple_New(count);
-  if (!tuple) throw PythonError{};
-  for (int i = 0; i < count; ++i) PyTuple_SET_ITEM(tuple, i, PyLong_FromLongLong(values[i]));
+py::tuple to_tuple(const int64_t* values, int count) {
+  py::tuple tuple(count);
+  for (int i = 0; i < count; ++i) tuple[i] = py::int_(values[i]);
   return tuple;
 }
 
-PyObject* describe_tensor(Call& call) {
-  PyObject* const value = call.object("tensor");
-  const bool attributes = call.boolean("attributes");
-  const TensorArg tensor =
-      read_tensor(value, "tensor", attributes ? TensorReader::kAttributes : TensorReader::kFastest);
-  return Py_BuildValue("KssNN", reinterpret_cast<unsigned long long>(tensor.data), name_of(tensor.dtype),
-                       device_of(tensor).c_str(), to_tuple(tensor.sizes, tensor.ndim),
-                       to_tuple(tensor.strides, tensor.ndim));
+py::tuple describe_tensor(const py::object& value, bool attributes) {
+  try {
+    const TensorArg tensor =
+        read_tensor(value.ptr(), "tensor", attributes ? TensorReader::kAttributes : TensorReader::kFastest);
+    return py::make_tuple(reinterpret_cast<uintptr_t>(tensor.data), name_of(tensor.dtype), device_of(tensor),
+                          to_tuple(tensor.sizes, tensor.ndim), to_tuple(tensor.strides, tensor.ndim));
+  } catch (...) {
+    raise_in_python();
+    throw py::error_already_set();
+  }
 }
-
-PyMethodDef kFunctions[] = {
-    python_function<cpu_isa, 0>("cpu_isa", "cpu_isa($module, /)\n--\n\n"
-                                "Instruction set that the CPU kernels use here: generic, avx2 or avx512."),
-    python_function<describe_tensor, 2>("_describe_tensor", "_describe_tensor($module, tensor, attributes, /)\n--\n\n"
-                                        "(address, dtype, device, sizes, strides) as the kernels see a tensor. With "
-                                        "`attributes`\nit is read the way that serves torch releases without the "
-                                        "DLPack exchange API. For tests."),
-    {}};
-
-PyModuleDef kModule = {PyModuleDef_HEAD_INIT,
-                       "_C",
-                       "Compiled kernels of titok. Import torch first: both share one OpenMP runtime.",
-                       -1,
-                       kFunctions,
-                       nullptr,
-                       nullptr,
-                       nullptr,
-                       nullptr};
 
 #if defined(TITOK_WITH_CUDA)
 constexpr bool kWithCuda = true;
@@ -53,16 +39,16 @@ constexpr bool kWithCuda = false;
 }  // namespace
 }  // namespace titok
 
-PyMODINIT_FUNC PyInit__C() {
+PYBIND11_MODULE(_C, m) {
   using namespace titok;
-  PyObject* const module = PyModule_Create(&kModule);
-  if (!module) return nullptr;
-  PyObject* const with_cuda = PyBool_FromLong(kWithCuda);
-  const bool failed = PyModule_AddObjectRef(module, "with_cuda", with_cuda) || bind_add_layer_norm(module) ||
-                      bind_group_norm_silu(module) || bind_masked_attention(module) || bind_maskgit_decode(module) ||
-                      bind_nearest_codebook(module);
-  Py_DECREF(with_cuda);
-  if (!failed) return module;
-  Py_DECREF(module);
-  return nullptr;
+  m.doc() = "Compiled kernels of titok. Import torch first: both share one OpenMP runtime.";
+  m.attr("with_cuda") = kWithCuda;
+  m.def("cpu_isa", &cpu_isa_name, "Instruction set that the CPU kernels use here: generic, avx2 or avx512.");
+  m.def("_describe_tensor", &describe_tensor, py::arg("tensor"), py::arg("attributes"),
+        "(address, dtype, device, sizes, strides) as the kernels see a tensor. With `attributes` it is read the way that "
+        "serves torch releases without the DLPack exchange API. For tests.");
+  for (const auto bind : {bind_add_layer_norm, bind_group_norm_silu, bind_masked_attention, bind_maskgit_decode,
+                          bind_nearest_codebook}) {
+    if (bind(m.ptr()) != 0) throw py::error_already_set();
+  }
 }

@@ -21,7 +21,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int64: "i64",
-    torch.bool: "i1",
+    torch.bool: "u1",
 }
 _RECORDED_MULTIPROCESSORS = 132  # of an H100
 
@@ -32,9 +32,8 @@ class Launch:
 
     kernel: Any  # the function under @triton.jit
     signature: dict[str, str]  # run-time argument -> type in Triton's notation, e.g. "*bf16", "i32", "fp32"
-    constexprs: dict[
-        str, Any
-    ]  # tl.constexpr argument -> value; also absent tensors (None) and integers that are 1
+    # tl.constexpr argument -> value. Absent tensors (None) and integers that are 1 are compiled in likewise.
+    constexprs: dict[str, Any]
     aligned: frozenset[str]  # run-time arguments that are multiples of 16: pointers, in bytes, and integers
     num_warps: int
     num_stages: int
@@ -76,7 +75,7 @@ def launch(
     """
     launches = _recorded.get()
     if launches is not None:
-        launches.append(_describe(kernel, args, constexprs, num_warps, num_stages))
+        launches.append(describe(kernel, args, constexprs, num_warps, num_stages))
         return
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
     with torch.cuda.device_of(tensor):  # Triton launches on the current device; nothing changes for a CPU tensor
@@ -90,9 +89,10 @@ def count_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _describe(
+def describe(
     kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any], num_warps: int, num_stages: int
 ) -> Launch:
+    """What Triton would compile for a launch with these arguments."""
     # Kernels under Triton's interpreter lack the attribute; they are never compiled.
     generic = getattr(kernel, "do_not_specialize", None) or ()
     signature: dict[str, str] = {}

@@ -34,11 +34,12 @@ from titok.kernels._aot import AotVariant
 from titok.kernels._launch import Launch
 
 TABLE = Path(__file__).parent / "RESOURCES.md"
-# Compute capability -> most bytes of shared memory for one block (CUDA programming guide, compute capabilities)
+# Compute capability -> most bytes of shared memory for one block (CUDA programming guide, "Compute Capabilities")
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Instructions of the machine code (SASS): tensor cores; loads from global memory with their width; copies of a tile
 MATRIX = re.compile(r"\s(HMMA|HGMMA|UTC\w*MMA|IMMA|IGMMA|QMMA|QGMMA|DMMA)\b")
 LOAD = re.compile(r"\s(?:LDG|LDGSTS)\.([\w.]+)")
-BULK_LOAD = re.compile(r"\s(?:UTMALDG|UBLKCP)\b")  # one instruction that copies a whole tile
+BULK_LOAD = re.compile(r"\s(?:UTMALDG|UBLKCP)\b")
 HEADER = """\
 | kernel | variant | warps | stages | registers | spills | shared KiB | matrix instructions | 16-byte loads |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
@@ -54,9 +55,8 @@ class Report(NamedTuple):
 
 def modules(names: list[str]) -> list[str]:
     """Modules of titok.kernels that have `aot_variants`, or those of them with the given names."""
-    package = importlib.import_module("titok.kernels")
-    names_of_files = [m.name for m in pkgutil.iter_modules(package.__path__)]
-    found = [name for name in names_of_files if name != "aot" and not name.startswith("_")]
+    files = [m.name for m in pkgutil.iter_modules(importlib.import_module("titok.kernels").__path__)]
+    found = [name for name in files if name != "aot" and not name.startswith("_")]
     if unknown := set(names) - set(found):
         raise SystemExit(f"no such kernel module: {', '.join(sorted(unknown))}; there are {', '.join(found)}")
     return [name for name in names or found if hasattr(_module(name), "aot_variants")]
@@ -84,7 +84,6 @@ def examine(variant: AotVariant, arch: int) -> Report:
             arch, f"{start} does not compile | | | | |", [f"{where}: {type(error).__name__}: {cause[-1]}"]
         )
     usage, sass = _disassemble(compiled.asm["cubin"])
-
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     spills = len(re.findall(r"\s(?:STL|LDL)\b", sass))
     shared = compiled.metadata.shared
@@ -120,6 +119,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code (SASS), as cuobjdump prints them."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -81,7 +81,7 @@ def group_norm_silu_one_pass(
     offsets = image * P * C + (rows[:, None] * C + channels[None, :])
     mask = (rows < P)[:, None] & inside[None, :]
     x = _load_total(x_ptr, residual_ptr, total_ptr, offsets, mask)
-    size = WIDTH * P.to(tl.float32)
+    size = WIDTH * tl.cast(P, tl.float32)  # P.to would fail for a P of 1, which Triton passes as a Python int
     mean = _per_channel(tl.sum(x, 0), WIDTH, BLOCK_C) / size
     centred = tl.where(mask, x - mean[None, :], 0.0)
     # A mean far from zero is rounded by much; the mean of the differences is what the rounding took off.
@@ -165,7 +165,7 @@ def group_norm_silu_statistics(
         count = tl.minimum(P - rows * CHUNK, CHUNK).to(tl.float64)
         sums += count * mean
         squares += tl.where(mask, distances + count * mean * mean, 0.0)
-    size = WIDTH * P.to(tl.float64)
+    size = WIDTH * tl.cast(P, tl.float64)
     mean = tl.sum(tl.sum(sums, 1), 0) / size
     variance = tl.sum(tl.sum(squares, 1), 0) / size - mean * mean
     variance = tl.where(variance < 0, 0.0, variance).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Runs commands of `titok` in the current folder and looks at what they write."""
+"""Helpers for tests of the command line: they run commands in the current folder and read what these wrote."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typer.testing import CliRunner
 from titok import TiTok
 from titok.cli.app import app
 
-SIZE = (16, 24)
-NAMES = ["a.png", "b.png", "cats/a.png", "cats/old/c.jpg", "d.bmp"]  # what the fixture `photos` holds
+SIZE = (16, 24)  # height and width of the pictures of `tiny_tokenizer`
+NAMES = ["a.png", "b.png", "cats/a.png", "cats/old/c.jpg", "d.bmp"]  # of the pictures in the fixture `photos`
 
 
 def titok(*arguments: str | Path | int) -> list[str]:
-    """Runs a command that must work; the lines that it prints."""
+    """Runs a command that must succeed. Returns the lines that it prints on stdout."""
     result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout.splitlines()
 
 
 def refused(*arguments: str | Path | int) -> str:
-    """Runs a command that must refuse its input, in one line and leaving no file; that line."""
+    """Runs a command that must refuse its input and leave no file. Returns its one-line error message."""
     before = sorted(Path.cwd().rglob("*"))
     result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 2, result.output
@@ -35,10 +35,12 @@ def refused(*arguments: str | Path | int) -> str:
 
 
 def load(models: Path, name: str) -> TiTok:
+    """A tokenizer of the fixture `models`."""
     return TiTok.from_pretrained(models / name).requires_grad_(False)
 
 
 def pixels(path: Path) -> np.ndarray:
+    """The pixels of a PNG file, uint8 (H, W, C), or (H, W) where it is grey."""
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         return np.asarray(picture)

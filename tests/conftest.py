@@ -1,9 +1,9 @@
-"""Shared fixtures. Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors."""
+"""Fixtures of several test files. Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,16 @@ import torch
 from PIL import Image
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated: before any import of one
+    # Triton reads this when a kernel is decorated, so it must be set before any module with kernels is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _widen_bfloat16_dots() -> None:
-    """Triton's interpreter keeps bfloat16 as its 16 bits and multiplies them as integers (3.6 to 3.9): widen first."""
+    """Makes `tl.dot` of Triton's interpreter convert bfloat16 operands to float32.
+
+    The interpreter of Triton 3.6 to 3.9 stores a bfloat16 as an integer of its 16 bits, and multiplies these
+    integers.
+    """
     try:
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
     except ImportError:
@@ -27,13 +32,13 @@ def _widen_bfloat16_dots() -> None:
 
     create_dot = InterpreterBuilder.create_dot
 
-    def widened(handle):
+    def to_float32(handle):
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def patched(self, a, b, *rest):
-        return create_dot(self, widened(a), widened(b), *rest)
+        return create_dot(self, to_float32(a), to_float32(b), *rest)
 
     InterpreterBuilder.create_dot = patched
 
@@ -55,10 +60,27 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Within, PyTorch computes with one thread, for tests with tensors so small that a second thread slows them
+    down.
+
+    If other processes use the cores, a second thread makes such tests many times slower, because the threads wait
+    for each other after every operation.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Callable[..., Any]:
-    """Makes a tokenizer of 4 tokens of 16 codes for 16x24 pictures; keywords change its configuration. Its weights
-    are random, but other pictures get other tokens: its codes are latents of random pictures."""
+    """A function that makes a tokenizer with 4 tokens and 16 codes for 16x24 pictures.
+
+    Keywords change its configuration. Its weights are random, and its codes are latents of random pictures, so
+    that different pictures have different tokens.
+    """
     from titok import TiTok, TokenizerConfig, ViTConfig
 
     def make(seed: int = 0, **change: Any) -> TiTok:
@@ -81,7 +103,7 @@ def tiny_tokenizer() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_generator() -> Callable[..., Any]:
-    """Makes a generator of 3 classes that fits `tiny_tokenizer`; keywords change its configuration."""
+    """A function that makes a generator with 3 classes for `tiny_tokenizer`; keywords change its configuration."""
     from titok import GeneratorConfig, MaskGIT
 
     def make(seed: int = 0, **change: Any) -> MaskGIT:
@@ -96,7 +118,8 @@ def tiny_generator() -> Callable[..., Any]:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             model = MaskGIT(GeneratorConfig(**{**base, "mlp_width": 64, **change})).eval()
-            for p in model.parameters():  # the usual 0.02 gives flat logits: classes and tokens would not matter
+            # With the usual standard deviation of 0.02 the logits hardly depend on the class and the other tokens.
+            for p in model.parameters():
                 if p.ndim > 1:
                     torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
         return model
@@ -110,7 +133,7 @@ def models(
     tiny_generator: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Saved: tokenizer, another, a VAE, generator."""
+    """A folder with saved models: several tokenizers, of which "vae" is a VAE, and a generator."""
     folder = tmp_path_factory.mktemp("models")
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     tiny_tokenizer(seed=1).save_pretrained(folder / "other")
@@ -124,11 +147,17 @@ def models(
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five pictures of several sizes, two of them in sub-folders, and a text."""
+    """A folder with five pictures of several sizes, two of them in sub-folders, and a text file."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
-    for name, shape in {"a.png": (16, 24), "b.png": (40, 33), "cats/a.png": (20, 50), "cats/old/c.jpg": (16, 24),
-                        "d.bmp": (30, 30)}.items():  # fmt: skip
+    shapes = {
+        "a.png": (16, 24),
+        "b.png": (40, 33),
+        "cats/a.png": (20, 50),
+        "cats/old/c.jpg": (16, 24),
+        "d.bmp": (30, 30),
+    }
+    for name, shape in shapes.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(folder / name)
     (folder / "notes.txt").write_text("no picture")

@@ -1,6 +1,6 @@
-"""Golden data of the official TiTok code: arrays, tolerances, and the recipe for its made-up weights.
+"""Golden data of the official TiTok code: arrays, tolerances, and the recipe for the made-up weights.
 
-tests/data/golden/README.md tells where it comes from. Nothing here imports titok.
+tests/data/golden/README.md describes where the data comes from. This file imports nothing of titok.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent / "data" / "golden"
+# Standard deviations of embeddings, by a part of the name.
 _TABLES = (
     ("positional_embedding", 1.0),
     ("position_embeddings", 1.0),
@@ -24,6 +25,7 @@ _TABLES = (
     ("latent_tokens", 0.5),
     ("mask_token", 0.5),
 )
+# Factors on 1/sqrt(fan in), the standard deviation of other weights, by the end of the name.
 _GAINS = (
     ("in_proj_weight", 2.0),
     ("qkv.weight", 2.0),
@@ -35,7 +37,7 @@ _GAINS = (
 
 
 def recipe_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The made-up values of one tensor, drawn from a generator that its official name seeds."""
+    """The made-up values of one tensor, from a random generator that is seeded with its official name."""
     f, rng = np.float32, np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
     w = rng.standard_normal(tuple(shape), dtype=f)
     if name.endswith("bias"):
@@ -51,16 +53,18 @@ def recipe_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 @functools.cache
 def index() -> dict[str, Any]:
+    """The description of every case, by its name."""
     return json.loads((ROOT / "cases" / "index.json").read_text())["cases"]
 
 
 def manifest(name: str) -> dict[str, Any]:
+    """The contents of one file of tests/data/golden/manifest."""
     return json.loads((ROOT / "manifest" / f"{name}.json").read_text())
 
 
 @functools.lru_cache(maxsize=2)
 def recipe_state(case: str) -> dict[str, torch.Tensor]:
-    """The official state dict of a case: official names, values checked by the manifest's crc32."""
+    """The state dict of a case under its official names, with values that match the crc32 of the manifest."""
     state = {}
     for name, entry in manifest(f"cases/{case}").items():
         value = recipe_weight(name, tuple(entry["shape"]))
@@ -71,7 +75,7 @@ def recipe_state(case: str) -> dict[str, torch.Tensor]:
 
 
 class Case:
-    """One golden case: `case["out.z"]` is a tensor, `case.tolerance("out.z")` what float32 may differ by."""
+    """One golden case: `case["out.z"]` is a tensor, `case.tolerance("out.z")` its allowed error in float32."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -82,16 +86,20 @@ class Case:
         return torch.from_numpy(self._arrays[name])
 
     def tolerance(self, name: str) -> float:
-        """Five times the official code's own difference between float32 and float64."""
+        """Five times the largest difference between the official code's float32 and float64 results."""
         return 5 * self.entry["arrays"][name]["f32_vs_f64_max_abs_diff"]
 
     def assert_float32(self, name: str, got: torch.Tensor) -> None:
+        """Fails unless a float32 result has the shape of the array `name` and is within its tolerance."""
         want = self[name]
         assert got.shape == want.shape
         assert float((got - want).abs().max()) <= self.tolerance(name), name
 
     def assert_float64(self, name: str, got: torch.Tensor) -> None:
-        """1e-10 of the largest value; long arrays were kept for the first batch row only."""
+        """Fails unless a float64 result is within 1e-10 of the largest value of the array `name`.
+
+        Long arrays are kept for the first batch row only, so only that row is compared.
+        """
         want = self[name]
         got = got[: want.shape[0]] if want.ndim else got
         assert got.dtype == torch.float64

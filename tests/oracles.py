@@ -1,4 +1,4 @@
-"""Slow float64 definitions that tests compare against. They import nothing of titok and share no code with it."""
+"""Slow definitions in float64 that tests compare with. They import nothing of titok and share no code with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def squared_distances(latents: np.ndarray, codebook: np.ndarray, normalize: bool
 
 
 def code_mixture(logits: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """(..., K), (K, C) -> (..., C): sum over codes of exp(logit) * code, over the sum of exp(logit), in float64."""
+    """(..., K), (K, C) -> (..., C): the mean of the codes, weighted by exp(logit), in float64."""
     logits, codebook = logits.double(), codebook.double()
     weights = (logits - logits.max(-1, keepdim=True).values).exp()
     return (weights[..., None] * codebook).sum(-2) / weights.sum(-1, keepdim=True)
@@ -31,7 +31,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10 of the paper (Salmon et al., SC 2011), in Python's integers."""
+    """Philox4x32-10 as the paper defines it (Salmon et al., SC 2011), with Python's integers."""
     left, right, (k0, k1) = [counter[0], counter[2]], [counter[1], counter[3]], key
     for _ in range(10):
         high = [m * x // 2**32 for m, x in zip((0xD2511F53, 0xCD9E8D57), left, strict=True)]
@@ -48,7 +48,7 @@ def decode_distribution(
     softmax_temperature: float,
     draw_temperature: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Guided, tempered logits (V,) of one position, and the probabilities (V,) that a code is drawn with."""
+    """The logits (V,) of one position after guidance and temperature, and the probability (V,) of each code."""
     logits = cond.astype(np.float64)
     if uncond is not None:
         logits = guidance * logits + (1.0 - guidance) * uncond.astype(np.float64)
@@ -58,7 +58,7 @@ def decode_distribution(
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, int]:
-    """Statistic and degrees of freedom; cells that expect fewer than 10 are one cell."""
+    """The chi-square statistic and its degrees of freedom. Cells with an expected count below 10 are merged."""
     expected = counts.sum() * probabilities.astype(np.float64)
     rare = expected < 10
     counts = np.append(counts[~rare], counts[rare].sum())
@@ -70,7 +70,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, in
 def group_norm_silu(
     x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """GroupNorm of (B, C, H, W) group by group, then z / (1 + exp(-z)), in float64; differentiable."""
+    """GroupNorm of (B, C, H, W), one group at a time, then z / (1 + exp(-z)), in float64. Differentiable."""
     width = x.shape[1] // num_groups
     images = []
     for image in x.double():

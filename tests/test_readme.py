@@ -1,4 +1,4 @@
-"""What README.md shows is run: its Python as it stands, its `make` targets and commands by name, its files by path."""
+"""README.md is true: its Python blocks run, and the targets, commands, options and files that it names exist."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With untrained models of the quickstart in the place where it leaves trained ones."""
+    """With untrained models in the folders in which the quickstart saves trained ones."""
     from titok.quickstart.run import GENERATOR, TOKENIZER
 
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 """TiTok: images as short 1D token sequences, and MaskGIT to generate them.
 
-Names are imported on first use, so that `import titok` costs next to nothing and needs no optional package.
+The public names are imported when they are first used. `import titok` therefore loads neither PyTorch nor any
+optional package, and `titok --help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from titok.models.tokenizer import TiTok
     from titok.models.vqgan import MaskGITVQGAN
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it from here
 
 _HOME = {
     "GeneratorConfig": "titok.config",

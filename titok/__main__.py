@@ -1,4 +1,4 @@
-"""`python -m titok`."""
+"""Runs the command line as `python -m titok`, which `torchrun -m titok` needs."""
 
 from titok.cli.app import main
 

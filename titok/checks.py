@@ -40,17 +40,20 @@ def check_tensor(
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if dtypes is not None and value.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name}: expected dtype {wanted}, got {str(value.dtype).removeprefix('torch.')}")
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
     if shape is not None:
-        leading = bool(shape) and shape[0] == "..."
-        tail = list(shape[1:]) if leading else list(shape)
-        got = list(value.shape)
-        fits = len(got) >= len(tail) if leading else len(got) == len(tail)
-        aligned = got[len(got) - len(tail) :] if fits else []
-        if not fits or any(isinstance(w, int) and w != g for w, g in zip(tail, aligned, strict=True)):
-            wanted = ", ".join(str(s) for s in shape)
-            raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
+        got = value.shape
+        leading = len(shape) > 0 and shape[0] == "..."
+        wanted = shape[1:] if leading else shape
+        fits = len(got) >= len(wanted) if leading else len(got) == len(wanted)
+        if fits:
+            for size, expected in zip(got[len(got) - len(wanted) :], wanted, strict=True):
+                if not isinstance(expected, str) and size != expected:
+                    fits = False
+        if not fits:
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(f"{name}: expected shape ({sizes}), got {tuple(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 

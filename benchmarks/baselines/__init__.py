@@ -1,1 +1,1 @@
-"""Other ways to compute what titok computes, to measure it against."""
+"""What titok is measured against: TiTok as the official code computes it, and DiT-XL/2 of diffusers."""

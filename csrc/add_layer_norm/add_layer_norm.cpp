@@ -1,47 +1,38 @@
+// Shares the rows of add_layer_norm among threads.
 #include "add_layer_norm/add_layer_norm.h"
 
-#include <omp.h>
-
-#include <memory>
-
-#include "common/cpu_isa.h"
 #include "common/huge_pages.h"
+#include "common/threads.h"
 
 namespace titok {
 namespace {
 
-constexpr int64_t kElementsPerThread = 1 << 14;    // what waking another thread is worth
-constexpr int64_t kStreamBytes = int64_t{64} << 20;  // results larger than this leave the caches anyway
+constexpr int64_t kElementsPerThread = 1 << 14;      // fewer take less time than waking a thread
+constexpr int64_t kStreamBytes = int64_t{64} << 20;  // larger results do not stay in the caches anyway
 
-const AddLayerNormKernels& kernels_of_this_machine() {
-  switch (cpu_isa()) {
-#if defined(__x86_64__)
-    case CpuIsa::kAvx512: return avx512::kAddLayerNorm;
-    case CpuIsa::kAvx2: return avx2::kAddLayerNorm;
-#endif
-    default: return generic::kAddLayerNorm;
-  }
+const AddLayerNormKernels& kernels_for_this_cpu() {
+  return for_this_cpu([](auto isa) -> const AddLayerNormKernels& { return add_layer_norm_kernels(isa); });
 }
 
-// Torch's number at most: both share one OpenMP runtime.
-int threads_for(int64_t elements) {
-  const int64_t most = elements / kElementsPerThread + 1, limit = omp_get_max_threads();
-  return static_cast<int>(most < limit ? most : limit);
+int threads_for_elements(int64_t elements) {
+  return threads_for(static_cast<double>(elements + kElementsPerThread), kElementsPerThread);
 }
 
 }  // namespace
 
 void launch_add_layer_norm(const AddLayerNormArgs& args) {
+  const AddLayerNormKernels& kernels = kernels_for_this_cpu();
   const int64_t elements = args.rows * args.width;
-  const auto bytes = [&](RowType type) { return elements * (type == RowType::kBFloat16 ? 2 : 4); };
-  const AddLayerNormKernels& kernels = kernels_of_this_machine();
   if (elements < 2 * kElementsPerThread) return kernels.forward(args, 0, args.rows, false);
 
-  ask_for_huge_pages(args.out, bytes(args.out_type));
-  if (args.sum) ask_for_huge_pages(args.sum, bytes(args.x_type < args.residual_type ? args.x_type : args.residual_type));
-  const bool aligned = args.width % 64 == 0 && reinterpret_cast<uintptr_t>(args.out) % 64 == 0;
-  const bool stream = aligned && bytes(args.out_type) >= kStreamBytes;
-#pragma omp parallel num_threads(threads_for(elements))
+  const int64_t out_bytes = elements * bytes_of(args.normalised_dtype);
+  ask_for_huge_pages(args.normalised, out_bytes);
+  if (args.total) {
+    ask_for_huge_pages(args.total, elements * std::max(bytes_of(args.x_dtype), bytes_of(args.residual_dtype)));
+  }
+  const bool aligned = args.width % 64 == 0 && reinterpret_cast<uintptr_t>(args.normalised) % kCacheLine == 0;
+  const bool stream = aligned && out_bytes >= kStreamBytes;
+#pragma omp parallel num_threads(threads_for_elements(elements))
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     kernels.forward(args, args.rows * thread / threads, args.rows * (thread + 1) / threads, stream);
@@ -49,9 +40,9 @@ void launch_add_layer_norm(const AddLayerNormArgs& args) {
 }
 
 void launch_add_layer_norm_backward(const AddLayerNormBackwardArgs& args) {
-  const AddLayerNormKernels& kernels = kernels_of_this_machine();
-  const int64_t chunks = (args.rows + args.chunk_rows - 1) / args.chunk_rows;
-  const int threads = threads_for(args.rows * args.width);
+  const AddLayerNormKernels& kernels = kernels_for_this_cpu();
+  const int64_t chunks = add_layer_norm_chunks(args.rows);
+  const int threads = threads_for_elements(args.rows * args.width);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();

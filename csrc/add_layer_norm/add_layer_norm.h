@@ -1,65 +1,67 @@
-// LayerNorm of rows, or of the sum of two, and its gradient: arguments and entry points.
+// LayerNorm over rows (Ba, Kiros and Hinton 2016), optionally of the sum of two tensors, and its gradient: arguments and
+// entry points.
 #pragma once
 
 #include <cstdint>
 
+#include "common/cpu_isa.h"
+#include "common/dtype.h"
+
 namespace titok {
 
-enum class RowType : int { kFloat32 = 0, kBFloat16 = 1 };
-
+// Every dtype is float32 or bfloat16.
 struct AddLayerNormArgs {
-  // (rows, width), contiguous
-  const void* x;
-  const void* residual;  // null for none
-  void* sum;             // x + residual in the wider of their types; null exactly when residual is
-  void* out;
-  const void* weight;  // (width)
-  const void* bias;    // (width), type of weight
-  RowType x_type;
-  RowType residual_type;
-  RowType out_type;
-  RowType weight_type;
+  const void* x;         // (rows, width) x_dtype, contiguous, as are all tensors here
+  const void* residual;  // (rows, width) residual_dtype, or null: nothing is added
+  void* total;           // (rows, width), output: x + residual in the wider of their dtypes; null without residual
+  void* normalised;      // (rows, width) normalised_dtype, output
+  const void* weight;    // (width) weight_dtype
+  const void* bias;      // (width) weight_dtype
+  DType x_dtype;
+  DType residual_dtype;
+  DType normalised_dtype;
+  DType weight_dtype;
   int64_t rows;
   int64_t width;
-  float eps;
+  float eps;  // added to the variance
 };
 
 struct AddLayerNormBackwardArgs {
-  // (rows, width), contiguous
-  const void* grad_sum;  // type of sum; null for none
-  const void* grad_out;
-  const void* sum;
-  void* grad;  // of sum, in its type
-  const void* weight;
-  float* partial;  // (chunks, 2, width): sums over the rows of a chunk for the gradients of weight and bias
-  RowType out_type;
-  RowType sum_type;
-  RowType weight_type;
+  const void* grad_total;       // (rows, width) total_dtype, or null: zero
+  const void* grad_normalised;  // (rows, width) normalised_dtype
+  const void* total;            // (rows, width) total_dtype
+  void* grad;                   // (rows, width) total_dtype, output: gradient of total
+  const void* weight;           // (width) weight_dtype
+  float* partial;               // (chunks, 2, width), output: gradients of weight and bias from the rows of each chunk
+  DType normalised_dtype;
+  DType total_dtype;
+  DType weight_dtype;
   int64_t rows;
   int64_t width;
-  int64_t chunk_rows;  // the last chunk may have fewer
   float eps;
 };
 
-// x may be `sum` or, without a residual, `out`, where types allow.
+// Gradients of weight and bias are summed by chunks of rows, whose size depends on the number of rows alone, so that
+// results do not depend on the number of threads. The last chunk may have fewer rows.
+constexpr int64_t add_layer_norm_chunk_rows(int64_t rows) { return rows > 16 * 64 ? (rows + 63) / 64 : 16; }
+constexpr int64_t add_layer_norm_chunks(int64_t rows) {
+  return (rows + add_layer_norm_chunk_rows(rows) - 1) / add_layer_norm_chunk_rows(rows);
+}
+
+// `total` may be x or residual, and without a residual `normalised` may be x, where the dtypes are equal.
 void launch_add_layer_norm(const AddLayerNormArgs& args);
 void launch_add_layer_norm_backward(const AddLayerNormBackwardArgs& args);
 
-// One instruction set's: rows [begin, end), where `stream` writes past the caches, and chunks [begin, end). `scratch`
-// holds two rows of float32, padded to whole vectors.
+// The loops of one instruction set.
 struct AddLayerNormKernels {
+  // Rows [begin, end). `stream` writes `normalised` past the caches.
   void (*forward)(const AddLayerNormArgs& args, int64_t begin, int64_t end, bool stream);
+  // Chunks [begin, end). `scratch` holds 2 * add_layer_norm_padded(width) floats of this thread.
   void (*backward)(const AddLayerNormBackwardArgs& args, int64_t begin, int64_t end, float* scratch);
 };
-constexpr int64_t add_layer_norm_padded(int64_t width) { return (width + 31) / 32 * 32; }
-namespace generic {
-extern const AddLayerNormKernels kAddLayerNorm;
-}
-namespace avx2 {
-extern const AddLayerNormKernels kAddLayerNorm;
-}
-namespace avx512 {
-extern const AddLayerNormKernels kAddLayerNorm;
-}
+constexpr int64_t add_layer_norm_padded(int64_t width) { return (width + 31) / 32 * 32; }  // whole pairs of vectors
+const AddLayerNormKernels& add_layer_norm_kernels(Generic);
+const AddLayerNormKernels& add_layer_norm_kernels(Avx2);
+const AddLayerNormKernels& add_layer_norm_kernels(Avx512);
 
 }  // namespace titok

@@ -1,21 +1,32 @@
-// The loops of add_layer_norm, compiled once per instruction set: passes over a row that stays in the first cache, for
-// the sum and its mean, for the variance around that, and to normalise; for the gradient, which has the statistics
-// computed again, two more instead of the last.
+// The loops of add_layer_norm, compiled once per instruction set.
+//
+// A row is read several times while it stays in the first-level cache: for the sum and its mean, for the variance around
+// that mean (the two-pass formula, which does not cancel), and to normalise. The backward pass computes the statistics
+// again from `total` and reads the row twice more.
 #include "add_layer_norm/add_layer_norm.h"
-
-#include <type_traits>
 
 #include "common/simd.h"
 
 namespace titok::TITOK_ISA {
 namespace {
 
-template <bool kEvenOdd, class X, class Residual, class Sum>
-inline float add_row(const X* x, const Residual* residual, Sum* to, int64_t width) {
+// The wider of two storage types.
+template <class A, class B, bool kFirst = (sizeof(A) > sizeof(B))>
+struct Wider {
+  using Type = A;
+};
+template <class A, class B>
+struct Wider<A, B, false> {
+  using Type = B;
+};
+
+// total = x + residual, rounded to its type. Returns the sum of the row.
+template <bool kEvenOdd, class X, class Residual, class Total>
+inline float add_row(const X* x, const Residual* residual, Total* total, int64_t width) {
   Pair sums = {};
   each_pair<kEvenOdd>(width, [&](int64_t c, auto access) {
-    const Pair v = rounded<Sum>(access.load(x + c) + access.load(residual + c));
-    access.store(to + c, v);
+    const Pair v = rounded<Total>(access.load(x + c) + access.load(residual + c));
+    access.store(total + c, v);
     sums = sums + v;
   });
   return sum(sums);
@@ -33,7 +44,7 @@ inline float sum_squares(const X* x, float mean, int64_t width) {
   const Pair means = broadcast_pair(mean);
   Pair sums = {};
   each_pair<kEvenOdd>(width, [&](int64_t c, auto access) {
-    const Pair v = access.keep(access.load(x + c) - means);
+    const Pair v = access.clear_past_end(access.load(x + c) - means);
     sums = fma(v, v, sums);
   });
   return sum(sums);
@@ -51,7 +62,7 @@ inline void normalise_row(const X* x, float mean, float rstd, const Weight* weig
 
 struct Statistics {
   float mean;
-  float rstd;
+  float rstd;  // 1 / sqrt(variance + eps)
 };
 
 template <bool kEvenOdd, class X>
@@ -63,12 +74,11 @@ inline Statistics statistics(const X* row, float row_sum, int64_t width, float e
 
 template <class X, class Residual, class Out, class Weight>
 void forward(const AddLayerNormArgs& a, int64_t begin, int64_t end, bool stream) {
-  // The sum is as wide as the wider of the two.
-  using Sum = std::conditional_t<(sizeof(X) > sizeof(Residual)), X, Residual>;
-  constexpr bool kEvenOdd = sizeof(X) + sizeof(Residual) + sizeof(Out) + sizeof(Weight) < 16;
+  using Total = typename Wider<X, Residual>::Type;
+  constexpr bool kEvenOdd = sizeof(X) + sizeof(Residual) + sizeof(Out) + sizeof(Weight) < 16;  // any bfloat16
   const int64_t width = a.width;
   const Weight *weight = static_cast<const Weight*>(a.weight), *bias = static_cast<const Weight*>(a.bias);
-  const auto finish = [&](const auto* row, float row_sum, Out* out) {
+  const auto normalise = [&](const auto* row, float row_sum, Out* out) {
     const auto [mean, rstd] = statistics<kEvenOdd>(row, row_sum, width, a.eps);
     if (stream)
       normalise_row<kEvenOdd, true>(row, mean, rstd, weight, bias, out, width);
@@ -77,36 +87,40 @@ void forward(const AddLayerNormArgs& a, int64_t begin, int64_t end, bool stream)
   };
   for (int64_t row = begin; row < end; ++row) {
     const X* x = static_cast<const X*>(a.x) + row * width;
-    Out* out = static_cast<Out*>(a.out) + row * width;
+    Out* out = static_cast<Out*>(a.normalised) + row * width;
     if (a.residual) {
       const Residual* residual = static_cast<const Residual*>(a.residual) + row * width;
-      Sum* sum = static_cast<Sum*>(a.sum) + row * width;
-      finish(sum, add_row<kEvenOdd>(x, residual, sum, width), out);
+      Total* total = static_cast<Total*>(a.total) + row * width;
+      normalise(total, add_row<kEvenOdd>(x, residual, total, width), out);
     } else {
-      finish(x, sum_row<kEvenOdd>(x, width), out);
+      normalise(x, sum_row<kEvenOdd>(x, width), out);
     }
   }
   if (stream) fence();
 }
 
-// With s the standardised row and g = grad_out * weight: grad = rstd * (g - mean(g) - s * mean(g * s)) + grad_sum;
-// the gradients of weight and bias are the sums over all rows of grad_out * s and grad_out.
-template <class Sum, class Out, class Weight>
+// With s = (total - mean) * rstd the standardised row and g = grad_normalised * weight:
+//
+//   grad = rstd * (g - mean(g) - s * mean(g * s)) + grad_total
+//
+// The gradients of weight and bias are the sums over all rows of grad_normalised * s and of grad_normalised.
+template <class Total, class Out, class Weight>
 void backward(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end, float* scratch) {
-  constexpr bool kEvenOdd = sizeof(Sum) + sizeof(Out) + sizeof(Weight) < 12;
+  constexpr bool kEvenOdd = sizeof(Total) + sizeof(Out) + sizeof(Weight) < 12;  // any bfloat16
   const int64_t width = a.width, padded = add_layer_norm_padded(width);
+  const int64_t chunk_rows = add_layer_norm_chunk_rows(a.rows);
   const Weight* weight = static_cast<const Weight*>(a.weight);
-  float *d_weight = scratch, *d_bias = scratch + padded;  // in the order of the lanes
+  float *d_weight = scratch, *d_bias = scratch + padded;  // stored as the pairs lie in registers
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     std::memset(scratch, 0, 2 * padded * sizeof(float));
-    const int64_t first = chunk * a.chunk_rows, past = first + a.chunk_rows;
+    const int64_t first = chunk * chunk_rows, past = first + chunk_rows;
     for (int64_t row = first; row < (past < a.rows ? past : a.rows); ++row) {
-      const Sum* x = static_cast<const Sum*>(a.sum) + row * width;
-      const Out* grad_out = static_cast<const Out*>(a.grad_out) + row * width;
+      const Total* x = static_cast<const Total*>(a.total) + row * width;
+      const Out* grad_out = static_cast<const Out*>(a.grad_normalised) + row * width;
       const Statistics found = statistics<kEvenOdd>(x, sum_row<kEvenOdd>(x, width), width, a.eps);
       const Pair mean = broadcast_pair(found.mean), rstd = broadcast_pair(found.rstd);
       Pair sums = {}, products = {};
-      each_pair<kEvenOdd>(width, [&](int64_t c, auto access) {  // past the end of a row grad_out reads as 0
+      each_pair<kEvenOdd>(width, [&](int64_t c, auto access) {  // past the end grad_out is 0, and so are all terms
         const Pair standard = (access.load(x + c) - mean) * rstd, g = access.load(grad_out + c);
         store<false>(d_weight + c, fma(g, standard, load<false>(d_weight + c)));
         store<false>(d_bias + c, g + load<false>(d_bias + c));
@@ -116,12 +130,12 @@ void backward(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end, flo
       });
       const float size = static_cast<float>(width);
       const Pair mean_g = broadcast_pair(sum(sums) / size), mean_gs = broadcast_pair(sum(products) / size);
-      const Sum* grad_sum = a.grad_sum ? static_cast<const Sum*>(a.grad_sum) + row * width : nullptr;
-      Sum* grad = static_cast<Sum*>(a.grad) + row * width;
+      const Total* grad_total = a.grad_total ? static_cast<const Total*>(a.grad_total) + row * width : nullptr;
+      Total* grad = static_cast<Total*>(a.grad) + row * width;
       each_pair<kEvenOdd>(width, [&](int64_t c, auto access) {
         const Pair standard = (access.load(x + c) - mean) * rstd;
         const Pair centred = access.load(grad_out + c) * access.load(weight + c) - mean_g - standard * mean_gs;
-        const Pair other = grad_sum ? access.load(grad_sum + c) : Pair{};
+        const Pair other = grad_total ? access.load(grad_total + c) : Pair{};
         access.store(grad + c, fma(centred, rstd, other));
       });
     }
@@ -133,17 +147,11 @@ void backward(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end, flo
   }
 }
 
-// Calls visit with a value of the type.
-template <class Visit>
-inline void with_type(RowType type, Visit visit) {
-  type == RowType::kBFloat16 ? visit(BFloat16{}) : visit(float{});
-}
-
-void choose_forward(const AddLayerNormArgs& a, int64_t begin, int64_t end, bool stream) {
-  with_type(a.x_type, [&](auto x) {
-    with_type(a.residual_type, [&](auto residual) {
-      with_type(a.out_type, [&](auto out) {
-        with_type(a.weight_type, [&](auto weight) {
+void forward_of_dtypes(const AddLayerNormArgs& a, int64_t begin, int64_t end, bool stream) {
+  with_storage_type(a.x_dtype, [&](auto x) {
+    with_storage_type(a.residual_dtype, [&](auto residual) {
+      with_storage_type(a.normalised_dtype, [&](auto out) {
+        with_storage_type(a.weight_dtype, [&](auto weight) {
           forward<decltype(x), decltype(residual), decltype(out), decltype(weight)>(a, begin, end, stream);
         });
       });
@@ -151,18 +159,19 @@ void choose_forward(const AddLayerNormArgs& a, int64_t begin, int64_t end, bool 
   });
 }
 
-void choose_backward(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end, float* scratch) {
-  with_type(a.sum_type, [&](auto sum) {
-    with_type(a.out_type, [&](auto out) {
-      with_type(a.weight_type, [&](auto weight) {
-        backward<decltype(sum), decltype(out), decltype(weight)>(a, begin, end, scratch);
+void backward_of_dtypes(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end, float* scratch) {
+  with_storage_type(a.total_dtype, [&](auto total) {
+    with_storage_type(a.normalised_dtype, [&](auto out) {
+      with_storage_type(a.weight_dtype, [&](auto weight) {
+        backward<decltype(total), decltype(out), decltype(weight)>(a, begin, end, scratch);
       });
     });
   });
 }
 
+constexpr AddLayerNormKernels kKernels = {forward_of_dtypes, backward_of_dtypes};
+
 }  // namespace
-
-const AddLayerNormKernels kAddLayerNorm = {choose_forward, choose_backward};
-
 }  // namespace titok::TITOK_ISA
+
+const titok::AddLayerNormKernels& titok::add_layer_norm_kernels(TITOK_ISA::ThisIsa) { return TITOK_ISA::kKernels; }

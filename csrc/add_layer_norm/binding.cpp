@@ -1,6 +1,4 @@
 // titok._C.add_layer_norm and its backward: checks tensors and hands their memory to the launchers.
-#include <algorithm>
-
 #include "add_layer_norm/add_layer_norm.h"
 #include "module.h"
 
@@ -8,10 +6,6 @@ namespace titok {
 namespace {
 
 constexpr auto kRowTypes = {DType::kFloat32, DType::kBFloat16};
-
-int64_t chunk_rows_of(int64_t rows) { return std::max<int64_t>(16, (rows + 63) / 64); }
-
-int64_t chunks_of(int64_t rows) { return (rows + chunk_rows_of(rows) - 1) / chunk_rows_of(rows); }
 
 void check_rows(const TensorArg& tensor) {
   expect_dtype(tensor, kRowTypes);
@@ -52,14 +46,14 @@ PyObject* add_layer_norm(Call& call) {
   AddLayerNormArgs args{};
   args.x = x.data;
   args.residual = residual.data;
-  args.sum = total.data;
-  args.out = normalised.data;
+  args.total = total.data;
+  args.normalised = normalised.data;
   args.weight = weight.data;
   args.bias = bias.data;
-  args.x_type = static_cast<RowType>(x.dtype);
-  args.residual_type = residual.given ? static_cast<RowType>(residual.dtype) : RowType::kFloat32;
-  args.out_type = static_cast<RowType>(normalised.dtype);
-  args.weight_type = static_cast<RowType>(weight.dtype);
+  args.x_dtype = x.dtype;
+  args.residual_dtype = residual.given ? residual.dtype : DType::kFloat32;
+  args.normalised_dtype = normalised.dtype;
+  args.weight_dtype = weight.dtype;
   args.rows = x.product(0, x.ndim - 1);
   args.width = x.size(-1);
   args.eps = eps;
@@ -87,23 +81,22 @@ PyObject* add_layer_norm_backward(Call& call) {
   expect_dtype(grad, {total.dtype});
   const int64_t rows = total.product(0, total.ndim - 1);
   expect_dtype(partial, {DType::kFloat32});
-  expect_shape(partial, {chunks_of(rows), 2, total.size(-1)});
+  expect_shape(partial, {add_layer_norm_chunks(rows), 2, total.size(-1)});
   expect_contiguous(partial);
   if (total.numel() == 0) Py_RETURN_NONE;
 
   AddLayerNormBackwardArgs args{};
-  args.grad_sum = grad_total.data;
-  args.grad_out = grad_normalised.data;
-  args.sum = total.data;
+  args.grad_total = grad_total.data;
+  args.grad_normalised = grad_normalised.data;
+  args.total = total.data;
   args.grad = grad.data;
   args.weight = weight.data;
   args.partial = partial.as<float>();
-  args.out_type = static_cast<RowType>(grad_normalised.dtype);
-  args.sum_type = static_cast<RowType>(total.dtype);
-  args.weight_type = static_cast<RowType>(weight.dtype);
+  args.normalised_dtype = grad_normalised.dtype;
+  args.total_dtype = total.dtype;
+  args.weight_dtype = weight.dtype;
   args.rows = rows;
   args.width = total.size(-1);
-  args.chunk_rows = chunk_rows_of(rows);
   args.eps = eps;
   {
     const WithoutGil released;
@@ -112,8 +105,8 @@ PyObject* add_layer_norm_backward(Call& call) {
   Py_RETURN_NONE;
 }
 
-PyObject* add_layer_norm_chunks(Call& call) {
-  return PyLong_FromLongLong(chunks_of(call.integer("rows", 0, INT64_MAX / 2)));
+PyObject* chunks(Call& call) {
+  return PyLong_FromLongLong(add_layer_norm_chunks(call.integer("rows", 0, INT64_MAX / 2)));
 }
 
 PyMethodDef kFunctions[] = {
@@ -128,7 +121,7 @@ PyMethodDef kFunctions[] = {
         "add_layer_norm_backward($module, grad_total, grad_normalised, total, weight, eps, grad, partial, /)\n--\n\n"
         "Gradient of the sum, into grad, and those of weight and bias by chunks of rows, into partial\n"
         "(add_layer_norm_chunks(rows), 2, D) float32, to be summed over its first dimension."),
-    python_function<add_layer_norm_chunks, 1>(
+    python_function<chunks, 1>(
         "add_layer_norm_chunks",
         "add_layer_norm_chunks($module, rows, /)\n--\n\n"
         "Chunks that add_layer_norm_backward cuts this many rows into: a function of their number alone, so that\n"

@@ -1,58 +1,38 @@
-// Which of the compiled instruction-set variants to run on this machine.
+// Which of the compiled instruction-set variants runs on this machine.
 //
-// A file csrc/<op>_simd.cpp is compiled once per variant, its code in namespace titok::TITOK_ISA; csrc/<op>.cpp
-// calls the variant of cpu_isa(). The environment variable TITOK_CPU_ISA (generic, avx2, avx512) lowers the choice,
-// to test the others on one machine; it is read once.
+// Each csrc/<op>/<op>_simd.cpp is compiled once per instruction set. All its code lies in namespace titok::TITOK_ISA and
+// in an unnamed namespace; it defines one overload of a function that returns the kernels, for the tag of its set:
+//
+//   const AddLayerNormKernels& add_layer_norm_kernels(Avx2);
 #pragma once
-
-#include <cstdlib>
-#include <cstring>
 
 namespace titok {
 
-enum class CpuIsa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+// Tags, to overload functions.
+struct Generic {};
+struct Avx2 {};
+struct Avx512 {};
+struct Avx512Bf16 {};  // AVX-512 that also multiplies bfloat16; only masked_attention has code for it
 
-inline CpuIsa detect_cpu_isa() {
-  CpuIsa best = CpuIsa::kGeneric;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    best = CpuIsa::kAvx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      best = CpuIsa::kAvx512;
-    }
-  }
-#endif
-  if (const char* wanted = std::getenv("TITOK_CPU_ISA")) {
-    if (!std::strcmp(wanted, "generic")) return CpuIsa::kGeneric;
-    if (!std::strcmp(wanted, "avx2") && best > CpuIsa::kAvx2) return CpuIsa::kAvx2;
-  }
-  return best;
-}
+enum class CpuIsa { kGeneric, kAvx2, kAvx512 };
 
-inline CpuIsa cpu_isa() {
-  static const CpuIsa isa = detect_cpu_isa();
-  return isa;
-}
+// The best that the CPU has, detected at the first call. The environment variable TITOK_CPU_ISA (generic, avx2, avx512)
+// lowers it, so that one machine can test the others.
+CpuIsa cpu_isa();
+const char* cpu_isa_name();
 
-// Whether the AVX-512 of this machine multiplies bfloat16, for which few files have a variant of their own. A
-// TITOK_CPU_ISA that is set denies it.
-inline bool cpu_multiplies_bf16() {
-#if defined(__x86_64__)
-  static const bool yes = cpu_isa() == CpuIsa::kAvx512 && __builtin_cpu_supports("avx512bf16") &&
-                          !std::getenv("TITOK_CPU_ISA");
-  return yes;
-#else
-  return false;
-#endif
-}
+// Whether Avx512Bf16 can run. False where TITOK_CPU_ISA is set, so that "avx512" means AVX-512 alone.
+bool cpu_multiplies_bf16();
 
-inline const char* cpu_isa_name() {
+// Calls visit with the tag of cpu_isa(). The branches return one type.
+template <class Visit>
+decltype(auto) for_this_cpu(Visit visit) {
   switch (cpu_isa()) {
-    case CpuIsa::kAvx512: return "avx512";
-    case CpuIsa::kAvx2: return "avx2";
-    default: return "generic";
+#if defined(__x86_64__)
+    case CpuIsa::kAvx512: return visit(Avx512{});
+    case CpuIsa::kAvx2: return visit(Avx2{});
+#endif
+    default: return visit(Generic{});
   }
 }
 

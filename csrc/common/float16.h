@@ -1,23 +1,24 @@
-// 16-bit floats to float32, exactly.
+// Conversion of 16-bit floats to float32, which is exact.
 #pragma once
 
-#include <cstdint>
-
 #include "common/dtype.h"
-#include "common/fixed_math.h"
+#include "common/host_device.h"
 
 namespace titok {
 
-// Without the hardware's conversion. Subnormals go through an integer and one exact product, so that a flush-to-zero
-// mode changes nothing. Bits: 32-bit words holding 16 bits each, a scalar or a GCC vector, F the floats beside them.
-template <class F, class Bits>
-TITOK_HD F widen_float16(Bits half) {
-  const Bits sign = (half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
-  const Bits normal = (magnitude << 13) + (112u << 23);
-  const Bits special = (magnitude << 13) | 0x7F800000u;  // infinities and NaN
-  const Bits subnormal = bit_cast<Bits>(F(Lanes<F>::convert(magnitude) * 5.9604644775390625e-8f));
-  const Bits wide = magnitude > 0x7BFFu ? special : normal;
-  return bit_cast<F>(Bits(sign | (magnitude < 0x0400u ? subnormal : wide)));
+// float16 to float32 without the conversion instruction. A subnormal goes through an integer and one exact product, so
+// that a CPU mode that flushes subnormals to zero changes nothing.
+//
+// Args: half: 32-bit words, a scalar or a GCC vector, whose lower 16 bits hold the float16. F: float, or the vector of
+// floats with as many lanes.
+template <class F, class Words>
+TITOK_HD F widen_float16(Words half) {
+  const Words sign = (half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
+  const Words normal = (magnitude << 13) + (112u << 23);   // the exponent's bias grows from 15 to 127
+  const Words special = (magnitude << 13) | 0x7F800000u;  // infinity and NaN
+  const Words subnormal = bit_cast<Words>(F(Lanes<F>::convert(magnitude) * 5.9604644775390625e-8f));  // 2^-24
+  const Words wide = magnitude > 0x7BFFu ? special : normal;
+  return bit_cast<F>(Words(sign | (magnitude < 0x0400u ? subnormal : wide)));
 }
 
 TITOK_HD float to_float(float x) { return x; }

@@ -1,4 +1,4 @@
-// Fresh memory without a page fault for every 4 KiB.
+// Huge pages for large blocks of fresh memory.
 #pragma once
 
 #include <cstddef>
@@ -10,15 +10,17 @@
 
 namespace titok {
 
-// glibc maps a block of 32 MiB or more afresh each time, and touching it then costs more than a kernel that reads it
-// once. Huge pages, where the system grants them on request, make that one fault per 2 MiB.
+// Asks Linux to back a block of at least 32 MiB with pages of 2 MiB; does nothing for smaller ones.
+//
+// glibc maps such a block afresh at each allocation. With pages of 4 KiB the page faults of touching it then take longer
+// than a kernel that writes it once.
 inline void ask_for_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
   if (bytes < (size_t{32} << 20)) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + bytes) & ~(kPage - 1);
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a hint: errors do not matter
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a hint, so errors are ignored
 #endif
 }
 

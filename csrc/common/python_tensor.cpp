@@ -79,10 +79,8 @@ const Torch* find_torch() {
   if (ready) return &found;
   const Ref name(PyUnicode_FromString("torch"));
   const Ref torch(PyImport_GetModule(name.get()));
-  if (!torch) {
-    if (PyErr_Occurred()) throw PythonError{};
-    return nullptr;
-  }
+  if (!torch && PyErr_Occurred()) throw PythonError{};
+  if (!torch || torch.get() == Py_None) return nullptr;
   const Ref internals(attribute(torch.get(), "_C")), nn(attribute(torch.get(), "nn"));
   const Ref base(attribute(internals.get(), "TensorBase"));
   const Ref dtype(attribute(base.get(), "dtype")), device(attribute(base.get(), "device"));

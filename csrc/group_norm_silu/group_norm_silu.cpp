@@ -1,21 +1,34 @@
+// Plans a call of group_norm_silu and gives it memory.
 #include "group_norm_silu/group_norm_silu.h"
 
-#include <omp.h>
-
-#include <memory>
-
-#include "common/cpu_isa.h"
 #include "common/huge_pages.h"
+#include "common/threads.h"
 
 namespace titok {
 namespace {
 
-// Of arguments and results together: more does not stay in a core's own caches, and a streamed store saves reading what
-// it overwrites. A convolution that reads the result next takes no longer for it.
-constexpr size_t kStreamBytes = size_t{8} << 20;
+// Above this many bytes of arguments and results they do not stay in a core's own caches, and a streamed store saves
+// reading the line that it overwrites. A convolution that reads the result next takes no longer.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+constexpr int64_t kChunkElements = int64_t{1} << 15;
 
-// The calling thread's, kept: its pages are touched by every call.
-double* scratch_of(size_t size) {
+GroupNormSiluPlan plan_for(const GroupNormSiluArgs& args) {
+  GroupNormSiluPlan plan{};
+  plan.chunk = std::max<int64_t>(kChunkElements / args.channels, 8);
+  plan.chunks = divide_up(args.pixels, plan.chunk);
+  plan.padded = divide_up(args.channels, 32) * 32;
+  plan.scratch_size = (plan.chunks + 1) * 2 * plan.padded;
+  plan.threads = omp_get_max_threads();  // PyTorch's number: both share one OpenMP runtime
+  const int64_t elements = args.batch * args.pixels * args.channels;
+  const int64_t bytes = elements * ((args.residual ? 3 : 1) * bytes_of(args.map_dtype) + bytes_of(args.normalised_dtype));
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(args.normalised) | reinterpret_cast<uintptr_t>(args.total);
+  plan.stream = bytes >= kStreamBytes && addresses % kCacheLine == 0 && args.channels % 32 == 0;
+  return plan;
+}
+
+// Memory of the calling thread, which keeps it until it ends, at the largest size that it ever asked for: a call that
+// allocated its own would take a page fault for every 4 KiB of it.
+double* scratch_of_this_thread(size_t size) {
   static thread_local std::unique_ptr<double[]> scratch;
   static thread_local size_t capacity = 0;
   if (size > capacity) {
@@ -27,24 +40,13 @@ double* scratch_of(size_t size) {
 
 }  // namespace
 
-void launch_group_norm_silu(const GroupNormSiluArgs& given) {
-  GroupNormSiluArgs args = given;
-  const size_t elements = static_cast<size_t>(args.batch) * args.pixels * args.channels;
-  const size_t map_bytes = elements * (args.x_is_bf16 ? 2 : 4), out_bytes = elements * (args.out_is_bf16 ? 2 : 4);
-  ask_for_huge_pages(args.out, out_bytes);
-  if (args.sum) ask_for_huge_pages(args.sum, map_bytes);
-  const uintptr_t addresses = reinterpret_cast<uintptr_t>(args.out) | reinterpret_cast<uintptr_t>(args.sum);
-  const bool large = (args.residual ? 3 : 1) * map_bytes + out_bytes >= kStreamBytes;
-  args.stream = large && addresses % 64 == 0 && args.channels % 32 == 0;
-  const int threads = omp_get_max_threads();  // torch's number: both share one OpenMP runtime
-  double* const scratch = scratch_of(threads * group_norm_silu_scratch(args));
-  switch (cpu_isa()) {
-#if defined(__x86_64__)
-    case CpuIsa::kAvx512: return avx512::group_norm_silu(args, scratch, threads);
-    case CpuIsa::kAvx2: return avx2::group_norm_silu(args, scratch, threads);
-#endif
-    default: return generic::group_norm_silu(args, scratch, threads);
-  }
+void launch_group_norm_silu(const GroupNormSiluArgs& args) {
+  const int64_t elements = args.batch * args.pixels * args.channels;
+  ask_for_huge_pages(args.normalised, elements * bytes_of(args.normalised_dtype));
+  if (args.total) ask_for_huge_pages(args.total, elements * bytes_of(args.map_dtype));
+  const GroupNormSiluPlan plan = plan_for(args);
+  const GroupNormSiluKernel kernel = for_this_cpu([](auto isa) { return group_norm_silu_kernel(isa); });
+  kernel(args, plan, scratch_of_this_thread(plan.threads * plan.scratch_size));
 }
 
 }  // namespace titok

@@ -1,55 +1,57 @@
-// GroupNorm and SiLU on channels-last maps, optionally of the sum of two maps: arguments and entry point.
+// GroupNorm (Wu and He 2018) and SiLU of channels-last maps, optionally of the sum of two maps: arguments and entry point.
 #pragma once
 
 #include <cstdint>
 
+#include "common/cpu_isa.h"
+#include "common/dtype.h"
+
 namespace titok {
 
+// Maps are (batch, pixels, channels), contiguous. Every dtype is float32 or bfloat16.
 struct GroupNormSiluArgs {
-  // Maps are (batch, pixels, channels), contiguous; float32, or bfloat16 where *_is_bf16 says so.
-  const void* x;
-  const void* residual;  // null for none; dtype of x
-  void* sum;             // x + residual rounded to x's dtype; null exactly when residual is
-  void* out;
-  bool x_is_bf16;
-  bool out_is_bf16;
-  const void* weight;  // (channels), float32 or bfloat16
-  const void* bias;    // (channels), type of weight
-  bool weight_is_bf16;
-  float* mean;  // (batch, groups), output; null where nobody wants it
-  float* rstd;  // the same
+  const void* x;         // map of map_dtype
+  const void* residual;  // map of map_dtype, or null: nothing is added
+  void* total;           // map of map_dtype, output: x + residual, rounded; null without residual
+  void* normalised;      // map of normalised_dtype, output
+  const void* weight;    // (channels) parameter_dtype
+  const void* bias;      // (channels) parameter_dtype
+  float* mean;           // (batch, groups), output, or null
+  float* rstd;           // (batch, groups), output, or null: 1 / sqrt(variance + eps)
+  DType map_dtype;
+  DType normalised_dtype;
+  DType parameter_dtype;
   int64_t batch;
   int64_t pixels;
   int64_t channels;
   int64_t groups;  // divides channels
   double eps;
-  bool stream;  // write past the caches
 };
-
-// Pixels are summed in chunks of a size that depends on the shape alone, so that results do not depend on the
-// number of threads. `scratch` is double[threads * group_norm_silu_scratch(args)].
-inline int64_t group_norm_silu_chunk(const GroupNormSiluArgs& a) {
-  const int64_t pixels = (int64_t{1} << 15) / a.channels;
-  return pixels < 8 ? 8 : pixels;
-}
-inline int64_t group_norm_silu_chunks(const GroupNormSiluArgs& a) {
-  return (a.pixels + group_norm_silu_chunk(a) - 1) / group_norm_silu_chunk(a);
-}
-inline int64_t group_norm_silu_padded(const GroupNormSiluArgs& a) { return (a.channels + 31) / 32 * 32; }
-inline int64_t group_norm_silu_scratch(const GroupNormSiluArgs& a) {
-  return (group_norm_silu_chunks(a) + 1) * 2 * group_norm_silu_padded(a);  // sums per chunk; mean, scale and shift
-}
 
 void launch_group_norm_silu(const GroupNormSiluArgs& args);
 
-namespace generic {
-void group_norm_silu(const GroupNormSiluArgs& args, double* scratch, int threads);
-}
-namespace avx2 {
-void group_norm_silu(const GroupNormSiluArgs& args, double* scratch, int threads);
-}
-namespace avx512 {
-void group_norm_silu(const GroupNormSiluArgs& args, double* scratch, int threads);
-}
+// How a call divides its work. Pixels are summed in chunks whose size depends on the shape alone, so that results do not
+// depend on the number of threads.
+//
+// Scratch of a thread, scratch_size doubles:
+//
+//   chunk 0       [sums: padded][sums of squares: padded]
+//   ...
+//   chunk n - 1   [sums: padded][sums of squares: padded]
+//   as floats     [mean: padded][scale: padded][shift: padded]
+struct GroupNormSiluPlan {
+  int64_t chunk;         // pixels of a chunk; the last one of an image may have fewer
+  int64_t chunks;        // chunks of an image
+  int64_t padded;        // channels, rounded up to whole pairs of vectors
+  int64_t scratch_size;  // (chunks + 1) * 2 * padded
+  int threads;
+  bool stream;  // write past the caches
+};
+
+// One instruction set's. `scratch` holds plan.threads * plan.scratch_size doubles.
+using GroupNormSiluKernel = void (*)(const GroupNormSiluArgs& args, const GroupNormSiluPlan& plan, double* scratch);
+GroupNormSiluKernel group_norm_silu_kernel(Generic);
+GroupNormSiluKernel group_norm_silu_kernel(Avx2);
+GroupNormSiluKernel group_norm_silu_kernel(Avx512);
 
 }  // namespace titok

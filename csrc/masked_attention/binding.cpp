@@ -41,10 +41,10 @@ MaskedAttentionArgs check_common(const TensorArg& qkv, const TensorArg& key_mask
   args.qkv = qkv.data;
   args.batch_stride = qkv.stride(0);
   args.token_stride = qkv.stride(1);
-  args.key_mask = key_mask.as<const bool>();
+  args.key_mask = key_mask.as<const uint8_t>();
   args.out = out.data;
   args.lse = lse.as<float>();
-  args.is_bf16 = qkv.dtype == DType::kBFloat16;
+  args.dtype = qkv.dtype;
   args.batch = batch;
   args.tokens = tokens;
   args.heads = heads;

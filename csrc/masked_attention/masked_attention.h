@@ -1,54 +1,58 @@
-// Masked attention between two linear layers, without a transposed copy in between: arguments and entry point.
+// Masked attention (Vaswani et al. 2017, equation 1) from the output of one linear layer to the input of the next,
+// without transposed copies: arguments and entry points.
 #pragma once
 
 #include <cstdint>
 
+#include "common/cpu_isa.h"
+#include "common/dtype.h"
+
 namespace titok {
 
+// Tensors are of `dtype`, float32 or bfloat16, unless said otherwise. Strides are in elements.
 struct MaskedAttentionArgs {
-  // (batch, tokens, 3, heads, head_dim) float32 or bfloat16: queries, keys, values; the last three dimensions dense
-  const void* qkv;
-  int64_t batch_stride;  // in elements
-  int64_t token_stride;
-  const bool* key_mask;  // (batch, tokens), true where a key is visible; null where all are
-  void* out;             // (batch, queries, heads, head_dim), contiguous, type of qkv; what backward reads
-  float* lse;            // (batch, heads, queries) log2(sum(exp(scale * scores))), or null forward
-  bool is_bf16;
+  const void* qkv;          // (batch, tokens, 3, heads, head_dim): queries, keys, values; the last three dimensions dense
+  int64_t batch_stride;     // of qkv
+  int64_t token_stride;     // of qkv
+  const uint8_t* key_mask;  // (batch, tokens) bool, nonzero where a key is visible, contiguous; null: all are
+  void* out;                // (batch, queries, heads, head_dim), contiguous; output of forward, input of backward
+  // (batch, heads, queries) float32, contiguous: log2 of the sum over visible keys of 2^(score * scale / ln 2). Output of
+  // forward, where it may be null; input of backward. Undefined for samples without a visible key.
+  float* lse;
+  DType dtype;
   int64_t batch;
   int64_t tokens;
   int64_t heads;
   int64_t head_dim;
-  int64_t first_query;
+  int64_t first_query;  // the queries are tokens [first_query, first_query + queries)
   int64_t queries;
-  float scale;
-  // backward only
-  const void* grad;  // of out, its type; heads and their channels dense
-  int64_t grad_batch_stride;
-  int64_t grad_token_stride;
-  void* dqkv;  // gradient of qkv, contiguous; all but the queries that are not among `queries` is written
+  float scale;  // factor of the scores
+
+  // Of backward only.
+  const void* grad;           // (batch, queries, heads, head_dim): gradient of out; the last two dimensions dense
+  int64_t grad_batch_stride;  // of grad
+  int64_t grad_token_stride;  // of grad
+  void* dqkv;  // (batch, tokens, 3, heads, head_dim), contiguous, output; the queries of other tokens are not written
 };
 
 void launch_masked_attention(const MaskedAttentionArgs& args);
 void launch_masked_attention_backward(const MaskedAttentionArgs& args);
 
-// One instruction set's; `scratch` belongs to one thread and is aligned to 64 bytes. An item is up to kQueryBlock
-// queries of one head, items side by side share the packed keys and values of their head; backward it is a head.
+// One direction of one instruction set. An item is a piece of work for one thread: forward up to kQueryBlock queries of
+// one head of one sample, in the order (sample, head, block), backward one head of one sample.
 constexpr int64_t kQueryBlock = 48;
-struct MaskedAttentionKernels {
-  int64_t (*scratch_bytes)(const MaskedAttentionArgs& args);
+struct MaskedAttentionKernel {
+  int64_t (*scratch_bytes)(const MaskedAttentionArgs& args);  // for one thread
+  // `scratch` is aligned to a cache line.
   void (*run)(const MaskedAttentionArgs& args, int64_t first_item, int64_t last_item, void* scratch);
 };
-namespace generic {
-extern const MaskedAttentionKernels kMaskedAttention, kMaskedAttentionBackward;
-}
-namespace avx2 {
-extern const MaskedAttentionKernels kMaskedAttention, kMaskedAttentionBackward;
-}
-namespace avx512 {
-extern const MaskedAttentionKernels kMaskedAttention, kMaskedAttentionBackward;
-}
-namespace avx512bf16 {  // multiplies bfloat16 without widening it; an even head_dim only
-extern const MaskedAttentionKernels kMaskedAttention, kMaskedAttentionBackward;
-}
+MaskedAttentionKernel masked_attention_kernel(Generic);
+MaskedAttentionKernel masked_attention_kernel(Avx2);
+MaskedAttentionKernel masked_attention_kernel(Avx512);
+MaskedAttentionKernel masked_attention_kernel(Avx512Bf16);  // for bfloat16 and an even head_dim only
+MaskedAttentionKernel masked_attention_backward_kernel(Generic);
+MaskedAttentionKernel masked_attention_backward_kernel(Avx2);
+MaskedAttentionKernel masked_attention_backward_kernel(Avx512);
+MaskedAttentionKernel masked_attention_backward_kernel(Avx512Bf16);
 
 }  // namespace titok

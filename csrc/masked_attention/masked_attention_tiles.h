@@ -1,98 +1,47 @@
-// What the two directions of masked_attention share: words, how they are packed, the loops of the products.
+// What both directions of masked_attention are made of: matrix products of packed factors, and how factors are packed.
 //
-// What products read is packed as 32-bit words: a float32 each, or where the hardware multiplies bfloat16 a pair of
-// neighbours along the dimension that is summed over.
+// Factors of products are packed as 32-bit words. A word holds one float32 or, where the CPU multiplies bfloat16, two
+// bfloat16 that are neighbours along the dimension that is summed over.
 #pragma once
 
+#include "common/simd_math.h"
 #include "masked_attention/masked_attention.h"
-#include "common/simd.h"
 
 namespace titok::TITOK_ISA {
 namespace {
 
-// A product's register tile: kRows * kPanels sums, kPanels vectors of one factor and a broadcast word of the other.
+// A product is computed in register tiles of kRows x kPanels vectors of sums. They leave registers for kPanels vectors of
+// the right factor and one broadcast word of the left.
 #if defined(TITOK_ISA_AVX512)
 constexpr int kRows = 6, kPanels = 4;
 #else
 constexpr int kRows = 6, kPanels = 2;
 #endif
-constexpr int kTile = kPanels * kLanes;
+constexpr int kTile = kPanels * kLanes;  // columns
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+// ---- Rows as tensors store them
 
-template <class Vector>
-inline Vector read(const void* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline Ints lane_numbers() {
-  Ints lanes;
-  for (int k = 0; k < kLanes; ++k) lanes[k] = k;
-  return lanes;
-}
-
-// To the type of the output.
+// float32 to the type of a tensor, which the second argument names.
 inline Floats narrow(Floats v, const float*) { return v; }
 inline Halves narrow(Floats v, const BFloat16*) {
 #if defined(TITOK_ISA_AVX512BF16)
-  return as<Halves>(_mm512_cvtneps_pbh((__m512)v));
+  return bit_cast<Halves>(_mm512_cvtneps_pbh((__m512)v));
 #else
   return __builtin_convertvector(nearest_bfloat16(v) >> 16, Halves);
 #endif
 }
 
-// kLanes values as they are stored, and as words of float32.
+// kLanes values as a tensor of T stores them.
 template <class T>
 using Stored = decltype(narrow(Floats{}, static_cast<const T*>(nullptr)));
-inline Words widen(Floats v) { return as<Words>(v); }
-inline Words widen(Halves v) { return __builtin_convertvector(v, Words) << 16; }
 
-// The two kinds of words.
-template <class T>
-struct Singles {
-  using Value = T;
-  using Part = Stored<T>;  // of a row, that makes a vector of words
-  static constexpr int kValues = 1;
-  static Words load(Part part) { return widen(part); }
-  static Floats multiply_add(Words a, Words b, Floats c) { return fma(as<Floats>(a), as<Floats>(b), c); }
-  static void store_weights(Floats weights, uint32_t* row, int64_t at) {
-    std::memcpy(row + at, &weights, sizeof weights);
-  }
-};
+inline Words widen_to_words(Floats v) { return bit_cast<Words>(v); }
+inline Words widen_to_words(Halves v) { return bit_cast<Words>(widen(v)); }
 
-#if defined(TITOK_ISA_AVX512BF16)
-struct Pairs {
-  using Value = BFloat16;
-  using Part = Words;
-  static constexpr int kValues = 2;
-  static Words load(Part part) { return part; }
-  static Floats multiply_add(Words a, Words b, Floats c) {
-    return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-  }
-  static void store_weights(Floats weights, uint32_t* row, int64_t at) {
-    BFloat16* const to = reinterpret_cast<BFloat16*>(row) + at;
-    const Halves rounded = narrow(weights, to);
-    std::memcpy(to, &rounded, sizeof rounded);
-  }
-};
-#endif
-
-// Calls visit with a value of the kind for these arguments.
-template <class Visit>
-inline auto with_kind([[maybe_unused]] const MaskedAttentionArgs& a, Visit visit) {
-#if defined(TITOK_ISA_AVX512BF16)
-  return visit(Pairs{});
-#else
-  return a.is_bf16 ? visit(Singles<BFloat16>{}) : visit(Singles<float>{});
-#endif
-}
-
-// The part of a row from channel `at` on; what is past its last channel is 0.
+// The channels of a head from `at` on, as many as Part holds; 0 past the last one.
 template <class Part, class T>
 inline Part read_part(const T* row, int64_t at, int64_t head_dim) {
   const int64_t count = head_dim - at;
@@ -100,11 +49,11 @@ inline Part read_part(const T* row, int64_t at, int64_t head_dim) {
 #if defined(TITOK_ISA_AVX512)
   const uint32_t mask = (1u << count) - 1;
   if constexpr (sizeof(T) == 4)
-    return as<Part>(_mm512_maskz_loadu_epi32(mask, row + at));
+    return bit_cast<Part>(_mm512_maskz_loadu_epi32(mask, row + at));
   else if constexpr (sizeof(Part) == 32)
-    return as<Part>(_mm256_maskz_loadu_epi16(mask, row + at));
+    return bit_cast<Part>(_mm256_maskz_loadu_epi16(mask, row + at));
   else
-    return as<Part>(_mm512_maskz_loadu_epi16(mask, row + at));
+    return bit_cast<Part>(_mm512_maskz_loadu_epi16(mask, row + at));
 #else
   Part part = {};
   std::memcpy(&part, row + at, count * sizeof(T));
@@ -112,7 +61,117 @@ inline Part read_part(const T* row, int64_t at, int64_t head_dim) {
 #endif
 }
 
-// kLanes x kLanes words across the diagonal: swaps blocks of half the size, a quarter and so on down to 1.
+// Writes `factor` times a row of sums to the head_dim channels of a head.
+template <class T>
+inline void write_row(const float* sums, float factor, int64_t head_dim, T* out) {
+  for (int64_t c = 0; c < head_dim; c += kLanes) {
+    const auto values = narrow(read<Floats>(sums + c) * broadcast(factor), out);
+    if (c + kLanes <= head_dim)
+      write(out + c, values);
+    else
+      std::memcpy(out + c, &values, (head_dim - c) * sizeof(T));
+  }
+}
+
+// One head's channels of some tokens.
+template <class T>
+struct Tokens {
+  const T* first;  // channels of token 0
+  int64_t stride;  // elements from token to token
+  int64_t head_dim;
+  int64_t count;
+  const int64_t* indices;  // of the tokens, or null: 0, 1, 2, ...
+
+  const T* operator[](int64_t i) const { return first + (indices ? indices[i] : i) * stride; }
+};
+
+// Lists the visible tokens of a sample and returns their number.
+inline int64_t list_visible(const MaskedAttentionArgs& a, int64_t sample, int64_t* visible) {
+  int64_t count = 0;
+  for (int64_t token = 0; token < a.tokens; ++token) {
+    if (!a.key_mask || a.key_mask[sample * a.tokens + token]) visible[count++] = token;
+  }
+  return count;
+}
+
+// Prefetches a token's channels of the next head, so that they arrive while this head is computed. Neighbouring tokens
+// lie pages apart, which hardware prefetchers do not follow. After the last head the prefetch is useless but harmless.
+template <class T>
+inline void prefetch_next_head(const T* channels, int64_t head_dim) {
+  const char* const next = reinterpret_cast<const char*>(channels + head_dim);
+  for (int64_t at = 0; at < head_dim * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(next + at, 0, 2);
+}
+
+// ---- How words hold values
+
+// One float32 a word, of tensors of T.
+template <class T>
+struct Float32Packing {
+  using Value = T;
+  using Part = Stored<T>;  // the part of a row that makes a vector of words
+  static constexpr int kPerWord = 1;
+  static Words to_words(Part part) { return widen_to_words(part); }
+  static Floats multiply_add(Words a, Words b, Floats c) { return fma(bit_cast<Floats>(a), bit_cast<Floats>(b), c); }
+  // Stores the weights of keys at ... at + kLanes in the row of a left factor whose depth is the keys.
+  static void store_weights(Floats weights, uint32_t* row, int64_t at) { write(row + at, weights); }
+};
+
+#if defined(TITOK_ISA_AVX512BF16)
+// Two bfloat16 a word.
+struct BFloat16PairPacking {
+  using Value = BFloat16;
+  using Part = Words;
+  static constexpr int kPerWord = 2;
+  static Words to_words(Part part) { return part; }
+  static Floats multiply_add(Words a, Words b, Floats c) {
+    return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+  static void store_weights(Floats weights, uint32_t* row, int64_t at) {
+    BFloat16* const to = reinterpret_cast<BFloat16*>(row) + at;
+    write(to, narrow(weights, to));
+  }
+};
+#endif
+
+// Calls visit with a value of the packing for these arguments.
+template <class Visit>
+inline auto with_packing([[maybe_unused]] const MaskedAttentionArgs& a, Visit visit) {
+#if defined(TITOK_ISA_AVX512BF16)
+  return visit(BFloat16PairPacking{});
+#else
+  return with_storage_type(a.dtype, [&](auto value) { return visit(Float32Packing<decltype(value)>{}); });
+#endif
+}
+
+// Hands out a thread's memory in arrays aligned to a cache line. Starting from null it only counts.
+struct Arena {
+  char* next;
+
+  template <class T>
+  T* take(int64_t size) {
+    T* const array = reinterpret_cast<T*>(next);
+    next += round_up(size * sizeof(T), 64);
+    return array;
+  }
+};
+
+// ---- Packed factors of C = A B, where C is rows x columns, A rows x depth and B depth x columns
+
+// A whose depth is channels: [token][word], `step` words a token, a multiple of kLanes.
+//
+//   token 0:   w0 w1 ... 0 0      words past the last channel are 0
+//   token 1:   w0 w1 ... 0 0
+template <class Packing>
+void pack_left(const Tokens<typename Packing::Value>& from, int64_t step, uint32_t* to) {
+  for (int64_t i = 0; i < from.count; ++i) {
+    for (int64_t word = 0; word < step; word += kLanes) {
+      const int64_t at = word * Packing::kPerWord;
+      write(to + i * step + word, Packing::to_words(read_part<typename Packing::Part>(from[i], at, from.head_dim)));
+    }
+  }
+}
+
+// kLanes x kLanes words across the diagonal, in log2(kLanes) steps that swap blocks of 1, 2, 4, ... words.
 inline void transpose(Words (&rows)[kLanes]) {
   const Ints lanes = lane_numbers();
 #pragma GCC unroll 4
@@ -129,112 +188,65 @@ inline void transpose(Words (&rows)[kLanes]) {
   }
 }
 
-// Hands out a thread's memory in arrays aligned to 64 bytes; from null on it only counts.
-struct Arena {
-  char* next;
-
-  template <class T>
-  T* take(int64_t size) {
-    T* const array = reinterpret_cast<T*>(next);
-    next += round_up(size * sizeof(T), 64);
-    return array;
-  }
-};
-
-// Lists the tokens that a sample's queries see, and returns how many they are.
-inline int64_t list_visible(const MaskedAttentionArgs& a, int64_t sample, int64_t* seen) {
-  int64_t count = 0;
-  for (int64_t token = 0; token < a.tokens; ++token) {
-    if (!a.key_mask || a.key_mask[sample * a.tokens + token]) seen[count++] = token;
-  }
-  return count;
-}
-
-// One head's channels of some tokens.
-template <class T>
-struct Tokens {
-  const T* first;
-  int64_t stride;
-  int64_t head_dim;
-  int64_t count;
-  const int64_t* order;  // null: neighbours
-
-  const T* operator[](int64_t i) const { return first + (order ? order[i] : i) * stride; }
-};
-
-// Asks for a token's channels of the head after this one, so that they come while this one is computed: neighbouring
-// tokens lie pages apart, which hardware does not foresee. After the last head it asks for what nobody wants.
-template <class T>
-inline void fetch_next_head(const T* channels, int64_t head_dim) {
-  const char* const next = reinterpret_cast<const char*>(channels + head_dim);
-  for (int64_t at = 0; at < head_dim * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(next + at, 0, 2);
-}
-
-// Factor a of a sum over channels: [token][word], tokens `step` words apart, a multiple of kLanes.
-template <class Kind>
-void pack_rows(const Tokens<typename Kind::Value>& from, int64_t step, uint32_t* to) {
-  for (int64_t i = 0; i < from.count; ++i) {
-    for (int64_t word = 0; word < step; word += kLanes) {
-      const Words words =
-          Kind::load(read_part<typename Kind::Part>(from[i], word * Kind::kValues, from.head_dim));
-      std::memcpy(to + i * step + word, &words, sizeof words);
-    }
-  }
-}
-
-// Factor b of a sum over channels: [tile][word][token of the tile]. The last token is repeated to the end of its vector.
-template <class Kind>
-void pack_columns(const Tokens<typename Kind::Value>& from, uint32_t* to) {
-  const int64_t depth = from.head_dim / Kind::kValues;
+// B whose depth is channels and whose columns are tokens: [tile of kTile tokens][word][token of the tile].
+//
+//   tile 0:   word 0 of tokens 0 ... kTile - 1
+//             word 1 of tokens 0 ... kTile - 1
+//             ...
+//   tile 1:   word 0 of tokens kTile ... 2 kTile - 1
+//
+// The last token is repeated up to the end of its vector.
+template <class Packing>
+void pack_right_over_channels(const Tokens<typename Packing::Value>& from, uint32_t* to) {
+  const int64_t depth = from.head_dim / Packing::kPerWord;
   for (int64_t token = 0; token < from.count; token += kLanes) {
     uint32_t* const column = to + token / kTile * kTile * depth + token % kTile;
     for (int64_t word = 0; word < depth; word += kLanes) {
-      const int64_t at = word * Kind::kValues;
+      const int64_t at = word * Packing::kPerWord;
       Words rows[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         const auto* const row = from[least(token + i, from.count - 1)];
-        rows[i] = Kind::load(read_part<typename Kind::Part>(row, at, from.head_dim));
+        rows[i] = Packing::to_words(read_part<typename Packing::Part>(row, at, from.head_dim));
       }
       transpose(rows);
-      for (int64_t i = 0; i < least(kLanes, depth - word); ++i) {
-        std::memcpy(column + (word + i) * kTile, &rows[i], sizeof rows[i]);
-      }
+      for (int64_t i = 0; i < least(kLanes, depth - word); ++i) write(column + (word + i) * kTile, rows[i]);
     }
   }
 }
 
-// Factor b of a sum over tokens: [token, or pair of tokens][channel], `width` channels, a multiple of kLanes.
-template <class Kind>
-void pack_sums(const Tokens<typename Kind::Value>& from, int64_t width, uint32_t* to) {
+// B whose depth is tokens and whose columns are channels: [word of one or two tokens][channel], `width` words a row, a
+// multiple of kLanes. A missing second token of the last word is 0, and so are channels past the last one.
+template <class Packing>
+void pack_right_over_tokens(const Tokens<typename Packing::Value>& from, int64_t width, uint32_t* to) {
   const auto load = [&](int64_t i, int64_t at) {
     if (i >= from.count) return Words{};
-    return widen(read_part<Stored<typename Kind::Value>>(from[i], at, from.head_dim));
+    return widen_to_words(read_part<Stored<typename Packing::Value>>(from[i], at, from.head_dim));
   };
-  for (int64_t i = 0; i < from.count; i += Kind::kValues) {
+  for (int64_t i = 0; i < from.count; i += Packing::kPerWord) {
     for (int64_t at = 0; at < width; at += kLanes) {
       Words words = load(i, at);
-      if constexpr (Kind::kValues == 2) words = words >> 16 | load(i + 1, at);
-      std::memcpy(to + i / Kind::kValues * width + at, &words, sizeof words);
+      if constexpr (Packing::kPerWord == 2) words = words >> 16 | load(i + 1, at);
+      write(to + i / Packing::kPerWord * width + at, words);
     }
   }
 }
 
-// One register tile of c = a b, or of c += a b; a by rows, or kTransposed. The template arguments count down to `rows`
-// and `panels`.
-template <class Kind, bool kTransposed, int kR = kRows, int kP = kPanels>
+// One register tile of C = A B, or with `add` of C += A B. A is [row][depth], or with kTransposed [depth][row]. The
+// template arguments kR and kP count down to `rows` and `panels`, so that each tile size has its own unrolled loop.
+template <class Packing, bool kTransposed, int kR = kRows, int kP = kPanels>
 void multiply_tile(int64_t rows, int64_t panels, int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b,
                    int64_t b_stride, float* c, int64_t c_stride, bool add) {
   if constexpr (kR > 1) {
     if (rows < kR) {
-      return multiply_tile<Kind, kTransposed, kR - 1, kP>(rows, panels, depth, a, a_stride, b, b_stride, c, c_stride,
-                                                          add);
+      return multiply_tile<Packing, kTransposed, kR - 1, kP>(rows, panels, depth, a, a_stride, b, b_stride, c, c_stride,
+                                                             add);
     }
   }
   if constexpr (kP > 1) {
     if (panels < kP) {
-      return multiply_tile<Kind, kTransposed, kR, kP - 1>(rows, panels, depth, a, a_stride, b, b_stride, c, c_stride,
-                                                          add);
+      return multiply_tile<Packing, kTransposed, kR, kP - 1>(rows, panels, depth, a, a_stride, b, b_stride, c, c_stride,
+                                                             add);
     }
   }
   Floats sums[kR][kP] = {};
@@ -253,63 +265,29 @@ void multiply_tile(int64_t rows, int64_t panels, int64_t depth, const uint32_t* 
     for (int r = 0; r < kR; ++r) {
       const Words value = (kTransposed ? a[k * a_stride + r] : a[r * a_stride + k]) - Words{};
 #pragma GCC unroll 8
-      for (int p = 0; p < kP; ++p) sums[r][p] = Kind::multiply_add(value, columns[p], sums[r][p]);
+      for (int p = 0; p < kP; ++p) sums[r][p] = Packing::multiply_add(value, columns[p], sums[r][p]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 8
-    for (int p = 0; p < kP; ++p) std::memcpy(c + r * c_stride + p * kLanes, &sums[r][p], sizeof(Floats));
+    for (int p = 0; p < kP; ++p) write(c + r * c_stride + p * kLanes, sums[r][p]);
   }
 }
 
-// c = a b, or c += a b: `rows` rows of `columns` (a multiple of kLanes), b in tiles of kTile columns that lie
-// tile_stride apart; a by rows, or kTransposed.
-template <class Kind, bool kTransposed = false>
+// C = A B, or with `add` C += A B. Strides are in words.
+//
+// Args: columns: a multiple of kLanes. depth: words. b: tiles of kTile columns that lie tile_stride apart, each with rows
+// that lie b_stride apart.
+template <class Packing, bool kTransposed = false>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, int64_t a_stride, const uint32_t* b,
               int64_t b_stride, int64_t tile_stride, float* c, int64_t c_stride, bool add = false) {
   for (int64_t column = 0; column < columns; column += kTile, b += tile_stride) {
     for (int64_t row = 0; row < rows; row += kRows) {
-      multiply_tile<Kind, kTransposed>(least(kRows, rows - row), least(kPanels, (columns - column) / kLanes), depth,
-                                       a + row * (kTransposed ? 1 : a_stride), a_stride, b, b_stride,
-                                       c + row * c_stride + column, c_stride, add);
+      multiply_tile<Packing, kTransposed>(least(kRows, rows - row), least(kPanels, (columns - column) / kLanes), depth,
+                                          a + row * (kTransposed ? 1 : a_stride), a_stride, b, b_stride,
+                                          c + row * c_stride + column, c_stride, add);
     }
-  }
-}
-
-inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
-
-// Folds all lanes into each.
-template <class Fold>
-inline Floats across(Floats v, Fold fold) {
-  const Ints lanes = lane_numbers();
-#pragma GCC unroll 4
-  for (int step = kLanes / 2; step > 0; step /= 2) v = fold(v, __builtin_shuffle(v, lanes ^ step));
-  return v;
-}
-
-// 2^x for x <= 0: relative error 1.5e-7 from a minimax polynomial; 0 below the normal numbers, -inf included.
-inline Floats exp2(Floats x) {
-  constexpr float kRound = 12582912.0f + 127;  // 1.5 * 2^23 leaves the nearest integer in the low bits, here biased
-  const Floats shifted = x + kRound;
-  const Floats f = x - (shifted - kRound);
-  Floats p = fma(broadcast(1.327647245e-03f), f, broadcast(9.675541893e-03f));
-  p = fma(p, f, broadcast(5.550713092e-02f));
-  p = fma(p, f, broadcast(2.402212024e-01f));
-  p = fma(p, f, broadcast(6.931469440e-01f));
-  p = fma(p, f, broadcast(1.000000119e+00f)) * as<Floats>(as<Words>(shifted) << 23);
-  return x < -126.0f ? Floats{} : p;  // a NaN stays
-}
-
-// Sums over tokens, times a factor, as one head of the output has them.
-template <class T>
-inline void write_row(const float* sums, float factor, int64_t head_dim, T* out) {
-  for (int64_t c = 0; c < head_dim; c += kLanes) {
-    const auto values = narrow(read<Floats>(sums + c) * broadcast(factor), out);
-    if (c + kLanes <= head_dim)
-      std::memcpy(out + c, &values, sizeof values);
-    else
-      std::memcpy(out + c, &values, (head_dim - c) * sizeof(T));
   }
 }
 

@@ -105,7 +105,7 @@ DecodeArgs read_arguments(Call& call) {
   args.batch = static_cast<int32_t>(batch);
   args.length = static_cast<int32_t>(length);
   args.codes = static_cast<int32_t>(codes);
-  args.type = static_cast<LogitType>(cond.dtype);
+  args.dtype = cond.dtype;
   args.maskgit = maskgit;
   args.out = out.as<int64_t>();
   args.confidence = confidence.as<float>();
@@ -124,7 +124,7 @@ PyObject* maskgit_decode_step(Call& call) {
   DecodeError error = DecodeError::kNone;
   if (args.batch > 0 && args.length > 0) {
     const WithoutGil released;
-    error = maskgit_decode_cpu(args, threads);
+    error = launch_maskgit_decode(args, threads);
   }
   return PyLong_FromLong(static_cast<long>(error));
 }
@@ -149,7 +149,7 @@ PyObject* maskgit_decode_step_cuda(Call& call) {
   const char* error;
   {
     const WithoutGil released;
-    error = maskgit_decode_cuda(args, stream);
+    error = launch_maskgit_decode_cuda(args, stream);
   }
   if (error) throw std::runtime_error(std::string("maskgit_decode_step: CUDA error: ") + error);
   Py_RETURN_NONE;

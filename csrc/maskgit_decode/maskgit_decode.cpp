@@ -1,4 +1,5 @@
-// MaskGIT decode step on the CPU: rows over OpenMP threads; whoever finishes a sample selects for it.
+// One step of MaskGIT's decoding on the CPU. Masked positions are shared among threads. The thread that draws the last
+// code of a sample selects which of its positions stay masked.
 #include "maskgit_decode/maskgit_decode.h"
 
 #include <omp.h>
@@ -7,24 +8,13 @@
 #include <limits>
 #include <vector>
 
-#include "common/cpu_isa.h"
 #include "maskgit_decode/maskgit_decode_simd.h"
 
 namespace titok {
 namespace {
 
-constexpr int kRowsAtOnce = 4;                // rows that a thread takes at a time
-constexpr int64_t kCodesAlone = 1 << 15;  // up to some 70 us of work no other thread is woken
-
-auto row_kernel() {
-  switch (cpu_isa()) {
-#if defined(__x86_64__)
-    case CpuIsa::kAvx512: return &avx512::draw_code;
-    case CpuIsa::kAvx2: return &avx2::draw_code;
-#endif
-    default: return &generic::draw_code;
-  }
-}
+constexpr int kPositionsAtOnce = 4;           // that a thread takes at a time
+constexpr int64_t kCodesAlone = 1 << 15;  // up to so many (about 70 us of work) one thread is faster than all
 
 DecodeError check(const DecodeArgs& args) {
   const int64_t count = int64_t{args.batch} * args.length;
@@ -47,9 +37,10 @@ DecodeError check(const DecodeArgs& args) {
 
 const void* row_at(const DecodeArgs& args, const void* logits, int64_t offset) {
   if (logits == nullptr) return nullptr;
-  return static_cast<const char*>(logits) + offset * (args.type == LogitType::kFloat32 ? 4 : 2);
+  return static_cast<const char*>(logits) + offset * bytes_of(args.dtype);
 }
 
+// Writes the new tokens of sample b. `drawn` holds the drawn codes, -1 where a token was known.
 void select(const DecodeArgs& args, const DecodeParams& params, int b, const int32_t* drawn) {
   const int64_t base = int64_t{b} * args.length;
   std::vector<uint64_t> keys;
@@ -66,14 +57,15 @@ void select(const DecodeArgs& args, const DecodeParams& params, int b, const int
 
 }  // namespace
 
-DecodeError maskgit_decode_cpu(const DecodeArgs& args, int threads) {
+DecodeError launch_maskgit_decode(const DecodeArgs& args, int threads) {
   const DecodeError error = check(args);
   if (error != DecodeError::kNone) return error;
   const DecodeParams params = args.params_at != nullptr ? *args.params_at : args.params;
-  const auto draw_code = row_kernel();
+  const DrawCode draw_code = for_this_cpu([](auto isa) { return draw_code_kernel(isa); });
   const int64_t count = int64_t{args.batch} * args.length;
-  std::vector<int32_t> drawn(count, -1), missing(args.batch, 0);  // codes still to be drawn, by sample
-  std::vector<int64_t> masked;
+  std::vector<int32_t> drawn(count, -1);
+  std::vector<int32_t> missing(args.batch, 0);  // codes of each sample that are still to be drawn
+  std::vector<int64_t> masked;                  // the masked positions of the batch
   for (int64_t i = 0; i < count; ++i) {
     if (args.tokens[i] == args.mask_token) {
       masked.push_back(i);
@@ -85,20 +77,21 @@ DecodeError maskgit_decode_cpu(const DecodeArgs& args, int threads) {
   for (int b = 0; b < args.batch; ++b) {
     if (missing[b] == 0) select(args, params, b, drawn.data());
   }
-  const int64_t rows = static_cast<int64_t>(masked.size());
-  // One thread or all: libgomp ends the threads that a smaller team leaves idle.
+  const int64_t positions = static_cast<int64_t>(masked.size());
+  // One thread or all: libgomp ends the threads that a smaller team leaves idle. Never more than there are processors or
+  // than PyTorch uses.
   const int most = std::min(threads, std::max(omp_get_max_threads(), omp_get_num_procs()));
-  const int team = rows * args.codes <= kCodesAlone ? 1 : most;
+  const int team = positions * args.codes <= kCodesAlone ? 1 : most;
 
-#pragma omp parallel for schedule(dynamic, kRowsAtOnce) num_threads(team)
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t i = masked[r];
+#pragma omp parallel for schedule(dynamic, kPositionsAtOnce) num_threads(team)
+  for (int64_t p = 0; p < positions; ++p) {
+    const int64_t i = masked[p];
     const int b = static_cast<int>(i / args.length), n = static_cast<int>(i % args.length);
     const int64_t cond =
         row_offset(args.rows, args.cond_rows_count, args.cond_stride_b, args.cond_stride_n, b, n, args.length);
     const int64_t uncond = row_offset(args.uncond_rows, args.uncond_rows_count, args.uncond_stride_b,
                                       args.uncond_stride_n, b, n, args.length);
-    const DecodeRow row = {row_at(args, args.cond, cond), row_at(args, args.uncond, uncond), args.type, args.codes,
+    const DecodeRow row = {row_at(args, args.cond, cond), row_at(args, args.uncond, uncond), args.dtype, args.codes,
                            args.maskgit};
     const DecodeNoise noise = decode_noise(params.seed, params.first_sample + b, params.step, n);
     const DrawnCode code = draw_code(row, params, noise.uniform);

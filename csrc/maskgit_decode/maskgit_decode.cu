@@ -1,4 +1,4 @@
-// Launches the MaskGIT decode step on the GPU.
+// Launches one step of MaskGIT's decoding on the GPU.
 #include <cuda_runtime.h>
 
 #include <climits>
@@ -26,22 +26,20 @@ void launch(const DecodeArgs& args, cudaStream_t stream) {
 }  // namespace
 
 // One launch, no allocation, no synchronisation: fit for capture into a CUDA graph.
-cudaError_t launch_maskgit_decode(const DecodeArgs& args, cudaStream_t stream) {
+const char* launch_maskgit_decode_cuda(const DecodeArgs& args, void* cuda_stream) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   const int64_t blocks = int64_t{args.batch} * args.length;
-  if (blocks == 0) return cudaSuccess;
+  if (blocks == 0) return nullptr;
   if (blocks > INT_MAX || args.length > kMaxTokens || args.codes < 1 || args.codes > kMaxCodes) {
-    return cudaErrorInvalidValue;
+    return cudaGetErrorString(cudaErrorInvalidValue);
   }
-  switch (args.type) {
-    case LogitType::kFloat32: launch<float>(args, stream); break;
-    case LogitType::kBFloat16: launch<BFloat16>(args, stream); break;
-    case LogitType::kFloat16: launch<Float16>(args, stream); break;
+  switch (args.dtype) {
+    case DType::kFloat32: launch<float>(args, stream); break;
+    case DType::kBFloat16: launch<BFloat16>(args, stream); break;
+    case DType::kFloat16: launch<Float16>(args, stream); break;
+    default: return cudaGetErrorString(cudaErrorInvalidValue);
   }
-  return cudaGetLastError();
-}
-
-const char* maskgit_decode_cuda(const DecodeArgs& args, void* stream) {
-  const cudaError_t error = launch_maskgit_decode(args, static_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -1,9 +1,13 @@
-// MaskGIT decode step on the GPU: one block draws the code of one position; the block that finishes a sample last
-// selects which positions stay masked. Device code alone, so that a test can build it for the host too.
+// One step of MaskGIT's decoding on the GPU (titok/ops/maskgit_decode_step.py states the definition). This file holds
+// device code alone, so that tests/cuda_host can build it for the CPU.
 //
-// A row is cut into segments of 256 codes. A warp weighs a segment at a time, a lane eight codes in a row, and leaves
-// the segment's integer sum in shared memory; the search walks the sums, then one segment. Sums of integers have no
-// order, so the drawn code is the CPU's whatever the block.
+// One block draws the code of one position. The block that finishes last in a sample selects which of its positions stay
+// masked.
+//
+// The draw is inverse transform sampling on integers. A row is cut into segments of 256 codes. A warp computes the
+// weights of a segment at a time, eight neighbouring codes in each lane, and leaves their sum in shared memory. The search
+// first walks over these sums, then over the codes of one segment. Sums of integers do not depend on their order, so the
+// drawn code is that of the CPU for every block size.
 #pragma once
 
 #include "common/float16.h"
@@ -12,13 +16,13 @@
 namespace titok {
 
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
-constexpr int kPerLane = 8;
-constexpr int kSegment = 32 * kPerLane;
+constexpr int kPerLane = 8;             // neighbouring codes of a lane
+constexpr int kSegment = 32 * kPerLane;  // codes of a warp
 constexpr uint64_t kNoKey = ~uint64_t{0};
 
 TITOK_HD int segments_of(int codes) { return (codes + kSegment - 1) / kSegment; }
 
-// Bytes of dynamic shared memory: a sum for each segment, later a key for each position.
+// Bytes of dynamic shared memory: first a sum for each segment, later a selection key for each position of the sample.
 TITOK_HD int shared_bytes(const DecodeArgs& args) {
   const int segments = segments_of(args.codes);
   return (segments > args.length ? segments : args.length) * static_cast<int>(sizeof(uint64_t));
@@ -30,18 +34,20 @@ __device__ inline uint64_t* dynamic_shared() {
   return words;
 }
 #else
-uint64_t* dynamic_shared();  // of the host build
+uint64_t* dynamic_shared();  // tests/cuda_host defines it
 #endif
 
-// What the warps of a block exchange. Consecutive exchanges alternate between two slots, so one barrier serves each.
+// Shared memory through which the warps of a block exchange values. Consecutive exchanges alternate between two slots, so
+// that one barrier is enough for each.
 template <int kWarps>
 struct Exchange {
   uint32_t slot[2][kWarps];
-  bool last;
+  bool last;  // whether this block finishes its sample
 };
 
 enum class Fold { kMax, kMin, kSum };
 
+// Folds a value of every thread; all threads get the result. `turn` is the slot to use and changes with each call.
 template <Fold kFold, int kWarps>
 __device__ uint32_t fold_block(uint32_t value, Exchange<kWarps>& exchange, int& turn) {
   const auto fold_warp = [](uint32_t x) {
@@ -62,26 +68,27 @@ __device__ uint32_t fold_block(uint32_t value, Exchange<kWarps>& exchange, int& 
   return value;
 }
 
+// Integers that sort like the floats.
 TITOK_HD uint32_t ordered_bits(float x) { return static_cast<uint32_t>(selection_key(x, 0) >> 12); }
 
 TITOK_HD float from_ordered_bits(uint32_t ordered) {
   return bit_cast<float>(ordered & 0x80000000u ? ordered & 0x7FFFFFFFu : ~ordered);
 }
 
-// Eight logits as they lie in memory.
+// Eight logits as memory holds them.
 template <class T>
 struct alignas(16) RawLogits {
   T value[kPerLane];
 };
 
-// The finite logits of a row, eight at a time.
+// The finite logits y of a row, eight at a time.
 template <class T>
 struct LogitRow {
-  const T* cond;
-  const T* uncond;  // null: no guidance
+  const T* cond;    // (codes)
+  const T* uncond;  // (codes), or null: no guidance
   int codes;
   float guidance, inverse_temperature;
-  bool packed;  // 16-byte loads: both rows are aligned, and eight codes are there or none
+  bool packed;  // loads of 16 bytes: both rows are aligned, and their number of codes is a multiple of eight
 
   __device__ void fetch(const T* from, int first, RawLogits<T>& to) const {
     if (packed) {
@@ -98,7 +105,7 @@ struct LogitRow {
     }
   }
 
-  // y of codes first ...; -inf past the last one, which weighs nothing.
+  // y of codes first ... first + 7; -inf past the last code, whose weight is 0.
   __device__ void finish(int first, const RawLogits<T>& given, const RawLogits<T>& base, float (&y)[kPerLane]) const {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -116,7 +123,7 @@ struct LogitRow {
   }
 };
 
-// Sum over the lanes up to and including this one.
+// Inclusive prefix sum over the lanes of a warp.
 __device__ inline uint64_t running_sum(uint64_t value, int lane) {
   for (int distance = 1; distance < 32; distance *= 2) {
     const uint64_t below = __shfl_up_sync(kAllLanes, value, distance);
@@ -125,7 +132,8 @@ __device__ inline uint64_t running_sum(uint64_t value, int lane) {
   return value;
 }
 
-// The lane that holds the unit `left` of a distribution over lanes; `left` becomes what it is inside that lane.
+// The lane in which unit `left` lies, when lane i holds `own` units after those of the lanes before it. `left` becomes the
+// unit's number inside that lane.
 __device__ inline int find_lane(uint64_t own, uint64_t& left, int lane) {
   const uint64_t until = running_sum(own, lane);
   const int found = __ffs(__ballot_sync(kAllLanes, until > left)) - 1;
@@ -133,12 +141,12 @@ __device__ inline int find_lane(uint64_t own, uint64_t& left, int lane) {
   return found;
 }
 
-// One warp draws the code of a weighed row and writes it down.
+// One warp draws the code of a row from the sums of its segments, and writes the code and its confidence.
 template <class T>
 __device__ void draw(const DecodeArgs& args, const DecodeParams& params, const LogitRow<T>& row, float top,
                      const uint64_t* sums, const DecodeNoise& noise, int64_t at) {
   const int lane = threadIdx.x % 32, segments = segments_of(args.codes);
-  const int each = (segments + 31) / 32;  // segments that a lane looks after
+  const int each = (segments + 31) / 32;  // neighbouring segments whose sums a lane adds up
   uint64_t own = 0;
   for (int i = 0; i < each; ++i) own += lane * each + i < segments ? sums[lane * each + i] : 0;
   const uint64_t total = __shfl_sync(kAllLanes, running_sum(own, lane), 31);
@@ -174,8 +182,8 @@ __device__ void draw(const DecodeArgs& args, const DecodeParams& params, const L
   args.confidence[at] = noisy_confidence(score, noise.gumbel_word, params.noise);
 }
 
-// The whole block draws the code of position n of sample b. kRounds > 0 keeps the row in registers: a warp weighs that
-// many segments; kRounds = 0 reads it once more (from the caches) and takes any number of codes.
+// The whole block draws the code of position n of sample b. With kRounds > 0 the row stays in registers, and a warp has
+// that many segments. With kRounds = 0 the row is read from the caches again, and any number of codes will do.
 template <class T, int kThreads, int kRounds>
 __device__ void decide(const DecodeArgs& args, const DecodeParams& params, int b, int n, uint64_t* sums,
                        Exchange<kThreads / 32>& exchange, int& turn) {
@@ -196,7 +204,7 @@ __device__ void decide(const DecodeArgs& args, const DecodeParams& params, int b
   row.packed = args.codes % kPerLane == 0 &&
                (reinterpret_cast<uintptr_t>(row.cond) | reinterpret_cast<uintptr_t>(row.uncond)) % 16 == 0;
 
-  // All loads of the rows in registers are on their way before the first is used.
+  // All loads of rows that stay in registers are issued before the first is used.
   RawLogits<T> given[kHeld], base[kHeld] = {};
   if (kRounds > 0) {
 #pragma unroll
@@ -259,13 +267,13 @@ __device__ void decide(const DecodeArgs& args, const DecodeParams& params, int b
   }
 }
 
-// The whole block selects for sample b, all of whose codes are drawn: a radix search, bit by bit, for the largest key
-// that stays masked. Keys are unique, so exactly that many stay.
+// The whole block selects the positions of sample b that stay masked, once all its codes are drawn: a radix search, bit by
+// bit, for the largest key among them. Keys are distinct, so exactly the wanted number stays.
 template <int kThreads>
 __device__ void select(const DecodeArgs& args, const DecodeParams& params, int b, uint64_t* keys,
                        Exchange<kThreads / 32>& exchange, int& turn) {
   const int64_t base = int64_t{b} * args.length;
-  const volatile int32_t* drawn = args.drawn + base;  // volatile: other blocks wrote these
+  const volatile int32_t* drawn = args.drawn + base;  // volatile, because other blocks wrote these
   const volatile float* confidence = args.confidence + base;
   uint32_t masked = 0;
   for (int n = threadIdx.x; n < args.length; n += kThreads) {
@@ -278,7 +286,7 @@ __device__ void select(const DecodeArgs& args, const DecodeParams& params, int b
   uint64_t limit = 0;
   uint32_t rank = keep;
   for (int bit = kKeyBits - 1; bit >= 0 && keep > 0; --bit) {
-    uint32_t below = 0;  // keys that start as `limit` does, followed by a 0
+    uint32_t below = 0;  // keys whose higher bits are those of `limit` and whose bit is 0
     for (int n = threadIdx.x; n < args.length; n += kThreads) below += (keys[n] >> bit) == (limit >> bit);
     below = fold_block<Fold::kSum>(below, exchange, turn);
     if (rank == below) {
@@ -297,7 +305,7 @@ __device__ void select(const DecodeArgs& args, const DecodeParams& params, int b
   }
 }
 
-// Grid: batch * length blocks. Dynamic shared memory: shared_bytes(args).
+// Grid: batch * length blocks of kThreads. Dynamic shared memory: shared_bytes(args).
 template <class T, int kThreads, int kRounds>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads) maskgit_decode_kernel(const __grid_constant__ DecodeArgs args) {
   uint64_t* const shared = dynamic_shared();
@@ -306,14 +314,14 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) maskgit_decode_kern
   const int b = blockIdx.x / args.length, n = blockIdx.x % args.length;
   const int64_t at = int64_t{b} * args.length + n;
   DecodeParams params = args.params_at != nullptr ? *args.params_at : args.params;
-  if (!usable_draw_scale(params.draw_scale)) params.draw_scale = 0.0f;  // what lies in device memory came unchecked
+  if (!usable_draw_scale(params.draw_scale)) params.draw_scale = 0.0f;  // device memory came unchecked
   if (args.tokens[at] == args.mask_token) {
     decide<T, kThreads, kRounds>(args, params, b, n, shared, exchange, turn);
   } else if (threadIdx.x == 0) {
     args.drawn[at] = -1;
     args.confidence[at] = bit_cast<float>(0x7F800000u);
   }
-  // The last block of the sample to arrive resets the counter and sees what all the others wrote before they arrived.
+  // The last block of the sample to arrive resets the counter, and sees what the others wrote before they arrived.
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();

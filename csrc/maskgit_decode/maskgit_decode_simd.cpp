@@ -1,66 +1,44 @@
-// Draws one code from one row of logits. Compiled once per instruction set: GCC's vector extensions make the shared
-// templates run on as many lanes as the set has, and integer sums make the order of the lanes irrelevant.
+// Draws one code from one row of logits, compiled once per instruction set.
+//
+// Inverse transform sampling on integers (titok/ops/maskgit_decode_step.py, step 2). The templates of maskgit_decode.h and
+// fixed_math.h run on vectors as wide as the instruction set has. Sums of integers do not depend on their order, so every
+// instruction set draws the same code.
 #include "maskgit_decode/maskgit_decode_simd.h"
 
 #include "common/float16.h"
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
-#if defined(TITOK_ISA_AVX512)
-#define TITOK_LANES 16
-#elif defined(TITOK_ISA_AVX2)
-#define TITOK_LANES 8
-#else
-#define TITOK_LANES 4
-#endif
-
-namespace titok {
-
-typedef float Floats __attribute__((vector_size(TITOK_LANES * 4)));
-typedef int32_t Ints __attribute__((vector_size(TITOK_LANES * 4)));
-typedef uint32_t Words __attribute__((vector_size(TITOK_LANES * 4)));
-typedef uint16_t Halves __attribute__((vector_size(TITOK_LANES * 2)));
+#include "common/simd.h"
 
 template <>
-struct Lanes<Floats> {
-  using Int = Ints;
-  static TITOK_HD Int truncate(Floats x) { return __builtin_convertvector(x, Ints); }
-  static TITOK_HD Floats convert(Words x) { return __builtin_convertvector(bit_cast<Ints>(x), Floats); }
+struct titok::Lanes<titok::TITOK_ISA::Floats> {
+  using Int = TITOK_ISA::Ints;
+  static TITOK_HD Int truncate(TITOK_ISA::Floats x) { return __builtin_convertvector(x, TITOK_ISA::Ints); }
+  static TITOK_HD TITOK_ISA::Floats convert(TITOK_ISA::Words x) {
+    return __builtin_convertvector(bit_cast<TITOK_ISA::Ints>(x), TITOK_ISA::Floats);
+  }
 };
 
-namespace TITOK_ISA {
+namespace titok::TITOK_ISA {
 namespace {
 
-constexpr int kLanes = TITOK_LANES;
-constexpr int kBlock = 512;  // codes whose maximum and sum are remembered, so that the last search stays short
+// Codes whose largest logit and sum of weights are remembered, so that the last search is short.
+constexpr int kBlock = 512;
 constexpr int kBlocks = kMaxCodes / kBlock;
 
-template <class To>
-TITOK_HD To load(const void* from) {
-  To to;
-  memcpy(&to, from, sizeof(to));
-  return to;
-}
+TITOK_HD Floats load_floats(const float* from) { return read<Floats>(from); }
 
-TITOK_HD Floats load_floats(const float* from) { return load<Floats>(from); }
-
-TITOK_HD Floats load_floats(const BFloat16* from) {
-  return bit_cast<Floats>(__builtin_convertvector(load<Halves>(from), Words) << 16);
-}
+TITOK_HD Floats load_floats(const BFloat16* from) { return widen(read<Halves>(from)); }
 
 TITOK_HD Floats load_floats(const Float16* from) {
 #if defined(TITOK_ISA_AVX512)
-  return _mm512_maskz_cvtph_ps(0xFFFF, load<__m256i>(from));
+  return (Floats)_mm512_maskz_cvtph_ps(0xFFFF, read<__m256i>(from));
 #elif defined(TITOK_ISA_AVX2)
-  return _mm256_cvtph_ps(load<__m128i>(from));
+  return (Floats)_mm256_cvtph_ps(read<__m128i>(from));
 #else
-  return widen_float16<Floats>(__builtin_convertvector(load<Halves>(from), Words));
+  return widen_float16<Floats>(__builtin_convertvector(read<Halves>(from), Words));
 #endif
 }
 
-// The finite logits y of a row, a vector at a time; lanes past the last code are -inf, which weighs nothing.
+// The finite logits y of a row, a vector at a time. Lanes past the last code are -inf, whose weight is 0.
 template <class T, bool kGuided>
 class Row {
  public:
@@ -70,7 +48,7 @@ class Row {
         guidance_(params.guidance),
         inverse_temperature_(params.inverse_temperature) {}
 
-  // Calls visit(v, y of codes v ...) over [begin, end), begin a multiple of kLanes.
+  // Calls visit(v, y of codes v ... v + kLanes - 1) over [begin, end); begin is a multiple of kLanes.
   template <class Visit>
   TITOK_HD void each(int begin, int end, Visit visit) const {
     int v = begin;
@@ -107,7 +85,7 @@ TITOK_HD float largest(Floats x) {
   return top;
 }
 
-TITOK_HD int64_t sum(Words x) {
+TITOK_HD int64_t sum_of(Words x) {
   int64_t total = 0;
   for (int i = 0; i < kLanes; ++i) total += x[i];
   return total;
@@ -123,7 +101,7 @@ DrawnCode draw(const DecodeRow& in, const DecodeParams& params, uint64_t uniform
   float top = -__builtin_inff();
   int top_block = 0;
   for (int block = 0; block < blocks; ++block) {
-    Floats most = Floats{} - __builtin_inff();
+    Floats most = broadcast(-__builtin_inff());
     row.each(block * kBlock, end_of(block), [&](int, Floats y) { most = y > most ? y : most; });
     const float block_top = largest(most);
     if (block_top > top) {
@@ -133,7 +111,7 @@ DrawnCode draw(const DecodeRow& in, const DecodeParams& params, uint64_t uniform
   }
 
   DrawnCode drawn = {-1, top};
-  if (params.draw_scale == 0.0f) {
+  if (params.draw_scale == 0.0f) {  // greedy: the first code with the largest logit
     row.each(top_block * kBlock, end_of(top_block), [&](int v, Floats y) {
       for (int i = 0; i < kLanes && drawn.code < 0; ++i) {
         if (y[i] == top) drawn.code = v + i;
@@ -145,24 +123,25 @@ DrawnCode draw(const DecodeRow& in, const DecodeParams& params, uint64_t uniform
   const auto weigh = [&](Floats y) { return bit_cast<Words>(exp_weight((y - top) * params.draw_scale)); };
   int64_t sums[kBlocks], total = 0;
   for (int block = 0; block < blocks; ++block) {
-    // 32-bit lanes hold the sums of the 16-bit halves of a block's weights.
+    // The 16-bit halves of the weights are summed apart, so that 32-bit lanes do not overflow within a block.
     Words low = {}, high = {};
     row.each(block * kBlock, end_of(block), [&](int, Floats y) {
       const Words weight = weigh(y);
       low += weight & 0xFFFFu;
       high += weight >> 16;
     });
-    sums[block] = sum(low) + (sum(high) << 16);
+    sums[block] = sum_of(low) + (sum_of(high) << 16);
     total += sums[block];
   }
 
+  // Searches the cumulative weights: first the block, then the vector, then the lane.
   int64_t left = static_cast<int64_t>(scale_uniform(uniform, static_cast<uint64_t>(total)));
   int block = 0;
   while (left >= sums[block]) left -= sums[block++];
   row.each(block * kBlock, end_of(block), [&](int v, Floats y) {
     if (drawn.code >= 0) return;
     const Words weight = weigh(y);
-    const int64_t all = sum(weight & 0xFFFFu) + (sum(weight >> 16) << 16);
+    const int64_t all = sum_of(weight & 0xFFFFu) + (sum_of(weight >> 16) << 16);
     if (left >= all) {
       left -= all;
       return;
@@ -180,15 +159,15 @@ DrawnCode draw(const DecodeRow& row, const DecodeParams& params, uint64_t unifor
                                                           : draw<T, false>(row, params, uniform);
 }
 
-}  // namespace
-
-DrawnCode draw_code(const DecodeRow& row, const DecodeParams& params, uint64_t uniform) {
-  switch (row.type) {
-    case LogitType::kFloat32: return draw<float>(row, params, uniform);
-    case LogitType::kBFloat16: return draw<BFloat16>(row, params, uniform);
-    default: return draw<Float16>(row, params, uniform);
+DrawnCode draw_for_dtype(const DecodeRow& row, const DecodeParams& params, uint64_t uniform) {
+  switch (row.dtype) {
+    case DType::kBFloat16: return draw<BFloat16>(row, params, uniform);
+    case DType::kFloat16: return draw<Float16>(row, params, uniform);
+    default: return draw<float>(row, params, uniform);
   }
 }
 
-}  // namespace TITOK_ISA
-}  // namespace titok
+}  // namespace
+}  // namespace titok::TITOK_ISA
+
+titok::DrawCode titok::draw_code_kernel(TITOK_ISA::ThisIsa) { return TITOK_ISA::draw_for_dtype; }

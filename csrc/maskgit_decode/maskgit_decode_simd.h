@@ -1,16 +1,17 @@
-// The CPU's row kernel, once per instruction set: csrc/maskgit_decode_simd.cpp.
+// The draw of one code from one row of logits, on the CPU.
 #pragma once
 
+#include "common/cpu_isa.h"
 #include "maskgit_decode/maskgit_decode.h"
 
 namespace titok {
 
 struct DecodeRow {
-  const void* cond;
-  const void* uncond;  // or null
-  LogitType type;
+  const void* cond;    // (codes) dtype
+  const void* uncond;  // (codes) dtype, or null
+  DType dtype;         // float32, bfloat16 or float16
   int32_t codes;
-  bool maskgit;
+  bool maskgit;  // confidence rule "maskgit", else "titok"
 };
 
 struct DrawnCode {
@@ -18,14 +19,10 @@ struct DrawnCode {
   float score;  // confidence without its noise
 };
 
-namespace generic {
-DrawnCode draw_code(const DecodeRow& row, const DecodeParams& params, uint64_t uniform);
-}
-namespace avx2 {
-DrawnCode draw_code(const DecodeRow& row, const DecodeParams& params, uint64_t uniform);
-}
-namespace avx512 {
-DrawnCode draw_code(const DecodeRow& row, const DecodeParams& params, uint64_t uniform);
-}
+// One instruction set's.
+using DrawCode = DrawnCode (*)(const DecodeRow& row, const DecodeParams& params, uint64_t uniform);
+DrawCode draw_code_kernel(Generic);
+DrawCode draw_code_kernel(Avx2);
+DrawCode draw_code_kernel(Avx512);
 
 }  // namespace titok

@@ -12,7 +12,7 @@ RowMatrix check_rows(const TensorArg& matrix, int64_t width) {
   expect_dtype(matrix, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
   expect_shape(matrix, {kAnySize, width});
   expect_dense_last_dimension(matrix);
-  return {matrix.data, static_cast<FloatType>(matrix.dtype), matrix.size(0), matrix.stride(0)};
+  return {matrix.data, matrix.dtype, matrix.size(0), matrix.stride(0)};
 }
 
 PyObject* nearest_codebook(Call& call) {
@@ -20,20 +20,24 @@ PyObject* nearest_codebook(Call& call) {
   const bool normalize = call.boolean("normalize");
   const TensorArg out = call.tensor("out");
 
-  const RowMatrix codes = check_rows(codebook, kAnySize);
-  const int64_t width = codebook.size(1);
-  if (codes.rows < 1 || codes.rows > kMaxCodes || width < 1 || width > kMaxWidth) {
+  NearestCodebookArgs args{};
+  args.codebook = check_rows(codebook, kAnySize);
+  const int64_t codes = codebook.size(0), width = codebook.size(1);
+  if (codes < 1 || codes > kMaxCodes || width < 1 || width > kMaxWidth) {
     raise_value_error("codebook", "shape (V, C) with V in [1, " + std::to_string(kMaxCodes) + "] and C in [1, " +
                                       std::to_string(kMaxWidth) + "]", shape_of(codebook));
   }
-  const RowMatrix rows = check_rows(latents, width);
+  args.latents = check_rows(latents, width);
   expect_dtype(out, {DType::kInt64});
-  expect_shape(out, {rows.rows});
+  expect_shape(out, {latents.size(0)});
   expect_contiguous(out);
-  if (rows.rows == 0) Py_RETURN_NONE;
+  if (latents.size(0) == 0) Py_RETURN_NONE;
+  args.width = static_cast<int32_t>(width);
+  args.normalize = normalize;
+  args.out = out.as<int64_t>();
   {
     const WithoutGil released;
-    launch_nearest_codebook(rows, codes, static_cast<int>(width), normalize, out.as<int64_t>());
+    launch_nearest_codebook(args);
   }
   Py_RETURN_NONE;
 }

@@ -1,19 +1,17 @@
-// The kernels of nearest_codebook for one instruction set (see cpu_isa.h): a register-tiled product of kRows latents
-// by kPanels vectors of codes whose results go straight into running minima, lane by lane.
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
+// The kernels of nearest_codebook, compiled once per instruction set.
+//
+// The nearest code minimises |e|^2 / 2 - z.e, because |z - e|^2 = |z|^2 + 2 (|e|^2 / 2 - z.e). A matrix product in register
+// tiles of kRows latents by kPanels vectors of codes computes these scores, and they go straight into running minima,
+// lane by lane: the matrix of distances is never stored.
+#include "nearest_codebook/nearest_codebook.h"
 
 #include "common/float16.h"
-#include "nearest_codebook/nearest_codebook.h"
 #include "common/simd.h"
 
-namespace titok {
-namespace TITOK_ISA {
+namespace titok::TITOK_ISA {
 namespace {
 
-// Accumulators take most of the registers: 24 of 32 with AVX-512, 12 of 16 with AVX2.
+// Sums take most of the registers: 24 of 32 with AVX-512, 12 of 16 with AVX2.
 #if defined(TITOK_ISA_AVX512)
 constexpr int kRows = 8, kPanels = 3;
 #else
@@ -22,15 +20,8 @@ constexpr int kRows = 6, kPanels = 2;
 constexpr int kTile = kLanes * kPanels;
 static_assert(kRowBlock % kRows == 0, "staged blocks are padded to whole groups of rows");
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNormFloor = 1e-12f;
-
-inline Floats load(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+constexpr float kInfinity = __builtin_inff();
+constexpr float kNormFloor = 1e-12f;  // a smaller norm counts as this
 
 inline Floats square_root(Floats x) {
 #if defined(TITOK_ISA_AVX512)
@@ -38,12 +29,12 @@ inline Floats square_root(Floats x) {
 #elif defined(TITOK_ISA_AVX2)
   return (Floats)_mm256_sqrt_ps((__m256)x);
 #else
-  for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::sqrt(x[lane]);
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
   return x;
 #endif
 }
 
-// Row `row` as float32, `step` floats from channel to channel.
+// Reads a row as float32 and writes its channels `step` floats apart.
 template <class T>
 void widen_row(const RowMatrix& m, int64_t row, int width, int step, float* to) {
   const T* from = static_cast<const T*>(m.data) + row * m.stride;
@@ -51,14 +42,14 @@ void widen_row(const RowMatrix& m, int64_t row, int width, int step, float* to) 
 }
 
 void read_row(const RowMatrix& m, int64_t row, int width, int step, float* to) {
-  switch (m.type) {
-    case FloatType::kFloat32: return widen_row<float>(m, row, width, step, to);
-    case FloatType::kBFloat16: return widen_row<titok::BFloat16>(m, row, width, step, to);
-    case FloatType::kFloat16: return widen_row<Float16>(m, row, width, step, to);
+  switch (m.dtype) {
+    case DType::kBFloat16: return widen_row<BFloat16>(m, row, width, step, to);
+    case DType::kFloat16: return widen_row<Float16>(m, row, width, step, to);
+    default: return widen_row<float>(m, row, width, step, to);
   }
 }
 
-// Eight sums side by side: the same order of additions on every instruction set, and fast on all.
+// Eight sums side by side: fast, and the same order of additions on every instruction set.
 float sum_of_squares(const float* x, int width) {
   float sums[8] = {};
   int c = 0;
@@ -72,64 +63,71 @@ float sum_of_squares(const float* x, int width) {
   return sums[0];
 }
 
-// Reads a row as it is compared, zeros where its sum of squares is not finite; returns whether that is finite.
-bool prepare_row(const RowMatrix& m, int64_t row, int width, bool normalize, float* to) {
-  read_row(m, row, width, 1, to);
+// Reads a latent as it is compared, and returns whether its sum of squares is finite. If not, it reads zeros.
+bool prepare_latent(const NearestCodebookArgs& args, int64_t row, float* to) {
+  const int width = args.width;
+  read_row(args.latents, row, width, 1, to);
   const float squares = sum_of_squares(to, width);
   if (!(squares < kInfinity)) {
     std::memset(to, 0, width * sizeof(float));
     return false;
   }
-  if (normalize) {
-    const float scale = 1 / std::fmax(std::sqrt(squares), kNormFloor);
+  if (args.normalize) {
+    const float norm = __builtin_sqrtf(squares);
+    const float scale = 1 / (norm > kNormFloor ? norm : kNormFloor);
     for (int c = 0; c < width; ++c) to[c] *= scale;
   }
   return true;
 }
 
-void pack(const RowMatrix& codebook, int width, bool normalize, int64_t first_tile, int64_t tiles, float* packed) {
-  for (int64_t t = first_tile; t < first_tile + tiles; ++t, packed += static_cast<int64_t>(width + 1) * kTile) {
-    const int codes = static_cast<int>(std::min<int64_t>(kTile, codebook.rows - t * kTile));
-    if (codes < kTile) std::fill(packed, packed + static_cast<int64_t>(width + 1) * kTile, kInfinity);
+void pack(const NearestCodebookArgs& args, int64_t first_tile, int64_t tiles, float* packed) {
+  const int width = args.width;
+  const int64_t tile_floats = static_cast<int64_t>(width + 1) * kTile;
+  for (int64_t t = first_tile; t < first_tile + tiles; ++t, packed += tile_floats) {
+    const int64_t left = args.codebook.rows - t * kTile;
+    const int codes = static_cast<int>(left < kTile ? left : kTile);
+    if (codes < kTile) {
+      for (int64_t i = 0; i < tile_floats; ++i) packed[i] = kInfinity;
+    }
     for (int lane = 0; lane < codes; ++lane) {
-      read_row(codebook, t * kTile + lane, width, kTile, packed + kTile + lane);
+      read_row(args.codebook, t * kTile + lane, width, kTile, packed + kTile + lane);
     }
     for (int p = 0; p < kPanels; ++p) {
       float* const half_squares = packed + p * kLanes;
       Floats squares = {};
       for (int c = 1; c <= width; ++c) {
-        const Floats x = load(half_squares + c * kTile);
+        const Floats x = read<Floats>(half_squares + c * kTile);
         squares = fma(x, x, squares);
       }
       const Ints usable = squares < kInfinity;  // false for NaN and for the padding
-      Floats scale = -1.0f - Floats{};
-      if (normalize) {
+      Floats scale = broadcast(-1.0f);
+      if (args.normalize) {
         const Floats norm = square_root(squares);
-        scale /= norm > kNormFloor ? norm : kNormFloor - Floats{};
+        scale /= norm > kNormFloor ? norm : broadcast(kNormFloor);
       }
       Floats scaled_squares = {};
       for (int c = 1; c <= width; ++c) {
-        const Floats x = usable ? load(half_squares + c * kTile) * scale : Floats{};
+        const Floats x = usable ? read<Floats>(half_squares + c * kTile) * scale : Floats{};
         scaled_squares = fma(x, x, scaled_squares);
-        store(half_squares + c * kTile, x);
+        write(half_squares + c * kTile, x);
       }
-      store(half_squares, usable ? scaled_squares / 2 : kInfinity - Floats{});
+      write(half_squares, usable ? scaled_squares / 2 : broadcast(kInfinity));
     }
   }
 }
 
-// The lowest score that each lane of a row has met, and the first code of the vector where it did.
+// For each lane the lowest score that a latent has met, and the first code of the vector where it did.
 struct Running {
   Floats score;
   Ints code;
 };
 
-// kRows latents against one tile. The scores live in registers only.
+// Compares kRows latents with one tile. The scores live in registers only.
 inline void search_tile(const float* latents, int width, const float* tile, int32_t first_code, Running* running) {
   Floats scores[kRows][kPanels];
 #pragma GCC unroll 8
   for (int p = 0; p < kPanels; ++p) {
-    const Floats half_squares = load(tile + p * kLanes);
+    const Floats half_squares = read<Floats>(tile + p * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) scores[r][p] = half_squares;
   }
@@ -137,10 +135,10 @@ inline void search_tile(const float* latents, int width, const float* tile, int3
     tile += kTile;
     Floats codes[kPanels];
 #pragma GCC unroll 8
-    for (int p = 0; p < kPanels; ++p) codes[p] = load(tile + p * kLanes);
+    for (int p = 0; p < kPanels; ++p) codes[p] = read<Floats>(tile + p * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Floats value = latents[r * width + c] - Floats{};
+      const Floats value = broadcast(latents[r * width + c]);
 #pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p) scores[r][p] = fma(value, codes[p], scores[r][p]);
     }
@@ -151,7 +149,7 @@ inline void search_tile(const float* latents, int width, const float* tile, int3
     Ints code = running[r].code;
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
-      const Ints lower = scores[r][p] < score;  // strictly: of equal scores the earliest code stays
+      const Ints lower = scores[r][p] < score;  // strictly, so that the first of equal scores stays
       score = lower ? scores[r][p] : score;
       code = lower ? first_code + p * kLanes - Ints{} : code;
     }
@@ -163,16 +161,17 @@ int64_t scratch_bytes(int width) {
   return kRowBlock * static_cast<int64_t>(sizeof(Running) + (width + 1) * sizeof(float));
 }
 
-void search(const RowMatrix& latents, int width, bool normalize, int64_t first_row, int rows, const float* packed,
-            int64_t tiles, int64_t first_code, void* scratch, float* scores, int32_t* codes) {
-  Running* running = static_cast<Running*>(scratch);
-  float* staged = reinterpret_cast<float*>(running + kRowBlock);
+void search(const NearestCodebookArgs& args, int64_t first_row, int rows, const float* packed, int64_t tiles,
+            int64_t first_code, void* scratch, float* scores, int32_t* codes) {
+  const int width = args.width;
+  Running* running = static_cast<Running*>(scratch);               // (kRowBlock)
+  float* staged = reinterpret_cast<float*>(running + kRowBlock);  // (kRowBlock, width)
   bool finite[kRowBlock];
   const int groups = (rows + kRows - 1) / kRows;
   for (int r = 0; r < groups * kRows; ++r) {
-    running[r] = {kInfinity - Floats{}, Ints{}};
+    running[r] = {broadcast(kInfinity), Ints{}};
     if (r < rows) {
-      finite[r] = prepare_row(latents, first_row + r, width, normalize, staged + r * width);
+      finite[r] = prepare_latent(args, first_row + r, staged + r * width);
     } else {
       std::memset(staged + r * width, 0, width * sizeof(float));
     }
@@ -200,9 +199,9 @@ void search(const RowMatrix& latents, int width, bool normalize, int64_t first_r
   }
 }
 
+constexpr NearestCodebookKernels kKernels = {kTile, pack, scratch_bytes, search};
+
 }  // namespace
+}  // namespace titok::TITOK_ISA
 
-extern const NearestCodebookKernels kNearestCodebook = {kTile, pack, scratch_bytes, search};
-
-}  // namespace TITOK_ISA
-}  // namespace titok
+const titok::NearestCodebookKernels& titok::nearest_codebook_kernels(TITOK_ISA::ThisIsa) { return TITOK_ISA::kKernels; }

@@ -1,4 +1,4 @@
-"""The benchmarks' commands from end to end, on models that take no time."""
+"""The benchmark commands from end to end, on models so small that a call takes milliseconds."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
-from benchmarks import _ladder, _sides, _tables, dit, engine, plot, speedup
-from benchmarks._results import Results
+from benchmarks import bench_dispatch, engine, roofline, speedup
+from benchmarks.baselines import dit
+from benchmarks.harness import ceilings, comparison, ladder, measures, rivals, sides, tables
+from benchmarks.harness.models import Models
+from benchmarks.harness.results import Results, read
 from titok import MaskGITVQGAN, config
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
+from titok.inference import onednn
 
 
 @pytest.fixture(autouse=True)
 def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """ "tiny-8" as the presets of 8 steps, "tiny-64" as those of 64; both 64 pixels wide."""
+    """Presets "tiny-8" and "tiny-64", with so many steps, for pictures of 64 pixels."""
     vit = ViTConfig(width=32, layers=2, heads=2, patch_size=32)
     proxy = VQGANConfig(hidden_channels=32, channel_multipliers=(1, 1, 1, 1, 1), codebook_size=16, code_dim=8)
     tokenizer = TokenizerConfig(64, vit, vit, 5, 6, 20, head="proxy", proxy=proxy, pixel_decoder=True)
@@ -33,35 +36,35 @@ def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(config.TOKENIZER_PRESETS, name, tokenizer)
         monkeypatch.setitem(config.GENERATOR_PRESETS, name, generator)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other take longer than such products, on a busy machine
-    monkeypatch.setitem(speedup.CEILING_SIZES, "cpu", (64, 1 << 10))
-    monkeypatch.setitem(_sides.PRESETS, 512, ("tiny-8", "tiny-64"))
+    torch.set_num_threads(1)  # on a busy machine, waking a second thread takes longer than these products
+    monkeypatch.setitem(ceilings.SIZES, "cpu", (64, 1 << 10))
+    monkeypatch.setitem(sides.PRESETS, 512, ("tiny-8", "tiny-64"))
     yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def tiny_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer of DiT and a narrow VAE, a narrow MaskGIT and VQGAN, all at 64 pixels whatever is asked for."""
+    """DiT of one layer, and narrow VAE, MaskGIT and VQGAN; all of them for 64 pixels, whatever is asked for."""
     pytest.importorskip("diffusers")
-    real_dit, real_maskgit = dit.DiT, _sides.maskgit
+    real_dit, real_maskgit = dit.DiT, rivals.maskgit_side
     monkeypatch.setattr(dit, "TRANSFORMER", {**dit.TRANSFORMER, "num_layers": 1, "attention_head_dim": 4})
     monkeypatch.setattr(dit, "VAE", {**dit.VAE, "block_out_channels": [32] * 4, "layers_per_block": 1})
     monkeypatch.setattr(dit, "DiT", lambda resolution, *rest, **more: real_dit(64, *rest, **more))
-    monkeypatch.setitem(_sides.PAPER, ("maskgit", 64), None)
+    monkeypatch.setitem(sides.PAPER, ("maskgit", 64), None)
 
-    def maskgit(resolution: int, *rest: Any) -> _sides.Side:
+    def maskgit(resolution: int, *rest: Any) -> sides.Side:
         size = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32}
         with monkeypatch.context() as narrow:
-            narrow.setattr(_sides, "GeneratorConfig", partial(GeneratorConfig, **size))
-            narrow.setattr(_sides, "MaskGITVQGAN", lambda: MaskGITVQGAN(VQGANConfig(hidden_channels=32)))
+            narrow.setattr(rivals, "GeneratorConfig", partial(GeneratorConfig, **size))
+            narrow.setattr(rivals, "MaskGITVQGAN", lambda: MaskGITVQGAN(VQGANConfig(hidden_channels=32)))
             return real_maskgit(64, *rest)
 
-    monkeypatch.setattr(_sides, "maskgit", maskgit)
+    monkeypatch.setattr(rivals, "maskgit_side", maskgit)
 
 
 def rows(path: Path, bench: str) -> list[dict[str, Any]]:
-    return _tables.of(list(_tables.read([path])), bench)
+    return measures.select(read([path]), bench)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -71,21 +74,21 @@ def test_engine_against_published(dtype: str, tmp_path: Path, capsys: pytest.Cap
     engine.main([*common, "--batch", "1", "3"])
     engine.main([*common, "--batch", "2", "--stages"])
     one, three, stages = rows(path, "engine")
-    sides = ["native", "autocast", "titok"] if dtype == "bf16" else ["native", "titok"]
-    assert list(three["samples_s"]) == ["mm", "copy", *sides]
+    names = ["native", "autocast", "titok"] if dtype == "bf16" else ["native", "titok"]
+    assert list(three["samples_s"]) == ["mm", "copy", *names]
     assert {len(samples) for samples in one["samples_s"].values()} >= {3}
     assert [name for name in stages["work"] if ": " in name] == [
-        f"{s}: {stage}" for s in sides for stage in engine.STAGES
+        f"{s}: {stage}" for s in names for stage in engine.STAGES
     ]
-    for name in sides:
+    for name in names:
         parts = [stages["work"][f"{name}: {stage}"] for stage in ("generator", "both decoders")]
         assert sum(parts) == one["work"][name]
-    header, cells = engine.table(three)
+    header, cells = tables.engine_table(three)
     assert [line[-1] for line in cells][-1] == ""
     assert all(line[-1].endswith(")") for line in cells[:-1])
     assert {len(line) for line in cells} == {len(header)}
     assert "torch.mm in the same rounds" in capsys.readouterr().out
-    written = plot.tables(list(_tables.read([path])))
+    written = tables.all_tables(read([path]))
     assert f"tiny-8, {dtype}, batch 3" in written
     assert "| titok: both decoders |" in written
 
@@ -93,7 +96,7 @@ def test_engine_against_published(dtype: str, tmp_path: Path, capsys: pytest.Cap
 def test_ratio_is_the_median_of_the_rounds() -> None:
     samples = {"mm": [1.0] * 3, "native": [2.0, 8.0, 3.0], "titok": [1.0, 2.0, 2.0]}
     record = {"samples_s": samples, "case": {"batch": 4}, "work": {"mm": 8.0, "native": 3.0, "titok": 2.0}}
-    native, ours = engine.table(record)[1]
+    native, ours = tables.engine_table(record)[1]
     assert native[1:] == ["1.33", "0.5-2", "750", "0", "50%", "2.00x (1.50-4.00)"]
     assert ours[1:] == ["2", "2-4", "500", "0", "50%", ""]
 
@@ -129,13 +132,13 @@ def test_headline(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny_rivals")
-def test_steps_can_be_run_whole_and_rows_left_out(
+def test_all_steps_can_be_run_and_rows_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "r.jsonl"
     common = ["--device", "cpu", "--seconds", "0.01", "--batches", "1", "--out", str(path)]
     speedup.main([*common, "--whole", "--steps", "3", "--rows", "dit,tiny-64"])
-    assert [(r["case"]["note"], max(r["whole"].values())) for r in rows(path, "speedup")] == [("", 1)] * 3
+    assert [(r["case"]["note"], max(r["calls"].values())) for r in rows(path, "speedup")] == [("", 1)] * 3
     monkeypatch.setattr(dit, "why_not", lambda: "diffusers is not installed")
     speedup.main([*common, "--rows", "dit,tiny-8"])
     assert "left out: DiT-XL/2 bf16, SDPA (diffusers is not installed)" in capsys.readouterr().out
@@ -145,33 +148,44 @@ def test_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.jsonl"
     speedup.main(["--device", "cpu", "--ladder", "tiny-64", "--seconds", "0.01", "--out", str(path)])
     found = rows(path, "ladder")
-    assert [r["case"]["name"] for r in found][-1] == "titok"
-    assert {r["whole"]["step"] for r in found} == {64}
+    assert [r["case"]["name"] for r in found][-1] == "packed weights: titok"
+    assert {r["calls"]["step"] for r in found} == {64}
     shown = capsys.readouterr().out
     assert all(row["case"]["name"] in shown for row in found)
-    assert len(found) == 9
+    assert len(found) == 8
 
 
 def test_every_rung_runs_and_costs_what_the_formula_says() -> None:
-    def models(preset: str, dtype: torch.dtype) -> _sides.Models:
-        return _sides.Models(preset, dtype, "cpu", whole=True)
+    def models(preset: str, dtype: torch.dtype) -> Models:
+        return Models(preset, dtype, "cpu", all_steps=True)
 
-    for name, make in _ladder.rungs("tiny-8", torch.bfloat16, models).items():
+    for name, make in ladder.rungs("tiny-8", torch.bfloat16, models).items():
         side = make()
         pictures = side.parts["generate"].prepare(2)()
         assert (pictures.shape, pictures.dtype) == ((2, 64, 64, 3), torch.uint8), name
-        counted = speedup.count(side)
-        side.settle(counted)
-        # Folded upsampling computes a row and a column too many, which counts on maps of 4 to 32 pixels.
+        counted = side.count_flops()
+        side.choose_formula(counted)
+        # Folded upsampling computes one more row and column than the map has, which matters for maps of 4 to 32
+        # pixels.
         assert counted == pytest.approx(side.flops, rel=0.1 if side.folded_flops == side.flops else 1e-9), name
+
+
+def test_rungs_before_the_last_do_without_layouts() -> None:
+    x = torch.randn(2, 4)
+    with ladder.equal_memory():
+        usual = onednn.available(x)
+    with ladder.equal_memory_without_layouts():
+        assert not onednn.available(x)
+    with ladder.equal_memory():
+        assert onednn.available(x) == usual == torch.backends.mkldnn.is_available()
 
 
 @pytest.mark.parametrize(
     ("seconds_a_call", "tried"),
     [
-        ({1: 1.0, 2: 1.5, 4: 3.0, 8: 6.0}, [1, 2, 4]),  # 4 brings nothing
+        ({1: 1.0, 2: 1.5, 4: 3.0, 8: 6.0}, [1, 2, 4]),  # batch 4 is no faster than batch 2
         ({1: 1.0, 2: 1.1, 4: 1.3, 8: 1.4}, [1, 2, 4, 8]),
-        ({1: 16.0, 2: 16.0, 4: 16.0, 8: 16.0}, [1]),  # a call at batch 2 may take 32 s of the 60
+        ({1: 16.0, 2: 16.0, 4: 16.0, 8: 16.0}, [1]),  # a call at batch 2 might take 32 s, more than half of 60 s
     ],
 )
 def test_sweep_ends_by_itself(
@@ -188,13 +202,34 @@ def test_sweep_ends_by_itself(
 
         return call
 
-    monkeypatch.setattr(speedup.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(speedup.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(comparison.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
     arguments = speedup.parser().parse_args(["--device", "cpu", "--seconds", "60"])
-    bench = speedup.Bench(arguments, Results(tmp_path / "r.jsonl"), Console())
-    bench.progress, bench.task = Progress(console=bench.console), 0
-    bench.task = bench.progress.add_task("", total=None)
-    side = _sides.Side("s", "f", 1, 1, 1, 1, 1, {"all": _sides.Part(prepare)}, [])
-    best = bench._sweep(side, {})
+    compared = comparison.Comparison(arguments, Results(tmp_path / "r.jsonl"), Console())
+    side = sides.Side("s", "f", 1, 1, 1, 1, 1, {"all": sides.Part(prepare)}, [])
+    best = compared.best_batch(side)
     assert asked == tried
     assert best == max(tried, key=lambda batch: batch / seconds_a_call[batch])
+
+
+def test_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.jsonl"
+    roofline.main(["--preset", "tiny-8", "--device", "cpu", "--seconds", "0.01", "--out", str(path)])
+    (row,) = rows(path, "roofline")
+    parts, (total,) = measures.stages(row)[:-1], measures.stages(row)[-1:]
+    assert [stage["stage"] for stage in parts] == ["encoder", "generator", "decoder", "pixel decoder"]
+    assert total["flops"] == sum(stage["flops"] for stage in parts[1:])
+    assert "could save, ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", bench_dispatch.cases("cpu"))
+def test_dispatched_calls_reach_the_registered_op(op: str) -> None:
+    call = bench_dispatch.cases("cpu")[op]
+
+    def through_dispatcher(run: Any) -> bool:
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            run()
+        return any(event.name.startswith(f"titok::{op}") for event in profile.events())
+
+    assert through_dispatcher(partial(bench_dispatch.dispatched, call))
+    assert not through_dispatcher(call)

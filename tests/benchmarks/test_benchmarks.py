@@ -1,20 +1,23 @@
-"""Tables, regression check, profiles and documented commands of the benchmarks, without timing anything."""
+"""Tables, plots, regression check, profiles and documented commands; nothing is measured."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import mmap
 import re
 import shlex
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import _sides, _tables, plot, profile, regression, roofline, speedup
-from benchmarks._memory import peak_growth
-from benchmarks._results import Results
+from benchmarks import gpu, plot, profile, regression, speedup
+from benchmarks.harness import measures, sides, tables
+from benchmarks.harness.memory import peak_growth
+from benchmarks.harness.results import Results, read
 from titok import profiling
 from titok.kernels import aot
 
@@ -26,27 +29,27 @@ DOCUMENTS = [
 ]
 
 
-def side_row(results: Results, name: str, family: str, samples, whole, **case):
+def side_row(results: Results, name: str, family: str, samples, calls, **case):
     case = {
-        "name": name, "family": family, "resolution": 512, "dtype": "bf16", "device": "cpu", "batch": 2, "tokens": 64,
-        "steps": 8, "parameters": 10**6, "note": "", "paper": None, **case,
+        "name": name, "family": family, "resolution": 512, "dtype": "bf16", "device": "cpu", "batch": 2,
+        "tokens": 64, "steps": 8, "parameters": 10**6, "note": "", "paper": None, **case,
     }  # fmt: skip
     return results.row(
-        "speedup", case, samples, whole=whole, bare={"step": whole["step"]}, flops=4e9, bare_flops=3e9,
-        flops_counted=4e9, peak_bytes=2e9,
+        "speedup", case, samples, calls=calls, calls_without_pixels={"step": calls["step"]}, flops=4e9,
+        flops_without_pixels=3e9, flops_counted=4e9, peak_bytes=2e9,
     )  # fmt: skip
 
 
 @pytest.fixture
 def file(tmp_path):
-    """A result file of two sides, one "250 x one step", and of a stage table."""
+    """A results file with DiT as 250 times one step, one side of titok, and the stages of a preset."""
     results = Results(tmp_path / "r.jsonl")
     results.row("ceiling", {"dtype": "bf16"}, {"mm": [0.5], "copy": [0.1]}, work={"mm": 1e12, "copy": 1e9})
     dit = side_row(
-        results, "DiT-XL/2 bf16", "dit", {"step": [2.0, 2.0, 4.0], "pixels": [10.0] * 3}, {"step": 250, "pixels": 1},
-        steps=250, tokens=1024,
+        results, "DiT-XL/2 bf16", "dit", {"step": [2.0, 2.0, 4.0], "pixels": [10.0] * 3},
+        {"step": 250, "pixels": 1}, steps=250, tokens=1024,
     )  # fmt: skip
-    results.write(_sides.fewer_steps(dit, 50))
+    results.write(sides.fewer_steps(dit, 50))
     side_row(
         results,
         "titok-l-64-512",
@@ -63,37 +66,46 @@ def file(tmp_path):
 
 
 def test_repeated_parts_are_multiplied(file):
-    dit, fifty, ours = _tables.of(list(_tables.read([file])), "speedup")
-    assert _tables.seconds(dit) == (250 * 2 + 10, 250 * 2 + 10, 250 * 4 + 10)
-    assert _tables.rate(dit)[0] == 2 / 510
-    assert _tables.rate(dit, "bare")[0] == 2 / 500
-    assert _tables.rate(fifty)[0] == 2 / 110
+    dit, fifty, ours = measures.select(read([file]), "speedup")
+    assert measures.seconds(dit) == (250 * 2 + 10, 250 * 2 + 10, 250 * 4 + 10)
+    assert measures.rate(dit)[0] == 2 / 510
+    assert measures.rate(dit, "calls_without_pixels")[0] == 2 / 500
+    assert measures.rate(fifty)[0] == 2 / 110
     assert fifty["flops"] == 3e9 / 5 + 1e9
-    assert _tables.rate(ours)[0] == 1.0
+    assert measures.rate(ours)[0] == 1.0
 
 
 def test_headline_table_has_ratios_to_each_rival(file):
-    header, cells = _tables.speedup_table(list(_tables.read([file])))
+    header, cells = tables.speedup_table(read([file]))
     assert [len(line) for line in cells] == [len(header)] * 3
     ours = dict(zip(header, cells[-1], strict=True))
     assert ours["x bf16 (250)"] == "255"
     assert ours["x bf16 (50)"] == "55"
     assert ours["of mm"] == "0%"  # 4 GFLOP a second of 2,000
     assert dict(zip(header, cells[0], strict=True))["x bf16 (250)"] == "1"
-    assert "255" in plot.tables(list(_tables.read([file])))
+    assert "255" in tables.all_tables(read([file]))
 
 
 def test_floors(file):
-    (record,) = _tables.of(list(_tables.read([file])), "roofline")
-    encoder, generator = roofline.rows(record)
+    (record,) = measures.select(read([file]), "roofline")
+    encoder, generator = measures.stages(record)
     assert (encoder["floor_s"], encoder["bound"], encoder["gap"]) == (0.5, "arithmetic", 2.0)
     assert (generator["floor_s"], generator["bound"], generator["gap"]) == (1.0, "memory", 3.0)
 
 
-def test_pictures_from_the_file_alone(file, tmp_path):
-    written = plot.draw(list(_tables.read([file])), tmp_path / "figures")
-    assert {path.stem for path in written} == {"speed_against_flops", "cost_against_tokens", "stages"}
+def test_plots_come_from_the_file_alone(file, tmp_path, capsys):
+    everything = ["--plots", *plot.PLOTS, "--out", str(tmp_path / "plots")]
+    plot.main([str(file), *everything])
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert {path.stem for path in written} == {"speed", "tokens", "stages"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_plots_go_where_the_documents_show_them():
+    arguments = plot.parser().parse_args([])
+    shown = re.findall(r"!\[[^]]*\]\((\w+)\.png\)", (ROOT / "docs/performance.md").read_text())
+    assert sorted(shown) == sorted(arguments.plots)
+    assert arguments.out == ROOT / "docs"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +113,7 @@ def test_pictures_from_the_file_alone(file, tmp_path):
     [(None, "-"), (0, "0"), (409.6, "410"), (4.096, "4.1"), (0.04096, "0.041"), (12345, "12,300")],
 )
 def test_numbers(value, text):
-    assert _tables.number(value) == text
+    assert tables.number(value) == text
 
 
 def saved(path: Path, calibration: float, times: dict[str, float]) -> Path:
@@ -113,8 +125,8 @@ def saved(path: Path, calibration: float, times: dict[str, float]) -> Path:
 
 def test_regression_check_is_by_ratio_to_the_calibration(tmp_path, capsys):
     before = saved(tmp_path / "a.json", 1.0, {"decode": 10.0, "encode": 4.0, "gone": 1.0})
-    twice_as_slow_a_machine = saved(tmp_path / "b.json", 2.0, {"decode": 20.0, "encode": 8.4})
-    assert regression.main([str(before), str(twice_as_slow_a_machine)]) == 0
+    machine_of_half_the_speed = saved(tmp_path / "b.json", 2.0, {"decode": 20.0, "encode": 8.4})
+    assert regression.main([str(before), str(machine_of_half_the_speed)]) == 0
     slower = saved(tmp_path / "c.json", 2.0, {"decode": 20.0, "encode": 10.0})
     assert regression.main([str(before), str(slower)]) == 1
     assert "1.25x" in capsys.readouterr().out.splitlines()[3]
@@ -125,7 +137,10 @@ def test_regression_check_is_by_ratio_to_the_calibration(tmp_path, capsys):
 
 
 def test_memory_of_a_piece_of_work():
-    growth = peak_growth(lambda: mmap.mmap(-1, 1 << 26).write(bytes(1 << 26)), "cpu")  # past the allocator's pools
+    def work():
+        mmap.mmap(-1, 1 << 26).write(bytes(1 << 26))  # a mapping of its own, so that no memory is reused
+
+    growth = peak_growth(work, "cpu")
     assert growth is None or growth > 1 << 25
 
 
@@ -155,9 +170,10 @@ def test_profile_on_a_cpu_writes_a_trace(tmp_path):
     )
 
 
-def test_kernel_filter_names_our_kernels():
+def test_kernel_filter_names_the_kernels_of_this_repository():
     names = profile.kernel_names()
-    compiled = [v.kernel for module in aot.modules([]) for v in aot._module(module).aot_variants()]
+    modules = [importlib.import_module(f"titok.kernels.{name}") for name in aot.modules([])]
+    compiled = [variant.kernel for module in modules for variant in module.aot_variants()]
     assert {kernel.__name__ for kernel in compiled} | {"maskgit_decode_kernel"} == set(names)
     line = profile.command_lines(profile.parser().parse_args(["--target", "generate"]))["ncu"]
     (pattern,) = [word.removeprefix("--kernel-name=regex:") for word in line if word.startswith("--kernel-name")]
@@ -188,7 +204,7 @@ OPTIONS = {
 
 
 def parse(command: str) -> bool:
-    """Whether `command` runs a benchmark; its arguments, and those of the profiler around it, must be known."""
+    """Whether `command` runs a benchmark. Fails if it, or a profiler around it, is given an unknown option."""
     words = shlex.split(command, comments=True)
     if words[:1] in (["nsys"], ["ncu"]) and "-m" in words:
         inner = words.index("python")
@@ -220,7 +236,7 @@ def test_documented_commands_parse():
     own = [c for c in found if "<" not in c and "[" not in c and not re.search(r"\.bench_(?!models)", c)]
     checked = [command for command in own if parse(command)]
     words = {word for command in checked for word in shlex.split(command, comments=True)}
-    commands = {"engine", "plot", "profile", "regression", "roofline", "speedup"}
+    commands = {"engine", "gpu", "plot", "profile", "regression", "report", "roofline", "speedup"}
     assert words >= {"nsys", "ncu", *(f"benchmarks.{name}" for name in commands)}
 
 
@@ -238,7 +254,50 @@ def test_rows_can_be_chosen():
         "folded upsampling",
         "fused ops",
         "fused decode",
-        "weights laid out",
-        "titok",
+        "packed weights: titok",
     ]
     assert list(speedup.rows(ladder)) == rungs
+
+
+def test_makefile_runs_every_op_benchmark():
+    makefile = (ROOT / "Makefile").read_text()
+    (listed,) = re.findall(r"^OPS := (.*)$", makefile, re.MULTILINE)
+    assert tuple(listed.split()) == gpu.OPS
+    others = {"bench_dispatch", "bench_models"}
+    found = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} - others
+    assert found == {f"bench_{op}" for op in gpu.OPS}
+
+
+def test_benchmarks_use_public_names_only():
+    """No private module or name of titok or of another benchmark, and nothing that patches them."""
+    found = []
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("titok", "benchmarks"):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                module = getattr(node, "module", None) or ""
+                assert "mock" not in [*module.split("."), *(alias.name for alias in node.names)], path
+            found += [f"{path.name}: {name}" for name in names if re.match("_(?!_)", name)]
+    assert not found
+
+
+def test_parts_of_the_gpu_run_end_in_verdicts(tmp_path, capsys):
+    log = tmp_path / "gpu.log"
+    with log.open("w") as file:
+        runner = gpu.Runner(minutes=1, log=file)
+        for name, code in (("fine", "print('hello')"), ("broken", "raise SystemExit(3)")):
+            runner.run(name, [sys.executable, "-c", code], limit=30)
+        assert runner.failed()
+        runner.run("slow", [sys.executable, "-c", "import time; time.sleep(30)"], limit=0.5)
+        runner.verdicts["speedup"] = f"{gpu.NOT_INSTALLED}: rich"
+    assert runner.verdicts == {
+        "fine": "ok",
+        "broken": "exit status 3",
+        "slow": "stopped after 0 s",
+        "speedup": "not installed: rich",
+    }
+    assert "hello" in log.read_text()
+    assert "hello" in capsys.readouterr().out
+    assert 0 < runner.left() < 60

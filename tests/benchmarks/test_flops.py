@@ -1,4 +1,4 @@
-"""Formulas of `benchmarks.flops` against PyTorch's own count of what the models really run, on the meta device."""
+"""The FLOP formulas against what `torch.utils.flop_counter` counts in the models, mostly on the meta device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import flops
+from benchmarks.harness import flops
 from titok import GeneratorConfig, MaskGIT, SamplingConfig, TiTok, TokenizerConfig, engine, sample_tokens
 from titok.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, VQGANConfig
 from titok.models.vqgan import VQGANDecoder
@@ -66,7 +66,7 @@ def test_generator_presets_pass(name):
     ("guidance_schedule", "labels", "steps"),
     [("constant", [3, 1, 3], 4), ("linear", [2, 2, 2], 4), ("linear", [0, 1], 14)],
 )
-def test_generate_knows_what_the_loop_saves(guidance_schedule, labels, steps):
+def test_generate_counts_what_the_loop_computes(guidance_schedule, labels, steps):
     sampling = SamplingConfig(steps=steps, guidance_schedule=guidance_schedule)
     config = GeneratorConfig(12, 40, num_classes=5, width=32, layers=2, heads=4, mlp_width=48, sampling=sampling)
     generator = MaskGIT(config)
@@ -85,9 +85,9 @@ def test_vqgan_decoder_alone():
 
 
 def test_folded_upsampling_is_the_same_map_with_fewer_taps():
-    """The saving that `folded=True` counts: one convolution of a nearest-neighbour x2 is four 2x2 ones."""
+    """The saving that `folded=True` counts: upsampling by 2 and a 3x3 convolution are four 2x2 convolutions."""
     x, w = torch.randn(1, 2, 4, 5, dtype=torch.float64), torch.randn(3, 2, 3, 3, dtype=torch.float64)
-    whole = torch.conv2d(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"), w, padding=1)
+    direct = torch.conv2d(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"), w, padding=1)
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
     for i in (0, 1):
         for j in (0, 1):
@@ -99,15 +99,15 @@ def test_folded_upsampling_is_the_same_map_with_fewer_taps():
                 else [kernel[..., 0] + kernel[..., 1], kernel[..., 2]]
             )
             phase = torch.conv2d(padded[:, :, i : i + 5, j : j + 6], torch.stack(columns, dim=3))
-            torch.testing.assert_close(whole[:, :, i::2, j::2], phase)
-    windows = 5 * 6  # with the rim, each for four kernels of four taps
+            torch.testing.assert_close(direct[:, :, i::2, j::2], phase)
+    windows = 5 * 6  # of the padded map; each meets four kernels of four taps
     assert flops.upsample_conv(1, 8, 10, 2, folded=True).flops == 2 * 16 * windows * 2 * 2
     assert flops.upsample_conv(1, 8, 10, 2, folded=False).flops == 2 * 9 * 8 * 10 * 2 * 2
 
 
 def test_diffusers():
     pytest.importorskip("diffusers")
-    from benchmarks import dit
+    from benchmarks.baselines import dit
 
     for size, width, layers in ((16, 1152, 28), (32, 96, 3)):
         grid = size // 2
@@ -126,7 +126,7 @@ def test_diffusers():
     assert close(flops.vae_decoder(1, 32).flops, counted(lambda: vae.decode(latents)))
 
 
-def test_our_ops_are_counted():
+def test_ops_of_titok_are_counted():
     qkv, mask = torch.randn(2, 7, 3 * 8, requires_grad=True), None
     with FlopCounterMode(display=False) as counter:
         masked_attention(qkv, 2, key_mask=mask, query_range=(1, 5)).sum().backward()
@@ -140,36 +140,37 @@ def test_our_ops_are_counted():
 
 
 def test_table_of_floors():
-    """TFLOP of one image: as the official code computes it, and after the exact savings."""
-    floors = {  # preset: whole as written, then generator, ViT decoder and pixel decoder after savings
+    """TFLOP of one image as the official code computes it, and of each stage as titok computes it."""
+    # preset -> everything as written, then generator, ViT decoder and pixel decoder as titok computes them
+    floors = {
         "titok-l-32": (0.544, 0.172, 0.182, 0.160),
         "titok-b-64": (0.588, 0.340, 0.059, 0.160),
         "titok-l-64-512": (1.298, 0.342, 0.203, 0.641),
     }
     for name, (as_written, *parts) in floors.items():
         tokenizer, generator = TokenizerConfig.preset(name), GeneratorConfig.preset(name)
-        whole = (
+        published = (
             flops.generate(generator, as_written=True),
             flops.decoder(tokenizer, all_rows=True),
             flops.pixel_decoder(tokenizer),
         )
         ours = (flops.generate(generator), flops.decoder(tokenizer), flops.pixel_decoder(tokenizer, folded=True))
-        assert sum(w.flops for w in whole) == pytest.approx(as_written * 1e12, rel=0.02)
+        assert sum(w.flops for w in published) == pytest.approx(as_written * 1e12, rel=0.02)
         for work, expected in zip(ours, parts, strict=True):
             assert work.flops == pytest.approx(expected * 1e12, rel=0.025)
     for pixels, expected in ((256, 1.575e12), (512, 7.156e12)):
         side = pixels // 16
         config = GeneratorConfig(side * side, 1024)
-        whole = (
+        image = (
             flops.generate(config, as_written=True).flops + flops.vqgan_decoder(VQGANConfig(), 1, side, side).flops
         )
-        assert whole == pytest.approx(expected, rel=0.02)
+        assert image == pytest.approx(expected, rel=0.02)
     for pixels, expected in ((256, 119.2e12), (512, 527.0e12)):
-        whole = 250 * flops.dit_pass(2, pixels // 16).flops + flops.vae_decoder(1, pixels // 8).flops
-        assert whole == pytest.approx(expected, rel=0.02)
+        image = 250 * flops.dit_pass(2, pixels // 16).flops + flops.vae_decoder(1, pixels // 8).flops
+        assert image == pytest.approx(expected, rel=0.02)
 
 
-def test_bytes_are_of_weights_and_of_what_passes_between_products():
+def test_bytes_are_those_of_weights_inputs_and_outputs():
     work = flops.linear(10, 3, 5)
     assert work.bytes(2) == 2 * (15 + 30 + 50)
     assert flops.conv(2, 8, 8, 3, 16, 4, 4) == (2 * 128 * 16 * 3 * 16, 16 * 3 * 16, 128 * 16 * 3 + 128 * 16)

@@ -1,4 +1,4 @@
-"""Reading and writing models: round trips, damaged files, code in pickles, contradictions, nothing half-written."""
+"""Reading and writing models: round trips, damaged files, pickles with code, interrupted writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from golden import recipe_state
 from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, TiTok, TokenizerConfig, ViTConfig, VQGANConfig
-from titok.checkpoints.pretrained import atomic_path, read_weights
+from titok.checkpoints.files import atomic_path, read_weights, write_safetensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VIT = ViTConfig(16, 1, 2, 8)
 TOKENIZER = TokenizerConfig(16, VIT, VIT, num_latent_tokens=3, code_dim=4, codebook_size=8, channels=1)
@@ -53,8 +55,8 @@ def test_round_trip(kind: Any, config: Any, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "deep" / "folder")) == ["config.json", "model.safetensors"]
 
 
-def test_official_bin_and_old_position_ids(tmp_path: Path) -> None:
-    """A pickled state dict of an older release, with the buffer that transformers used to save."""
+def test_official_pickle_with_position_ids(tmp_path: Path) -> None:
+    """A pickled state dict with `position_ids`, a buffer that older releases of transformers saved."""
     state = recipe_state("generator_vit")
     (tmp_path / "config.json").write_text(json.dumps(OFFICIAL_GENERATOR))
     torch.save({**state, "model.embeddings.position_ids": torch.arange(17)[None]}, tmp_path / "pytorch_model.bin")
@@ -64,7 +66,9 @@ def test_official_bin_and_old_position_ids(tmp_path: Path) -> None:
     assert torch.equal(qkv[128:256], state["model.encoder.layer.0.attention.self.key.weight"])
 
 
-class Evil:
+class RunsAShellCommand:
+    """Unpickling it runs a command."""
+
     def __reduce__(self) -> Any:
         return os.system, ("touch pwned",)
 
@@ -73,8 +77,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     MaskGIT(GENERATOR).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    for write in (lambda f: torch.save({"x": Evil()}, f), lambda f: f.write_bytes(pickle.dumps({"x": Evil()}))):
-        write(tmp_path / "pytorch_model.bin")
+    state, file = {"x": RunsAShellCommand()}, tmp_path / "pytorch_model.bin"
+    for write in (lambda: torch.save(state, file), lambda: file.write_bytes(pickle.dumps(state))):
+        write()
         with pytest.raises(ValueError, match=r"pytorch_model.bin: not a plain state dict"):
             MaskGIT.from_pretrained(tmp_path)
         assert not (tmp_path / "pwned").exists()
@@ -144,7 +149,7 @@ def test_unknown_repository_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_repository_is_read_through_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the hub's client would fetch, served from a folder: names and revision are passed on."""
+    """File names and revision are passed on to the hub's client, which is replaced by one that reads a folder."""
     from huggingface_hub.errors import EntryNotFoundError
 
     model = MaskGIT(GENERATOR)
@@ -167,22 +172,39 @@ def test_repository_is_read_through_the_hub(tmp_path: Path, monkeypatch: pytest.
     ]
 
 
-def test_nothing_half_written(tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
-    target.write_text("old")
+    target.write_text("before")
     with pytest.raises(RuntimeError), atomic_path(target) as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise RuntimeError
-    assert target.read_text() == "old"
+    assert target.read_text() == "before"
     assert os.listdir(tmp_path) == ["file.txt"]
     with atomic_path(target) as temporary:
-        temporary.write_text("new")
-    assert target.read_text() == "new"
-    assert target.stat().st_mode & 0o777 == 0o666 & ~int(os.popen("umask").read(), 8)
+        temporary.write_text("after")
+    assert target.read_text() == "after"
+    assert os.listdir(tmp_path) == ["file.txt"]
 
 
+def test_permissions_are_those_of_the_umask_or_of_the_replaced_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The umask belongs to the whole process: writing a file must not change it, not even for a moment."""
+    (tmp_path / "touched").touch()
+    by_umask = (tmp_path / "touched").stat().st_mode
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+    target = tmp_path / "weights.safetensors"
+    write_safetensors(target, {"x": torch.zeros(1)})
+    assert target.stat().st_mode == by_umask
+    target.chmod(0o640)
+    write_safetensors(target, {"x": torch.ones(1)})
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert read_weights(target)["x"].item() == 1
+
+
+@pytest.mark.slow
 def test_import_is_silent_and_needs_nothing_optional() -> None:
-    """With Triton, the extension and flash-attn made unimportable, and warnings made errors."""
+    """In a process that cannot import Triton, the extension or flash-attn, and in which warnings are errors."""
     code = """
 import sys
 class Block:
@@ -205,7 +227,7 @@ assert "does not import here" in titok.ops.backends()["cpp"]
 
 @pytest.mark.skipif("TITOK_OFFICIAL_WEIGHTS" not in os.environ, reason="TITOK_OFFICIAL_WEIGHTS names no folder")
 def test_official_weights() -> None:
-    """The published L-32 on the official sample image (ILSVRC2012_val_00010240.png, 256x256)."""
+    """The tokens of the published L-32 for the official sample image (ILSVRC2012_val_00010240.png, 256x256)."""
     from titok.data.images import read_image
 
     folder = Path(os.environ["TITOK_OFFICIAL_WEIGHTS"])

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: help, errors, training, what is installed."""
+"""The command line: help, errors, `titok train`, `titok quickstart` and `titok info`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from titok import TiTok, __version__
 from titok.cli.app import app
 from titok.config import TOKENIZER_PRESETS
 
-Make = Callable[..., Any]
 COMMANDS = [["quickstart"], ["tokenize"], ["detokenize"], ["reconstruct"], ["generate"], ["info"]]
 COMMANDS += [["train", "tokenizer"], ["train", "generator"]]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +40,14 @@ def test_help_has_an_example_and_explains_every_option(command: list[str]) -> No
     lines = titok(*command, "--help")
     assert any(line.strip().startswith(f"titok {' '.join(command)}") for line in lines), "no example"
     text = " ".join(lines)
-    for parameter in [p for p in walk(command).params if p.name != "help"]:
+    for parameter in [p for p in find_command(command).params if p.name != "help"]:
         assert parameter.help, f"{parameter.name} is not explained"
         required = parameter.required or parameter.is_flag or parameter.default is None
         assert required or "[default:" in text
 
 
-def walk(command: list[str]) -> Any:
+def find_command(command: list[str]) -> Any:
+    """The object of click for a command, such as ["train", "tokenizer"]."""
     import typer.main
 
     found: Any = typer.main.get_command(app)
@@ -57,14 +58,17 @@ def walk(command: list[str]) -> Any:
 
 def test_every_command_is_tested_for_its_help() -> None:
     def leaves(command: Any, path: list[str]) -> list[list[str]]:
-        inner = getattr(command, "commands", None)
-        return [path] if inner is None else [leaf for name in inner for leaf in leaves(inner[name], [*path, name])]
+        """The paths of all commands below `command` that have no commands below themselves."""
+        subcommands = getattr(command, "commands", None)
+        if subcommands is None:
+            return [path]
+        return [leaf for name in subcommands for leaf in leaves(subcommands[name], [*path, name])]
 
-    assert sorted(leaves(walk([]), [])) == sorted(COMMANDS)
+    assert sorted(leaves(find_command([]), [])) == sorted(COMMANDS)
 
 
 def test_version_and_help_do_without_torch() -> None:
-    """`titok --help` has to answer at once."""
+    """Loading PyTorch takes seconds, and `titok --help` should answer at once."""
     code = "import sys, titok.cli.app as cli; sys.argv[0] = 'titok'; import atexit; "
     code += "atexit.register(lambda: print('torch' in sys.modules)); cli.main()"
     for option, expected in (("--help", "Usage: titok"), ("--version", f"titok {__version__}")):
@@ -122,7 +126,7 @@ def test_control_c_in_the_middle_of_a_run(models: Path, tmp_path: Path) -> None:
         [sys.executable, "-m", "titok", *map(str, arguments)],
         stderr=subprocess.PIPE,
         text=True,
-        # a shell that runs the tests in the background has its children ignore Ctrl-C
+        # If a shell runs the tests in the background, child processes ignore Ctrl-C by default.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -137,7 +141,7 @@ def test_control_c_in_the_middle_of_a_run(models: Path, tmp_path: Path) -> None:
         run.kill()
     assert run.returncode == 130
     assert errors == "interrupted: no file is half-written\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.npz.parts"], "with which the same command goes on"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz.parts"], "the same command continues from it"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -148,13 +152,9 @@ SMALL = ("--width", 64, "--layers", 1, "--batch-size", 4, "--steps", 3)
 
 @pytest.fixture
 def classes(photos: Path) -> Path:
-    """Two classes of two pictures."""
-    for name, source in {
-        "dog/1.png": "a.png",
-        "dog/2.png": "b.png",
-        "cat/1.png": "d.bmp",
-        "cat/2.jpg": NAMES[3],
-    }.items():
+    """A folder with two classes of two pictures each."""
+    sources = {"dog/1.png": "a.png", "dog/2.png": "b.png", "cat/1.png": "d.bmp", "cat/2.jpg": NAMES[3]}
+    for name, source in sources.items():
         path = Path("classes", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(photos / source)
@@ -165,13 +165,11 @@ def test_train_both_and_generate(classes: Path) -> None:
     tokenizer = ("train", "tokenizer", classes, *SMALL, "--image-size", 16, "--tokens", 4, "--codebook-size", 16)
     assert titok(*tokenizer)[-1].startswith("runs/tokenizer: a tokenizer of 4 pictures, 4 tokens each")
     model = TiTok.from_pretrained("runs/tokenizer")
-    assert (model.config.image_size, model.config.num_latent_tokens, model.config.codebook_size) == (
-        (16, 16),
-        4,
-        16,
-    )
-    said = titok("train", "generator", classes, "-t", "runs/tokenizer", *SMALL)
-    assert said[-1].startswith("runs/generator: a generator of 2 classes")
+    assert model.config.image_size == (16, 16)
+    assert model.config.num_latent_tokens == 4
+    assert model.config.codebook_size == 16
+    printed = titok("train", "generator", classes, "-t", "runs/tokenizer", *SMALL)
+    assert printed[-1].startswith("runs/generator: a generator of 2 classes")
     assert json.loads(Path("runs/generator/classes.json").read_text()) == ["cat", "dog"]
     titok("generate", "-t", "runs/tokenizer", "-g", "runs/generator", "--per-class", 2)
     assert pixels(Path("samples.png")).shape == (34, 34, 3)
@@ -179,7 +177,7 @@ def test_train_both_and_generate(classes: Path) -> None:
     weights = Path("runs/tokenizer/model.safetensors").read_bytes()
     assert "runs/tokenizer: a training run is here already" in refused(*tokenizer)
     titok(*tokenizer, "--resume")
-    assert Path("runs/tokenizer/model.safetensors").read_bytes() == weights, "all steps were done"
+    assert Path("runs/tokenizer/model.safetensors").read_bytes() == weights, "all steps were done already"
     assert "cannot be resumed with another config: seed was 0, is 1" in refused(
         *tokenizer, "--resume", "--seed", 1
     )
@@ -240,7 +238,7 @@ def test_info() -> None:
 
 @pytest.mark.slow
 def test_info_without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child process in which titok._C is broken: the reason is told in one line."""
+    """In a process that cannot import titok._C, `titok info` gives the reason in one line."""
     code = "import sys; sys.modules['titok._C'] = None; sys.argv = ['titok', 'info', '--json']; "
     code += "import titok.cli.app; titok.cli.app.main()"
     run = subprocess.run(

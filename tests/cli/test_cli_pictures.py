@@ -1,4 +1,4 @@
-"""`titok reconstruct` and `titok generate`: the pictures themselves, batches, options, what is refused."""
+"""`titok reconstruct` and `titok generate`: the pictures that they write, their options, the errors they raise."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from cli_runner import NAMES, SIZE, load, pixels, refused, titok
 from titok import Pipeline, TiTok
-from titok.cli import options as _cli
 from titok.cli.app import app
 from titok.config import TOKENIZER_PRESETS
 from titok.data.images import read_image, to_uint8
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def ratio(pair: np.ndarray) -> float:
-    """The PSNR of two pictures of 16x24 with a gap of 2 between."""
+    """The PSNR in dB of two 16x24 pictures side by side, with a gap of 2 pixels between them."""
     left, right = pair[:, :24].astype(float), pair[:, 26:].astype(float)
     return float(10 * np.log10(255**2 / ((left - right) ** 2).mean()))
 
@@ -86,7 +87,7 @@ def test_generate_writes_grid_and_adm_set(models: Path) -> None:
         assert np.array_equal(file["arr_0"], want)
         assert file["arr_1"].tolist() == [2, 2, 2, 0, 0, 0]
     grid = pixels(Path("out/a.png"))
-    assert grid.shape == (2 * 16 + 2, 3 * 24 + 4, 3), "one row a class"
+    assert grid.shape == (2 * 16 + 2, 3 * 24 + 4, 3), "one row for each class"
     for i, picture in enumerate(want):
         top, left = i // 3 * 18, i % 3 * 26
         assert np.array_equal(grid[top : top + 16, left : left + 24], picture)
@@ -103,7 +104,7 @@ def test_batch_size_changes_nothing_and_runs_can_be_cut(models: Path) -> None:
     assert labels == [0, 1, 2, 0, 1, 2, 0]
     for batch_size in (1, 3, "auto"):
         generate(models, "--num", 7, "-o", "b.npz", "--batch-size", batch_size)
-        assert np.abs(arrays("b.npz")[0] - whole).max() <= 1  # the same tokens; pixels rounded from other batches
+        assert np.abs(arrays("b.npz")[0] - whole).max() <= 1  # equal tokens; a pixel may round otherwise
     generate(models, "--labels", "2,0,1,2,0", "--first-sample", 2, "-o", "c.npz")
     assert np.abs(arrays("c.npz")[0] - whole[2:]).max() <= 1
     generate(models, "--num", 7, "--seed", 1, "-o", "d.npz")
@@ -119,7 +120,7 @@ def test_batch_size_changes_nothing_and_runs_can_be_cut(models: Path) -> None:
         (("--labels", "2,1"), [2, 1]),
         (("--labels", "2,1", "--num", 3), [2, 1, 2]),
         (("--labels", "1", "--per-class", 3), [1, 1, 1]),
-        (("--labels", "3"), [3]),  # one past the last: the class dropped
+        (("--labels", "3"), [3]),  # one past the last class stands for no class
     ],
 )
 def test_which_classes(arguments: tuple[Any, ...], labels: list[int], models: Path) -> None:
@@ -131,10 +132,17 @@ def test_which_classes(arguments: tuple[Any, ...], labels: list[int], models: Pa
 
 @pytest.mark.parametrize(
     "option",
-    [("--steps", 1), ("--guidance-scale", 40), ("--guidance-schedule", "constant"), ("--temperature", 0),
-     ("--no-softmax-annealing",), ("--mask-schedule", "root"), ("--confidence", "maskgit"),
-     ("--rounding", "truncate")],
-)  # fmt: skip
+    [
+        ("--steps", 1),
+        ("--guidance-scale", 40),
+        ("--guidance-schedule", "constant"),
+        ("--temperature", 0),
+        ("--no-softmax-annealing",),
+        ("--mask-schedule", "root"),
+        ("--confidence", "maskgit"),
+        ("--rounding", "truncate"),
+    ],
+)
 def test_every_sampling_option_reaches_the_sampler(option: tuple[Any, ...], models: Path) -> None:
     generate(models, "--num", 12, "-o", "a.npz")
     generate(models, "--num", 12, "-o", "b.npz", *option)
@@ -171,12 +179,12 @@ def test_guidance_power(models: Path) -> None:
     ],
 )
 def test_generate_refuses(arguments: tuple[Any, ...], message: str, models: Path) -> None:
-    said = refused("generate", "-t", models / "tokenizer", "-g", models / "generator", *arguments)
-    assert said.startswith(message)
+    error = refused("generate", "-t", models / "tokenizer", "-g", models / "generator", *arguments)
+    assert error.startswith(message)
 
 
 def test_several_processes_write_a_set_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cli, "processes", lambda: contextlib.nullcontext((1, 2)))
+    monkeypatch.setattr("titok.cli.generate.process_group", lambda: contextlib.nullcontext((1, 2)))
     message = "--output: expected a .npz, because several processes generate, got none"
     assert refused("generate", "-t", models / "tokenizer", "-g", models / "generator", "-o", "a.png") == message
 
@@ -224,7 +232,7 @@ def test_presets_have_random_weights_and_say_so(
     for result in results:
         assert result.exit_code == 0
         assert result.stderr.startswith("WARNING: preset:tiny has random weights")
-    assert np.array_equal(pixels(Path("1.png")), pixels(Path("2.png"))), "random, but the same every time"
+    assert np.array_equal(pixels(Path("1.png")), pixels(Path("2.png"))), "the random weights are always the same"
     assert refused("reconstruct", photos, "-t", "preset:huge").startswith(
         "name: expected a tokenizer preset out of"
     )

@@ -1,4 +1,4 @@
-"""`titok tokenize` and `titok detokenize`: what the files hold, there and back, what is refused."""
+"""`titok tokenize` and `titok detokenize`: the files that they write and read, and the errors they raise."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from cli_runner import NAMES, SIZE, load, pixels, refused, titok
 from titok.cli.app import app
 from titok.data.images import read_image, to_uint8
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +28,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_tokens_file_holds_what_the_model_says(models: Path, photos: Path) -> None:
     model = load(models, "tokenizer")
     want = model.encode(torch.stack([read_image(photos / name, SIZE) for name in NAMES]))
-    assert len(want.unique(dim=0)) > 3, "pictures must differ in their tokens"
+    assert len(want.unique(dim=0)) > 3, "different pictures must have different tokens"
     for batch_size in (1, 2, 16):
         lines = titok(
             "tokenize", photos, "-t", models / "tokenizer", "-o", "new/tokens.npz", "--batch-size", batch_size
@@ -44,10 +46,10 @@ def test_tokens_file_holds_what_the_model_says(models: Path, photos: Path) -> No
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("kind", ["tokenizer", "vae"])
-def test_there_and_back(kind: str, suffix: str, models: Path, photos: Path) -> None:
+def test_tokenize_and_detokenize(kind: str, suffix: str, models: Path, photos: Path) -> None:
     model = load(models, kind)
-    said = titok("tokenize", photos, "-t", models / kind, "-o", f"t{suffix}")
-    assert said == [f"t{suffix}: 5 pictures, {'4 x 4 latents' if kind == 'vae' else '4 tokens'} each"]
+    printed = titok("tokenize", photos, "-t", models / kind, "-o", f"t{suffix}")
+    assert printed == [f"t{suffix}: 5 pictures, {'4 x 4 latents' if kind == 'vae' else '4 tokens'} each"]
     assert titok("detokenize", f"t{suffix}", "-t", models / kind, "-o", "out", "--batch-size", 2) == [
         "out: 5 pictures"
     ]
@@ -198,7 +200,7 @@ def test_damaged_token_files(models: Path, photos: Path) -> None:
             assert refused("detokenize", path, "-t", model).startswith(
                 f"{path}: not a readable {Path(path).suffix} file"
             )
-    np.savez("t.npz", tokens=np.array([{"code": 1}]))  # a pickle
+    np.savez("t.npz", tokens=np.array([{"code": 1}]))  # an array of objects is stored as a pickle
     assert "t.npz: not a readable .npz file" in refused("detokenize", "t.npz", "-t", model)
     assert "expected a name that ends in" in refused("detokenize", "t.txt", "-t", model)
 

@@ -36,9 +36,9 @@ int run(const DecodeArgs& args, int threads, int rounds, cuda_host::Order order)
 
 // Returns 0, or 1 where that block shape is not built.
 extern "C" int maskgit_decode_on_host(const DecodeArgs* args, int threads, int rounds, int order) {
-  switch (args->type) {
-    case LogitType::kFloat32: return run<float>(*args, threads, rounds, cuda_host::Order(order));
-    case LogitType::kBFloat16: return run<BFloat16>(*args, threads, rounds, cuda_host::Order(order));
+  switch (args->dtype) {
+    case DType::kFloat32: return run<float>(*args, threads, rounds, cuda_host::Order(order));
+    case DType::kBFloat16: return run<BFloat16>(*args, threads, rounds, cuda_host::Order(order));
     default: return run<Float16>(*args, threads, rounds, cuda_host::Order(order));
   }
 }

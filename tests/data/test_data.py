@@ -1,4 +1,4 @@
-"""Images to train on: folders, digits, shifts."""
+"""Folders of pictures, batches read by threads, digits, augmentation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from titok.data.folders import ImageFolder, load_digits, read_batches, shifted
+from titok.data.augment import shift_images
+from titok.data.digits import load_digits
+from titok.data.folders import ImageFolder, read_batches
 
 
 def picture(path: Path, level: int, size: tuple[int, int] = (20, 12)) -> None:
@@ -74,7 +76,7 @@ def test_batches_come_in_the_order_asked_for(folder: Path, as_tensor: bool) -> N
 
 
 def test_batches_of_several_shapes_are_refused() -> None:
-    images = [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)]  # one would broadcast into the place of the other
+    images = [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)]  # the second would broadcast
     with pytest.raises(ValueError, match=r"images: expected \(3, 8, 8\), as the first, got \(1, 8, 8\)"):
         list(read_batches(images, [torch.tensor([0, 1])]))
 
@@ -88,7 +90,7 @@ def test_endless_order_can_be_left(folder: Path) -> None:
 def test_shift_moves_each_image_by_its_own_pixels() -> None:
     images = torch.rand(3, 2, 5, 6)
     down, right = [0, 1, -2], [0, -1, 3]
-    got = shifted(images, torch.tensor(down), torch.tensor(right))
+    got = shift_images(images, torch.tensor(down), torch.tensor(right))
     for b in range(3):
         padded = np.pad(images[b].numpy(), ((0, 0), (3, 3), (3, 3)), mode="edge")
         want = padded[:, 3 - down[b] : 8 - down[b], 3 - right[b] : 9 - right[b]]

@@ -1,4 +1,4 @@
-"""Pictures in and out: 8 bits, reading, grids, sample sets, PNG files."""
+"""Pictures: conversion to 8 bits, reading, PSNR, grids, PNG files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RNG = np.random.default_rng(0)
 
 
 def smooth_picture(height: int, width: int) -> np.ndarray:
-    """uint8 (H, W, 3) with detail that a resize must blend."""
+    """A picture (H, W, 3) uint8 with details that resizing must average."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 3 + c) * np.cos(y / (2 + c)) for c in range(3)]
     return (127.5 + 100 * np.stack(waves, axis=-1) + RNG.uniform(-20, 20, (height, width, 3))).astype(np.uint8)
@@ -58,10 +58,13 @@ def test_unknown_rounding() -> None:
 # Reading
 
 
-# Sizes whose longer side, or the margin of the crop, does not come out whole.
+# Sizes for which the longer side after resizing, or the margin of the crop, is not a whole number of pixels.
 @pytest.mark.parametrize("picture", [(40, 61), (61, 40), (50, 50), (33, 100), (16, 16), (10, 13), (17, 24)])
 def test_read_image_is_resize_and_centre_crop(picture: tuple[int, int], tmp_path: Path) -> None:
-    """The shorter side to 16, the longer one cut off below; margins rounded to even (torchvision's rules)."""
+    """The shorter side becomes 16, the longer one is rounded down, margins are rounded half to even.
+
+    These are the rules of torchvision's Resize and CenterCrop.
+    """
     array = smooth_picture(*picture)
     Image.fromarray(array).save(tmp_path / "a.png")
     height, width = picture
@@ -78,11 +81,11 @@ def test_read_image_is_resize_and_centre_crop(picture: tuple[int, int], tmp_path
 @pytest.mark.parametrize("picture", [(40, 61), (61, 40), (9, 100), (100, 9)])
 def test_read_image_covers_a_target_that_is_not_square(picture: tuple[int, int], tmp_path: Path) -> None:
     array = np.full((*picture, 3), 90, dtype=np.uint8)
-    array[picture[0] // 2, picture[1] // 2] = 255  # the centre stays in
+    array[picture[0] // 2, picture[1] // 2] = 255  # the centre must stay in the picture
     Image.fromarray(array).save(tmp_path / "a.png")
     got = read_image(tmp_path / "a.png", (16, 24))
     assert got.shape == (3, 16, 24)
-    assert got.min() > 0.3, "no border was made up"
+    assert got.min() > 0.3, "no pixel was added at the border"
     brightest = divmod(int(got[0].argmax()), 24)
     assert abs(brightest[0] - 8) <= 3
     assert abs(brightest[1] - 12) <= 3
@@ -95,7 +98,7 @@ def test_read_image_keeps_the_pixels_of_a_picture_that_fits(tmp_path: Path) -> N
 
 
 def modes() -> dict[str, tuple[Image.Image, np.ndarray]]:
-    """Pictures of 4x4 in every mode, and the RGB values that they stand for."""
+    """A 4x4 picture in every mode of Pillow, and its RGB values."""
     rgb = RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     grey = RNG.integers(0, 256, (4, 4), dtype=np.uint8)
     alpha = RNG.integers(0, 256, (4, 4, 1), dtype=np.uint8)
@@ -145,10 +148,10 @@ def test_pixels_without_a_white_level_are_refused(dtype: Any, tmp_path: Path) ->
 
 
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
-    """As in the published evaluation: what the file stores is what the model sees."""
+    """The published evaluation does not apply it either."""
     array = smooth_picture(16, 16)
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as opened:
         assert opened.getexif()[0x0112] == 6
@@ -215,7 +218,7 @@ def test_grid_places_every_picture(count: int, columns: int | None, rows_columns
         top, left = i // across * 6, i % across * 7
         assert torch.equal(picture[top : top + 4, left : left + 5], image)
         seen[top : top + 4, left : left + 5] = True
-    assert (picture[~seen] == 255).all(), "gaps and free places are white"
+    assert (picture[~seen] == 255).all(), "gaps and empty places are white"
 
 
 def test_grid_scale_and_bad_input() -> None:

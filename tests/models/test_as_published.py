@@ -13,13 +13,10 @@ from test_parity import DTYPES, check, sampling_of, write_official
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import _ladder, flops
-from benchmarks.baselines.as_published import (
-    AsPublished,
-    PublishedDecoder,
-    PublishedGenerator,
-    sample_steps,
-)
+from benchmarks.baselines.as_published import AsPublished
+from benchmarks.baselines.published_decoder import PublishedDecoder
+from benchmarks.baselines.published_generator import PublishedGenerator, sample_steps
+from benchmarks.harness import flops, ladder
 from golden import Case
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ViTConfig, VQGANConfig
 from titok.config import SamplingConfig
@@ -207,7 +204,7 @@ def test_what_was_never_published_is_refused() -> None:
         PublishedGenerator.of(generator).sample(torch.tensor([0]), SamplingConfig(confidence="maskgit"))
 
 
-@pytest.mark.parametrize("change", [_ladder.channels_last, _ladder.folded])
+@pytest.mark.parametrize("change", [ladder.channels_last, ladder.folded])
 def test_rungs_change_no_result(change: Callable[[AsPublished], Any]) -> None:
     models = tiny()
     rival, changed = AsPublished(*models), AsPublished(*models)

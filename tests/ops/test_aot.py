@@ -1,21 +1,27 @@
-"""The ahead-of-time tool on the kernels as they are, and on forms of them that it has to reject."""
+"""Compilation ahead of time: what is recorded, whether it is what runs, and what the tool rejects."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from titok.config import GENERATOR_PRESETS, TOKENIZER_PRESETS
 
 triton = pytest.importorskip("triton")
 aot = pytest.importorskip("titok.kernels.aot")
 
-TABLE = Path(__file__).parents[2] / "kernels" / "RESOURCES.md"
-# a decorated kernel is either interpreted or compiled, for the life of a process
+KERNELS = Path(__file__).parents[2] / "kernels"
+TABLE = KERNELS / "RESOURCES.md"
+# A process either interprets kernels or compiles them: Triton decides when a kernel is decorated.
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
@@ -29,12 +35,20 @@ def rows(table: str, arch: int) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("| ")][2:]
 
 
+def variants() -> list[Any]:
+    modules = (importlib.import_module(f"titok.kernels.{name}") for name in aot.modules([]))
+    return [variant for module in modules for variant in module.aot_variants()]
+
+
+# --- The table
+
+
 @pytest.mark.slow
 def test_kernels_pass_and_the_table_is_current() -> None:
-    """A few variants of every module on one architecture: `make kernels` compiles the others as well."""
+    """A few variants of every module on one architecture; `make kernels` compiles all of them."""
     done = run("-m", "titok.kernels.aot", "--arch", "90", "--sample", "5")
     assert done.returncode == 0, done.stderr
-    if f"Triton {triton.__version__};" in TABLE.read_text():  # registers differ between releases
+    if f"Triton {triton.__version__};" in TABLE.read_text():  # another release allocates other registers
         stale = set(rows(done.stdout, 90)) - set(rows(TABLE.read_text(), 90))
         assert not stale, "run `make kernels`"
 
@@ -42,24 +56,187 @@ def test_kernels_pass_and_the_table_is_current() -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_the_table_lists_every_variant(arch: int) -> None:
     listed = [row.split(" | ")[:4] for row in rows(TABLE.read_text(), arch)]
-    variants = [
-        v for module in aot.modules([]) for v in importlib.import_module(f"titok.kernels.{module}").aot_variants()
-    ]
-    expected = [[f"| {v.kernel.fn.__name__}", v.label, str(v.num_warps), str(v.num_stages)] for v in variants]
+    expected = [[f"| {v.kernel.__name__}", v.label, str(v.num_warps), str(v.num_stages)] for v in variants()]
     assert listed == expected, "run `make kernels`"
 
 
+# --- What is recorded
+
+
+def is_jit(decorator: ast.expr) -> bool:
+    return ast.unparse(decorator).split("(")[0] == "triton.jit"
+
+
+def test_every_kernel_is_recorded() -> None:
+    """Read from the sources: a kernel is a function under @triton.jit that no other such function calls."""
+    trees = [ast.parse(path.read_text()) for path in KERNELS.glob("*.py")]
+    functions = [
+        node
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any(map(is_jit, node.decorator_list))
+    ]
+    calls = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.Call)]
+    called = {ast.unparse(call.func) for call in calls}
+    kernels = {function.name for function in functions} - called
+    assert len(kernels) >= 15
+    assert {variant.kernel.__name__ for variant in variants()} == kernels
+
+
+def test_every_launch_goes_through_the_recorder() -> None:
+    """`kernel[grid](...)` stands in one place."""
+    launches = [
+        path.name
+        for path in KERNELS.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+    assert launches == ["_launch.py"]
+
+
+def test_every_preset_is_recorded() -> None:
+    """The kernels and compile-time constants of what the models launch are among the variants."""
+    from titok.kernels import add_layer_norm, masked_attention, masked_attention_backward, nearest_codebook
+    from titok.kernels._aot import meta
+    from titok.kernels._launch import record
+
+    shapes = {(c.width, c.heads, 1 + c.num_latent_tokens) for c in GENERATOR_PRESETS.values()}
+    codebooks = set()
+    for c in TOKENIZER_PRESETS.values():
+        for side in ("encoder", "decoder"):
+            vit, (height, width) = getattr(c, side), c.grid(side)
+            shapes.add((vit.width, vit.heads, height * width + 1 + c.num_latent_tokens))
+        if c.bottleneck == "vq":
+            codebooks.add((c.codebook_size, c.code_dim, c.l2_normalize))
+    with record() as launches:
+        for width, H, N in shapes:
+            qkv, hidden = meta(2, N, 3 * width, dtype=torch.bfloat16), meta(2, N, width, dtype=torch.bfloat16)
+            parameter, lse = meta(width, dtype=torch.bfloat16), meta(2, H, N)
+            masked_attention.forward(qkv, None, H, 0, 0.125, hidden, lse)
+            masked_attention_backward.backward(hidden, qkv, None, hidden, lse, H, 0, 0.125, qkv)
+            add_layer_norm.forward(hidden, hidden, parameter, parameter, 1e-6, hidden, hidden)
+            add_layer_norm.backward(hidden, hidden, hidden, parameter, 1e-6, hidden)
+        for V, C, normalize in codebooks:
+            nearest_codebook.forward(meta(99_999, C), meta(V, C), normalize, meta(99_999, dtype=torch.int64))
+
+    def compiled(launch: Any) -> tuple[Any, ...]:
+        """What is compiled, but for the specialisation of integers: it depends on the batch and on the heads."""
+        annotated = launch.kernel.fn.__annotations__  # the tl.constexpr arguments alone
+        constants = {n: value for n, value in launch.constexprs.items() if n in annotated or value is None}
+        return launch.kernel.__name__, tuple(sorted(constants.items())), launch.num_warps, launch.num_stages
+
+    assert len(launches) > 30
+    assert {compiled(launch) for launch in launches} <= {compiled(variant) for variant in variants()}
+
+
+# --- In a process that compiles
+
+OTHER_SHAPES = """
+import torch
+from titok.kernels import add_layer_norm, code_mixture, group_norm_silu, masked_attention, nearest_codebook
+from titok.kernels.masked_attention_backward import backward as attention_backward
+from titok.kernels._aot import meta
+from titok.kernels._launch import record
+
+def launch_other_shapes():
+    half = torch.float16
+    for M in (1, 48):
+        x, weight = meta(M, 200, dtype=half), meta(200)
+        add_layer_norm.forward(x, x, weight, weight, 1e-6, x, x)
+        add_layer_norm.backward(None, x, x, weight, 1e-6, x)
+    for M, K, need_codebook in ((5, 1000, False), (1, 70, True)):
+        logits, codebook, rows = meta(M, K, dtype=half), meta(K, 24, dtype=half), meta(M, 24, dtype=half)
+        code_mixture.forward(logits, codebook, rows)
+        code_mixture.backward(rows, logits, codebook, rows, logits, need_codebook)
+    for channels, side in ((96, 24), (32, 5), (96, 1), (32, 1)):
+        x = meta(2, channels, side, side, dtype=half).contiguous(memory_format=torch.channels_last)
+        weight, statistics = meta(channels), meta(2, 8)
+        group_norm_silu.forward(x, None, 8, weight, weight, 1e-6, x, x, statistics, statistics)
+        group_norm_silu.backward(x, None, x, weight, weight, statistics, statistics, x)
+    for heads, tokens, queries in ((1, 50, 16), (5, 200, 1)):
+        qkv = meta(2, tokens, 3 * heads * 40 + 1, dtype=half)[:, :, 1:]  # rows of an odd stride, from an odd address
+        out, lse = meta(2, queries, heads * 40, dtype=half), meta(2, heads, queries)
+        key_mask, dqkv = meta(2, tokens, dtype=torch.bool), meta(2, tokens, 3 * heads * 40, dtype=half)
+        masked_attention.forward(qkv, key_mask, heads, 1, 0.5, out, None)
+        attention_backward(out, qkv, key_mask, out, lse, heads, 1, 0.5, dqkv)
+    for M, V, C in ((1, 300, 7), (80, 16, 100)):
+        nearest_codebook.forward(meta(M, C), meta(V, C), True, meta(M, dtype=torch.int64))
+"""
+
+COMPARE = (
+    OTHER_SHAPES
+    + """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from titok.kernels import _launch, aot
+
+describe, backend, compared = _launch.describe, make_backend(GPUTarget("cuda", 90, 32)), 0
+
+def compare(kernel, args, constexprs, *launch_options):
+    global compared
+    launch = describe(kernel, args, constexprs, *launch_options)
+    values, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **constexprs
+    )
+    for (name, value), (kind, key) in zip(values.items(), specialization, strict=True):
+        where = (kernel.__name__, name)
+        assert launch.signature.get(name, "constexpr") == kind, (where, kind)
+        assert (name in launch.aligned) == (kind != "constexpr" and key == "D"), (where, key)
+        if kind == "constexpr":
+            assert launch.constexprs[name] == value, where
+    compared += 1
+    return launch
+
+_launch.describe = compare
+for module in aot.modules([]):
+    aot._module(module).aot_variants()
+with record():
+    launch_other_shapes()
+print(compared)
+"""
+)
+
+
+def test_what_is_recorded_is_what_triton_compiles() -> None:
+    """Triton's own analysis of the arguments agrees: types, integers that are 1, multiples of 16, constants."""
+    done = run("-c", COMPARE)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100
+
+
+COMPILE = (
+    OTHER_SHAPES
+    + """
+from titok.kernels import aot
+with record() as launches:
+    launch_other_shapes()
+for launch in launches:
+    compiled = aot.compile_launch(launch, 90)
+    assert len(compiled.asm["cubin"]) > 0 and compiled.name == launch.kernel.__name__
+print(len({launch.kernel.__name__ for launch in launches}))
+"""
+)
+
+
+@pytest.mark.slow
+def test_shapes_of_no_preset_compile() -> None:
+    done = run("-c", COMPILE)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 14
+
+
 REJECTED = """
+from dataclasses import replace
 from titok.kernels import add_layer_norm, aot, code_mixture
 norm, mixture = add_layer_norm.aot_variants()[0], code_mixture.aot_variants()[0]
-pointers = frozenset(name for name, kind in norm.signature.items() if kind.startswith("*"))
 for variant in (
     norm,
-    norm._replace(expects_tensor_cores=True),
-    norm._replace(unaligned=pointers),
-    norm._replace(signature={**norm.signature, "x_ptr": "*i1000"}),
-    norm._replace(constexprs={"D": 8192, "BLOCK_D": 8192}),
-    mixture._replace(num_stages=9),
+    replace(norm, expects_tensor_cores=True),
+    replace(norm, aligned=frozenset()),
+    replace(norm, signature={**norm.signature, "x_ptr": "*i1000"}),
+    replace(norm, constexprs={"D": 8192, "BLOCK_D": 8192}),
+    replace(mixture, num_stages=9),
 ):
     print(";".join(aot.examine(variant, 80).failures))
 """
@@ -75,7 +252,7 @@ def test_what_it_rejects() -> None:
     assert re.search(r"none of \d+ loads is 16 bytes wide", unaligned)
     assert "on sm_80: " in no_type
     assert re.search(r"[1-9]\d* spill instructions", spilling)
-    assert re.search(r"\d+ bytes of shared memory, 166912 are there", huge)
+    assert re.search(r"\d+ bytes of shared memory, a block can have 166912", huge)
 
 
 def test_interpreter_and_unknown_modules_are_refused() -> None:

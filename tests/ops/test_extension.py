@@ -1,4 +1,4 @@
-"""What the built extension `titok._C` must be, whatever it holds."""
+"""What the built extension `titok._C` needs and exports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def output(*command: str) -> str:
 
 
 def test_no_symbol_of_pytorch(library: str) -> None:
-    """So that one binary serves every torch release."""
+    """One binary serves every torch release."""
     if shutil.which("nm") is None:
         pytest.skip("needs nm")
     symbols = output("nm", "--dynamic", "--demangle", library)
@@ -51,7 +51,7 @@ def test_no_library_of_pytorch(library: str) -> None:
 
 
 def test_imports_where_there_is_no_torch(library: str) -> None:
-    """One build serves any torch, or none: an interpreter that cannot import torch loads and runs it."""
+    """An interpreter that cannot import torch loads it, and no object passes for a tensor there."""
     code = f"""
 import importlib.util, sys
 sys.modules["torch"] = None
@@ -59,12 +59,26 @@ spec = importlib.util.spec_from_file_location("titok._C", {library!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 print(module.cpu_isa())
+try:
+    module.nearest_codebook(1, 2, False, 3)
+except TypeError as error:
+    print(error)
 """
-    assert output(sys.executable, "-c", code).strip() in ("generic", "avx2", "avx512")
+    isa, error = output(sys.executable, "-c", code).splitlines()
+    assert isa in ("generic", "avx2", "avx512")
+    assert error == "latents: expected a torch.Tensor, got int"
+
+
+def test_functions_that_mark_a_stale_build(library: str) -> None:
+    """All that the extension exports for a CPU."""
+    import titok._C
+
+    exported = {name for name in dir(titok._C) if not name.startswith("_") and callable(getattr(titok._C, name))}
+    assert exported - {"cpu_isa", "maskgit_decode_step_cuda"} == available.EXTENSION_FUNCTIONS
 
 
 def test_a_build_of_older_source_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It lacks a function: automatic choices go elsewhere, and whoever asks is told what to do."""
+    """Without one of the functions the automatic choice takes another back end, and errors say what to do."""
     stale = ModuleType("titok._C")
     monkeypatch.setitem(sys.modules, "titok._C", stale)
     available._load.cache_clear()
@@ -82,7 +96,7 @@ def test_a_build_of_older_source_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def cuobjdump() -> str | None:
-    """nvcc's, or the one that Triton brings."""
+    """The tool, of nvcc or of Triton."""
     spec = find_spec("triton")
     folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
     bundled = [Path(folder) / "backends" / "nvidia" / "bin" / "cuobjdump" for folder in folders]
@@ -90,7 +104,7 @@ def cuobjdump() -> str | None:
 
 
 def test_no_cuda_kernel_spills(library: str) -> None:
-    """Registers suffice on every architecture: ptxas gave no kernel a stack frame or local memory."""
+    """On every architecture the registers suffice: no kernel has a stack frame or local memory."""
     import titok._C
 
     if not titok._C.with_cuda:

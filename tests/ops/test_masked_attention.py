@@ -326,3 +326,16 @@ def test_graph_capture(tokens):
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("heads", "head_dim", "tokens"), [(1, 64, 5), (2, 3, 8), (2, 16, 17), (3, 5, 1)])
+def test_nan_reaches_every_row_that_depends_on_it(backend, heads, head_dim, tokens):
+    for part in range(3):  # queries, keys, values
+        qkv = torch.randn(2, tokens, 3 * heads * head_dim)
+        qkv[0, tokens // 2, part * heads * head_dim] = float("nan")
+        out = masked_attention(qkv, heads, backend=backend).view(2, tokens, heads, head_dim)
+        head = out[0, :, 0]
+        assert (head[tokens // 2] if part == 0 else head if part == 1 else head[:, 0]).isnan().all()
+        assert not out[1].isnan().any()
+        assert not out[0, :, 1:].isnan().any()

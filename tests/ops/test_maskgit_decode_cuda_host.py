@@ -31,7 +31,7 @@ class DecodeArgs(ctypes.Structure):
         ("cond_rows_count", ctypes.c_int64),
         ("uncond_rows_count", ctypes.c_int64),
         ("mask_token", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("batch", "length", "codes", "type")),
+        *((name, ctypes.c_int32) for name in ("batch", "length", "codes", "dtype")),
         ("maskgit", ctypes.c_bool),
         *((name, ctypes.c_void_p) for name in ("out", "confidence", "drawn", "arrivals")),
         ("params", ctypes.c_int32 * 10),
@@ -95,7 +95,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
             batch=tokens.shape[0],
             length=tokens.shape[1],
             codes=cond.shape[-1],
-            type=DTYPES.index(cond.dtype),
+            dtype=DTYPES.index(cond.dtype),  # the order of csrc's DType
             maskgit=numbers["confidence"] == "maskgit",
             out=new.data_ptr(),
             confidence=confidence.data_ptr(),

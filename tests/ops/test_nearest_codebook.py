@@ -296,6 +296,22 @@ def test_bad_input(arguments: Any, kwargs: Any, error: type[Exception], message:
         nearest_codebook(*arguments, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.float64, None), (torch.float32, "plain"), (torch.bfloat16, "plain")]
+)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_of_equal_rows_the_first_is_chosen(dtype: torch.dtype, backend: str | None, normalize: bool) -> None:
+    """The matrix product gives equal rows other bits in another column."""
+    for codes, width in ((5, 7), (13, 3), (100, 12), (231, 33)):
+        rows = torch.randn(3, width).to(dtype)
+        codebook = rows[torch.arange(codes) % 3]
+        latents = torch.cat([torch.randn(17, width).to(dtype), rows])
+        indices = nearest_codebook(latents, codebook, normalize=normalize, backend=backend)
+        assert indices.max() < 3
+    zeros = torch.tensor([[1.0], [0.0], [-0.0]], dtype=dtype)
+    assert nearest_codebook(zeros[2:], zeros, backend=backend).tolist() == [1]
+
+
 def test_the_registered_op_checks_shapes_too() -> None:
     with pytest.raises(ValueError, match=r"latents: expected shape \(..., 12\), got \(3, 11\)"):
         torch.ops.titok.nearest_codebook(Z[:, :11], E)

@@ -1,4 +1,4 @@
-"""The two loops: what they learn, that they can be stopped at any moment, and what they refuse."""
+"""The two training loops: that they learn, that a run can be stopped and resumed, and the errors they raise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ViTConfig
-from titok.checkpoints.pretrained import read_weights
+from titok.checkpoints.files import read_weights
 from titok.training import (
     GeneratorTraining,
     TokenizerTraining,
@@ -24,8 +24,10 @@ from titok.training import (
     train_generator,
     train_tokenizer,
 )
-from titok.training.run import CHECKPOINT, Run, read_about
-from titok.training.tokenizer import _Loop, augmented
+from titok.training.run import CHECKPOINT, Run, read_run_info
+from titok.training.tokenizer import TokenizerLoop, augment
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VIT = ViTConfig(width=16, layers=1, heads=2, patch_size=8)
 TOKENIZER = TokenizerConfig(
@@ -72,7 +74,7 @@ class Stop(Exception):
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Makes a run die in the middle of its step `step` (from 0), the gradients of which are there already."""
+    """Makes a run raise `Stop` in its step `step`, which counts from 0, after the gradients are computed."""
     clip = torch.nn.utils.clip_grad_norm_
     calls = iter(range(1000))
 
@@ -93,8 +95,8 @@ def test_resumed_run_equals_an_uninterrupted_one(
         stop_at(patch, 8)
         with pytest.raises(Stop):
             train_one(kind, tmp_path / "cut")
-    assert read_about(tmp_path / "cut" / CHECKPOINT)["step"] == 5
-    torch.rand(3)  # the global generator is elsewhere by now
+    assert read_run_info(tmp_path / "cut" / CHECKPOINT)["step"] == 5
+    torch.rand(3)  # changes the state of the global random generator
     resumed = train_one(kind, tmp_path / "cut", resume=True)
     assert same_weights(whole, resumed)
     assert (tmp_path / "whole" / CHECKPOINT).read_bytes() == (tmp_path / "cut" / CHECKPOINT).read_bytes()
@@ -105,7 +107,7 @@ def test_the_seed_decides_the_weights_and_nothing_else_does(kind: str, tmp_path:
     first = train_one(kind, tmp_path / "a")
     state = torch.random.get_rng_state()
     again = train_one(kind, tmp_path / "b")
-    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's random numbers are left alone
+    assert torch.equal(torch.random.get_rng_state(), state)  # training does not change the caller's state
     other = train_one(kind, tmp_path / "c", changes={"seed": 1})
     assert same_weights(first, again)
     assert not same_weights(first, other)
@@ -126,11 +128,11 @@ def test_the_folder_holds_the_model_and_resuming_a_finished_run_changes_nothing(
 
 def test_history_has_the_figures_of_the_progress_bar(tmp_path: Path) -> None:
     train_one("tokenizer", tmp_path / "t")
-    history = read_about(tmp_path / "t" / CHECKPOINT)["history"]
+    history = read_run_info(tmp_path / "t" / CHECKPOINT)["history"]
     assert [row["step"] for row in history] == [4, 8, 12]
     assert {"step", "loss", "psnr", "codes"} == set(history[0])
     train_one("generator", tmp_path / "g")
-    assert set(read_about(tmp_path / "g" / CHECKPOINT)["history"][0]) == {"step", "loss", "accuracy"}
+    assert set(read_run_info(tmp_path / "g" / CHECKPOINT)["history"][0]) == {"step", "loss", "accuracy"}
 
 
 @pytest.mark.slow
@@ -149,13 +151,13 @@ def test_killed_run_leaves_a_loadable_state(tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while not (tmp_path / "model.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.3)  # somewhere among many checkpoints
+        time.sleep(0.3)  # so that the process is killed at some point between many checkpoints
         os.kill(process.pid, signal.SIGKILL)
     finally:
         process.kill()
         process.wait()
     assert process.returncode == -signal.SIGKILL
-    about = read_about(tmp_path / CHECKPOINT)
+    about = read_run_info(tmp_path / CHECKPOINT)
     assert about["step"] >= 1
     config = TokenizerTraining.from_dict(about["config"])
     run = Run(TiTok(TOKENIZER), config, tmp_path, resume=True, data={"images": 20})
@@ -163,16 +165,18 @@ def test_killed_run_leaves_a_loadable_state(tmp_path: Path) -> None:
     assert TiTok.from_pretrained(tmp_path).config == TOKENIZER
 
 
+@pytest.mark.slow
 def test_tokenizer_learns(tmp_path: Path) -> None:
     images = torch.zeros(8, 1, 16, 16)
     for i, image in enumerate(images):
         image[0, : 2 * i + 2] = 1
     changes = {"steps": 120, "warmup_steps": 10, "random_shift": 0, "random_flip": False, "learning_rate": 5e-3}
     train_tokenizer(images, tokenizer_training(**changes), tmp_path, progress=False)
-    history = read_about(tmp_path / CHECKPOINT)["history"]
+    history = read_run_info(tmp_path / CHECKPOINT)["history"]
     assert history[-1]["psnr"] > history[0]["psnr"] + 6
 
 
+@pytest.mark.slow
 def test_generator_learns_the_class(tmp_path: Path) -> None:
     tokens, labels = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([0, 1])
     changes = {"steps": 80, "learning_rate": 1e-2, "batch_size": 16}
@@ -189,7 +193,7 @@ def test_bfloat16_keeps_weights_and_optimizer_in_float32(kind: str, tmp_path: Pa
     assert not same_weights(full, half)
     state = read_weights(tmp_path / "half" / CHECKPOINT)
     assert {v.dtype for name, v in state.items() if name.startswith("optimizer/")} == {torch.float32}
-    histories = [read_about(tmp_path / name / CHECKPOINT)["history"] for name in ("full", "half")]
+    histories = [read_run_info(tmp_path / name / CHECKPOINT)["history"] for name in ("full", "half")]
     assert histories[0][0]["loss"] == pytest.approx(histories[1][0]["loss"], rel=0.1)
 
 
@@ -203,6 +207,7 @@ def test_positions_start_as_wide_as_asked(tmp_path: Path) -> None:
     assert torch.equal(wide.encoder.trunk.blocks[0].attn.qkv.weight, plain.encoder.trunk.blocks[0].attn.qkv.weight)
 
 
+@pytest.mark.slow
 def test_vae_trains(tmp_path: Path) -> None:
     model = dataclasses.replace(TOKENIZER, bottleneck="vae", l2_normalize=False)
     for kl_weight in (0.0, 1.0):
@@ -215,10 +220,10 @@ def test_vae_trains(tmp_path: Path) -> None:
     assert kl < 0.5 * free
 
 
-def _loop(tmp_path: Path, **changes: object) -> _Loop:
+def _loop(tmp_path: Path, **changes: object) -> TokenizerLoop:
     config = tokenizer_training(**changes)
     run = Run(TiTok(config.model), config, tmp_path, resume=False, data={})
-    return _Loop(run, config)
+    return TokenizerLoop(run, config)
 
 
 def test_codes_start_from_the_first_batch(tmp_path: Path) -> None:
@@ -226,7 +231,7 @@ def test_codes_start_from_the_first_batch(tmp_path: Path) -> None:
     figures = loop.losses(pictures())
     latents = torch.nn.functional.normalize(loop.model.encode_latents(pictures()), dim=-1).flatten(0, 1)
     codes = loop.model.quantizer.codebook
-    # every code is one of the (normalised) latents, and no latent was taken twice
+    # Every code is one of the normalized latents, and no latent is taken twice.
     nearest = torch.cdist(codes.double(), latents.double()).min(dim=1)
     assert nearest.values.max() < 1e-6
     assert len(nearest.indices.unique()) == 16
@@ -240,7 +245,7 @@ def test_unused_codes_are_restarted_and_used_ones_stay(tmp_path: Path) -> None:
     codes.data.copy_(torch.nn.functional.normalize(torch.randn(16, 4), dim=-1))
     before = codes.detach().clone()
     loop.used[:] = torch.arange(16) < 10
-    loop.run.step = 1  # the second of three steps is done: not yet
+    loop.run.step = 1  # two steps are done, and codes are replaced after three
     loop.restart_codes()
     assert torch.equal(codes, before)
     loop.run.step = 2
@@ -256,7 +261,7 @@ def test_codes_are_left_alone_late_in_the_run(tmp_path: Path) -> None:
     loop.losses(pictures())
     before = loop.model.quantizer.codebook.detach().clone()
     loop.used.zero_()
-    loop.run.step = 8  # nine of twelve steps are done: 75%
+    loop.run.step = 8  # nine of twelve steps are done, which is 75%
     loop.restart_codes()
     assert torch.equal(loop.model.quantizer.codebook, before)
 
@@ -269,12 +274,12 @@ def test_fewer_latents_than_codes(tmp_path: Path) -> None:
 def test_augmentation_moves_and_mirrors() -> None:
     torch.manual_seed(0)
     image = torch.arange(16.0).reshape(1, 1, 4, 4).expand(200, -1, -1, -1)
-    assert torch.equal(augmented(image, tokenizer_training(random_shift=0, random_flip=False)), image)
-    flipped = augmented(image, tokenizer_training(random_shift=0, random_flip=True))
+    assert torch.equal(augment(image, tokenizer_training(random_shift=0, random_flip=False)), image)
+    flipped = augment(image, tokenizer_training(random_shift=0, random_flip=True))
     mirrored = (flipped == image.flip(-1)).flatten(1).all(dim=1)
     assert 60 < mirrored.sum() < 140
     assert torch.equal(flipped[~mirrored], image[~mirrored])
-    moved = augmented(image, tokenizer_training(random_shift=1, random_flip=False))
+    moved = augment(image, tokenizer_training(random_shift=1, random_flip=False))
     assert len(moved.unique(dim=0)) == 9
 
 
@@ -320,14 +325,14 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_diverged_run_keeps_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = _Loop.losses
+    losses = TokenizerLoop.losses
     monkeypatch.setattr(
-        _Loop, "losses",
+        TokenizerLoop, "losses",
         lambda self, images: {k: v * (torch.nan if self.run.step >= 7 else 1) for k, v in losses(self, images).items()},
     )  # fmt: skip
     with pytest.raises(FloatingPointError, match="step 8"):
         train_one("tokenizer", tmp_path)
-    assert read_about(tmp_path / CHECKPOINT)["step"] == 5
+    assert read_run_info(tmp_path / CHECKPOINT)["step"] == 5
     assert all(v.isfinite().all() for v in TiTok.from_pretrained(tmp_path).state_dict().values())
 
 

@@ -1,4 +1,4 @@
-"""The numbers of training against golden values of the official code and against slow definitions."""
+"""The formulas of training, compared with golden values of the official code and with slow definitions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_masked_count_is_the_official_one(length: int) -> None:
 
 def test_masked_count_at_the_ends() -> None:
     times = torch.tensor([0.0, 1.0 - 2.0**-24])
-    assert num_masked(times, 8).tolist() == [8, 1]  # all; never none
+    assert num_masked(times, 8).tolist() == [8, 1]  # all tokens, and at least one
 
 
 def test_masked_positions_are_the_official_ones() -> None:
@@ -80,7 +80,7 @@ def test_learning_rate_is_the_official_one_until_the_end_and_then_held(
     name = name.replace("base1e-04", "base0.0001").replace("base2e-04", "base0.0002")
     for step, want in zip(case["in.lr.steps"].tolist(), case[name].tolist(), strict=True):
         got = learning_rate(step, base=base, final=final, warmup=warmup, total=total)
-        # past the end the official rate climbs again: ours stays
+        # After the last step the rate of the official code rises again, and ours stays.
         assert got == pytest.approx(want if step <= total else final, rel=1e-9, abs=1e-18), step
 
 
@@ -103,7 +103,7 @@ def test_weight_decay_acts_on_matrices_alone() -> None:
 
 def test_every_epoch_is_a_permutation_and_any_step_can_be_the_first() -> None:
     stream = shuffled_batches(7, 3, seed=5)
-    batches = [next(stream) for _ in range(14)]  # 42 draws: six epochs, batches straddle them
+    batches = [next(stream) for _ in range(14)]  # 42 indices: six epochs, whose ends lie within batches
     epochs = torch.cat(batches).reshape(6, 7)
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1

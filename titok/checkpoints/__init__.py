@@ -1,1 +1,1 @@
-"""Reading and writing models, and everything that the official checkpoints demand."""
+"""Checkpoints: their files, the base class that loads and saves models, and the layout of the official ones."""

@@ -1,1 +1,1 @@
-"""The command line: `titok ...` and `python -m titok ...`."""
+"""The command line, `titok COMMAND` or `python -m titok COMMAND`: one module for each command or pair of commands."""

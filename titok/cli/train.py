@@ -1,18 +1,18 @@
 """`titok train`: a tokenizer or a generator from scratch, on a folder of pictures.
 
-The defaults are small models for small pictures, trained as the quickstart's are. Whoever wants more than these options
-calls `titok.training`.
+The defaults describe small models for small pictures, trained as the quickstart trains its models.
+`titok.training` has settings that these commands do not offer.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from titok.cli import options as _cli
+from titok.cli.inputs import load_tokenizer
+from titok.cli.options import DeviceOption, TokenizerOption, check_output, select_device
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -32,7 +32,8 @@ Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Same seed and pictu
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in the output folder was stopped.")]
 
 
-def _heads(width: int) -> int:
+def _num_heads(width: int) -> int:
+    """Attention heads of 64 channels each; `ValueError` where `width` is not a multiple of 64."""
     if width < 64 or width % 64:
         raise ValueError(f"--width: expected a multiple of 64, got {width}")
     return width // 64
@@ -55,7 +56,7 @@ def tokenizer(
     learning_rate: LearningRate = 1e-3,
     seed: Seed = 0,
     resume: Resume = False,
-    device: _cli.DeviceOption = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Train a single-stage tokenizer: pixels to tokens to pixels.
 
@@ -63,30 +64,44 @@ def tokenizer(
     titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32
     titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32 --resume
     """
-    _cli.check_output(output)
-    heads = _heads(width)
+    check_output(output)
+    heads = _num_heads(width)
     from titok import TokenizerConfig, ViTConfig
     from titok.data.folders import ImageFolder
     from titok.training import TokenizerTraining, train_tokenizer
 
-    side = ViTConfig(width, layers, heads, patch_size)
+    transformer = ViTConfig(width, layers, heads, patch_size)
     model = TokenizerConfig(
-        image_size=(image_size, image_size), encoder=side, decoder=side, num_latent_tokens=tokens, code_dim=12,
-        codebook_size=codebook_size, channels=1 if grey else 3, l2_normalize=True, signed_pixels=True,
-    )  # fmt: skip
-    run = TokenizerTraining(
-        model=model, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed, random_flip=flip,
-        final_learning_rate=learning_rate / 50, warmup_steps=steps // 20,
-    )  # fmt: skip
+        image_size=(image_size, image_size),
+        encoder=transformer,
+        decoder=transformer,
+        num_latent_tokens=tokens,
+        code_dim=12,
+        codebook_size=codebook_size,
+        channels=1 if grey else 3,
+        l2_normalize=True,
+        signed_pixels=True,
+    )
+    training = TokenizerTraining(
+        model=model,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        final_learning_rate=learning_rate / 50,
+        warmup_steps=steps // 20,
+        seed=seed,
+        random_flip=flip,
+    )
     pictures = ImageFolder(images, model.image_size, model.channels)
-    train_tokenizer(pictures, run, output, resume=resume, device=_cli.device_of(device))
-    typer.echo(f"{output}: a tokenizer of {len(pictures)} pictures, {tokens} tokens each, {_last_figures(output)}")
+    train_tokenizer(pictures, training, output, resume=resume, device=select_device(device))
+    figures = _last_figures(output)
+    typer.echo(f"{output}: a tokenizer of {len(pictures)} pictures, {tokens} tokens each, {figures}")
 
 
 @app.command()
 def generator(
     images: Folder,
-    tokenizer: _cli.TokenizerOption,
+    tokenizer: TokenizerOption,
     output: Output = Path("runs/generator"),
     flip: Annotated[bool, typer.Option("--flip", help="Learn from mirrored pictures too.")] = False,
     width: Width = 256,
@@ -96,43 +111,58 @@ def generator(
     learning_rate: LearningRate = 1e-3,
     seed: Seed = 0,
     resume: Resume = False,
-    device: _cli.DeviceOption = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Train a MaskGIT on a tokenizer's tokens. Sub-folders, sorted, are classes 0, 1, 2, ...: see classes.json.
 
     \b
     titok train generator photos -t runs/tokenizer -o runs/generator
     """
-    _cli.check_output(output)
-    heads = _heads(width)
+    check_output(output)
+    heads = _num_heads(width)
     from titok import GeneratorConfig, SamplingConfig
-    from titok.checkpoints.pretrained import atomic_path
+    from titok.checkpoints.files import write_json
     from titok.data.folders import ImageFolder
     from titok.training import GeneratorTraining, tokenize_images, train_generator
 
-    coder = _cli.load_tokenizer(tokenizer, device, "float32")
-    pictures = ImageFolder(images, coder.config.image_size, coder.config.channels)
-    model = GeneratorConfig(
-        num_latent_tokens=coder.config.num_latent_tokens, codebook_size=coder.config.codebook_size,
-        num_classes=len(pictures.classes), width=width, layers=layers, heads=heads, mlp_width=4 * width,
+    model = load_tokenizer(tokenizer, device, "float32")
+    pictures = ImageFolder(images, model.config.image_size, model.config.channels)
+    config = GeneratorConfig(
+        num_latent_tokens=model.config.num_latent_tokens,
+        codebook_size=model.config.codebook_size,
+        num_classes=len(pictures.classes),
+        width=width,
+        layers=layers,
+        heads=heads,
+        mlp_width=4 * width,
         sampling=SamplingConfig(
-            guidance_scale=0.0, guidance_schedule="constant", temperature=4.5, softmax_annealing=False,
+            guidance_scale=0.0,
+            guidance_schedule="constant",
+            temperature=4.5,
+            softmax_annealing=False,
             confidence="maskgit",
         ),
-    )  # fmt: skip
-    run = GeneratorTraining(
-        model=model, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
-        final_learning_rate=learning_rate / 50, warmup_steps=steps // 20,
-    )  # fmt: skip
-    rows = tokenize_images(coder, pictures, flip=flip)
-    train_generator(rows, pictures.labels, run, output, resume=resume, device=coder.device)
-    with atomic_path(output / "classes.json") as temporary:
-        temporary.write_text(json.dumps(pictures.classes, indent=2) + "\n")
+    )
+    training = GeneratorTraining(
+        model=config,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        final_learning_rate=learning_rate / 50,
+        warmup_steps=steps // 20,
+        seed=seed,
+    )
+    rows = tokenize_images(model, pictures, flip=flip)
+    train_generator(rows, pictures.labels, training, output, resume=resume, device=model.device)
+    write_json(output / "classes.json", pictures.classes)
     typer.echo(f"{output}: a generator of {len(pictures.classes)} classes, {_last_figures(output)}")
 
 
 def _last_figures(folder: Path) -> str:
-    from titok.training.run import CHECKPOINT, read_about
+    """The last entry of the training history in `folder`, as text."""
+    from titok.training.run import CHECKPOINT, read_run_info
 
-    history = read_about(folder / CHECKPOINT)["history"]
-    return ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()) if history else "no figures yet"
+    history = read_run_info(folder / CHECKPOINT)["history"]
+    if not history:
+        return "no figures yet"
+    return ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items())

@@ -1,4 +1,4 @@
-"""Images to train on: a folder of them, scikit-learn's handwritten digits, and what is done to a batch."""
+"""Folders of pictures, and reading batches of images by threads."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from titok.data.images import find_images, read_image
 
 
 class Images(Protocol):
-    """What the training loops read: images (C, H, W) in [0, 1] by index. A tensor (B, C, H, W) is one as well."""
+    """Images (C, H, W) in [0, 1] by index. A tensor (B, C, H, W) is one example, `ImageFolder` another."""
 
     def __len__(self) -> int: ...
 
@@ -25,18 +24,25 @@ class Images(Protocol):
 
 
 class ImageFolder:
-    """The pictures below a folder, read when asked for; the class of each is the sub-folder it lies in.
+    """The pictures below a folder, each read when it is asked for. The class of a picture is its sub-folder.
 
-    Pictures are resized and cropped as `titok.data.images.read_image` does. Sub-folders are numbered in sorted order; a
-    folder without any is one class. Deeper folders belong to the sub-folder that they lie in.
+    Pictures are resized and cropped by `titok.data.images.read_image`. Sub-folders are numbered in sorted order; a
+    folder without sub-folders is one class. A picture in a deeper folder belongs to the sub-folder directly below
+    `root`.
 
     Args:
-        size: (height, width), or an int for a square.
+        root: the folder.
+        size: (height, width) in pixels, or an int for a square.
         channels: 3 for RGB, 1 for grey.
 
+    Attributes:
+        paths: of the pictures, sorted.
+        classes: names of the sub-folders, sorted; [""] where there are none.
+        labels: (n,) int64, the class of each picture.
+
     Raises:
-        FileNotFoundError: no folder, or no picture in it.
-        ValueError: pictures both in the folder itself and in sub-folders; on access, a file that is no picture.
+        FileNotFoundError: there is no such folder, or no picture in it.
+        ValueError: some pictures are in sub-folders and others in `root` itself; on access, a file is no picture.
     """
 
     def __init__(self, root: str | os.PathLike[str], size: int | tuple[int, int], channels: int = 3) -> None:
@@ -61,81 +67,55 @@ class ImageFolder:
 
 
 def read_batches(images: Images | Tensor, batches: Iterable[Tensor], *, ahead: int = 2) -> Iterator[Tensor]:
-    """The images at each batch of indices (B,), all of one shape: (B, C, H, W). Files are read by threads, some batches
-    ahead (decoding and resizing hold no lock of Python's)."""
+    """Yields the images at each batch of indices (B,), as one tensor (B, C, H, W).
+
+    Threads read the next `ahead` batches meanwhile, because decoding and resizing release Python's global lock. A
+    tensor is only indexed.
+
+    Raises:
+        ValueError: an image has another shape than the first one. Errors of reading an image pass through.
+    """
     if isinstance(images, Tensor):
         yield from (images[indices] for indices in batches)
         return
-
-    def read(index: int, row: Tensor) -> None:
-        image = images[index]
-        if image.shape != row.shape:
-            raise ValueError(f"images: expected {tuple(row.shape)}, as the first, got {tuple(image.shape)}")
-        row.copy_(image)
-
-    # Every image is freed by the thread that read it, and batches are made by this one alone: where threads free each
-    # other's memory, the allocator's share of it grows for thousands of images.
-    waiting: deque[tuple[Tensor, list[Future[None]]]] = deque()
+    pending: deque[_PendingBatch] = deque()
     first: Tensor | None = None
-
-    def finished() -> Tensor:
-        batch, reads = waiting.popleft()
-        for done in reads:
-            done.result()
-        return batch
-
     with ThreadPoolExecutor() as pool:
         try:
             for indices in batches:
                 numbers = indices.tolist()
-                first = images[numbers[0]] if first is None else first  # for its shape; it is read once more
+                if first is None:
+                    first = images[numbers[0]]  # gives the shape of all images; a thread reads it once more
+                # The batch is allocated here, and each image by the thread that reads and frees it. If threads
+                # freed each other's memory, the allocator's arenas would grow over thousands of images.
                 batch = first.new_empty(len(numbers), *first.shape)
-                reads = [pool.submit(read, index, row) for index, row in zip(numbers, batch, strict=True)]
-                waiting.append((batch, reads))
-                if len(waiting) > ahead:
-                    yield finished()
-            while waiting:
-                yield finished()
+                reads = [
+                    pool.submit(_read_into, row, images, index) for index, row in zip(numbers, batch, strict=True)
+                ]
+                pending.append(_PendingBatch(batch, reads))
+                if len(pending) > ahead:
+                    yield pending.popleft().wait()
+            while pending:
+                yield pending.popleft().wait()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def shifted(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """images (B, C, H, W), each moved by its own whole number of pixels (B,) int64; edges are repeated."""
-    height, width = images.shape[-2:]
-    rows = (torch.arange(height, device=images.device) - down[:, None]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) - right[:, None]).clamp(0, width - 1)
-    sample = torch.arange(len(images), device=images.device)[:, None, None]
-    return images.movedim(1, -1)[sample, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+class _PendingBatch(NamedTuple):
+    """A batch, and the reads that fill its rows."""
+
+    batch: Tensor
+    reads: list[Future[None]]
+
+    def wait(self) -> Tensor:
+        """The batch when all rows are filled; raises what a read raised."""
+        for read in self.reads:
+            read.result()
+        return self.batch
 
 
-class Digits(NamedTuple):
-    """Handwritten digits: images (n, 1, 32, 32) float32 in [0, 1] and labels (n,) int64."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
-def load_digits() -> Digits:
-    """The 1,797 digits that scikit-learn carries (8x8, 17 grey levels; UCI "optical recognition of handwritten
-    digits"), enlarged to 32x32 by bicubic interpolation. Every fifth image of each class is held out.
-
-    Raises:
-        ModuleNotFoundError: scikit-learn is not installed; says what to install.
-    """
-    try:
-        from sklearn import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "scikit-learn, which carries the digits, is not installed: pip install 'titok[quickstart]'"
-        ) from error
-    raw = datasets.load_digits()
-    small = torch.from_numpy(raw.images).float()[:, None] / 16
-    images = F.interpolate(small, size=(32, 32), mode="bicubic").clamp(0, 1)
-    labels = torch.from_numpy(raw.target).long()
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for digit in range(10):
-        held_out[(labels == digit).nonzero()[::5, 0]] = True
-    return Digits(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+def _read_into(row: Tensor, images: Images, index: int) -> None:
+    image = images[index]
+    if image.shape != row.shape:
+        raise ValueError(f"images: expected {tuple(row.shape)}, as the first, got {tuple(image.shape)}")
+    row.copy_(image)

@@ -1,32 +1,35 @@
-"""Pictures in and out: reading with the evaluation transform, 8-bit conversion, PSNR, grids, PNG files."""
+"""Pictures: reading with the evaluation transform, conversion to 8 bits, PSNR, grids, PNG files."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from titok.checkpoints.pretrained import atomic_path
+from titok.checkpoints.files import atomic_path
 from titok.checks import check_tensor
+from titok.config import Rounding
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 def check_rounding(rounding: str) -> None:
+    """Raises `ValueError` unless `rounding` is one of the two rules of `to_uint8`."""
     if rounding not in ("nearest", "truncate"):
         raise ValueError(f"rounding: expected 'nearest' or 'truncate', got {rounding!r}")
 
 
-def to_uint8(images: Tensor, rounding: Literal["nearest", "truncate"] = "nearest") -> Tensor:
-    """images (..., C, H, W) around [0, 1] -> uint8 (..., H, W, C), clamped.
+def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
+    """Images (..., C, H, W) as 8-bit pictures (..., H, W, C). Values outside [0, 1] are clamped.
 
-    "truncate" is what the published FID script does: it darkens by half a level on average.
+    Args:
+        rounding: "nearest"; or "truncate", as the published FID script does, which makes pictures darker by half a
+            level on average.
     """
     check_rounding(rounding)
     levels = images.clamp(0, 1).float() * 255
@@ -35,18 +38,18 @@ def to_uint8(images: Tensor, rounding: Literal["nearest", "truncate"] = "nearest
 
 
 def read_image(path: str | os.PathLike[str], size: tuple[int, int], channels: int = 3) -> Tensor:
-    """One picture as float32 (channels, height, width) in [0, 1], by the evaluation transform of TiTok: resized
-    (bicubic, antialiased) until it covers `size`, then cropped to it around the centre.
+    """Reads one picture by the evaluation transform of TiTok: float32 (channels, height, width) in [0, 1].
 
-    As in that transform, EXIF orientation is not applied and transparency is dropped. 16-bit grey is scaled to 8 bits.
+    The transform resizes the picture (bicubic, antialiased) to the smallest size that covers `size`, and crops it
+    to `size` around the centre. It ignores EXIF orientation and transparency. 16-bit grey is scaled to 8 bits.
 
     Args:
-        size: (height, width).
+        size: (height, width) in pixels.
         channels: 3 for RGB, 1 for grey.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a readable picture, or one whose white level is unknown (32-bit pixels); names the file.
+        ValueError: the file is no readable picture, or its pixels have 32 bits and so no known white level.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels: expected 1 or 3, got {channels}")
@@ -58,7 +61,7 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int], channels: in
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise ValueError(f"{path}: not a readable picture ({error})") from error
     height, width = size
-    # Rounded as torchvision's Resize and CenterCrop round, which the published evaluation ran.
+    # The two roundings are those of torchvision's Resize and CenterCrop, which the published evaluation used.
     if width * picture.height >= height * picture.width:
         resized = (width, width * picture.height // picture.width)
     else:
@@ -71,8 +74,10 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int], channels: in
 
 
 def _as_8_bits(picture: Image.Image) -> Image.Image:
-    """What Pillow converts to RGB or grey without a loss: its own conversion makes all 16-bit levels past 255 white,
-    and warns of transparent palettes."""
+    """The picture in a mode that Pillow converts to RGB and to grey without loss or warning.
+
+    Pillow itself turns all 16-bit levels above 255 into white, and warns of palettes with transparency.
+    """
     if picture.mode.startswith("I;16"):
         levels = np.asarray(picture).astype(np.float32) / 257
         return Image.fromarray(levels.round().astype(np.uint8))
@@ -82,7 +87,11 @@ def _as_8_bits(picture: Image.Image) -> Image.Image:
 
 
 def find_images(path: str | os.PathLike[str]) -> list[Path]:
-    """The picture at `path`, or every picture below the folder `path`, sorted. Raises `FileNotFoundError`."""
+    """The picture at `path`, or all pictures below the folder `path`, sorted.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or no picture in the folder.
+    """
     root = Path(path)
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such file or folder")
@@ -95,7 +104,17 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def grid(images: Tensor, columns: int | None = None, *, gap: int = 2, scale: int = 1) -> Tensor:
-    """uint8 (B, H, W, C) -> one uint8 picture (H', W', C), row by row on white; `scale` repeats pixels."""
+    """Places pictures on a white one, row by row.
+
+    Args:
+        images: (B, H, W, C) uint8.
+        columns: pictures in a row; None makes about as many rows as columns.
+        gap: in pixels, between pictures.
+        scale: each pixel becomes a square of scale x scale pixels.
+
+    Returns:
+        (H', W', C) uint8.
+    """
     check_tensor("images", images, shape=("B", "H", "W", "C"), dtypes=(torch.uint8,))
     count, height, width, channels = images.shape
     columns = columns or max(1, math.ceil(math.sqrt(count)))
@@ -112,7 +131,11 @@ def grid(images: Tensor, columns: int | None = None, *, gap: int = 2, scale: int
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """uint8 (B, H, W, C) twice -> peak signal-to-noise ratio of each pair in dB, float64 (B,); equal ones: inf."""
+    """The peak signal-to-noise ratio of each pair in dB, (B,) float64; infinite where the two are equal.
+
+    Args:
+        images, references: (B, H, W, C) uint8.
+    """
     check_tensor("images", images, shape=("B", "H", "W", "C"), dtypes=(torch.uint8,))
     check_tensor("references", references, shape=tuple(images.shape), dtypes=(torch.uint8,))
     errors = (images.double() - references.double()).square().mean(dim=(1, 2, 3))
@@ -120,7 +143,7 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
 
 
 def write_png(path: str | os.PathLike[str], image: Tensor) -> None:
-    """Writes one uint8 picture (H, W, C), C 1 or 3; an existing file is replaced only by a whole one."""
+    """Writes one picture (H, W, C) uint8, C = 1 or 3. An existing file is replaced once the new one is complete."""
     check_tensor("image", image, shape=("H", "W", "C"), dtypes=(torch.uint8,))
     array = image.cpu().numpy()
     with atomic_path(path) as temporary:

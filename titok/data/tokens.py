@@ -1,7 +1,8 @@
-"""Tokens on disk: one .npz or .safetensors file for many images, which tells the tokenizer that made it.
+"""Tokens on disk: one .npz or .safetensors file for many images, with a signature of the tokenizer that made it.
 
-Both kinds hold the same arrays: `tokens` int32 (N, K), or of a VAE `latents` float32 (N, K, C); `signature`, a few
-weights of the tokenizer; and the N names (an array in .npz, JSON under "names" in the metadata of .safetensors).
+Both kinds of file hold the same arrays: `tokens` (N, K) int32, or `latents` (N, K, C) float32 of a VAE;
+`signature`, eight weights of the tokenizer; and N names. The names are an array of an .npz file, and JSON under
+"names" in the metadata of a .safetensors file.
 """
 
 from __future__ import annotations
@@ -11,39 +12,44 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors
 import torch
 from torch import Tensor
 
-from titok.checkpoints.pretrained import atomic_path, write_safetensors
+from titok.checkpoints.files import atomic_path, write_safetensors
 from titok.checks import check_latents, check_tokens
-from titok.models.tokenizer import TiTok
+
+if TYPE_CHECKING:
+    from titok.models.tokenizer import TiTok
 
 SUFFIXES = (".npz", ".safetensors")
 
 
 class TokenFile(NamedTuple):
-    """tokens (N, K) int64, or of a VAE latents (N, K, C) float32, on the CPU; one name for each row; and whether the
-    file told that the tokenizer which reads it also wrote it (one made elsewhere may lack the signature)."""
+    """The contents of a file of tokens."""
 
-    tokens: Tensor
-    names: list[str]
-    signed: bool
+    tokens: Tensor  # (N, K) int64, or latents (N, K, C) float32 of a VAE; on the CPU
+    names: list[str]  # one for each row
+    signed: bool  # True if the file has the signature of the tokenizer that reads it, False if it has none
 
 
 def write_tokens(path: str | os.PathLike[str], tokens: Tensor, names: Sequence[str], tokenizer: TiTok) -> None:
-    """Writes what `tokenizer.encode` gave for the pictures called `names`. An existing file is replaced whole.
+    """Writes tokens and names of pictures. An existing file is replaced once the new one is complete.
+
+    Args:
+        path: ends in .npz or .safetensors.
+        tokens: what `tokenizer.encode` returned: (N, K) int64, or latents (N, K, C) of a VAE.
+        names: N names of pictures.
 
     Raises:
-        ValueError: neither .npz nor .safetensors, tokens that are not the tokenizer's, or not one name for each.
+        TypeError, ValueError: another suffix, tokens that do not fit the tokenizer, or another number of names.
     """
-    path = _checked(path)
-    _check(tokens, names, tokenizer)
-    vae = tokenizer.config.bottleneck == "vae"
-    values = {"latents": tokens.float()} if vae else {"tokens": tokens.to(torch.int32)}
+    path = _check_suffix(path)
+    _check_contents(tokens, names, tokenizer)
+    values = {_key(tokenizer): tokens.float() if tokens.is_floating_point() else tokens.to(torch.int32)}
     values["signature"] = signature(tokenizer)
     if path.suffix == ".safetensors":
         write_safetensors(path, values, {"names": json.dumps(list(names))})
@@ -54,16 +60,18 @@ def write_tokens(path: str | os.PathLike[str], tokens: Tensor, names: Sequence[s
 
 
 def read_tokens(path: str | os.PathLike[str], tokenizer: TiTok) -> TokenFile:
-    """Reads a file of `write_tokens`, or one made elsewhere that holds `tokens` (or `latents`) at least; names then
-    are 000000, 000001, ...
+    """Reads a file that `write_tokens` wrote, or one that holds only `tokens` (or `latents`) of any integer dtype.
+
+    Where the file has no names, they are 000000, 000001 and so on.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not readable, made by another tokenizer, or tokens that are not this tokenizer's; names the file.
+        ValueError: the file is damaged, another tokenizer made it, or its tokens do not fit this tokenizer. The
+            message names the file.
     """
-    path = _checked(path)
+    path = _check_suffix(path)
     arrays, names = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npz(path)
-    key = "latents" if tokenizer.config.bottleneck == "vae" else "tokens"
+    key = _key(tokenizer)
     if key not in arrays:
         found = ", ".join(sorted(arrays)) or "nothing"
         raise ValueError(f"{path}: expected an array {key!r}, as this tokenizer makes, got {found}")
@@ -71,51 +79,62 @@ def read_tokens(path: str | os.PathLike[str], tokenizer: TiTok) -> TokenFile:
     if not tokens.is_floating_point() and tokens.dtype != torch.bool:
         tokens = tokens.to(torch.int64)
     try:
-        _check(tokens, names or [""] * len(tokens), tokenizer)
+        _check_contents(tokens, names or [""] * len(tokens), tokenizer)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    written_by = arrays.get("signature")
-    if written_by is not None and not _same(written_by, signature(tokenizer)):
+    written = arrays.get("signature")
+    if written is not None and not _same_signature(written, signature(tokenizer)):
         raise ValueError(f"{path}: made by a tokenizer with other weights than the one given")
-    return TokenFile(tokens, names or [f"{i:06}" for i in range(len(tokens))], written_by is not None)
+    return TokenFile(tokens, names or [f"{i:06}" for i in range(len(tokens))], signed=written is not None)
 
 
 def signature(tokenizer: TiTok) -> Tensor:
-    """Eight weights that tell tokenizers apart, float32: out of the codebook, which fine-tuning of the decoder
-    leaves alone, or out of a VAE decoder's first layer."""
+    """Eight weights that tell tokenizers apart, (8,) float32 on the CPU.
+
+    They are taken from the codebook, which does not change when only the decoder is trained further. A VAE has no
+    codebook, so they are taken from the first layer of its decoder.
+    """
     weight = tokenizer.decoder.embed.weight if tokenizer.quantizer is None else tokenizer.quantizer.codebook
     flat = weight.detach().flatten()
     return flat[torch.linspace(0, len(flat) - 1, 8).long().to(flat.device)].float().cpu()
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Within what loading the weights in bfloat16 changes."""
-    return a.shape == b.shape and torch.allclose(a.float(), b, rtol=0.02, atol=1e-6)
+def _same_signature(written: Tensor, expected: Tensor) -> bool:
+    """True for the same weights, also when one of the two models was loaded in bfloat16."""
+    return written.shape == expected.shape and torch.allclose(written.float(), expected, rtol=0.02, atol=1e-6)
 
 
-def _checked(path: str | os.PathLike[str]) -> Path:
+def _key(tokenizer: TiTok) -> str:
+    """The name of the array that holds what the tokenizer encodes to."""
+    return "latents" if tokenizer.config.bottleneck == "vae" else "tokens"
+
+
+def _check_suffix(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
     return path
 
 
-def _check(tokens: Tensor, names: Sequence[str], tokenizer: TiTok) -> None:
-    c = tokenizer.config
-    if c.bottleneck == "vae":
-        check_latents(tokens, c.num_latent_tokens, c.code_dim)
+def _check_contents(tokens: Tensor, names: Sequence[str], tokenizer: TiTok) -> None:
+    config = tokenizer.config
+    if config.bottleneck == "vae":
+        check_latents(tokens, config.num_latent_tokens, config.code_dim)
     else:
-        check_tokens(tokens, c.num_latent_tokens, c.codebook_size)
+        check_tokens(tokens, config.num_latent_tokens, config.codebook_size)
     if len(names) != len(tokens):
         raise ValueError(f"names: expected {len(tokens)}, one for each row of tokens, got {len(names)}")
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The arrays of the file by name, and the names of the pictures; no names where the file has none."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            wanted = {key: file[key] for key in ("tokens", "latents", "signature") if key in file}
+            arrays = {
+                key: torch.from_numpy(file[key]) for key in ("tokens", "latents", "signature") if key in file
+            }
             names = [str(name) for name in file["names"]] if "names" in file else []
-        return {key: torch.from_numpy(value) for key, value in wanted.items()}, names
+        return arrays, names
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
@@ -123,10 +142,12 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """As `_read_npz`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = json.loads((file.metadata() or {}).get("names", "[]"))
-            return {key: file.get_tensor(key) for key in file.keys()}, [str(name) for name in names]  # noqa: SIM118
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
+            names = [str(name) for name in json.loads((file.metadata() or {}).get("names", "[]"))]
+        return arrays, names
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:

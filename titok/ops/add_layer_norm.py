@@ -119,6 +119,7 @@ def _norm_results(a: LayerNormArguments) -> tuple[Tensor]:
 
 
 def _norm_cpp(a: LayerNormArguments, normalised: Tensor) -> None:
+    check_eps(a.eps)
     extension().add_layer_norm(a.x, None, a.weight, a.bias, a.eps, None, normalised)
 
 
@@ -129,9 +130,11 @@ def _norm_plain(a: LayerNormArguments) -> tuple[Tensor]:
 def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None) -> Tensor:
     # PyTorch's op keeps float32 statistics of 16-bit rows, but mixes dtypes only on some devices, and on a CPU its
     # gradient keeps 16-bit statistics: both cases are computed in float32.
-    mixed = {weight.dtype, bias.dtype, x.dtype, out_dtype or x.dtype} != {x.dtype}
-    rows = x.to(_statistics_dtype(x)) if mixed or torch.is_grad_enabled() else x
-    normalised = F.layer_norm(rows, rows.shape[-1:], weight.to(rows.dtype), bias.to(rows.dtype), eps)
+    mixed = not weight.dtype is bias.dtype is x.dtype is (out_dtype or x.dtype)
+    if not mixed and (x.dtype.itemsize >= 4 or not torch.is_grad_enabled()):
+        return F.layer_norm(x, weight.shape, weight, bias, eps).contiguous()
+    rows = x.to(_statistics_dtype(x))
+    normalised = F.layer_norm(rows, weight.shape, weight.to(rows.dtype), bias.to(rows.dtype), eps)
     return normalised.to(out_dtype or x.dtype).contiguous()
 
 
@@ -164,6 +167,7 @@ def _results(a: AddLayerNormArguments) -> tuple[Tensor, Tensor]:
 
 
 def _cpp(a: AddLayerNormArguments, total: Tensor, normalised: Tensor) -> None:
+    check_eps(a.eps)
     extension().add_layer_norm(a.x, a.residual, a.weight, a.bias, a.eps, total, normalised)
 
 
@@ -211,6 +215,7 @@ def _backward_results(a: BackwardArguments) -> tuple[Tensor, Tensor]:
 
 
 def _backward_cpp(a: BackwardArguments, grad: Tensor, grad_parameters: Tensor) -> None:
+    check_eps(a.eps)
     chunks = extension().add_layer_norm_chunks(a.total.numel() // a.total.shape[-1])
     # One sum for each chunk of rows, added up here, so that the number of threads changes no bit.
     partial = torch.empty((chunks, *grad_parameters.shape))
@@ -274,8 +279,7 @@ def _for_backward(a: BackwardArguments) -> BackwardArguments:
 
 def _is_float32_on_cpu(a: AddLayerNormArguments) -> bool:
     """Then PyTorch's own gradient is as fast as ours, and its call costs less."""
-    dtypes = {a.x.dtype, a.residual.dtype, a.weight.dtype, a.out_dtype or torch.float32}
-    return a.x.is_cpu and dtypes == {torch.float32}
+    return a.x.is_cpu and a.x.dtype is a.residual.dtype is a.weight.dtype is torch.float32 and a.out_dtype is None
 
 
 _BACKWARD = Op(

@@ -134,7 +134,8 @@ def _check(a: Arguments) -> None:
 
 
 def _check_affine(a: Arguments | BackwardArguments) -> None:
-    dtypes = (torch.float64,) if a.x.dtype == torch.float64 else (torch.float32, a.x.dtype)
+    alone = a.x.dtype in (torch.float64, torch.float32)
+    dtypes = (a.x.dtype,) if alone else (torch.float32, a.x.dtype)
     check_tensor("weight", a.weight, shape=(a.x.shape[1],), dtypes=dtypes, device=a.x.device)
     check_tensor("bias", a.bias, shape=(a.x.shape[1],), dtypes=(a.weight.dtype,), device=a.x.device)
 
@@ -159,6 +160,7 @@ def _cpp(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
 ) -> None:
+    check_eps(a.eps)
     extension().group_norm_silu(
         a.x, a.residual, a.num_groups, a.weight, a.bias, a.eps, total, normalised, mean, rstd
     )
@@ -262,6 +264,7 @@ def _backward_plain(a: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
 
     with means over the pixels and channels of a group.
     """
+    a = _like_x(a)  # one memory format, so that sums are taken in one order
     if a.x.numel() == 0:
         return a.x.clone(), torch.zeros_like(a.weight), torch.zeros_like(a.bias)
     groups = (a.mean.shape[1], -1)

@@ -131,8 +131,12 @@ def _check(a: Arguments | BackwardArguments) -> None:
         check_tensor("key_mask", a.key_mask, shape=(batch, tokens), dtypes=(torch.bool,), device=a.qkv.device)
     if not 0 <= a.start <= a.stop <= tokens:
         raise ValueError(f"query_range: expected 0 <= start <= stop <= {tokens}, got ({a.start}, {a.stop})")
-    if not math.isfinite(a.scale):
-        raise ValueError(f"scale: expected a finite number, got {a.scale}")
+    _check_scale(a.scale)
+
+
+def _check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
 def _check_backward(a: BackwardArguments) -> None:
@@ -204,6 +208,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _cpp(a: Arguments, out: Tensor, lse: Tensor | None = None) -> None:
+    _check_scale(a.scale)
     extension().masked_attention(a.qkv, a.key_mask, a.num_heads, a.start, a.scale, out, lse)
 
 
@@ -267,8 +272,18 @@ def _sdpa(a: Arguments) -> tuple[Tensor, Tensor]:
 def _sdpa_gpu(qkv: Tensor, a: Arguments | BackwardArguments) -> Tensor:
     q, k, v = _heads(qkv, a)
     mask = None if a.key_mask is None else a.key_mask[:, None, None, :]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=a.scale).transpose(1, 2).flatten(2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=a.scale)
+    out = _with_nan(out, q, k, a.key_mask).transpose(1, 2).flatten(2)
     return _zero_samples_without_keys(out, a.key_mask).contiguous()
+
+
+def _with_nan(out: Tensor, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The output (B, H, Nq, D) of SDPA with the NaN of queries and visible keys, some of which it loses."""
+    in_keys = k.isnan().any(-1)
+    if key_mask is not None:
+        in_keys = in_keys & key_mask[:, None]
+    in_row = q.isnan().any(-1) | in_keys.any(-1, keepdim=True)
+    return out.masked_fill(in_row[..., None], math.nan)
 
 
 def _sdpa_cpu(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -277,7 +292,7 @@ def _sdpa_cpu(a: Arguments) -> tuple[Tensor, Tensor]:
         return _results(a)[0], _kept(a)[0]
     q, k, v = _heads(_dense(a.qkv), a)
     out, lse = _SDPA_CPU(q, k, v, attn_mask=_additive(a.key_mask, q.dtype), scale=a.scale)
-    out = out.transpose(1, 2).flatten(2).contiguous()
+    out = _with_nan(out, q, k, a.key_mask).transpose(1, 2).flatten(2).contiguous()
     return _zero_samples_without_keys(out, a.key_mask), (lse * _LOG2_E).contiguous()
 
 

@@ -328,10 +328,14 @@ def _check(a: Arguments) -> None:
         check_tensor("params", a.params, shape=(_PACKED_WORDS,), dtypes=(torch.int32,), device=device)
     if a.workspace is not None:
         check_tensor("workspace", a.workspace, shape=(batch,), dtypes=(torch.int32,), device=device)
-    if a.confidence not in CONFIDENCE_RULES:
-        raise ValueError(f"confidence: expected one of {CONFIDENCE_RULES}, got {a.confidence!r}")
+    _check_rule(a.confidence)
     if 0 <= a.mask_token < codes:
         raise ValueError(f"mask_token: expected an id outside [0, {codes}), got {a.mask_token}")
+
+
+def _check_rule(confidence: str) -> None:
+    if confidence not in CONFIDENCE_RULES:
+        raise ValueError(f"confidence: expected one of {CONFIDENCE_RULES}, got {confidence!r}")
 
 
 def _check_values(a: Arguments) -> None:
@@ -369,6 +373,7 @@ def _contiguous_indices(a: Arguments) -> Arguments:
 
 
 def _cpp(a: Arguments, new: Tensor, confidences: Tensor) -> None:
+    _check_rule(a.confidence)
     is_maskgit = a.confidence == "maskgit"
     found_bad_value = extension().maskgit_decode_step(
         *a[:7], a.numbers(), a.mask_token, is_maskgit, new, confidences, torch.get_num_threads()

@@ -165,7 +165,24 @@ def _plain(a: Arguments) -> tuple[Tensor]:
         scores = torch.addmm(half_squares, rows, codes.T, alpha=-1)
         torch.argmin(scores, dim=1, out=out)
         out.mul_(finite)
-    return (indices,)
+    # Equal rows get scores that differ by rounding, as the matrix product blocks its columns.
+    return (_first_equal_rows(codes)[indices],)
+
+
+def _first_equal_rows(codes: Tensor) -> Tensor:
+    """For each of V rows the index (V,) of the first row equal to it. The host does not wait for a GPU."""
+    bits = (codes + 0.0).contiguous()  # one zero instead of two
+    bits = bits.view(torch.int64 if bits.dtype == torch.float64 else torch.int32).long()
+    factors = torch.arange(1, 2 * codes.shape[1], 2, device=codes.device) * 0x5851F42D4C957F2D
+    hashed, order = torch.sort((bits * factors).sum(1), stable=True)
+    starts = torch.ones_like(hashed, dtype=torch.bool)
+    starts[1:] = hashed[1:] != hashed[:-1]
+    places = torch.arange(len(order), device=order.device)
+    start_of_group = torch.where(starts, places, 0).cummax(0).values
+    first = torch.empty_like(order)
+    first[order] = order[start_of_group]
+    is_equal = (codes[first] == codes).all(1)  # not so for two rows that merely have one hash
+    return torch.where(is_equal, first, places)
 
 
 def _prepared(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def _quantize(
     latents: Tensor, codebook: Tensor, normalize: bool, commitment_cost: float, backend: str | None = None
 ) -> tuple[Tensor, ...]:
     """The members of `Quantized`."""
-    indices = nearest_codebook(latents, codebook, normalize=normalize, backend=backend)
+    indices = nearest_codebook(latents.detach(), codebook.detach(), normalize=normalize, backend=backend)
     if not torch.compiler.is_compiling():
         note_backend("quantize", last_backend("nearest_codebook") or "plain")
     z = latents.to(compute_dtype(latents.dtype, codebook.dtype))

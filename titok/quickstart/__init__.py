@@ -1,1 +1,1 @@
-"""The quickstart: trains a small tokenizer and generator on handwritten digits, measures them and writes a report."""
+"""The quickstart: trains a small tokenizer and generator on handwritten digits, measures them, writes a report."""

@@ -1,4 +1,4 @@
-"""`python -m titok.quickstart`."""
+"""Runs the quickstart as `python -m titok.quickstart`."""
 
 from titok.quickstart.run import main
 

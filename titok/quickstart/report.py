@@ -1,4 +1,4 @@
-"""The quickstart's pictures and its one-page report: a single HTML file that needs nothing beside it."""
+"""The quickstart's pictures and its report, one HTML file that contains everything it shows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from titok.checkpoints.pretrained import atomic_path
+from titok.checkpoints.files import atomic_path
 from titok.data.images import to_uint8
-from titok.quickstart.metrics import BARS
+from titok.quickstart.metrics import REQUIREMENTS
 
 _INK, _MUTED, _ACCENT, _GOOD, _BAD = "#1b1f24", "#6b7280", "#2f5fd0", "#1a7f4b", "#c2372e"
 
@@ -22,7 +22,14 @@ _INK, _MUTED, _ACCENT, _GOOD, _BAD = "#1b1f24", "#6b7280", "#2f5fd0", "#1a7f4b",
 def picture_rows(
     rows: list[tuple[str, Tensor]], *, font_size: int = 20, scale: int = 3, gap: int = 6
 ) -> Image.Image:
-    """One picture out of labelled rows, each its text and images (n, 1, H, W) in [0, 1]; "" is a thin space."""
+    """One picture, made of rows of images with a text in front of each row.
+
+    Args:
+        rows: texts and images (n, 1, H, W) in [0, 1]. The text "" makes a narrow space instead of a row.
+        font_size: in pixels.
+        scale: by which the images are enlarged.
+        gap: in pixels, between images.
+    """
     font = ImageFont.load_default(size=font_size)
     images = next(images for text, images in rows if text)
     count, _, height, width = images.shape
@@ -45,29 +52,35 @@ def picture_rows(
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
+    """Writes a PNG file; an existing file is replaced once the new one is complete."""
     with atomic_path(path) as temporary:
         picture.save(temporary, format="PNG", optimize=True)
 
 
 def reconstruction_rows(images: Tensor, reconstructions: Tensor, labels: Tensor) -> list[tuple[str, Tensor]]:
-    """Two digits of each class, each held-out image above what the decoder makes of its tokens."""
+    """Rows for `picture_rows`: two digits of each class, each above its reconstruction."""
     rows: list[tuple[str, Tensor]] = []
     for nth in range(2):
         chosen = torch.tensor([int((labels == digit).nonzero()[nth]) for digit in range(10)])
-        rows += [("", images)] if rows else []
+        if rows:
+            rows.append(("", images))  # the images of a space are not used
         rows += [("held out", images[chosen]), ("decoded", reconstructions[chosen])]
     return rows
 
 
 def curves(histories: dict[str, list[dict[str, float]]]) -> str:
-    """The figures of each run over its steps, as SVG."""
+    """The figures of each run over its steps, as an SVG element.
+
+    Args:
+        histories: of the runs, by the name of the run, as `titok.training.run.Run.history`.
+    """
     from matplotlib.figure import Figure
 
     titles = {
         "loss": "loss",
         "psnr": "PSNR of the batch, dB",
         "codes": "codes in use",
-        "accuracy": "masked tokens right",
+        "accuracy": "masked tokens correct",
     }
     panels = [(run, key) for run, rows in histories.items() if rows for key in rows[0] if key != "step"]
     figure = Figure(figsize=(2.5 * len(panels), 2.1), layout="constrained")
@@ -87,28 +100,35 @@ def curves(histories: dict[str, list[dict[str, float]]]) -> str:
 
 
 def _smoothed(values: list[float], reach: int = 3) -> list[float]:
-    """Mean over up to `reach` neighbours on both sides, as many on one as on the other: it does not lag."""
+    """The mean of each value and up to `reach` neighbours on both sides.
+
+    Near an end of the list there are fewer neighbours, but as many on one side as on the other, so that the curve
+    does not lag behind the values.
+    """
     means = []
     for i in range(len(values)):
-        r = min(reach, i, len(values) - 1 - i)
-        means.append(sum(values[i - r : i + r + 1]) / (2 * r + 1))
+        neighbours = min(reach, i, len(values) - 1 - i)
+        means.append(sum(values[i - neighbours : i + neighbours + 1]) / (2 * neighbours + 1))
     return means
 
 
 def _embedded(path: Path) -> str:
+    """The picture in a file as a data URL."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _table(metrics: dict[str, Any]) -> str:
+    """The rows of the table of requirements."""
     rows = []
-    for bar in BARS:
-        value = metrics[bar.key]
-        good = bar.reached(value)
-        sign = "≥" if bar.at_least else "≤"
-        mark = f'<span class="mark" style="color:{_GOOD if good else _BAD}">{"✓" if good else "✗"}</span>'
+    for requirement in REQUIREMENTS:
+        value = metrics[requirement.key]
+        color, symbol = (_GOOD, "✓") if requirement.met_by(value) else (_BAD, "✗")
+        sign = "≥" if requirement.at_least else "≤"
         rows.append(
-            f"<tr><td>{mark}</td><td>{html.escape(bar.meaning)}</td>"
-            f'<td class="n"><b>{bar.text(value)}</b></td><td class="n bar">{sign} {bar.text(bar.value)}</td></tr>'
+            f'<tr><td><span class="mark" style="color:{color}">{symbol}</span></td>'
+            f"<td>{html.escape(requirement.meaning)}</td>"
+            f'<td class="n"><b>{requirement.text(value)}</b></td>'
+            f'<td class="n limit">{sign} {requirement.text(requirement.value)}</td></tr>'
         )
     return "\n".join(rows)
 
@@ -132,7 +152,7 @@ figcaption {{ margin-top: 6px; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
 th {{ text-align: left; font-weight: 600; font-size: 12px; color: {muted}; }}
 td, th {{ padding: 5px 8px 5px 0; border-bottom: 1px solid #eceef1; }}
-.n {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }} .bar {{ color: {muted}; }}
+.n {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }} .limit {{ color: {muted}; }}
 .mark {{ font-weight: 700; }}
 svg {{ width: 100%; height: auto; display: block; }}
 pre {{ background: #f4f5f7; padding: 12px 14px; border-radius: 6px; font-size: 13px; line-height: 1.45; margin: 0;
@@ -142,17 +162,17 @@ pre {{ background: #f4f5f7; padding: 12px 14px; border-radius: 6px; font-size: 1
 <h1>Handwritten digits in {tokens} tokens</h1>
 <p>{summary}</p>
 <div class="two">
-<figure><img src="{samples}" alt="generated digits, one row a class">
-<figcaption>Generated: one row a class, none picked by hand; {steps} decoding steps each.</figcaption></figure>
-<div><table><thead><tr><th></th><th>measured</th><th class="n">value</th><th class="n">bar</th></tr></thead>
-<tbody>
+<figure><img src="{samples}" alt="generated digits, one row for each class">
+<figcaption>Generated digits, one row for each class, not selected. Each took {steps} decoding
+steps.</figcaption></figure> <div><table><thead><tr><th></th><th>measured</th><th class="n">value</th><th
+class="n">required</th></tr></thead> <tbody>
 {table}
 </tbody></table>
 <p class="muted" style="margin-top:10px">{notes}</p></div>
 </div>
-<h2>What the tokens keep</h2>
+<h2>Reconstructions</h2>
 <figure><img src="{reconstructions}" alt="held-out digits above their reconstructions">
-<figcaption>Digits that no model saw in training, above their reconstructions from {tokens} tokens.</figcaption>
+<figcaption>Digits that were not used in training, above their reconstructions from {tokens} tokens.</figcaption>
 </figure>
 <h2>Training</h2>
 {curves}
@@ -165,22 +185,25 @@ images = pipeline([3, 1, 4, 1, 5], seed=9)   # uint8 (5, 32, 32, 1)</pre>
 
 
 def write_report(
-    folder: Path, metrics: dict[str, Any], histories: dict[str, list[dict[str, float]]], about: dict[str, Any]
+    folder: Path, metrics: dict[str, Any], histories: dict[str, list[dict[str, float]]], texts: dict[str, Any]
 ) -> Path:
     """Writes `report.html` into `folder`, which holds `samples.png` and `reconstructions.png` already.
 
     Args:
-        metrics: as `quickstart_metrics.measure` returns them.
-        histories: of each training run, by name.
-        about: "tokens", "decoding_steps", "summary" and "notes", for the text.
+        metrics: as `titok.quickstart.metrics.measure` returns them.
+        histories: of each training run, by its name.
+        texts: "tokens", "decoding_steps", "summary" and "notes", which the page shows.
+
+    Returns:
+        the path of the report.
     """
     page = _PAGE.format(
         ink=_INK,
         muted=_MUTED,
-        tokens=about["tokens"],
-        steps=about["decoding_steps"],
-        summary=html.escape(about["summary"]),
-        notes=html.escape(about["notes"]),
+        tokens=texts["tokens"],
+        steps=texts["decoding_steps"],
+        summary=html.escape(texts["summary"]),
+        notes=html.escape(texts["notes"]),
         samples=_embedded(folder / "samples.png"),
         reconstructions=_embedded(folder / "reconstructions.png"),
         table=_table(metrics),

@@ -1,4 +1,4 @@
-"""From nothing to generated digits in a few minutes on a CPU: trains a small tokenizer and generator, and reports.
+"""Trains a small tokenizer and generator on handwritten digits in a few minutes on a CPU, and writes a report.
 
 `titok quickstart` and `python -m titok.quickstart` run it.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import time
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 
-from titok.checkpoints.pretrained import atomic_path
+from titok.checkpoints.files import write_json
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig
-from titok.data.folders import Digits, load_digits
+from titok.data.digits import Digits, load_digits
 from titok.generation.pipeline import Pipeline
 from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
-from titok.quickstart.metrics import BARS, measure
+from titok.quickstart.metrics import REQUIREMENTS, measure
 from titok.quickstart.report import picture_rows, reconstruction_rows, save_picture, write_report
 from titok.training import (
     GeneratorTraining,
@@ -30,22 +29,22 @@ from titok.training import (
     train_generator,
     train_tokenizer,
 )
-from titok.training.run import CHECKPOINT, read_about
+from titok.training.run import CHECKPOINT, read_run_info
 
-_SIDE = ViTConfig(width=128, layers=3, heads=4, patch_size=8)
+_TRANSFORMER = ViTConfig(width=128, layers=3, heads=4, patch_size=8)
 TOKENIZER = TokenizerConfig(
     image_size=(32, 32),
     channels=1,
-    encoder=_SIDE,
-    decoder=_SIDE,
+    encoder=_TRANSFORMER,
+    decoder=_TRANSFORMER,
     num_latent_tokens=8,
     code_dim=12,
     codebook_size=256,
     l2_normalize=True,
     signed_pixels=True,
 )
-# MaskGIT's own confidence rule. Guidance trades diversity for digits that are read right: without it about 89% and
-# 94%, with it 75% and 99%.
+# The confidence rule is that of MaskGIT. Guidance makes samples less diverse and easier to read: without it,
+# diversity is about 89% and the classifier reads 94% of the samples correctly; with it, 75% and 99%.
 SAMPLING = SamplingConfig(
     steps=8,
     guidance_scale=1.0,
@@ -67,13 +66,13 @@ GENERATOR = GeneratorConfig(
 
 
 def fastest_precision() -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the CPU multiplies it natively: there a step takes about 0.7 of the CPU time of float32."""
+    """ "bfloat16" if the CPU multiplies it natively, where a step takes 0.7 times the CPU time of float32."""
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bfloat16" if native else "float32"
 
 
 def tokenizer_training(steps: int = 1_200, seed: int = 0) -> TokenizerTraining:
-    """The tokenizer's training run."""
+    """Settings of the tokenizer's training run."""
     return TokenizerTraining(
         model=TOKENIZER,
         steps=steps,
@@ -90,7 +89,7 @@ def tokenizer_training(steps: int = 1_200, seed: int = 0) -> TokenizerTraining:
 
 
 def generator_training(steps: int = 1_000, seed: int = 0) -> GeneratorTraining:
-    """The generator's training run, on tokens of every training digit and of its copies shifted by a pixel."""
+    """Settings of the generator's training run, on the tokens of all training digits and of their shifted copies."""
     return GeneratorTraining(
         model=GENERATOR,
         steps=steps,
@@ -114,25 +113,29 @@ def run(
     generator_steps: int = 1_000,
     samples_per_class: int = 100,
 ) -> dict[str, Any]:
-    """Trains, generates, measures, and writes into `out_dir`: `tokenizer/` and `generator/` (as `save_pretrained`
-    leaves them), `reconstructions.png`, `samples.png`, `metrics.json` and `report.html`.
+    """Trains both models, generates digits, measures, and writes a report.
 
     Args:
-        resume: continue a run that was stopped; otherwise models that are there already are trained anew.
-        progress: show progress bars, the figures and where the files are.
-        samples_per_class: generated digits that the figures are computed on.
+        out_dir: receives the folders `tokenizer` and `generator`, which `from_pretrained` reads, and the files
+            `reconstructions.png`, `samples.png`, `metrics.json` and `report.html`.
+        seed: of both training runs and of the samples.
+        resume: True continues a run that was stopped. False trains models again that are in `out_dir` already.
+        progress: True shows progress bars, and prints the figures and the names of the files.
+        tokenizer_steps, generator_steps: optimizer steps of the two training runs.
+        samples_per_class: number of generated digits, for each class, that the figures are computed on.
 
     Returns:
-        what `metrics.json` holds.
+        the contents of `metrics.json`.
 
     Raises:
-        ModuleNotFoundError: scikit-learn or matplotlib is not installed; says what to install.
+        ModuleNotFoundError: scikit-learn or matplotlib is not installed; the message says what to install.
     """
-    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
+    packages = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}  # by the name of the module
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
-        names = " and ".join("scikit-learn" if name == "sklearn" else name for name in missing)
-        raise ModuleNotFoundError(f"the quickstart needs {names}: pip install 'titok[quickstart]'")
-    folder, started = Path(out_dir), (time.perf_counter(), time.process_time())
+        raise ModuleNotFoundError(f"the quickstart needs {' and '.join(missing)}: pip install 'titok[quickstart]'")
+    folder = Path(out_dir)
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
     if not resume:
         for name in ("tokenizer", "generator"):
             (folder / name / CHECKPOINT).unlink(missing_ok=True)
@@ -150,83 +153,87 @@ def run(
     metrics = {
         "seed": seed,
         "metrics": figures,
-        "bars": {bar.key: {"at_least" if bar.at_least else "at_most": bar.value} for bar in BARS},
-        "all_bars_reached": all(bar.reached(figures[bar.key]) for bar in BARS),
-        "wall_seconds": round(time.perf_counter() - started[0], 1),
-        "cpu_seconds": round(time.process_time() - started[1], 1),
+        "bars": {r.key: {"at_least" if r.at_least else "at_most": r.value} for r in REQUIREMENTS},
+        "all_bars_reached": all(r.met_by(figures[r.key]) for r in REQUIREMENTS),
+        "wall_seconds": round(time.perf_counter() - wall_start, 1),
+        "cpu_seconds": round(time.process_time() - cpu_start, 1),
         "steps": {"tokenizer": tokenizer_steps, "generator": generator_steps},
         "samples": len(labels),
     }
-    _write(folder, digits, tokenizer, samples, metrics)
+    _write_results(folder, digits, tokenizer, samples, metrics)
     if progress:
-        _print(folder, metrics)
+        _print_results(folder, metrics)
     return metrics
 
 
 def _train(
     digits: Digits,
-    tokenizer_run: TokenizerTraining,
-    generator_run: GeneratorTraining,
+    tokenizer_config: TokenizerTraining,
+    generator_config: GeneratorTraining,
     folder: Path,
     *,
     progress: bool,
 ) -> tuple[TiTok, MaskGIT]:
     tokenizer = train_tokenizer(
-        digits.train_images, tokenizer_run, folder / "tokenizer", resume=True, progress=progress
+        digits.train_images, tokenizer_config, folder / "tokenizer", resume=True, progress=progress
     )
     shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
     tokens = tokenize_images(tokenizer, digits.train_images, shifts=shifts)
     generator = train_generator(
-        tokens, digits.train_labels, generator_run, folder / "generator", resume=True, progress=progress
+        tokens, digits.train_labels, generator_config, folder / "generator", resume=True, progress=progress
     )
     return tokenizer, generator
 
 
 @torch.no_grad()
-def _write(folder: Path, digits: Digits, tokenizer: TiTok, samples: torch.Tensor, metrics: dict[str, Any]) -> None:
-    with atomic_path(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+def _write_results(
+    folder: Path, digits: Digits, tokenizer: TiTok, samples: torch.Tensor, metrics: dict[str, Any]
+) -> None:
+    """Writes metrics, pictures and report. `samples` are sorted by class, as many of each."""
+    write_json(folder / "metrics.json", metrics)
     reconstructions = tokenizer.decode(tokenizer.encode(digits.test_images))
     rows = reconstruction_rows(digits.test_images, reconstructions, digits.test_labels)
     save_picture(folder / "reconstructions.png", picture_rows(rows))
-    shown = samples.unflatten(0, (10, -1))[:, :10]
-    save_picture(
-        folder / "samples.png", picture_rows([(str(i), row) for i, row in enumerate(shown)], font_size=40)
-    )
-    histories = {name: read_about(folder / name / CHECKPOINT)["history"] for name in ("tokenizer", "generator")}
+    ten_of_each = samples.unflatten(0, (10, -1))[:, :10]
+    rows = [(str(digit), images) for digit, images in enumerate(ten_of_each)]
+    save_picture(folder / "samples.png", picture_rows(rows, font_size=40))
+    histories = {name: read_run_info(folder / name / CHECKPOINT)["history"] for name in ("tokenizer", "generator")}
     figures, counts = metrics["metrics"], metrics["steps"]
-    about = {
+    texts = {
         "tokens": TOKENIZER.num_latent_tokens,
         "decoding_steps": SAMPLING.steps,
         "summary": (
-            f"A TiTok of 1.2 M parameters learned to write a 32x32 picture as {TOKENIZER.num_latent_tokens} tokens "
-            f"out of {TOKENIZER.codebook_size} codes ({counts['tokenizer']:,} steps); a MaskGIT of 0.9 M learned to "
-            f"generate such tokens by class ({counts['generator']:,} steps). Both from scratch, on "
-            f"{len(digits.train_images):,} real digits, in {metrics['wall_seconds']:.0f} seconds "
-            f"({metrics['cpu_seconds']:.0f} CPU-seconds), seed {metrics['seed']}."
+            f"A TiTok of 1.2 million parameters learned to encode a 32x32 picture as {TOKENIZER.num_latent_tokens} "
+            f"tokens out of {TOKENIZER.codebook_size} codes ({counts['tokenizer']:,} steps). A MaskGIT of 0.9 million "
+            f"parameters learned to generate such tokens for a class ({counts['generator']:,} steps). Both were "
+            f"trained from scratch on {len(digits.train_images):,} real digits, in {metrics['wall_seconds']:.0f} "
+            f"seconds ({metrics['cpu_seconds']:.0f} CPU-seconds), with seed {metrics['seed']}."
         ),
         "notes": (
-            f"Held out: {len(digits.test_images)} real digits. Generated: {metrics['samples']:,}. Distances are l2 "
-            f"over all pixels: {figures['sample_distance']:.2f} between samples of a class, "
-            f"{figures['real_distance']:.2f} between real digits of a class. Of the held-out digits themselves, 5% "
-            "count as copies by that measure."
+            f"Figures are computed on {len(digits.test_images)} held-out digits and {metrics['samples']:,} generated "
+            f"ones. Distances are l2 norms over all pixels: {figures['sample_distance']:.2f} between samples of a "
+            f"class, {figures['real_distance']:.2f} between real digits of a class. By the measure in the last row, "
+            "5% of the held-out digits count as copies."
         ),
     }
-    write_report(folder, figures, histories, about)
+    write_report(folder, figures, histories, texts)
 
 
-def _print(folder: Path, metrics: dict[str, Any]) -> None:
+def _print_results(folder: Path, metrics: dict[str, Any]) -> None:
     print()
-    for bar in BARS:
-        value = metrics["metrics"][bar.key]
-        sign, mark = ("≥" if bar.at_least else "≤"), ("ok  " if bar.reached(value) else "MISS")
-        print(f"  {mark} {bar.text(value):>9}  ({sign} {bar.text(bar.value)})  {bar.meaning}")
+    for requirement in REQUIREMENTS:
+        value = metrics["metrics"][requirement.key]
+        sign = "≥" if requirement.at_least else "≤"
+        mark = "ok  " if requirement.met_by(value) else "MISS"
+        limit = requirement.text(requirement.value)
+        print(f"  {mark} {requirement.text(value):>9}  ({sign} {limit})  {requirement.meaning}")
     print(f"\n  {metrics['wall_seconds']:.0f} s, of CPU time {metrics['cpu_seconds']:.0f} s; written:")
     for name in ("report.html", "samples.png", "reconstructions.png", "metrics.json", "tokenizer/", "generator/"):
         print(f"  {folder / name}{'/' if name.endswith('/') else ''}")
 
 
 def main() -> None:
+    """`python -m titok.quickstart`."""
     parser = argparse.ArgumentParser(prog="python -m titok.quickstart", description=__doc__.partition("\n")[0])
     parser.add_argument("--out-dir", default="runs/quickstart", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)

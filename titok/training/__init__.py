@@ -1,4 +1,4 @@
-"""Training, plain and small: the tokenizer's single-stage loop and MaskGIT's masked-token loop."""
+"""Training loops: single-stage training of a tokenizer, and masked-token training of a MaskGIT generator."""
 
 from titok.training.config import GeneratorTraining, TokenizerTraining, TrainingConfig
 from titok.training.generator import tokenize_images, train_generator

@@ -1,4 +1,4 @@
-"""What a training run is told: one frozen dataclass for each of the two loops, with the model's own inside."""
+"""Settings of a training run: one frozen dataclass for each of the two loops, which contains the model's own."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ class TrainingConfig(Config):
 
     Attributes:
         steps: optimizer steps of the whole run, which also set the length of the learning-rate schedule.
-        learning_rate: reached after `warmup_steps`, then a cosine falls to `final_learning_rate` at the last step.
-        betas, weight_decay: of AdamW; decay acts on matrices only (`titok.training.optim`).
-        clip_norm: gradients are scaled down to this l2 norm.
+        batch_size: images, or sequences of tokens, in one step.
+        learning_rate: the highest. It is reached after `warmup_steps`; then half a cosine leads down to
+            `final_learning_rate` at the last step.
+        betas, weight_decay: of AdamW. Decay acts on matrices only: see `titok.training.optim`.
+        clip_norm: gradients with a larger l2 norm are scaled down to this one.
         precision: "bfloat16" runs the networks under autocast; weights, losses and the optimizer stay in float32.
-            Pays on a GPU, and on a CPU that multiplies bfloat16 natively.
-        seed: with it, the configuration and the data, a machine always arrives at the same weights.
-        checkpoint_every: steps that a killed run can lose at most.
-        log_every: steps between two entries of the history and updates of the progress bar's figures;
-            the last step makes one as well.
+            It is faster on a GPU, and on a CPU that multiplies bfloat16 natively.
+        seed: a run with the same seed, settings and data gives the same weights on the same machine.
+        checkpoint_every: in steps. A run that is killed loses at most this many.
+        log_every: in steps, between two entries of the history and updates of the progress bar. The last step
+            always makes an entry.
     """
 
     steps: int
@@ -52,17 +54,23 @@ class TrainingConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTraining(TrainingConfig):
-    """Single-stage training of a tokenizer with a "pixels" head: squared error on pixels + the bottleneck's loss.
+    """Single-stage training of a tokenizer with a "pixels" head.
+
+    The loss is the mean squared error of the pixels, plus the loss of the bottleneck.
 
     Attributes:
-        reconstruction_weight: of the mean squared error. A quantizer's loss weighs 1 and would drown a plain one.
-        kl_weight: of a VAE's KL divergence, nats per latent token.
-        restart_every, restart_until: codes that no latent chose for `restart_every` steps take a random latent of
-            the batch instead, until this share of the run.
-        random_shift: each training image is moved by up to so many pixels, its edges repeated.
-        position_std: standard deviation that learned tokens and positions start with; None leaves them as
-            `TiTok(config)` draws them, at width^-0.5. A small model is slow to tell positions apart then.
-        random_flip: each training image is mirrored left to right with probability 1/2.
+        model: of the tokenizer.
+        reconstruction_weight: of the mean squared error. The loss of a quantizer has weight 1, and at weight 1 the
+            squared error would be too small beside it.
+        kl_weight: of the KL divergence of a VAE, in nats per latent token.
+        restart_every: in steps. A code that no latent chose for so long is replaced by a random latent of the
+            batch.
+        restart_until: the share of the run, in [0, 1], after which codes are no longer replaced.
+        random_shift: in pixels. Each training image is moved by a random number of pixels up to this one, both
+            down and right; the pixels at its edge are repeated.
+        random_flip: True mirrors each training image left to right with probability 1/2.
+        position_std: standard deviation that learned tokens and positions start with. None keeps the one of
+            `TiTok(config)`, width^-0.5, with which a small model learns positions slowly.
     """
 
     model: TokenizerConfig
@@ -85,8 +93,7 @@ class TokenizerTraining(TrainingConfig):
         if isinstance(self.model, dict):
             object.__setattr__(self, "model", TokenizerConfig.from_dict(self.model))
         super().__post_init__()
-        pixels = self.model.head == "pixels"
-        self._check("model", pixels, "a tokenizer with head 'pixels' (single-stage)")
+        self._check("model", self.model.head == "pixels", "a tokenizer with head 'pixels' (single-stage)")
         self._check_number("reconstruction_weight", "kl_weight")
         self._check_counts("restart_every")
         self._check_unit("restart_until")
@@ -97,12 +104,13 @@ class TokenizerTraining(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorTraining(TrainingConfig):
-    """Masked-token training of MaskGIT (Chang et al. 2022) on tokens that a tokenizer made beforehand.
+    """Masked-token training of MaskGIT (Chang et al. 2022) on tokens that a tokenizer made before.
 
     Attributes:
+        model: of the generator.
         label_smoothing: of the cross-entropy.
-        unmasked_weight: weight of the tokens that the model was shown; masked ones weigh 1.
-        class_dropout: probability with which a sample's class is dropped, for classifier-free guidance.
+        unmasked_weight: of the tokens that are not masked, in the loss. Masked tokens have weight 1.
+        class_dropout: probability with which the class of a sample is dropped, for classifier-free guidance.
     """
 
     model: GeneratorConfig

@@ -1,4 +1,4 @@
-"""The generator's masked-token loop (MaskGIT, Chang et al. 2022), on tokens made beforehand."""
+"""Masked-token training of a generator (MaskGIT, Chang et al. 2022), on tokens that a tokenizer made before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from titok.checks import check_labels, check_tokens
-from titok.data.folders import Images, read_batches, shifted
+from titok.data.augment import shift_images
+from titok.data.folders import Images, read_batches
 from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
 from titok.training.config import GeneratorTraining
@@ -26,13 +27,17 @@ def tokenize_images(
     flip: bool = False,
     shifts: Sequence[tuple[int, int]] = ((0, 0),),
 ) -> Tensor:
-    """Tokens (n, copies, K) int64, on the CPU, of all images and their augmented copies.
+    """The tokens of all images and of augmented copies of them, (n, copies, K) int64 on the CPU.
 
     Args:
-        tokenizer: vector-quantised.
+        tokenizer: with a vector quantizer.
         images: as `train_tokenizer` takes them.
-        flip: also mirror every image left to right.
+        batch_size: images that are read and encoded at a time.
+        flip: True adds copies that are mirrored left to right.
         shifts: one copy for each (down, right), in pixels.
+
+    Raises:
+        ValueError: the tokenizer is a VAE, or there are no images.
     """
     if tokenizer.quantizer is None:
         raise ValueError("tokenizer: expected a vector-quantised one, got a VAE: MaskGIT generates codes")
@@ -42,7 +47,7 @@ def tokenize_images(
         copies = []
         for mirrored in (batch, batch.flip(-1)) if flip else (batch,):
             for down, right in shifts:
-                moved = shifted(mirrored, torch.full((len(batch),), down), torch.full((len(batch),), right))
+                moved = shift_images(mirrored, torch.full((len(batch),), down), torch.full((len(batch),), right))
                 copies.append(tokenizer.encode(moved).cpu())
         rows.append(torch.stack(copies, dim=1))
     if not rows:
@@ -60,22 +65,22 @@ def train_generator(
     progress: bool = True,
     device: str | torch.device = "cpu",
 ) -> MaskGIT:
-    """Trains a generator from scratch and leaves it in `out_dir` as `MaskGIT.save_pretrained` does.
+    """Trains a generator from scratch, and saves it in `out_dir` with `MaskGIT.save_pretrained`.
 
     Args:
-        tokens: (n, K) int64, or (n, copies, K): copies of a sample are drawn as often as other samples.
+        tokens: (n, K) int64, or (n, copies, K). A copy counts as a sample of its own.
         labels: (n,) int64 classes.
-        config: the model and the schedule.
+        config: settings of the model and of the run.
         out_dir, resume, device: as `train_tokenizer` takes them.
-        progress: show a progress bar: loss, and the share of masked tokens predicted right.
+        progress: True shows a progress bar with the loss and the share of masked tokens that are predicted
+            correctly.
 
     Returns:
         the model, in eval mode.
 
     Raises:
         FileExistsError, FloatingPointError: as `train_tokenizer`.
-        TypeError, ValueError: tokens or labels that do not fit the model or each other, or a run in `out_dir` that
-            was another one.
+        TypeError, ValueError: tokens or labels do not fit the model or each other, or `out_dir` holds another run.
     """
     length, codes = config.model.num_latent_tokens, config.model.codebook_size
     copies = tokens.shape[1] if tokens.ndim == 3 else 1
@@ -94,10 +99,10 @@ def train_generator(
     run = Run(model, config, out_dir, resume=resume, data={"samples": len(flat)})
 
     def losses(indices: Tensor) -> dict[str, Tensor]:
-        draws = torch.rand(len(indices), length + 2).to(device)
+        uniform = torch.rand(len(indices), length + 2).to(device)
         targets, classes = flat[indices.to(device)], labels[indices.to(device)]
-        classes = drop_classes(classes, model.no_class, draws[:, 0], config.class_dropout)
-        mask = random_mask(draws[:, 1], draws[:, 2:])
+        classes = drop_classes(classes, model.no_class, uniform[:, 0], config.class_dropout)
+        mask = random_mask(uniform[:, 1], uniform[:, 2:])
         logits = model(targets.masked_fill(mask, model.mask_token), classes)
         loss, accuracy = masked_token_loss(
             logits.float(),

@@ -1,4 +1,4 @@
-"""The optimizer of both loops: AdamW with decay on matrices alone, warm-up and a cosine."""
+"""The optimizer of both loops, AdamW with weight decay on matrices only, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from titok.training.config import TrainingConfig
 
 
 def learning_rate(step: int, *, base: float, final: float, warmup: int, total: int) -> float:
-    """The rate of step `step` (from 0): linear from 0 to `base` over `warmup` steps, then half a cosine down to
-    `final` at step `total`, and `final` from there on."""
+    """The learning rate of step `step`, which counts from 0.
+
+    It rises linearly from 0 to `base` over `warmup` steps, falls to `final` over half a cosine until step `total`,
+    and stays there.
+    """
     if step < warmup:
         return base * step / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -21,8 +24,10 @@ def learning_rate(step: int, *, base: float, final: float, warmup: int, total: i
 
 
 def decayed_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay acts on: weights of linear layers and convolutions, except those
-    that embed patches or codes. Norms, biases, learned tokens, positions, embeddings and codebooks are left alone.
+    """Names of the parameters that weight decay acts on.
+
+    They are the weights of linear layers and convolutions, except those that embed patches or codes. Decay does
+    not act on norms, biases, learned tokens, positions, embeddings and codebooks.
     """
     return {
         f"{name}.weight"
@@ -32,10 +37,13 @@ def decayed_parameters(model: nn.Module) -> set[str]:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of `model`, in two groups."""
+    """AdamW over all parameters of `model`, in two groups: with and without weight decay."""
     decayed = decayed_parameters(model)
     groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in model.named_parameters() if n in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in model.named_parameters() if n not in decayed], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in model.named_parameters() if name in decayed],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for name, p in model.named_parameters() if name not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)

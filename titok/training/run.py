@@ -1,7 +1,8 @@
-"""What the two loops share: the state of a run, its checkpoint file, and the steps with their progress bar.
+"""What both training loops share: the state of a run, its checkpoint file, and the steps with their progress bar.
 
-The randomness of a step is drawn from a generator seeded by (seed, step), and the order of the data by (seed, epoch).
-So a checkpoint needs no generator states, and a run that was killed and resumed equals, bit for bit, one that was not.
+The random numbers of a step come from a generator seeded with (seed, step), and the order of the data from one
+seeded with (seed, epoch). A checkpoint therefore needs no state of a generator, and a run that was killed and
+resumed gives the same weights, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from titok.checkpoints.pretrained import read_weights, write_safetensors
+from titok.checkpoints.files import read_weights, write_safetensors
 from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
 from titok.profiling import annotate, each
@@ -32,40 +33,51 @@ M = TypeVar("M", TiTok, MaskGIT)
 Batch = TypeVar("Batch")
 
 CHECKPOINT = "training.safetensors"
-# May differ between a run and its resumption: they change no result.
-_FREE = ("checkpoint_every", "log_every")
+# Settings that may differ between a run and its resumption, because the trained weights do not depend on them.
+KEYS_THAT_MAY_CHANGE = ("checkpoint_every", "log_every")
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed in [0, 2^63) out of several numbers; neighbours give unrelated ones."""
+    """One seed in [0, 2^63), made of several numbers. Seeds of similar numbers are unrelated."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def shuffled_batches(count: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
-    """Indices into `count` samples, (batch_size,) int64 for each step from `first_step` on, without an end. Every
-    epoch is a permutation of all samples; a batch may straddle two."""
+    """Yields the indices of the samples in each step from `first_step` on, (batch_size,) int64, without an end.
 
-    @lru_cache(maxsize=2)
-    def order(epoch: int) -> Tensor:
+    Each epoch is a random permutation of all `count` samples. A batch may contain the end of one epoch and the
+    start of the next.
+    """
+
+    @lru_cache(maxsize=2)  # a step rarely needs more than the epoch of the step before
+    def order_of(epoch: int) -> Tensor:
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, 1, epoch)))
 
     for step in itertools.count(first_step):
-        places = torch.arange(step * batch_size, (step + 1) * batch_size)
-        epochs = places // count
-        yield torch.cat([order(int(e))[places[epochs == e] % count] for e in epochs.unique()])
+        positions = torch.arange(step * batch_size, (step + 1) * batch_size)  # in all epochs, one after the other
+        epochs = positions // count
+        indices = [order_of(int(epoch))[positions[epochs == epoch] % count] for epoch in epochs.unique()]
+        yield torch.cat(indices)
 
 
 class Run(Generic[M]):
-    """A model in training, its optimizer, how far it is and what was seen on the way; one file in `folder`.
+    """The state of a training run: model, optimizer, number of steps and history. It is saved in `folder`.
+
+    Args:
+        model: in the state in which training starts.
+        config: settings of the run.
+        folder: made where it is missing; holds the checkpoint and the model.
+        resume: True continues the run in `folder`, if there is one.
+        data: what identifies the data, such as {"images": 1000}, to refuse a resumption with other data.
 
     Attributes:
-        step: optimizer steps done.
-        history: one dict for every `log_every` steps: "step" and the loop's figures.
-        extra: further tensors that the loop wants in its checkpoints, by name.
+        step: number of optimizer steps that are done.
+        history: one dict for every `log_every` steps, with "step" and the figures of the loop.
+        extra: further tensors that the loop keeps in its checkpoints, by name.
 
     Raises:
         FileExistsError: `folder` holds a run and `resume` is False.
-        ValueError: the run there has another configuration, model or data, or its file is damaged.
+        ValueError: the run in `folder` has another configuration, model or data, or its file is damaged.
     """
 
     def __init__(
@@ -93,41 +105,44 @@ class Run(Generic[M]):
             self.load()
 
     def save(self) -> None:
-        """Writes the checkpoint, then the model as `save_pretrained` does. A kill at any moment leaves each file
-        either as it was or whole."""
+        """Writes the checkpoint, then the model with `save_pretrained`.
+
+        If the process is killed meanwhile, each of the files is either the one from before or complete.
+        """
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"extra/{name}": value for name, value in self.extra.items()}
         for parameter, state in self.optimizer.state.items():
             tensors |= {f"optimizer/{self.names[parameter]}/{key}": value for key, value in state.items()}
-        about = {"step": self.step, "config": self.config.to_dict(), "data": self.data, "history": self.history}
-        write_safetensors(self.folder / CHECKPOINT, tensors, metadata={"training": json.dumps(about)})
+        info = {"step": self.step, "config": self.config.to_dict(), "data": self.data, "history": self.history}
+        write_safetensors(self.folder / CHECKPOINT, tensors, metadata={"training": json.dumps(info)})
         self.model.save_pretrained(self.folder)
 
     def load(self) -> None:
-        """Continues where the checkpoint in `folder` left off."""
+        """Sets the state to that of the checkpoint in `folder`.
+
+        Raises:
+            ValueError: it is damaged, or it is of a run with another configuration or other data; lists what
+                differs.
+        """
         path = self.folder / CHECKPOINT
-        tensors, about = read_weights(path), read_about(path)
-        ours = json.loads(json.dumps({"config": self.config.to_dict(), "data": self.data}))
+        tensors, info = read_weights(path), read_run_info(path)
+        # Through JSON, because the checkpoint holds JSON, which has lists in place of tuples.
+        given = json.loads(json.dumps({"config": self.config.to_dict(), "data": self.data}))
         for part in ("config", "data"):
-            then: dict[str, Any] = about[part]
-            now: dict[str, Any] = ours[part]
-            changed = [key for key in sorted({*then, *now} - set(_FREE)) if then.get(key) != now.get(key)]
-            if changed:
-                what = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in changed)
-                raise ValueError(f"{path}: cannot be resumed with another {part}: {what}")
+            _check_unchanged(path, part, saved=info[part], given=given[part])
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "extra": {}}
         for name, value in tensors.items():
             kind, _, rest = name.partition("/")
             groups[kind][rest] = value
         self.model.load_state_dict(groups["model"])
         device = next(iter(self.names)).device
-        for parameter, name in self.names.items():
-            keys = [key for key in groups["optimizer"] if key.rpartition("/")[0] == name]
-            if keys:
-                state = {key.rpartition("/")[2]: groups["optimizer"][key].to(device) for key in keys}
-                self.optimizer.state[parameter] = state
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        for key, value in groups["optimizer"].items():
+            name, _, entry = key.rpartition("/")
+            if name in parameters:
+                self.optimizer.state[parameters[name]][entry] = value.to(device)
         self.extra = {name: value.to(device) for name, value in groups["extra"].items()}
-        self.step, self.history = about["step"], about["history"]
+        self.step, self.history = info["step"], info["history"]
 
     def train(
         self,
@@ -138,44 +153,30 @@ class Run(Generic[M]):
         progress: bool = True,
         after_step: Callable[[], None] | None = None,
     ) -> M:
-        """Runs the steps that are left and returns the model, in eval mode and saved.
+        """Runs the steps that remain. Returns the model, in eval mode; it is saved, too.
+
+        The random numbers of the steps come from PyTorch's global generators, whose state is restored at the end.
 
         Args:
             batches: one batch for each step from `self.step` on.
-            compute: batch -> figures, 0-d tensors; "loss" is what is minimised, the others are shown.
+            compute: returns the figures of a batch, tensors of shape (). "loss" is minimised; the others are only
+                shown.
             name: in front of the progress bar.
+            progress: True shows a progress bar on stderr.
             after_step: called after each optimizer step.
 
         Raises:
-            FloatingPointError: the loss is not finite any more; the last checkpoint stays.
+            FloatingPointError: the loss is no longer finite; the last checkpoint stays.
         """
         config = self.config
-        parameters = list(self.names)
-        device = parameters[0].device
+        device = next(iter(self.names)).device
         self.model.train()
         bar = tqdm(total=config.steps, initial=self.step, desc=name, unit="step", disable=not progress, leave=True)
         if self.history:
-            bar.set_postfix(_shown(self.history[-1]), refresh=False)
+            bar.set_postfix(_formatted(self.history[-1]), refresh=False)
         with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
             for batch in each("train step", itertools.islice(batches, config.steps - self.step)):
-                torch.manual_seed(seed_of(config.seed, 0, self.step))
-                mixed = config.precision == "bfloat16"
-                with annotate("forward"), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                    figures = compute(batch)
-                self.optimizer.zero_grad()
-                with annotate("backward"):
-                    figures["loss"].backward()
-                torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(
-                        self.step,
-                        base=config.learning_rate,
-                        final=config.final_learning_rate,
-                        warmup=config.warmup_steps,
-                        total=config.steps,
-                    )
-                with annotate("optimizer"):
-                    self.optimizer.step()
+                figures = self._optimize(batch, compute)
                 if after_step is not None:
                     after_step()
                 self.step += 1
@@ -189,7 +190,33 @@ class Run(Generic[M]):
         self.model.eval()
         return self.model
 
+    def _optimize(self, batch: Batch, compute: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """One optimizer step; returns the figures of its batch."""
+        config = self.config
+        parameters = list(self.names)
+        torch.manual_seed(seed_of(config.seed, 0, self.step))
+        mixed = config.precision == "bfloat16"
+        with annotate("forward"), torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=mixed):
+            figures = compute(batch)
+        self.optimizer.zero_grad()
+        with annotate("backward"):
+            figures["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        rate = learning_rate(
+            self.step,
+            base=config.learning_rate,
+            final=config.final_learning_rate,
+            warmup=config.warmup_steps,
+            total=config.steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with annotate("optimizer"):
+            self.optimizer.step()
+        return figures
+
     def _log(self, figures: dict[str, float], bar: tqdm[Any]) -> None:
+        """Checks the loss, adds to the history where it is time, and shows the figures beside the progress bar."""
         if not math.isfinite(figures["loss"]):
             raise FloatingPointError(
                 f"loss is {figures['loss']} at step {self.step}: try a learning_rate below "
@@ -197,11 +224,25 @@ class Run(Generic[M]):
             )
         if self.step % self.config.log_every == 0 or self.step == self.config.steps:
             self.history.append({"step": self.step, **figures})
-        bar.set_postfix(_shown(figures), refresh=False)
+        bar.set_postfix(_formatted(figures), refresh=False)
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of its run: step, config, data and history."""
+def _check_unchanged(path: Path, part: str, *, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raises `ValueError` that lists the keys in which the settings of a checkpoint and those of a run differ."""
+    keys = sorted({*saved, *given} - set(KEYS_THAT_MAY_CHANGE))
+    changed = [
+        f"{key} was {saved.get(key)!r}, is {given.get(key)!r}" for key in keys if saved.get(key) != given.get(key)
+    ]
+    if changed:
+        raise ValueError(f"{path}: cannot be resumed with another {part}: {'; '.join(changed)}")
+
+
+def read_run_info(path: Path) -> dict[str, Any]:
+    """The "step", "config", "data" and "history" of the run that wrote a checkpoint.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["training"])
@@ -209,5 +250,5 @@ def read_about(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a readable training checkpoint") from error
 
 
-def _shown(figures: dict[str, float]) -> dict[str, str]:
+def _formatted(figures: dict[str, float]) -> dict[str, str]:
     return {key: f"{value:.4g}" for key, value in figures.items() if key != "step"}

@@ -1,4 +1,4 @@
-"""The tokenizer's single-stage loop: reconstruct pixels, keep the codebook alive."""
+"""Single-stage training of a tokenizer: it learns to reconstruct pixels, and unused codes are replaced."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.data.folders import Images, read_batches, shifted
+from titok.data.augment import shift_images
+from titok.data.folders import Images, read_batches
 from titok.models.tokenizer import TiTok
 from titok.training.config import TokenizerTraining
 from titok.training.run import Run, seed_of, shuffled_batches
@@ -23,22 +24,25 @@ def train_tokenizer(
     progress: bool = True,
     device: str | torch.device = "cpu",
 ) -> TiTok:
-    """Trains a tokenizer from scratch and leaves it in `out_dir` as `TiTok.save_pretrained` does.
+    """Trains a tokenizer from scratch, and saves it in `out_dir` with `TiTok.save_pretrained`.
 
     Args:
-        images: a tensor (n, C, H, W) with values in [0, 1], or anything with a length that gives (C, H, W) by index,
-            such as `titok.data.folders.ImageFolder`.
-        config: the model and the schedule.
-        out_dir: also takes `training.safetensors`, from which `resume` continues; without one, `resume` starts.
-        progress: show a progress bar: loss, PSNR of the batch in dB, and how many codes are in use.
+        images: with values in [0, 1]: a tensor (n, C, H, W), or an object that has a length and returns images
+            (C, H, W) by index, such as `titok.data.folders.ImageFolder`.
+        config: settings of the model and of the run.
+        out_dir: of the model and of `training.safetensors`, the checkpoint of the run.
+        resume: True continues from the checkpoint in `out_dir`, or starts where there is none.
+        progress: True shows a progress bar with the loss, the PSNR of the batch in dB and the number of codes in
+            use.
+        device: of the training.
 
     Returns:
         the model, in eval mode.
 
     Raises:
         FileExistsError: `out_dir` holds a run, and `resume` is False.
-        ValueError: no images, images that do not fit the model, or a run in `out_dir` that was another one.
-        FloatingPointError: the loss is not finite any more.
+        ValueError: there are no images, they do not fit the model, or `out_dir` holds another run.
+        FloatingPointError: the loss is no longer finite.
     """
     if len(images) == 0:
         raise ValueError("images: expected at least one, got none")
@@ -51,17 +55,22 @@ def train_tokenizer(
                     torch.nn.init.normal_(parameter, std=config.position_std)
         model.to(device)
     run = Run(model, config, out_dir, resume=resume, data={"images": len(images)})
-    loop = _Loop(run, config)
+    loop = TokenizerLoop(run, config)
     batches = read_batches(images, shuffled_batches(len(images), config.batch_size, config.seed, run.step))
     after = loop.restart_codes if model.quantizer is not None else None
     return run.train(batches, loop.losses, name="tokenizer", progress=progress, after_step=after)
 
 
-class _Loop:
-    """Losses of a batch, and the restart of codes that no latent chooses.
+class TokenizerLoop:
+    """The losses of a batch, and the replacement of codes that no latent uses.
 
-    Codes start as latents of the first batch; later, those unused for a while become random latents of the batch.
-    Without both, nearly all latents end at a few codes for good: gradients reach only codes that are chosen.
+    Codes start as latents of the first batch. Later, codes that were not used for `restart_every` steps become
+    random latents of the batch. Otherwise almost all latents would use the same few codes until the end, because
+    gradients reach only codes that are used.
+
+    Attributes:
+        latents: (n, code_dim) float32, those of the latest batch.
+        used: (V,) bool, codes that some latent used since the last replacement.
     """
 
     def __init__(self, run: Run[TiTok], config: TokenizerTraining) -> None:
@@ -71,8 +80,9 @@ class _Loop:
         self.used = run.extra.setdefault("used", torch.zeros(size, dtype=torch.bool, device=self.model.device))
 
     def losses(self, images: Tensor) -> dict[str, Tensor]:
+        """The figures of a batch of images (B, C, H, W) in [0, 1]: "loss", "psnr" in dB, and "codes" in use."""
         config, model = self.config, self.model
-        images = augmented(images.to(model.device), config)
+        images = augment(images.to(model.device), config)
         figures = {}
         if model.quantizer is None:
             reconstruction, posterior = model(images)
@@ -91,30 +101,40 @@ class _Loop:
         return {"loss": config.reconstruction_weight * error + bottleneck, "psnr": psnr, **figures}
 
     def restart_codes(self) -> None:
-        step, config = self.run.step, self.config
-        if (step + 1) % config.restart_every:
+        """Replaces unused codes every `restart_every` steps.
+
+        It is called after an optimizer step, before `run.step` counts that step.
+        """
+        steps_done, config = self.run.step + 1, self.config
+        if steps_done % config.restart_every:
             return
-        if step + 1 <= config.restart_until * config.steps:
+        if steps_done <= config.restart_until * config.steps:
             self._replace(~self.used)
         self.used.zero_()
 
     @torch.no_grad()
     def _replace(self, codes: Tensor) -> None:
-        """Puts random latents of the batch in place of the marked codes (V,), different ones as far as they reach."""
-        assert self.model.quantizer is not None
+        """Replaces the codes that are true in `codes` (V,) by random latents of the batch.
+
+        No latent is taken twice unless there are fewer latents than codes to replace.
+        """
+        quantizer = self.model.quantizer
+        assert quantizer is not None
         order = torch.randperm(len(self.latents)).to(codes.device)
-        which = codes.nonzero()[:, 0]
-        rows = self.latents[order[torch.arange(len(which), device=codes.device) % len(order)]]
-        rows = F.normalize(rows, dim=-1) if self.model.quantizer.l2_normalize else rows
-        self.model.quantizer.codebook[which] = rows.to(self.model.quantizer.codebook.dtype)
+        replaced = codes.nonzero()[:, 0]
+        latents = self.latents[order[torch.arange(len(replaced), device=codes.device) % len(order)]]
+        if quantizer.l2_normalize:
+            latents = F.normalize(latents, dim=-1)
+        quantizer.codebook[replaced] = latents.to(quantizer.codebook.dtype)
 
 
-def augmented(images: Tensor, config: TokenizerTraining) -> Tensor:
-    """images (B, C, H, W), moved and mirrored at random as the configuration says."""
+def augment(images: Tensor, config: TokenizerTraining) -> Tensor:
+    """Images (B, C, H, W), mirrored and shifted at random where the configuration says so."""
     if config.random_flip:
-        images = torch.where(torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5, images.flip(-1), images)
+        mirrored = torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5
+        images = torch.where(mirrored, images.flip(-1), images)
     if config.random_shift:
         pixels = config.random_shift
         down, right = torch.randint(-pixels, pixels + 1, (2, len(images))).to(images.device)
-        images = shifted(images, down, right)
+        images = shift_images(images, down, right)
     return images

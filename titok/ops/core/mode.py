@@ -83,6 +83,20 @@ def are_plain(tensors: Sequence[Any]) -> bool:
     return True
 
 
+def is_transformed_and_differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Whether forward-mode differentiation is on, or a transform of `torch.func` differentiates these tensors."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    kinds = torch._C._functorch.TransformType
+    if any(
+        transform.key() in (kinds.Grad, kinds.Jvp) for transform in torch._C._functorch.get_interpreter_stack()
+    ):
+        return True
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
 def runs_eagerly(*tensors: Tensor) -> bool:
     """Whether nothing watches these tensors and no gradient is wanted, so that their memory may be read directly."""
     if torch.compiler.is_compiling() or not are_plain(tensors) or forward_ad._current_level >= 0:

@@ -4,7 +4,8 @@ A call takes one of four ways:
 
 1. Compiled, traced, exported, vmapped, meta and fake tensors, subclasses and modes go through PyTorch's dispatcher to
    the op registered as `torch.ops.titok.<name>`. Its kernel and its fake implementation are made from the op's parts.
-2. Forward-mode differentiation computes plain PyTorch, which has the tangents.
+2. Where forward-mode differentiation or a transform of `torch.func` differentiates an op that has a gradient, plain
+   PyTorch computes it, which PyTorch can differentiate in every way.
 3. An eager call on the CPU that wants no gradient is offered to the C++ kernel as it is. The kernel checks what it gets
    and refuses what it cannot take. This way costs the least, and most calls take it.
 4. Any other eager call has its arguments checked and a back end chosen. Where a gradient is wanted, an
@@ -19,13 +20,18 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from titok import profiling
 from titok.checks import check_tensor
 from titok.ops.core.available import interpreting, why_no_cpp
-from titok.ops.core.mode import DEFAULT, are_plain, current_mode, no_autocast, note_backend
+from titok.ops.core.mode import (
+    DEFAULT,
+    are_plain,
+    current_mode,
+    is_transformed_and_differentiated,
+    no_autocast,
+    note_backend,
+)
 
 _LIBRARY = torch.library.Library("titok", "DEF")
 
@@ -94,6 +100,8 @@ class Gradient:
     Attributes:
         op: the op of the backward pass.
         save: called with the arguments and all outputs; returns the tensors (or None) that the backward pass reads.
+            Among them must be every differentiable argument, or a result, that the gradient depends on: by these
+            PyTorch notices that somebody differentiates twice.
         arguments: called with the gradients of the results (None where a result has none), the saved tensors, the
             forward pass's arguments, in which `...` stands for each tensor, and whether each tensor argument needs a
             gradient; returns the arguments of `op`, or None where `op` has nothing to do.
@@ -178,6 +186,9 @@ class Op:
         tensors = [t for i in self._tensor_at if (t := arguments[i]) is not None]
         if not tensors:
             self.check(arguments)
+        if self.gradient is not None and is_transformed_and_differentiated(tensors):
+            self.check(arguments)
+            return self._into(out, self._compute(self._plain, arguments))
         if not are_plain(tensors):
             if not all(isinstance(t, Tensor) for t in tensors):
                 self.check(arguments)  # this names the argument that should be a tensor
@@ -187,20 +198,28 @@ class Op:
             return self._dispatched(arguments, out, backend)
         wants_gradient = False
         if self.gradient is not None:
-            if forward_ad._current_level >= 0:
-                self.check(arguments)
-                return self._into(out, self._compute(self._plain, arguments))
             if torch.is_grad_enabled():
                 wants_gradient = any(t.requires_grad for t in tensors)
-        if backend is None and mode is DEFAULT and self._direct is not None and not wants_gradient:
-            first = tensors[0]
-            results = self._offer(self._direct, arguments, out) if first.is_cpu and first.numel() else None
+        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self._dispatched(
+                arguments, out, backend
+            )  # whoever differentiates the results is told that none can
+        plain_gradient = wants_gradient and self._plain_gradient is not None and self._plain_gradient(arguments)
+        if backend is None and mode is DEFAULT and not plain_gradient and self._can_offer(tensors[0]):
+            if wants_gradient:
+                outputs = _Differentiable.apply(*arguments, backend, self, None)
+                return self._into(out, outputs)
+            results = self._offer(arguments, out)
             if results is not None:
                 return results
         self.check(arguments)
-        if any(t.device.type not in ("cpu", "cuda") or t.is_neg() or t._is_zerotensor() for t in tensors):
-            return self._dispatched(arguments, out, backend)
-        chosen = self.choose(backend, arguments, wants_gradient=wants_gradient)
+        for t in tensors:
+            if not (t.is_cpu or t.is_cuda) or t.is_neg() or t._is_zerotensor():
+                return self._dispatched(arguments, out, backend)
+        if plain_gradient and backend is None:
+            chosen = self._plain
+        else:
+            chosen = self.choose(backend, arguments, wants_gradient=wants_gradient)
         if not wants_gradient:
             outputs = self._outputs(chosen, arguments, keep=False)
         elif isinstance(chosen, Composite) and chosen.differentiable:
@@ -209,21 +228,25 @@ class Op:
             outputs = _Differentiable.apply(*arguments, backend, self, chosen)
         return self._into(out, outputs)
 
-    def _offer(self, kernel: Kernel, arguments: Any, out: Outputs | None) -> Outputs | None:
-        """The results of a kernel that checks its arguments itself; None where it refuses them."""
-        if why_no_cpp() is not None:
-            return None
+    def _can_offer(self, first: Tensor) -> bool:
+        return self._direct is not None and first.is_cpu and first.numel() > 0 and why_no_cpp() is None
+
+    def _offer(self, arguments: Any, out: Outputs | None = None, *, keep: bool = False) -> Outputs | None:
+        """The outputs of the kernel that checks its arguments itself; None where it refuses them."""
+        assert self._direct is not None
         try:
-            results = self._results(arguments)
+            outputs = self._results(arguments)
             if out is not None:
-                results = tuple(r if o is None else o for o, r in zip(out, results, strict=True))
-            kernel.launch(arguments, *results)
+                outputs = tuple(r if o is None else o for o, r in zip(out, outputs, strict=True))
+            if keep and self._kept is not None:
+                outputs = (*outputs, *self._kept(arguments))
+            self._direct.launch(arguments, *outputs)
         except Exception:  # the checks of the longer way name what is wrong, or another back end runs
             return None
-        note_backend(self.name, kernel.name)
+        note_backend(self.name, self._direct.name)
         if out is not None:
             torch.autograd.graph.increment_version([t for t in out if t is not None])
-        return results
+        return outputs
 
     def _outputs(self, chosen: Kernel | Composite, arguments: Any, *, keep: bool) -> Outputs:
         """The results, and with `keep` what the backward pass reads behind them."""
@@ -239,6 +262,19 @@ class Op:
         else:
             chosen.launch(chosen.prepare(arguments), *results, *kept)
         return (*results, *kept)
+
+    def _forward(self, split: tuple[Any, str | None], chosen: Kernel | Composite | None = None) -> Outputs:
+        """All outputs for arguments that nobody has checked where `chosen` is None."""
+        arguments, backend = split
+        if chosen is None:
+            first = next(t for i in self._tensor_at if (t := arguments[i]) is not None)
+            if backend is None and not current_mode().plain and self._can_offer(first):
+                outputs = self._offer(arguments, keep=True)
+                if outputs is not None:
+                    return outputs
+            self.check(arguments)
+            chosen = self.choose(backend, arguments)
+        return self._outputs(chosen, arguments, keep=True)
 
     def _compute(self, chosen: Kernel | Composite, arguments: Any) -> Outputs:
         assert isinstance(chosen, Composite)
@@ -294,12 +330,21 @@ class Op:
             raise ValueError(f"backend: expected 'auto' or one of {names} for {self.name}, got {requested!r}")
         chosen = self.backends[requested]
         reason = chosen.why_not(arguments)
-        if reason is None and wants_gradient and self.gradient and requested not in self.gradient.op.backends:
-            able = sorted(self.gradient.op.backends)
-            reason = f"it has no backward pass, which {able} have: call it without gradients, or choose another"
         if reason is not None:
             raise RuntimeError(f"{self.name}: backend {requested!r} cannot run: {reason}")
+        if wants_gradient:
+            self._check_backward(requested)
         return chosen
+
+    def _check_backward(self, requested: str | None) -> None:
+        """Raises `RuntimeError` where a back end that was chosen by name has no backward pass."""
+        if self.gradient is None or requested in (None, "auto") or requested in self.gradient.op.backends:
+            return
+        able = sorted(self.gradient.op.backends)
+        raise RuntimeError(
+            f"{self.name}: backend {requested!r} cannot run: it has no backward pass, which {able} have; "
+            "call it without gradients, or choose another back end"
+        )
 
     # --- registration
 
@@ -320,9 +365,7 @@ class Op:
 
     def _kernel(self, *given: Any) -> Any:
         """What the dispatcher calls with real tensors, also for those who call `torch.ops.titok.<name>` themselves."""
-        arguments, backend = self._split(given)
-        self.check(arguments)
-        return self._returned(self._outputs(self.choose(backend, arguments), arguments, keep=True))
+        return self._returned(self._forward(self._split(given)))
 
     def _fake(self, *given: Any) -> Any:
         arguments, _ = self._split(given)
@@ -346,10 +389,10 @@ class Op:
 
     def _vmap(self, info: Any, in_dims: tuple[int | None, ...], *given: Any) -> Any:
         """One call for each sample of the mapped dimension, stacked in front."""
-        samples = [
-            self.overload(*(x if d is None else x.select(d, i) for x, d in zip(given, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
+        samples = []
+        for i in range(info.batch_size):
+            sample = (x if d is None else x.select(d, i) for x, d in zip(given, in_dims, strict=True))
+            samples.append(self.overload(*sample))
         if isinstance(samples[0], Tensor):
             return torch.stack(samples), 0
         return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
@@ -375,6 +418,7 @@ class Op:
         grads = grads[: self._num_results]
         if all(grad is None for grad in grads):
             return tuple(everything)
+        self._check_backward(ctx.backend)
         needs = [i < len(needs_grad) and needs_grad[i] for i in self._tensor_at]
         arguments = self.gradient.arguments(grads, ctx.saved_tensors, ctx.arguments, needs)
         returned = () if arguments is None else self.gradient.op(*arguments, backend=ctx.backend)
@@ -385,7 +429,7 @@ class Op:
         return tuple(everything)
 
     def _no_gradient(self, ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(f"titok::{self.name} is not differentiable")
+        raise RuntimeError(f"titok::{self.name} is not differentiable: its gradient was asked for")
 
 
 class _Differentiable(torch.autograd.Function):
@@ -395,12 +439,11 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Outputs:
         *inputs, op, chosen = given
         ctx.op = op
-        outputs: Outputs = op._outputs(chosen, op._split(tuple(inputs))[0], keep=True)
+        outputs: Outputs = op._forward(op._split(tuple(inputs)), chosen)
         op._save(ctx, tuple(inputs), outputs)
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients: tuple[Tensor | None, ...] = ctx.op._gradients(ctx, *grads)
         return gradients

@@ -1,10 +1,11 @@
-"""What each stage costs, by formula: multiply-adds of matrix products and convolutions, and the least bytes moved.
+"""What each stage of a model costs, by formula: FLOP and the least bytes moved.
 
-One multiply-add is 2 FLOP; norms, softmax and activations count as nothing, as in `torch.utils.flop_counter`. That
-counter sees our ops once this module is imported: it registers a formula for each.
+FLOP: matrix products and convolutions count, one multiply-add as 2 FLOP. Norms, softmax and activations count as
+0, as in `torch.utils.flop_counter`. Importing this module teaches that counter the FLOP of titok's ops.
 
-Least bytes: every weight is read once a pass; every product, convolution or attention reads its input and writes its
-output once, and whatever stands between two of them is fused into one of them. Nothing is assumed to stay in a cache.
+Least bytes: each pass reads every weight once. Each product, convolution and attention reads its input once and
+writes its output once. Everything between two of them is taken to be fused into one of them. Nothing stays in a
+cache.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
-import titok.ops  # noqa: F401  (registers torch.ops.titok)
+import titok.ops  # noqa: F401  (defines torch.ops.titok)
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
 from titok.generation.schedules import schedule
 
 
 class Work(NamedTuple):
-    """FLOP, and elements read or written: weights once a pass, activations with the batch."""
+    """The cost of a stage: FLOP, and how many elements of weights and of activations it reads or writes."""
 
     flops: int = 0
     weights: int = 0
@@ -33,7 +34,7 @@ class Work(NamedTuple):
         return Work(*(sum(part) for part in zip(self, *others, strict=True)))
 
     def times(self, count: int) -> Work:
-        """`count` such parts, each with weights of its own (or the same ones, read again)."""
+        """The work of `count` such parts; each reads weights, be they its own or the same again."""
         return Work(*(count * part for part in self))
 
     def bytes(self, element_size: int) -> int:
@@ -41,30 +42,35 @@ class Work(NamedTuple):
 
 
 def total(parts: Iterable[Work]) -> Work:
+    """The sum of all parts."""
     return Work().plus(*parts)
 
 
 def linear(rows: int, inputs: int, outputs: int) -> Work:
+    """x (rows, inputs) @ weight (inputs, outputs)."""
     return Work(2 * rows * inputs * outputs, inputs * outputs, rows * (inputs + outputs))
 
 
 def conv(batch: int, height: int, width: int, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> Work:
-    """height x width are those of the output."""
+    """A convolution with a kernel of kernel x kernel whose output has height x width pixels."""
     pixels, taps = batch * height * width, kernel * kernel
     read = pixels * stride * stride * inputs
     return Work(2 * pixels * taps * inputs * outputs, taps * inputs * outputs, read + pixels * outputs)
 
 
 def upsample_conv(batch: int, height: int, width: int, channels: int, *, folded: bool) -> Work:
-    """Nearest-neighbour x2, then 3x3, to height x width. `folded`: the same result by four 2x2 kernels at every window
-    of the small map and its rim, 4 taps a pixel in place of 9."""
+    """Nearest-neighbour upsampling by 2 to height x width pixels, then a 3x3 convolution.
+
+    `folded` computes the same result with four 2x2 kernels on the small map padded by 1: 4 taps an output pixel
+    (and a few for the padding) instead of 9.
+    """
     pixels, square = batch * height * width, channels * channels
     taps = 16 * batch * (height // 2 + 1) * (width // 2 + 1) if folded else 9 * pixels
     return Work(2 * taps * square, (16 if folded else 9) * square, (pixels // 4 + pixels) * channels)
 
 
 def attention(batch: int, queries: int, keys: int, width: int) -> Work:
-    """Scores and mixture over all heads; scores are never stored."""
+    """Scores and weighted sums of values over all heads, together `width` channels; no score is stored."""
     return Work(4 * batch * queries * keys * width, 0, batch * (2 * queries + 2 * keys) * width)
 
 
@@ -72,7 +78,10 @@ def attention(batch: int, queries: int, keys: int, width: int) -> Work:
 
 
 def block(batch: int, tokens: int, width: int, mlp: int, queries: int | None = None) -> Work:
-    """One layer; with `queries`, only so many of its rows are computed behind the projection to q, k, v."""
+    """One transformer layer over `tokens` tokens.
+
+    `queries`: how many tokens are computed after the projection to queries, keys and values; None stands for all.
+    """
     read = tokens if queries is None else queries
     return total(
         (
@@ -86,13 +95,14 @@ def block(batch: int, tokens: int, width: int, mlp: int, queries: int | None = N
 
 
 def _trunk(vit: ViTConfig, batch: int, tokens: int, read: int) -> Work:
+    """All layers; the last one computes `read` tokens after its projection."""
     mlp = vit.mlp_ratio * vit.width
-    whole = block(batch, tokens, vit.width, mlp)
-    return whole.times(vit.layers - 1).plus(block(batch, tokens, vit.width, mlp, read))
+    layer = block(batch, tokens, vit.width, mlp)
+    return layer.times(vit.layers - 1).plus(block(batch, tokens, vit.width, mlp, read))
 
 
 def encoder(config: TokenizerConfig, batch: int = 1) -> Work:
-    """Images to tokens: patches, trunk, projection, nearest code."""
+    """Images to tokens: patch embedding, transformer, projection, nearest code."""
     vit, tokens = config.encoder, config.num_latent_tokens
     h, w = config.grid("encoder")
     vae = config.bottleneck == "vae"
@@ -108,7 +118,10 @@ def encoder(config: TokenizerConfig, batch: int = 1) -> Work:
 
 
 def decoder(config: TokenizerConfig, batch: int = 1, *, all_rows: bool = False) -> Work:
-    """Tokens to pixels, or to logits over the proxy's codes. `all_rows`: the last layer computes rows nobody reads."""
+    """Tokens to pixels, or to logits over the proxy's codes.
+
+    `all_rows`: the last layer also computes the class token and the latent tokens, which nothing reads.
+    """
     vit, tokens = config.decoder, config.num_latent_tokens
     h, w = config.grid("decoder")
     patches = h * w
@@ -131,7 +144,7 @@ def decoder(config: TokenizerConfig, batch: int = 1, *, all_rows: bool = False) 
 
 
 def pixel_decoder(config: TokenizerConfig, batch: int = 1, *, folded: bool = False) -> Work:
-    """Logits over the proxy's codes to pixels: their expected code vector, then the VQGAN's decoder."""
+    """Logits over the proxy's codes to pixels: each position's expected code vector, then the VQGAN decoder."""
     assert config.proxy is not None
     h, w = (side // config.proxy.factor for side in config.image_size)
     mixture = linear(batch * h * w, config.proxy.codebook_size, config.proxy.code_dim)
@@ -144,6 +157,11 @@ def pixel_decoder(config: TokenizerConfig, batch: int = 1, *, folded: bool = Fal
 def _residual(
     batch: int, h: int, w: int, inputs: int, outputs: int, shortcut_of_result: bool = False, folded: bool = False
 ) -> Work:
+    """Two 3x3 convolutions, and a 1x1 convolution where the channels change.
+
+    `shortcut_of_result`: the 1x1 convolution reads the block's result, and `folded` makes it part of the second
+    3x3.
+    """
     parts = [conv(batch, h, w, inputs, outputs), conv(batch, h, w, outputs, outputs)]
     if inputs != outputs and not (folded and shortcut_of_result):
         parts.append(conv(batch, h, w, outputs if shortcut_of_result else inputs, outputs, 1))
@@ -151,8 +169,11 @@ def _residual(
 
 
 def vqgan_decoder(config: VQGANConfig, batch: int, h: int, w: int, *, folded: bool = False) -> Work:
-    """Code vectors (batch, code_dim, h, w) to pixels. `folded`: as inference computes it, without what is exactly
-    part of a convolution beside it."""
+    """Code vectors (batch, code_dim, h, w) to pixels.
+
+    `folded`: as inference computes it, with upsampling and 1x1 shortcuts folded into the 3x3 convolutions beside
+    them.
+    """
     widths = [config.hidden_channels * m for m in config.channel_multipliers]
     parts = [conv(batch, h, w, config.code_dim, widths[-1])]
     parts += [_residual(batch, h, w, widths[-1], widths[-1])] * 2
@@ -168,7 +189,7 @@ def vqgan_decoder(config: VQGANConfig, batch: int, h: int, w: int, *, folded: bo
 
 
 def vae_decoder(batch: int, size: int, channels: tuple[int, ...] = (128, 256, 512, 512), latent: int = 4) -> Work:
-    """Stable Diffusion's `AutoencoderKL`: latents (batch, latent, size, size) to pixels, 8 times as many a side."""
+    """Stable Diffusion's `AutoencoderKL` decoder: latents (batch, latent, size, size) to 8 times the size."""
     top, pixels = channels[-1], size * size
     parts = [conv(batch, size, size, latent, latent, 1), conv(batch, size, size, latent, top)]
     parts += [_residual(batch, size, size, top, top)] * 2
@@ -186,7 +207,7 @@ def vae_decoder(batch: int, size: int, channels: tuple[int, ...] = (128, 256, 51
 
 
 def generator_pass(config: GeneratorConfig, rows: int, logit_rows: int) -> Work:
-    """One forward pass over `rows` sequences whose head runs at `logit_rows` positions in all."""
+    """One forward pass over `rows` sequences, with logits at `logit_rows` positions in total."""
     width, tokens, layers = config.width, 1 + config.num_latent_tokens, config.layers
     parts = [linear(logit_rows, width, config.codebook_size)]
     if config.architecture == "uvit":
@@ -207,16 +228,18 @@ def generate(
     """All decoding steps of one batch.
 
     Args:
-        distinct: different labels in the batch (None: all differ); the first step runs once for each.
-        as_written: a second pass for every sample in every guided step, the head at every position, as the official
-            code; otherwise what `titok.generation.decode_loop` leaves of it.
+        sampling: None takes the generator's own settings.
+        distinct: how many different labels the batch has; None stands for `batch`. The first step runs once for
+            each.
+        as_written: count what the official code computes: a second pass for every sample in every guided step, and
+            logits at every position. Otherwise count what titok's decoding loop computes.
     """
     sampling, tokens = sampling or config.sampling, config.num_latent_tokens
     parts, now = [], tokens
     for step in schedule(sampling):
         after = step.num_masked(tokens, now)
         guided = step.guidance != 1.0
-        if as_written:  # power-cosine runs the second pass even where its weight is zero
+        if as_written:  # the official code runs power-cosine's second pass even where its weight is zero
             rows = 2 * batch if guided or sampling.guidance_schedule == "power-cosine" else batch
             parts.append(generator_pass(config, rows, rows * tokens))
         elif after != now:
@@ -230,8 +253,10 @@ def generate(
 def dit_pass(
     rows: int, grid: int, *, width: int = 1152, layers: int = 28, patch: int = 2, channels: int = 4
 ) -> Work:
-    """One forward pass of DiT (Peebles and Xie 2023, XL/2 by default) over `rows` latents of grid x grid patches.
-    diffusers embeds time step and class in every layer anew, and once more before the last projection."""
+    """One forward pass of DiT (Peebles and Xie 2023; by default XL/2) over `rows` latents of grid x grid patches.
+
+    diffusers embeds the time step and the class again in every layer, and once more before the last projection.
+    """
     tokens = grid * grid
     condition = linear(rows, 256, width).plus(linear(rows, width, width))
     layer = total((condition, linear(rows, width, 6 * width), block(rows, tokens, width, 4 * width)))
@@ -246,33 +271,33 @@ def dit_pass(
     )
 
 
-# --- what FlopCounterMode is told of our ops
+# --- titok's ops in torch.utils.flop_counter
 
 
 def _register_formulas() -> None:
-    ours, aten = torch.ops.titok, torch.ops.aten
+    titok_ops, aten = torch.ops.titok, torch.ops.aten
 
     def attend(qkv: Any, mask: Any, heads: int, start: int, stop: int, *_: Any, **__: Any) -> int:
         return attention(qkv[0], stop - start, qkv[1], qkv[2] // 3).flops
 
     def attend_backward(grad: Any, qkv: Any, mask: Any, out: Any, lse: Any, *rest: Any, **__: Any) -> int:
-        return attend(qkv, mask, *rest) * 5 // 2  # scores again, then four products of the same size
+        return attend(qkv, mask, *rest) * 5 // 2  # the scores again, then four products of that size
 
-    def mix(logits: Any, codebook: Any, *_: Any, **__: Any) -> int:
+    def mixture(logits: Any, codebook: Any, *_: Any, **__: Any) -> int:
         return 2 * prod(logits) * codebook[1]
 
-    def mix_backward(grad: Any, logits: Any, codebook: Any, mixture: Any, *need: Any, **__: Any) -> int:
-        return mix(logits, codebook) * sum(bool(wanted) for wanted in need[:2])
+    def mixture_backward(grad: Any, logits: Any, codebook: Any, out: Any, *needed: Any, **__: Any) -> int:
+        return mixture(logits, codebook) * sum(bool(wanted) for wanted in needed[:2])
 
     def nearest(latents: Any, codebook: Any, *_: Any, **__: Any) -> int:
         return 2 * prod(latents) * codebook[0]
 
     formulas = {
-        ours.masked_attention: attend,
-        ours.masked_attention_backward: attend_backward,
-        ours.code_mixture: mix,
-        ours.code_mixture_backward: mix_backward,
-        ours.nearest_codebook: nearest,
+        titok_ops.masked_attention: attend,
+        titok_ops.masked_attention_backward: attend_backward,
+        titok_ops.code_mixture: mixture,
+        titok_ops.code_mixture_backward: mixture_backward,
+        titok_ops.nearest_codebook: nearest,
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     }
     for op, formula in formulas.items():

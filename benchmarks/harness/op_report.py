@@ -1,50 +1,55 @@
-"""What the op benchmarks share: their options, the measured ceilings, and a table that sets every rate beside them."""
+"""What the op benchmarks share: options, measured ceilings, and a table with every rate beside them."""
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from benchmarks._results import Results, quantiles, results_folder
-from benchmarks._timing import interleave
+from benchmarks.harness.results import FOLDER, Results, quantiles
+from benchmarks.harness.timing import interleave
 
 
-def options(description: str | None) -> argparse.Namespace:
+def parse(description: str | None) -> argparse.Namespace:
+    """The options of an op benchmark, from the command line."""
     gpu = torch.cuda.is_available()
     dtypes = ("float32", "bfloat16", "float16")
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each case")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each case (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=dtypes)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="batch sizes (default: 1 8 64)")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=gpu, help="torch.compile as peer"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=gpu,
+        help="also time the eager expression under torch.compile (default: on a GPU)",
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="append raw samples here (default with a GPU or $OUT: a file there)"
+        "--json",
+        metavar="FILE",
+        help="results file to append to (default: on a GPU benchmarks/results/<op>.jsonl, on a CPU none)",
     )
     return parser.parse_args()
 
 
-class Report:
-    """One op's table, on the GPU where there is one. JSON lines go to results_folder() on a GPU or if `$OUT` is set."""
+class OpReport:
+    """Measures one op on the GPU, or on the CPU where there is none, and prints its table as it grows."""
 
     def __init__(self, op: str, options: argparse.Namespace) -> None:
         self.op, self.options = op, options
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype: torch.dtype = getattr(torch, options.dtype)
-        saved = self.device == "cuda" or os.environ.get("OUT")
-        self.results = Results(options.json or (results_folder() / f"{op}.jsonl" if saved else None))
+        default = FOLDER / f"{op}.jsonl" if self.device == "cuda" else None
+        self.results = Results(options.json or default)
         self.copy_rate, self.product_rate = self._ceilings()
         name = torch.cuda.get_device_name() if self.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
         print(f"{op} {options.dtype} on {name}, torch {torch.__version__}; medians of interleaved runs")
         print(f"measured copy {self.copy_rate / 1e9:.0f} GB/s, product {self.product_rate / 1e12:.2f} TFLOP/s")
 
     def _ceilings(self) -> tuple[float, float]:
-        """Bytes per second of a large copy (read + write) and FLOPs per second of a 4096^3 product."""
+        """Bytes per second of a large copy (read plus written), and FLOP per second of a 4096^3 product."""
         source = torch.randn(1 << 26, device=self.device)
         target = torch.empty_like(source)
         square = source[: 1 << 24].view(4096, 4096).to(self.dtype)
@@ -62,18 +67,21 @@ class Report:
         flops: float,
         ours: str = "titok",
     ) -> None:
-        """Times the candidates in turns and prints a row for each.
+        """Times the candidates in turns, writes their samples, and prints a line for each.
 
         Args:
-            num_bytes, flops: what one call has to move and to compute, whoever computes it.
+            case: sizes, as the results file and the table name them.
+            candidates: name -> function without arguments.
+            num_bytes: bytes that one call has to read and write, whoever computes it.
+            flops: FLOP of one call, whoever computes it.
+            ours: the candidate that the last column compares the others with.
         """
         samples = interleave(candidates, self.options.seconds)
         self.results.row(self.op, {**case, "dtype": self.options.dtype}, samples, num_bytes=num_bytes, flops=flops)
         label = " ".join(f"{key}={value}" for key, value in case.items())
         print(f"\n{label}: {num_bytes / 1e6:.1f} MB, {flops / 1e9:.2f} GFLOP, {len(samples[ours])} calls each")
-        print(
-            f"{'':12}{'ms':>9}{'p20':>9}{'p80':>9}{'GB/s':>8}{'of copy':>9}{'TFLOP/s':>9}{'of product':>12}{ours:>8}"
-        )
+        header = f"{'':12}{'ms':>9}{'p20':>9}{'p80':>9}{'GB/s':>8}{'of copy':>9}{'TFLOP/s':>9}{'of product':>12}"
+        print(f"{header}{ours:>8}")
         reference = quantiles(samples[ours])[0]
         for name, times in samples.items():
             median, p20, p80 = quantiles(times)

@@ -1,7 +1,7 @@
 """DiT-XL/2 (Peebles and Xie 2023) as diffusers builds it from the published configurations, with random weights.
 
-The configurations are those of `facebook/DiT-XL-2-256`, `facebook/DiT-XL-2-512` and of the Stable Diffusion VAE that
-goes with them; nothing of diffusers is changed.
+The configurations are those of `facebook/DiT-XL-2-256` and `facebook/DiT-XL-2-512`, and of the Stable Diffusion
+VAE that decodes their latents. diffusers runs unmodified.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TRANSFORMER: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 8,
     "num_layers": 28,
-    "sample_size": 32,  # latents a side: 32 for 256 pixels, 64 for 512
+    "sample_size": 32,  # side of the latents: 32 for 256 pixels, 64 for 512 pixels
     "patch_size": 2,
     "attention_bias": True,
     "activation_fn": "gelu-approximate",
@@ -39,7 +39,7 @@ GUIDANCE, NO_CLASS = 4.0, 1000
 
 
 def why_not() -> str | None:
-    """None where diffusers is installed."""
+    """Why DiT cannot run here, or None if it can."""
     return None if importlib.util.find_spec("diffusers") else "diffusers is not installed"
 
 
@@ -56,12 +56,12 @@ def vae() -> Any:
 
 
 class DiT:
-    """Guided DDPM sampling, one step at a time: all `steps` do the same work.
+    """Guided DDPM sampling. All steps do the same work, so that one step can be timed for all of them.
 
     Args:
         resolution: 256 or 512 pixels.
-        steps: of the DDPM sampler.
-        compile_mode: None runs eagerly; else the mode handed to `torch.compile`.
+        steps: number of steps of the DDPM sampler.
+        compile_mode: the mode for `torch.compile`; None runs eagerly.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class DiT:
         from diffusers import DDPMScheduler
         from diffusers.utils import logging
 
-        logging.set_verbosity_error()  # it warns of every conversion to bfloat16
+        logging.set_verbosity_error()  # diffusers warns of every conversion to bfloat16
         self.side, self.dtype, self.device, self.steps = resolution // 8, dtype, device, steps
         self.transformer = transformer({**TRANSFORMER, "sample_size": self.side}).to(device, dtype)
         self.vae = vae().to(device, dtype)
@@ -89,16 +89,17 @@ class DiT:
             self.decode_latents = torch.compile(self.vae.decode, mode=compile_mode)
 
     def parameters(self) -> int:
-        """Of transformer and VAE decoder."""
+        """Number of weights of the transformer and the VAE's decoder."""
         used = (self.transformer, self.vae.decoder, self.vae.post_quant_conv)
         return sum(p.numel() for module in used for p in module.parameters())
 
     def noise(self, batch: int) -> Tensor:
+        """Latents to start from: (batch, 4, side, side)."""
         return torch.randn(batch, 4, self.side, self.side, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def step(self, latents: Tensor, index: int) -> Tensor:
-        """One guided step: conditional and unconditional pass in one batch, guidance, the sampler's update."""
+        """One guided step: both passes in one batch of twice the size, guidance, and the sampler's update."""
         batch, t = len(latents), self.scheduler.timesteps[index]
         labels = torch.tensor([207] * batch + [NO_CLASS] * batch, device=self.device)
         times = t.expand(2 * batch).to(self.device)
@@ -109,7 +110,7 @@ class DiT:
 
     @torch.no_grad()
     def sample(self, batch: int) -> Tensor:
-        """All steps: latents."""
+        """Latents after all steps."""
         latents = self.noise(batch)
         for index in range(self.steps):
             latents = self.step(latents, index)
@@ -117,4 +118,5 @@ class DiT:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, 4, side, side) -> images (B, 3, 8 side, 8 side)."""
         return self.decode_latents(latents / self.vae.config.scaling_factor).sample

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, on the GPU or of this process on Linux."""
+"""Peak memory of a piece of work: of the GPU, or of this process on Linux."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 
 
 def peak_growth(run: Callable[[], Any], device: str) -> int | None:
-    """Bytes by which memory in use grows at most while `run` runs; None where the system does not tell."""
+    """Calls `run` once and returns the bytes by which memory in use grew at most; None where that is not known.
+
+    On a CPU memory in use is the resident set of this process, which only Linux reports.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -19,16 +22,16 @@ def peak_growth(run: Callable[[], Any], device: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts anew
-        before = _status("VmRSS")
-        run()
-        return max(0, _status("VmHWM") - before)
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident set
+        before = _status_bytes("VmRSS")
     except (OSError, KeyError):
         run()
         return None
+    run()
+    return max(0, _status_bytes("VmHWM") - before)
 
 
-def _status(name: str) -> int:
+def _status_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     return int(fields[name].split()[0]) * 1024

@@ -1,0 +1,1 @@
+"""What the benchmark commands share: timing, results, tables, the models that are compared, FLOP formulas."""

@@ -1,0 +1,30 @@
+"""The two rates that every benchmark compares with: a large matrix product and a large copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Device -> (side of the square matrices, bytes copied): large enough to reach the machine's full rate.
+SIZES = {"cpu": (3072, 1 << 28), "cuda": (8192, 1 << 30)}
+
+
+def ceiling_runs(dtype: torch.dtype, device: str) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+    """What to time for the machine's ceilings.
+
+    Returns:
+        runs: "mm" (`torch.mm` in `dtype`) and "copy", functions without arguments.
+        work: FLOP of one "mm", and bytes read plus bytes written by one "copy".
+    """
+    size, num_bytes = SIZES[device]
+    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
+    out = torch.empty_like(a)
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    runs: dict[str, Callable[[], Any]] = {
+        "mm": lambda: torch.mm(a, b, out=out),
+        "copy": lambda: target.copy_(source),
+    }
+    return runs, {"mm": 2.0 * size**3, "copy": 2.0 * source.numel()}

@@ -1,0 +1,215 @@
+"""One comparison of sides: build them, count their FLOP, find each one's batch size, then time them in turns."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness.ceilings import ceiling_runs
+from benchmarks.harness.memory import peak_growth
+from benchmarks.harness.options import DTYPES
+from benchmarks.harness.results import Results, Row
+from benchmarks.harness.sides import Run, Side, fewer_steps
+from benchmarks.harness.timing import interleave, time_once
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+BUILDING_SHARE = 0.6  # of `--limit`: after this share no more sides are built and no larger batch is tried
+
+
+class Comparison:
+    """One run of `benchmarks.speedup`.
+
+    Attributes:
+        rows: the rows written to the results file.
+        samples: (side, part, batch) -> seconds of each call.
+        counted: side -> FLOP of one image as `torch.utils.flop_counter` counts them.
+        peaks: (side, batch) -> peak bytes of a call plus the bytes of the weights.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, results: Results, console: Console) -> None:
+        self.arguments, self.results = arguments, results
+        default = "1,8,32,128" if arguments.device == "cuda" else "1" if arguments.ladder else "1,2,4,8"
+        self.batches = [int(batch) for batch in (arguments.batches or default).split(",")]
+        self.rows: list[Row] = []
+        self.samples: dict[tuple[str, str, int], list[float]] = {}
+        self.counted: dict[str, float] = {}
+        self.peaks: dict[tuple[str, int], int] = {}
+        self.started, self.limit = time.monotonic(), arguments.limit or math.inf
+        columns = (
+            *Progress.get_default_columns()[:2],
+            TextColumn("{task.completed:.0f} calls"),
+            TimeElapsedColumn(),
+        )
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.task = self.progress.add_task("building", total=None)
+
+    def run(self, table: Mapping[str, Callable[[], Side]], left_out: dict[str, str]) -> None:
+        """Measures every side of `table` and writes its rows.
+
+        Args:
+            table: name -> a function that makes the side.
+            left_out: name -> reason, for sides that are not measured; those without time are added.
+        """
+        sides: dict[str, Side] = {}
+        batches: dict[str, int] = {}
+        with self.progress:
+            for name, make in table.items():
+                if sides and self._late():
+                    left_out[name] = "no time left"
+                    continue
+                self.progress.update(self.task, description=f"building {name}")
+                sides[name] = side = make()
+                if self.arguments.ladder:  # its table shows whole images only
+                    side.parts = {part: p for part, p in side.parts.items() if p.calls}
+                batches[name] = self.best_batch(side)
+            self.progress.update(self.task, description="taking turns")
+            self._take_turns(sides, batches)
+        for name, reason in left_out.items():
+            self.results.note(f"left out {name}: {reason}")
+        for name, side in sides.items():
+            for batch in sorted({b for n, _, b in self.samples if n == name}):
+                best = batch == batches[name]
+                self._write("ladder" if self.arguments.ladder else "speedup" if best else "sweep", side, batch)
+
+    def best_batch(self, side: Side) -> int:
+        """The batch size with the most images per second.
+
+        Larger batches are tried until one is less than 2% faster, does not fit in memory, or would take more than
+        half of `--seconds` to try.
+
+        Raises:
+            MemoryError: the smallest batch size does not fit.
+        """
+        speeds: dict[int, float] = {}
+        seconds_per_image = 0.0  # that trying a batch takes, all parts and calls together
+        # On a GPU a call may replay a CUDA graph, which the counter cannot see into. On a CPU the calls at batch 1
+        # are counted in `_try`.
+        count_apart = self.arguments.device == "cuda" or 1 not in self.batches
+        self.counted[side.name] = side.count_flops() if count_apart else 0.0
+        for batch in self.batches:
+            self.progress.update(self.task, description=f"{side.name}, batch {batch}")
+            if speeds and (self._late() or seconds_per_image * batch > self.arguments.seconds / 2):
+                self.results.note(f"{side.name}: no time for batch {batch}")
+                break
+            started = time.monotonic()
+            try:
+                spent = sum(self._try(side, name, batch) for name in side.parts)
+            except OUT_OF_MEMORY:
+                self.results.note(f"{side.name} does not fit at batch {batch}")
+                break
+            finally:
+                gc.collect()
+            seconds_per_image = (time.monotonic() - started) / batch
+            fastest_before = max(speeds.values(), default=0.0)
+            speeds[batch] = batch / spent if spent else 0.0
+            if speeds[batch] < 1.02 * fastest_before:
+                break
+        if not speeds:
+            raise MemoryError(f"{side.name} does not fit at batch {self.batches[0]}")
+        side.choose_formula(self.counted[side.name])
+        return max(speeds, key=lambda batch: speeds[batch])
+
+    def _try(self, side: Side, name: str, batch: int) -> float:
+        """Calls a part for its peak memory, its FLOP and (if there is a choice of batch sizes) its time.
+
+        Returns:
+            Seconds that an image batch spends in this part; 0.0 where the time was not taken.
+        """
+        part, device, seconds = side.parts[name], self.arguments.device, 0.0
+        run = part.prepare(batch)
+        called = time.monotonic()
+        growth = peak_growth(run, device)
+        first_call = time.monotonic() - called
+        if device == "cpu" and batch == 1:
+            self.counted[side.name] += part.calls * _count(run)
+        if growth is not None:
+            peak = growth + side.weight_bytes()
+            self.peaks[side.name, batch] = max(peak, self.peaks.get((side.name, batch), 0))
+        if len(self.batches) > 1:
+            long = first_call > self.arguments.seconds / 8  # then warming up matters little
+            sample = first_call if long else time_once(run)
+            self.samples[side.name, name, batch] = [sample]
+            seconds = part.calls * sample
+        self.progress.advance(self.task)
+        return seconds
+
+    def _late(self) -> bool:
+        """Whether the rest of the time limit is needed for taking turns."""
+        return time.monotonic() - self.started > BUILDING_SHARE * self.limit
+
+    def _take_turns(self, sides: Mapping[str, Side], batches: Mapping[str, int]) -> None:
+        """Times all parts of all sides and the machine's ceilings in turns."""
+
+        def ticking(run: Run) -> Run:
+            def tick() -> None:
+                run()
+                self.progress.advance(self.task)
+
+            return tick
+
+        ceiling, work = ceiling_runs(DTYPES[self.arguments.dtype], self.arguments.device)
+        for run in ceiling.values():
+            run()
+        runs = dict(ceiling)
+        for name, side in sides.items():
+            for part, p in side.parts.items():
+                runs[f"{name}: {part}"] = p.prepare(batches[name])
+        turns = {name: ticking(run) for name, run in runs.items()}
+        left = self.started + self.limit - time.monotonic()
+        samples = interleave(turns, min(self.arguments.seconds, max(1.0, left - 5)), warm=True)
+        case = {"dtype": self.arguments.dtype, "device": self.arguments.device}
+        of_ceiling = {name: samples[name] for name in ceiling}
+        self.rows.append(self.results.row("ceiling", case, of_ceiling, work=work))
+        for name, side in sides.items():
+            for part in side.parts:
+                self.samples[name, part, batches[name]] = samples[f"{name}: {part}"]
+
+    def _write(self, bench: str, side: Side, batch: int) -> None:
+        case = {
+            "name": side.name,
+            "family": side.family,
+            "resolution": self.arguments.resolution,
+            "dtype": self._dtype(side),
+            "device": self.arguments.device,
+            "batch": batch,
+            "tokens": side.tokens,
+            "steps": side.steps,
+            "parameters": side.parameters,
+            "note": side.note,
+            "paper": side.paper,
+        }
+        row = self.results.row(
+            bench,
+            case,
+            {part: self.samples[side.name, part, batch] for part in side.parts},
+            calls={name: part.calls for name, part in side.parts.items()},
+            calls_without_pixels={name: part.calls_without_pixels for name, part in side.parts.items()},
+            flops=side.flops,
+            flops_without_pixels=side.flops_without_pixels,
+            flops_counted=self.counted[side.name],
+            peak_bytes=self.peaks.get((side.name, batch)),
+        )
+        self.rows.append(row)
+        if bench == "speedup" and side.family == "dit" and side.steps == 250 and not self.arguments.all_steps:
+            self.rows.append(self.results.write(fewer_steps(row, 50)))
+
+    def _dtype(self, side: Side) -> str:
+        dtype = next(side.modules[0].parameters()).dtype
+        if dtype == torch.bfloat16:
+            return "bf16"
+        return "tf32" if self.arguments.dtype == "tf32" else "fp32"
+
+
+def _count(run: Run) -> int:
+    """FLOP of one call. A counted call prepares no weights, so it must not be the one whose memory is measured."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())

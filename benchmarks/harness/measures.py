@@ -1,0 +1,119 @@
+"""What tables, plots and documents show, computed from the rows of results files."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.harness.results import Row, quantiles
+
+OURS = "titok"  # the name of titok's side in the rows of `benchmarks.engine`
+CEILING_NAMES = ("mm", "copy")
+
+
+def select(rows: Iterable[Row], bench: str, **case: Any) -> list[Row]:
+    """Rows of one benchmark whose case has these values."""
+    return [r for r in rows if r["bench"] == bench and all(r["case"].get(k) == v for k, v in case.items())]
+
+
+def latest_run(rows: Sequence[Row], bench: str, **case: Any) -> list[Row]:
+    """All rows of the newest run that has a row of `bench` with these values.
+
+    Raises:
+        LookupError: no run has such a row.
+    """
+    found = select(rows, bench, **case)
+    if not found:
+        raise LookupError(f"no result of {bench!r} with {case}")
+    run = max((row["environment"] for row in found), key=lambda about: str(about["time"]))
+    return [row for row in rows if row["environment"] is run]
+
+
+def latest(rows: Sequence[Row], bench: str, **case: Any) -> Row:
+    """The row of `bench` with these values from the newest run that has one; `LookupError` if there is none."""
+    return select(latest_run(rows, bench, **case), bench, **case)[-1]
+
+
+def ran_on_cpu(row: Row) -> bool:
+    """Whether the row was measured on a CPU; rows that name no device ran on the GPU if there was one."""
+    return bool(row["case"].get("device", "cuda" if row["environment"].get("gpu") else "cpu") == "cpu")
+
+
+def seconds(row: Row, calls: str = "calls") -> tuple[float, float, float]:
+    """Seconds of one batch: (median, 20th percentile, 80th percentile).
+
+    Args:
+        row: a row of "speedup", "sweep" or "ladder".
+        calls: which numbers of calls to multiply each part's samples by: "calls" or "calls_without_pixels".
+    """
+    parts = [(times, quantiles(row["samples_s"][part])) for part, times in row[calls].items() if times]
+    median, low, high = (sum(times * figures[i] for times, figures in parts) for i in range(3))
+    return median, low, high
+
+
+def rate(row: Row, calls: str = "calls") -> tuple[float, float, float]:
+    """Images per second: (median, low, high); arguments as for `seconds`."""
+    median, low, high = seconds(row, calls)
+    batch = row["case"]["batch"]
+    return batch / median, batch / high, batch / low
+
+
+def fastest(row: Row) -> float:
+    """Images per second by the fastest call of each part, which other programs on the machine disturb least."""
+    spent = sum(times * min(row["samples_s"][part]) for part, times in row["calls"].items())
+    return float(row["case"]["batch"] / spent)
+
+
+def achieved_flops(row: Row) -> float:
+    """FLOP/s of whole images: FLOP by formula over the median time."""
+    return float(row["flops"] * rate(row)[0])
+
+
+def ceilings(rows: Iterable[Row]) -> dict[str, float]:
+    """ "mm <dtype>" -> FLOP/s of `torch.mm`, "copy <dtype>" -> bytes/s of a copy, from rows of "ceiling"."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if row["bench"] == "ceiling":
+            for name, work in row["work"].items():
+                found[f"{name} {row['case']['dtype']}"] = work / statistics.median(row["samples_s"][name])
+    return found
+
+
+def own_ceiling(row: Row, name: str) -> float:
+    """FLOP/s of "mm" or bytes/s of "copy", from a row whose samples include them ("engine", "roofline")."""
+    return float(row["work"][name] / statistics.median(row["samples_s"][name]))
+
+
+def share_of_mm(row: Row, ceiling: dict[str, float]) -> float | None:
+    """FLOP/s of whole images over that of `torch.mm` in the same dtype, or None where that was not measured."""
+    mm = ceiling.get(f"mm {row['case']['dtype']}")
+    return achieved_flops(row) / mm if mm else None
+
+
+def engine_ratio(row: Row, name: str) -> tuple[float, float, float] | None:
+    """How many times as long as titok a candidate of an "engine" row takes: (median, 20th, 80th percentile).
+
+    Each round gives one ratio. A candidate "native: generator" is compared with "titok: generator". None for titok
+    itself and where titok was not timed.
+    """
+    samples = row["samples_s"]
+    ours = samples.get(name.replace(name.split(":")[0], OURS))
+    if ours is None or ours is samples[name]:
+        return None
+    return quantiles([theirs / own for theirs, own in zip(samples[name], ours, strict=True)])
+
+
+def stages(row: Row) -> list[dict[str, Any]]:
+    """The stages of a "roofline" row, each with its name, time and floor in seconds, bound, and ratio "gap".
+
+    The floor is the longer of FLOP at the rate of `torch.mm` and of least bytes at the rate of a copy.
+    """
+    mm, copy = own_ceiling(row, "mm"), own_ceiling(row, "copy")
+    found = []
+    for name, cost in row["stages"].items():
+        by_arithmetic, by_memory = cost["flops"] / mm, cost["bytes"] / copy
+        floor, time = max(by_arithmetic, by_memory), row["median_s"][name]
+        bound = "arithmetic" if by_arithmetic >= by_memory else "memory"
+        found.append({"stage": name, **cost, "floor_s": floor, "bound": bound, "s": time, "gap": time / floor})
+    return found

@@ -1,0 +1,198 @@
+"""titok's models as sides: as titok runs them, and as the official code computes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines.as_published import AsPublished
+from benchmarks.harness import flops
+from benchmarks.harness.sides import PAPER, Part, Side, build, class_labels, count_parameters
+from titok import GeneratorConfig, MaskGIT, Pipeline, TiTok, TokenizerConfig, sample_tokens
+from titok.config import SamplingConfig
+from titok.data.images import to_uint8
+from titok.profiling import annotate
+
+MANY_STEPS = 16  # above, on a CPU, one step of the generator is timed and multiplied
+
+
+class Models:
+    """The tokenizer and generator of a preset, with random weights, shared by all of its sides.
+
+    Args:
+        all_steps: always run every step of the generator. Otherwise, on a CPU, a preset of more than `MANY_STEPS`
+            steps is timed by one step in the middle of the schedule.
+    """
+
+    def __init__(self, preset: str, dtype: torch.dtype, device: str, *, all_steps: bool = False) -> None:
+        self.preset, self.dtype = preset, dtype
+        self.tokenizer: TiTok = build(lambda: TiTok(TokenizerConfig.preset(preset)), dtype, device)
+        self.generator: MaskGIT = build(lambda: MaskGIT(GeneratorConfig.preset(preset)), dtype, device)
+        self.modules = [*decoding_modules(self.tokenizer), self.generator]
+        self.resolution = self.tokenizer.config.image_size[0]
+        self.one_step = device == "cpu" and self.generator.config.sampling.steps > MANY_STEPS and not all_steps
+
+    def side(
+        self,
+        name: str,
+        generate: Callable[[list[int]], Any],
+        sample: Callable[..., Tensor],
+        decode: Callable[[Tensor], Any],
+        to_logits: Callable[[Tensor], Any],
+        work: flops.Work,
+        *,
+        may_fold: bool = False,
+        counted: Callable[[list[int]], Any] | None = None,
+    ) -> Side:
+        """One way of running the models.
+
+        Args:
+            generate: labels -> pictures.
+            sample: labels -> tokens; also called with a `SamplingConfig` and tokens to start from, for one step.
+            decode: tokens -> pictures.
+            to_logits: tokens -> logits over the proxy's codes, which the pixel decoder would turn into pictures.
+            work: cost of generator and ViT decoder together, for one image.
+            may_fold: this way may fold upsampling; the counted FLOP decide which formula is right.
+            counted: labels -> pictures, counted in place of `generate` where that replays a CUDA graph.
+        """
+        g, t = self.generator.config, self.tokenizer.config
+        steps, note = g.sampling.steps, ""
+        parts = {
+            "generate": Part(lambda batch: partial(generate, class_labels(batch))),
+            "to logits": Part(lambda batch: lambda: to_logits(sample(class_labels(batch))), 0, 1),
+        }
+        if self.one_step:
+            note = f"{steps} x one step"
+            step, half, tokens = middle_step(g.sampling), half_masked(self.generator), known_tokens(self.generator)
+            parts = {
+                "step": Part(
+                    lambda batch: lambda: sample(class_labels(batch), step, half.repeat(batch, 1)), steps, steps
+                ),
+                "to pictures": Part(lambda batch: lambda: decode(tokens.repeat(batch, 1))),
+                "to logits": Part(lambda batch: lambda: to_logits(tokens.repeat(batch, 1)), 0, 1),
+            }
+        return Side(
+            name=name,
+            family=self.preset,
+            tokens=g.num_latent_tokens,
+            steps=steps,
+            parameters=count_parameters(*self.modules),
+            flops=work.flops + flops.pixel_decoder(t).flops,
+            flops_without_pixels=work.flops,
+            parts=parts,
+            counted=[(partial(counted or generate, class_labels(1)), 1)],
+            folded_flops=work.flops + flops.pixel_decoder(t, folded=True).flops if may_fold else None,
+            note=note,
+            paper=PAPER.get((self.preset, self.resolution)),
+            modules=self.modules,
+        )
+
+    def published(self, name: str, change: Callable[[AsPublished], Any] | None = None, **ways: Any) -> Side:
+        """As the official code computes it.
+
+        Args:
+            change: applied to the `AsPublished` before it runs, for a rung of the ladder.
+            ways: keyword arguments of `AsPublished`.
+        """
+        rival = AsPublished(self.tokenizer, self.generator, **ways)
+        if change is not None:
+            change(rival)
+
+        def sample(
+            labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None
+        ) -> Tensor:
+            return rival.sample(labels, sampling)  # ignores `start`: here every step costs the same
+
+        generator_work = flops.generate(self.generator.config, as_written=True)
+        return self.side(
+            name,
+            rival,
+            sample,
+            lambda tokens: rival.pictures(rival.logits(tokens)),
+            rival.logits,
+            generator_work.plus(flops.decoder(self.tokenizer.config, all_rows=True)),
+            may_fold=change is not None,
+        )
+
+    def ours(self, name: str) -> Side:
+        """As titok computes it."""
+        pipe = Pipeline(self.tokenizer, self.generator)
+        tokenizer, generator = pipe.tokenizer, pipe.generator
+
+        def sample(
+            labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None
+        ) -> Tensor:
+            return sample_tokens(generator, labels, sampling, init_tokens=start)
+
+        @torch.no_grad()
+        def without_graph(labels: list[int]) -> Any:
+            """The same work: with tokens to start from, here all masked, no CUDA graph is replayed."""
+            all_masked = torch.full_like(known_tokens(generator), generator.mask_token)
+            return tokenizer.decode(sample(labels, start=all_masked))
+
+        return self.side(
+            name,
+            pipe,
+            sample,
+            torch.no_grad()(lambda tokens: to_uint8(tokenizer.decode(tokens))),
+            torch.no_grad()(tokenizer.decode_logits),
+            flops.generate(generator.config).plus(flops.decoder(tokenizer.config)),
+            may_fold=True,
+            counted=without_graph if generator.device.type == "cuda" else None,
+        )
+
+
+def decoding_modules(tokenizer: TiTok) -> list[nn.Module]:
+    """The modules of a tokenizer that generation uses.
+
+    Raises:
+        ValueError: the tokenizer cannot decode tokens to pixels through a proxy.
+    """
+    if tokenizer.quantizer is None or tokenizer.pixel_decoder is None:
+        raise ValueError("tokenizer: expected one with a quantizer and a pixel decoder")
+    return [tokenizer.quantizer, tokenizer.decoder, tokenizer.pixel_decoder]
+
+
+def known_tokens(generator: MaskGIT) -> Tensor:
+    """One sample whose tokens are all decided: (1, K) int64."""
+    return torch.zeros(1, generator.config.num_latent_tokens, dtype=torch.int64, device=generator.device)
+
+
+def half_masked(generator: MaskGIT) -> Tensor:
+    """One sample with every other token masked: (1, K) int64."""
+    tokens = known_tokens(generator)
+    tokens[:, ::2] = generator.mask_token
+    return tokens
+
+
+def middle_step(sampling: SamplingConfig) -> SamplingConfig:
+    """Settings for a single decoding step with guidance, which makes two passes."""
+    return dataclasses.replace(sampling, steps=1, guidance_schedule="constant", guidance_scale=2.0)
+
+
+def train_step(generator: MaskGIT, batch: int) -> Callable[[], None]:
+    """One training step of a generator on random tokens: forward, backward, AdamW."""
+    config, device = generator.config, generator.device
+    generator.train()
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=1e-4)
+    tokens = torch.randint(config.codebook_size, (batch, config.num_latent_tokens), device=device)
+    masked = tokens.clone()
+    masked[:, ::2] = generator.mask_token
+    labels = torch.tensor(class_labels(batch), device=device)
+
+    def step() -> None:
+        with annotate("forward"):
+            logits = generator(masked, labels).float().flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, tokens.flatten(), label_smoothing=0.1)
+        optimizer.zero_grad()
+        with annotate("backward"):
+            loss.backward()
+        with annotate("optimizer"):
+            optimizer.step()
+
+    return step

@@ -1,0 +1,90 @@
+"""Results files: JSON lines, every raw sample, each run under a line that describes its environment.
+
+A file holds records of three kinds. "environment" opens a run; "row" is one measured case with its samples in
+seconds; "note" says what a reader of the run should know, such as what was left out and why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.environment import environment
+
+Row = dict[str, Any]
+FOLDER = Path(__file__).parents[1] / "results"
+
+
+class Results:
+    """Writes one run to a results file, or nowhere when no file is named."""
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = Path(path) if path else None
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.write(environment())
+
+    def row(
+        self, bench: str, case: Mapping[str, Any], samples: Mapping[str, Sequence[float]], **numbers: Any
+    ) -> Row:
+        """Writes one measured case and returns it.
+
+        Args:
+            bench: which benchmark; rows of one benchmark have the same keys.
+            case: what was measured: sizes, dtype, preset.
+            samples: candidate -> seconds of each call.
+            numbers: what else belongs to the case, such as bytes and FLOP of one call.
+        """
+        medians = {name: statistics.median(values) for name, values in samples.items()}
+        row = {"kind": "row", "bench": bench, "case": dict(case), "median_s": medians, **numbers}
+        return self.write({**row, "samples_s": {name: list(values) for name, values in samples.items()}})
+
+    def note(self, text: str) -> None:
+        """Writes what a reader of this run should know."""
+        self.write({"kind": "note", "text": text})
+
+    def write(self, record: Row) -> Row:
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        return record
+
+
+def read(paths: Iterable[str | os.PathLike[str]]) -> list[Row]:
+    """The rows of results files. Rows of one run share one environment, under "environment".
+
+    An environment gets two more keys: "file", the name of its file, and "notes", the texts of the run's notes.
+    """
+    rows: list[Row] = []
+    for path in paths:
+        run: dict[str, Any] = {}
+        for line in Path(path).read_text().splitlines():
+            record = json.loads(line)
+            if record["kind"] == "environment":
+                run = {**record, "file": Path(path).name, "notes": []}
+            elif record["kind"] == "note":
+                run["notes"].append(record["text"])
+            elif record["kind"] == "row":
+                rows.append({**record, "environment": run})
+    return rows
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """(median, 20th percentile, 80th percentile)."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    low, high = (ordered[min(int(share * len(ordered)), last)] for share in (0.2, 0.8))
+    return statistics.median(ordered), low, high
+
+
+def default_file(device: str) -> Path:
+    """`<machine>-<device>-<date>.jsonl` in `benchmarks/results`."""
+    about = environment()
+    name = str(about["gpu" if device == "cuda" else "cpu"]).lower()
+    machine = re.sub("[^a-z0-9]+", "-", re.sub(r"\(.*?\)|processor", "", name)).strip("-")
+    return FOLDER / f"{machine}-{device}-{about['time'][:10]}.jsonl"

@@ -1,0 +1,204 @@
+"""The tables that commands print and documents show."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.harness import measures
+from benchmarks.harness.results import Row, quantiles
+
+Table = tuple[list[str], list[list[str]]]  # header, lines
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A short number without exponent: 410, 4.1, 0.041; "-" for None."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{digits}g}")
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{rounded:,.0f}"
+    return f"{rounded:f}".rstrip("0").rstrip(".")
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def speedup_table(rows: Sequence[Row]) -> Table:
+    """The rows of "speedup" in one run, with the ratio of each to every DiT row of its resolution."""
+    ceiling = measures.ceilings(rows)
+    sides = measures.select(rows, "speedup")
+    rivals = [row for row in sides if row["case"]["family"] == "dit"]
+    lines = []
+    for row in sides:
+        case = row["case"]
+        median, low, high = measures.rate(row)
+        peak = row.get("peak_bytes")
+        line = {
+            "": case["name"],
+            "px": str(case["resolution"]),
+            "dtype": case["dtype"],
+            "batch": str(case["batch"]),
+            "tokens": str(case["tokens"]),
+            "steps": str(case["steps"]),
+            "M params": number(case["parameters"] / 1e6),
+            "GFLOP/img": number(row["flops"] / 1e9, 4),
+            "counted": number(row["flops_counted"] / 1e9, 4),
+            "img/s": number(median),
+            "20-80%": f"{number(low)}-{number(high)}",
+            "fastest": number(measures.fastest(row)),
+            "img/s, no pixels": number(measures.rate(row, "calls_without_pixels")[0]),
+            "TFLOP/s": number(measures.achieved_flops(row) / 1e12),
+            "of mm": percent(measures.share_of_mm(row, ceiling)),
+            "peak GB": number(peak / 1e9 if peak else None),
+        }
+        for rival in rivals:
+            name = rival["case"]["name"].removeprefix("DiT-XL/2 ")
+            same_resolution = rival["case"]["resolution"] == case["resolution"]
+            ratio = median / measures.rate(rival)[0] if same_resolution else None
+            line[f"x {name} ({rival['case']['steps']})"] = number(ratio)
+        line["paper, A100"] = number(case["paper"])
+        line["timed"] = case["note"] or "whole images"
+        lines.append(line)
+    return list(lines[0]) if lines else [], [list(line.values()) for line in lines]
+
+
+def ladder_table(rows: Sequence[Row]) -> Table:
+    """Each rung's images per second, its ratio to the first rung, and its share of `torch.mm` in its dtype."""
+    rungs, ceiling = measures.select(rows, "ladder"), measures.ceilings(rows)
+    lines = []
+    for row in rungs:
+        case = row["case"]
+        median, low, high = measures.rate(row)
+        lines.append(
+            [
+                case["name"],
+                case["dtype"],
+                str(case["batch"]),
+                number(median),
+                f"{number(low)}-{number(high)}",
+                number(median / measures.rate(rungs[0])[0]),
+                percent(measures.share_of_mm(row, ceiling)),
+            ]
+        )
+    return ["rung", "dtype", "batch", "img/s", "20-80%", "x", "of mm"], lines
+
+
+def engine_table(row: Row) -> Table:
+    """Every side of an "engine" row, with the median over the rounds of its time divided by titok's."""
+    samples, batch = row["samples_s"], row["case"]["batch"]
+    mm = measures.own_ceiling(row, "mm")
+    lines = []
+    for name in samples:
+        if name in measures.CEILING_NAMES:
+            continue
+        median, low, high = quantiles(samples[name])
+        achieved = row["work"][name] * batch / median
+        ratio = measures.engine_ratio(row, name)
+        lines.append(
+            [
+                name,
+                number(batch / median),
+                f"{number(batch / high)}-{number(batch / low)}",
+                number(1e3 * median / batch),
+                number(achieved / 1e9),
+                percent(achieved / mm),
+                "" if ratio is None else "{:.2f}x ({:.2f}-{:.2f})".format(*ratio),
+            ]
+        )
+    return ["", "images/s", "20-80%", "ms an image", "GFLOP/s", "of mm", "titok is faster by"], lines
+
+
+def stage_table(row: Row) -> Table:
+    """Every stage of a "roofline" row: cost, floor, measured time, and what closing the gap would save."""
+    lines = []
+    for stage in measures.stages(row):
+        lines.append(
+            [
+                stage["stage"],
+                number(stage["flops"] / 1e9),
+                number(stage["bytes"] / 1e6),
+                number(1e3 * stage["floor_s"]),
+                stage["bound"],
+                number(1e3 * stage["s"]),
+                number(stage["gap"]),
+                number(1e3 * (stage["s"] - stage["floor_s"])),
+            ]
+        )
+    return ["stage", "GFLOP", "least MB", "floor, ms", "bound by", "measured, ms", "gap", "could save, ms"], lines
+
+
+def transposed(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """The same table with a column for each line, for a few lines of many values."""
+    columns = list(zip(header, *lines, strict=True))
+    return list(columns[0]), [list(column) for column in columns[1:]]
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def show(header: Sequence[str], lines: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Prints a table: folded to the width of a terminal, 160 columns wide in a file or pipe."""
+    from rich.console import Console
+    from rich.table import Table as Shown
+
+    table = Shown(title=title, title_justify="left", header_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def commit(environment: dict[str, Any]) -> str:
+    """The commit of a run, marked if the files differed from it."""
+    changed = " with uncommitted changes" if environment.get("changed") else ""
+    return f"{str(environment.get('commit'))[:10]}{changed}"
+
+
+def source(rows: Sequence[Row]) -> str:
+    """Where rows come from, one line a run: machine, PyTorch, date, commit and command."""
+    seen = {}
+    for row in rows:
+        about = row["environment"]
+        machine = about.get("gpu") or f"{about.get('cpu')}, {about.get('threads')} threads"
+        seen[about.get("time")] = (
+            f"{machine}; torch {about.get('torch')}; {str(about.get('time'))[:10]}; "
+            f"commit {commit(about)}; `{about.get('command')}`"
+        )
+    return "\n".join(seen.values())
+
+
+def with_source(rows: Sequence[Row], table: Table, detail: str = "") -> str:
+    """A Markdown table under its source, and the notes of its runs below it."""
+    notes = dict.fromkeys(note for row in rows for note in row["environment"].get("notes", []))
+    heading = f"{source(rows)}; {detail}" if detail else source(rows)
+    return "\n\n".join([heading, markdown(*table), *(f"Note on this run: {note}" for note in notes)])
+
+
+def all_tables(rows: Sequence[Row]) -> str:
+    """Markdown tables of everything in `rows`, run by run."""
+    blocks = []
+    for time in dict.fromkeys(row["environment"]["time"] for row in rows):
+        run = [row for row in rows if row["environment"]["time"] == time]
+        if measures.select(run, "speedup"):
+            blocks.append(with_source(run, transposed(*speedup_table(run))))
+        for row in measures.select(run, "roofline"):
+            blocks.append(with_source([row], stage_table(row)))
+        for row in measures.select(run, "engine"):
+            blocks.append(with_source([row], engine_table(row), describe(row)))
+        if rungs := measures.select(run, "ladder"):
+            blocks.append(with_source(rungs, ladder_table(run)))
+    return "\n\n".join(blocks)
+
+
+def describe(row: Row) -> str:
+    """Preset, dtype and batch of a row of "engine" or "roofline"."""
+    case = row["case"]
+    return f"{case['preset']}, {case['dtype']}, batch {case['batch']}"

@@ -1,0 +1,72 @@
+"""`titok info`: versions, devices, back ends and presets."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Show versions, devices, back ends and presets.
+
+    A back end that cannot run here has its reason beside it.
+
+    \b
+    titok info
+    titok info --json
+    """
+    import json
+
+    facts = collect_facts()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for section, values in facts.items():
+        typer.echo(section)
+        for name, value in values.items():
+            typer.echo(f"  {name:<12} {' '.join(value) if isinstance(value, list) else value}")
+
+
+def collect_facts() -> dict[str, dict[str, Any]]:
+    """What `titok info` prints: values (strings or lists of strings) by section and name."""
+    from titok import ops
+    from titok.config import GENERATOR_PRESETS, TOKENIZER_PRESETS
+
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "backends": dict(ops.backends()),
+        "presets": {"tokenizers": list(TOKENIZER_PRESETS), "generators": list(GENERATOR_PRESETS)},
+    }
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+    import platform
+
+    from titok import __version__
+
+    versions = {"titok": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    from titok.ops.core.available import extension
+
+    try:
+        kernels = f"kernels for {extension().cpu_isa()}"
+    except RuntimeError:
+        kernels = "no compiled kernels"
+    devices = {"cpu": f"{torch.get_num_threads()} threads, {kernels}"}
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        devices[f"cuda:{i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}"
+    return devices

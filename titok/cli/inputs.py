@@ -1,0 +1,134 @@
+"""What commands read: models, pictures, and the names of pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, cast
+
+from titok.cli.errors import note
+from titok.cli.options import parse_dtype, select_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from titok import MaskGIT, TiTok
+
+
+def load_tokenizer(source: str, device: str, dtype: str) -> TiTok:
+    """The tokenizer that --tokenizer, --device and --dtype ask for, in eval mode and without gradients."""
+    from titok import TiTok, TokenizerConfig
+
+    return cast("TiTok", _load(TiTok, TokenizerConfig, source, device, dtype))
+
+
+def load_generator(source: str, device: str, dtype: str) -> MaskGIT:
+    """The generator that --generator, --device and --dtype ask for, in eval mode and without gradients."""
+    from titok import GeneratorConfig, MaskGIT
+
+    return cast("MaskGIT", _load(MaskGIT, GeneratorConfig, source, device, dtype))
+
+
+def _load(model_class: Any, config_class: Any, source: str, device: str, dtype: str) -> Any:
+    import torch
+
+    torch_device, torch_dtype = select_device(device), parse_dtype(dtype)
+    if not source.startswith("preset:"):
+        model = model_class.from_pretrained(source, dtype=torch_dtype, device=torch_device)
+        return model.requires_grad_(False)
+    config = config_class.preset(source.removeprefix("preset:"))
+    note(f"WARNING: {source} has random weights: its tokens mean nothing and its pictures are noise")
+    # One seed, so that two commands with the same preset use the same weights.
+    with torch.random.fork_rng(), torch.device(torch_device):
+        torch.manual_seed(0)
+        return model_class(config).to(torch_dtype).eval().requires_grad_(False)
+
+
+class _Pictures:
+    """The pictures at `paths` by index, as the tokenizer takes them, for `titok.data.folders.read_batches`.
+
+    A damaged picture raises `ValueError`. With `skip_unreadable` it is reported on stderr, its index is added to
+    `damaged`, and a black picture takes its place in the batch.
+    """
+
+    def __init__(self, paths: Sequence[Path], tokenizer: TiTok, *, skip_unreadable: bool) -> None:
+        self.paths, self.skip_unreadable = paths, skip_unreadable
+        self.size, self.channels = tokenizer.config.image_size, tokenizer.config.channels
+        self.damaged: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        import torch
+
+        from titok.data.images import read_image
+
+        try:
+            return read_image(self.paths[index], self.size, self.channels)
+        except ValueError as error:
+            if not self.skip_unreadable:
+                raise
+            if index not in self.damaged:  # `read_batches` reads the first picture twice
+                note(str(error))
+            self.damaged.add(index)
+            return torch.zeros(self.channels, *self.size)
+
+
+def read_pictures(
+    paths: Sequence[Path], tokenizer: TiTok, batch_size: int, *, skip_unreadable: bool = False
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Batches of pictures with a progress bar; threads read the next batches meanwhile.
+
+    Yields:
+        the paths of a batch and its pictures, float32 (B, channels, H, W) in [0, 1] on the tokenizer's device.
+        With `skip_unreadable`, damaged pictures are left out, and so is a batch that has no other.
+
+    Raises:
+        ValueError: a picture is damaged and `skip_unreadable` is False.
+    """
+    import torch
+
+    from titok.data.folders import read_batches
+
+    pictures = _Pictures(paths, tokenizer, skip_unreadable=skip_unreadable)
+    batches = torch.arange(len(paths)).split(batch_size)
+    with progress(len(paths), "pictures") as bar:
+        for indices, images in zip(batches, read_batches(pictures, batches), strict=True):
+            readable = [row for row, index in enumerate(indices.tolist()) if index not in pictures.damaged]
+            if readable:
+                yield [paths[indices[row]] for row in readable], images[readable].to(tokenizer.device)
+            bar.update(len(indices))
+
+
+def picture_name(path: Path, source: Path) -> str:
+    """The name that a token file gives a picture: relative to `source`, the IMAGES argument of a command."""
+    return path.name if path == source else path.relative_to(source).as_posix()
+
+
+def png_names(names: Sequence[str]) -> list[str]:
+    """One PNG file name for each picture name, relative to the output folder.
+
+    "a.jpg" becomes "a.png". Where two names differ in their suffix only, all suffixes are kept: "a.jpg.png".
+
+    Raises:
+        ValueError: a name leads out of the output folder, or two pictures have the same name.
+    """
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.name:
+            raise ValueError(f"names: expected paths below the output folder, got {name!r}")
+    files = [PurePosixPath(name).with_suffix(".png").as_posix() for name in names]
+    if len(set(files)) < len(files):
+        files = [f"{name}.png" for name in names]
+    if len(set(files)) < len(files):
+        raise ValueError("names: expected one name for each picture, got some twice")
+    return files
+
+
+def progress(total: int, name: str) -> Any:
+    """A progress bar on stderr; none where stderr is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=name, unit="img", disable=None, file=sys.stderr, leave=False)

@@ -1,0 +1,78 @@
+"""`titok reconstruct`: originals beside what the tokenizer makes of them, with PSNR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from titok.cli.inputs import load_tokenizer, picture_name, png_names, read_pictures
+from titok.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    ImagesArgument,
+    TokenizerOption,
+    check_output,
+)
+
+PAIRS_LIMIT = 64  # pairs of pictures in one PNG
+
+
+def reconstruct(
+    images: ImagesArgument,
+    tokenizer: TokenizerOption,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help=f"One .png for all ({PAIRS_LIMIT} pictures at most), or a folder for one each.",
+        ),
+    ] = Path("reconstructions.png"),
+    batch_size: BatchSizeOption = 16,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Show originals beside reconstructions, with PSNR.
+
+    Originals are left, after resizing and cropping. The PSNR is that of the 8-bit pictures.
+
+    \b
+    titok reconstruct cat.jpg -t yucornetto/tokenizer_titok_l32_imagenet -o cat_twice.png
+    titok reconstruct photos -t runs/quickstart/tokenizer -o reconstructions
+    """
+    one_file = output.suffix == ".png"
+    check_output(output, *([".png"] if one_file else []))
+    import torch
+
+    from titok.data.images import find_images, grid, psnr, to_uint8, write_png
+
+    paths = find_images(images)
+    if one_file and len(paths) > PAIRS_LIMIT:
+        raise ValueError(
+            f"{output}: expected a folder, because {len(paths)} pictures are too many for one PNG ({PAIRS_LIMIT})"
+        )
+    names = [picture_name(path, images) for path in paths]
+    files = png_names(names)
+    model = load_tokenizer(tokenizer, device, dtype)
+    ratios: list[float] = []
+    pairs = []
+    for _, pictures in read_pictures(paths, model, batch_size):
+        originals = to_uint8(pictures).cpu()
+        copies = to_uint8(model.decode(model.encode(pictures))).cpu()
+        for original, copy, ratio in zip(originals, copies, psnr(copies, originals).tolist(), strict=True):
+            number = len(ratios)
+            typer.echo(f"{ratio:6.2f} dB  {names[number]}")
+            pair = grid(torch.stack([original, copy]), columns=2)
+            if one_file:
+                pairs.append(pair)
+            else:
+                write_png(output / files[number], pair)
+            ratios.append(ratio)
+    if one_file:
+        write_png(output, grid(torch.stack(pairs), gap=8))
+    typer.echo(f"{sum(ratios) / len(ratios):6.2f} dB  mean of {len(ratios)}")
+    typer.echo(f"{output}: originals left, reconstructions right")

@@ -1,0 +1,106 @@
+"""`titok tokenize` and `titok detokenize`: pictures to a file of tokens, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from titok.cli.errors import note
+from titok.cli.inputs import load_tokenizer, picture_name, png_names, progress, read_pictures
+from titok.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    ImagesArgument,
+    RoundingOption,
+    TokenizerOption,
+    check_output,
+    parse_rounding,
+)
+
+
+def tokenize(
+    images: ImagesArgument,
+    tokenizer: TokenizerOption,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PATH", help="A .npz or .safetensors file.")
+    ] = Path("tokens.npz"),
+    skip_unreadable: Annotated[
+        bool,
+        typer.Option("--skip-unreadable", help="Leave damaged pictures out and name them; else one stops all."),
+    ] = False,
+    batch_size: BatchSizeOption = 16,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Turn pictures into tokens (of a VAE: latents).
+
+    Pictures are resized and cropped to the tokenizer's size. The file holds `tokens` int32 (N, K) or `latents`
+    float32 (N, K, C), and `names`, relative to the folder.
+
+    \b
+    titok tokenize photos -t yucornetto/tokenizer_titok_l32_imagenet -o tokens.npz
+    titok tokenize cat.jpg -t runs/quickstart/tokenizer -o cat.safetensors
+    """
+    check_output(output, ".npz", ".safetensors")
+    import torch
+
+    from titok.data.images import find_images
+    from titok.data.tokens import write_tokens
+
+    paths = find_images(images)
+    model = load_tokenizer(tokenizer, device, dtype)
+    encoded, names = [], []
+    for batch_paths, pictures in read_pictures(paths, model, batch_size, skip_unreadable=skip_unreadable):
+        encoded.append(model.encode(pictures).cpu())
+        names += [picture_name(path, images) for path in batch_paths]
+    if not encoded:
+        raise ValueError(f"{images}: none of its pictures is readable")
+    tokens = torch.cat(encoded)
+    write_tokens(output, tokens, names, model)
+    left_out = f" ({len(paths) - len(names)} left out)" if len(names) < len(paths) else ""
+    shape = " x ".join(str(side) for side in tokens.shape[1:])
+    kind = "tokens" if tokens.ndim == 2 else "latents"
+    typer.echo(f"{output}: {len(names)} pictures{left_out}, {shape} {kind} each")
+
+
+def detokenize(
+    tokens: Annotated[Path, typer.Argument(metavar="TOKENS", help="A file that `titok tokenize` wrote.")],
+    tokenizer: TokenizerOption,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="PATH", help="A folder, in which PNGs of the same names are replaced."
+        ),
+    ] = Path("decoded"),
+    rounding: RoundingOption = "nearest",
+    batch_size: BatchSizeOption = 16,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Turn tokens back into pictures.
+
+    Writes a PNG for each row, under the name that the file holds. The tokens of another tokenizer are refused. A
+    file made elsewhere needs `tokens` (N, K) alone.
+
+    \b
+    titok detokenize tokens.npz -t yucornetto/tokenizer_titok_l32_imagenet -o decoded
+    """
+    check_output(output)
+    rule = parse_rounding(rounding)
+    from titok.data.images import to_uint8, write_png
+    from titok.data.tokens import read_tokens
+
+    model = load_tokenizer(tokenizer, device, dtype)
+    rows, names, signed = read_tokens(tokens, model)
+    if not signed:
+        note(f"note: {tokens} does not tell which tokenizer made it")
+    files = iter(png_names(names))
+    with progress(len(rows), "pictures") as bar:
+        for batch in rows.split(batch_size):
+            for picture in to_uint8(model.decode(batch.to(model.device)), rule):
+                write_png(output / next(files), picture)
+            bar.update(len(batch))
+    typer.echo(f"{output}: {len(rows)} pictures")
