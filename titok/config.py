@@ -254,17 +254,18 @@ class SamplingConfig(Config):
         steps: forward passes. Each one decides the tokens it is most confident of. There may be more steps than
             tokens.
         guidance_scale: strength of classifier-free guidance. The logits of a step are w * cond + (1 - w) * uncond.
-        guidance_schedule: how w follows from the scale s and the progress p = step / steps, as in the official
-            code. "constant": w = 1 + s. "linear": w = 1 + s * p. "power-cosine": w = 1 + (s - 1) * (1 - cos(pi *
-                p^power)) / 2.
-        guidance_power: the power of "power-cosine".
-        temperature: scale of the Gumbel noise in the first step, on draws (rule "titok") and on confidences. It
-            falls linearly to 0 at the last step.
+        guidance_schedule: how w follows from the scale s and the share p = step / steps of the steps done, as in
+            the official code:
+            "constant": w = 1 + s,
+            "linear": w = 1 + s * p,
+            "power-cosine": w = 1 + (s - 1) * (1 - cos(pi * p^guidance_power)) / 2.
+        guidance_power: see "power-cosine".
+        temperature: scale of the Gumbel noise on confidences and, by the rule "titok", on draws. It falls linearly
+            to 0 in the last step.
         softmax_annealing: divide the logits by a temperature that falls linearly from 1.3 to 0.5.
-        mask_schedule: how many tokens are still masked after each step, see
-            `titok.generation.schedules.mask_ratio`.
-        confidence: what a token's confidence is. "titok": the guided logit of the drawn code. "maskgit": its log
-            probability, where the draw is from the softmax without noise.
+        mask_schedule: how many tokens are still masked after each step: `titok.generation.schedules.mask_ratio`.
+        confidence: what the confidence of a drawn code is, before noise. "titok": its guided logit. "maskgit": its
+            log probability.
     """
 
     steps: int = 8

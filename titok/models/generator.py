@@ -48,7 +48,7 @@ class MaskGIT(Pretrained):
         for table in (self.embedding.weight, self.positions):
             nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04)
         self.float32_copy: Float32Copy[MaskGIT] = Float32Copy()
-        self.graphs = GraphCache()  # of the decoding loop: `titok.generation.captured`
+        self.graphs = GraphCache()  # captured with this model's weights
 
     @property
     def mask_token(self) -> int:
