@@ -103,7 +103,7 @@ def test_batch_size_changes_nothing_and_runs_can_be_cut(models: Path) -> None:
     whole, labels = arrays()
     assert labels == [0, 1, 2, 0, 1, 2, 0]
     for batch_size in (1, 3, "auto"):
-        generate(models, "--num", 7, "-o", "b.npz", "--batch-size", batch_size)
+        generate(models, "--num", 7, "-o", "b.npz", "--batch-size", batch_size, "--overwrite")
         assert np.abs(arrays("b.npz")[0] - whole).max() <= 1  # equal tokens; a pixel may round otherwise
     generate(models, "--labels", "2,0,1,2,0", "--first-sample", 2, "-o", "c.npz")
     assert np.abs(arrays("c.npz")[0] - whole[2:]).max() <= 1

@@ -17,12 +17,13 @@ from titok.cli.options import (
     DeviceOption,
     DtypeOption,
     GeneratorOption,
+    OverwriteOption,
     RoundingOption,
     TokenizerOption,
-    check_output,
     parse_auto_batch_size,
     parse_rounding,
 )
+from titok.cli.outputs import check_apart, check_files, check_output
 
 GRID_LIMIT = 1024  # pictures in one PNG
 
@@ -40,6 +41,7 @@ def generate(
             "[default: samples.png]",
         ),
     ] = None,
+    overwrite: OverwriteOption = False,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -103,10 +105,12 @@ def generate(
     outputs = output or [Path("samples.png")]
     for path in outputs:
         check_output(path, ".png", ".npz")
+        check_apart(path, [tokenizer, generator])
     npz_files = [path for path in outputs if path.suffix == ".npz"]
     png_files = [path for path in outputs if path.suffix == ".png"]
     if len(npz_files) > 1:
         raise ValueError(f"--output: expected one .npz at most, got {len(npz_files)}")
+    check_files([path for path in outputs if not _was_stopped(path)], overwrite=overwrite)
     rule, size = parse_rounding(rounding), parse_auto_batch_size(batch_size)
     import numpy as np
     import torch
@@ -161,6 +165,14 @@ def generate(
             write_png(path, grid(pictures, columns=per_class))
     for path in outputs:
         typer.echo(f"{path}: {len(classes)} pictures of {len(classes.unique())} classes, seed {seed}")
+
+
+def _was_stopped(path: Path) -> bool:
+    """True where a run that wrote `path` was stopped, so that the same command goes on with it.
+
+    Such a run may have been stopped after the file was in place.
+    """
+    return path.suffix == ".npz" and path.with_name(f"{path.name}.parts").is_dir()
 
 
 def choose_classes(labels: str | None, per_class: int | None, num: int | None, num_classes: int) -> list[int]:

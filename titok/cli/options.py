@@ -39,25 +39,16 @@ AutoBatchSizeOption = Annotated[
     str,
     typer.Option("--batch-size", metavar="N", help=f"{_BATCH_SIZE}; auto finds the fastest that fits."),
 ]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace outputs that exist; else one that exists is refused. Inputs never."),
+]
 RoundingOption = Annotated[
     str,
     typer.Option(
         "--rounding", metavar="RULE", help="To 8 bits: nearest, or truncate (as the published FID script)."
     ),
 ]
-
-
-def check_output(path: Path, *suffixes: str) -> None:
-    """Raises `ValueError` unless `path` can name a file with one of `suffixes`, or, without suffixes, a folder.
-
-    Commands call it first, so that a mistyped --output does not surface after the work.
-    """
-    if not suffixes and path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: expected a folder, got a file")
-    if suffixes and path.suffix not in suffixes:
-        raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
-    if suffixes and path.is_dir():
-        raise ValueError(f"{path}: expected a file, got a folder")
 
 
 def parse_rounding(name: str) -> Rounding:

@@ -13,9 +13,10 @@ from titok.cli.options import (
     DeviceOption,
     DtypeOption,
     ImagesArgument,
+    OverwriteOption,
     TokenizerOption,
-    check_output,
 )
+from titok.cli.outputs import check_apart, check_files, check_output
 
 PAIRS_LIMIT = 64  # pairs of pictures in one PNG
 
@@ -32,6 +33,7 @@ def reconstruct(
             help=f"One .png for all ({PAIRS_LIMIT} pictures at most), or a folder for one each.",
         ),
     ] = Path("reconstructions.png"),
+    overwrite: OverwriteOption = False,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -46,6 +48,7 @@ def reconstruct(
     """
     one_file = output.suffix == ".png"
     check_output(output, *([".png"] if one_file else []))
+    check_apart(output, [images, tokenizer])
     import torch
 
     from titok.data.images import find_images, grid, psnr, to_uint8, write_png
@@ -56,7 +59,8 @@ def reconstruct(
             f"{output}: expected a folder, because {len(paths)} pictures are too many for one PNG ({PAIRS_LIMIT})"
         )
     names = [picture_name(path, images) for path in paths]
-    files = png_names(names)
+    files = [output / file for file in png_names(names)]
+    check_files([output] if one_file else files, paths, overwrite=overwrite)
     model = load_tokenizer(tokenizer, device, dtype)
     ratios: list[float] = []
     pairs = []
@@ -70,7 +74,7 @@ def reconstruct(
             if one_file:
                 pairs.append(pair)
             else:
-                write_png(output / files[number], pair)
+                write_png(files[number], pair)
             ratios.append(ratio)
     if one_file:
         write_png(output, grid(torch.stack(pairs), gap=8))

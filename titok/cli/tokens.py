@@ -14,11 +14,12 @@ from titok.cli.options import (
     DeviceOption,
     DtypeOption,
     ImagesArgument,
+    OverwriteOption,
     RoundingOption,
     TokenizerOption,
-    check_output,
     parse_rounding,
 )
+from titok.cli.outputs import check_apart, check_files, check_output
 
 
 def tokenize(
@@ -27,6 +28,7 @@ def tokenize(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="PATH", help="A .npz or .safetensors file.")
     ] = Path("tokens.npz"),
+    overwrite: OverwriteOption = False,
     skip_unreadable: Annotated[
         bool,
         typer.Option("--skip-unreadable", help="Leave damaged pictures out and name them; else one stops all."),
@@ -45,12 +47,14 @@ def tokenize(
     titok tokenize cat.jpg -t runs/quickstart/tokenizer -o cat.safetensors
     """
     check_output(output, ".npz", ".safetensors")
+    check_apart(output, [images, tokenizer])
     import torch
 
     from titok.data.images import find_images
     from titok.data.tokens import write_tokens
 
     paths = find_images(images)
+    check_files([output], paths, overwrite=overwrite)
     model = load_tokenizer(tokenizer, device, dtype)
     encoded, names = [], []
     for batch_paths, pictures in read_pictures(paths, model, batch_size, skip_unreadable=skip_unreadable):
@@ -71,10 +75,9 @@ def detokenize(
     tokenizer: TokenizerOption,
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", metavar="PATH", help="A folder, in which PNGs of the same names are replaced."
-        ),
+        typer.Option("--output", "-o", metavar="FOLDER", help="For a PNG of each row."),
     ] = Path("decoded"),
+    overwrite: OverwriteOption = False,
     rounding: RoundingOption = "nearest",
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
@@ -89,18 +92,21 @@ def detokenize(
     titok detokenize tokens.npz -t yucornetto/tokenizer_titok_l32_imagenet -o decoded
     """
     check_output(output)
+    check_apart(output, [tokens, tokenizer])
     rule = parse_rounding(rounding)
     from titok.data.images import to_uint8, write_png
     from titok.data.tokens import read_tokens
 
     model = load_tokenizer(tokenizer, device, dtype)
     rows, names, signed = read_tokens(tokens, model)
+    files = [output / file for file in png_names(names)]
+    check_files(files, overwrite=overwrite)
     if not signed:
         note(f"note: {tokens} does not tell which tokenizer made it")
-    files = iter(png_names(names))
+    unwritten = iter(files)
     with progress(len(rows), "pictures") as bar:
         for batch in rows.split(batch_size):
             for picture in to_uint8(model.decode(batch.to(model.device)), rule):
-                write_png(output / next(files), picture)
+                write_png(next(unwritten), picture)
             bar.update(len(batch))
     typer.echo(f"{output}: {len(rows)} pictures")

@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from titok.cli.inputs import load_tokenizer
-from titok.cli.options import DeviceOption, TokenizerOption, check_output, select_device
+from titok.cli.options import DeviceOption, TokenizerOption, select_device
+from titok.cli.outputs import check_apart, check_output
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -65,6 +66,7 @@ def tokenizer(
     titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32 --resume
     """
     check_output(output)
+    check_apart(output, [images])
     heads = _num_heads(width)
     from titok import TokenizerConfig, ViTConfig
     from titok.data.folders import ImageFolder
@@ -119,6 +121,7 @@ def generator(
     titok train generator photos -t runs/tokenizer -o runs/generator
     """
     check_output(output)
+    check_apart(output, [images, tokenizer])
     heads = _num_heads(width)
     from titok import GeneratorConfig, SamplingConfig
     from titok.checkpoints.files import write_json
