@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from cli_runner import refused, titok
+from cli_runner import pixels, refused, titok
+from titok import Pipeline, TiTok
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,3 +132,118 @@ def test_a_stopped_set_goes_on_without_overwrite() -> None:
     titok("generate", *MODELS, "-o", "a.npz")
     assert not Path("a.npz.parts").exists()
     assert "a.npz: exists already" in refused("generate", *MODELS, "-o", "a.npz")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names of outputs
+
+
+@pytest.mark.parametrize("name", ["r.png", "r.PNG", "r.jpg", "r.JPeG", "r.webp"])
+@pytest.mark.parametrize("source", ["cat.png", "photos"])
+def test_the_suffix_in_any_case_decides_the_format(name: str, source: str) -> None:
+    titok("reconstruct", source, "-t", "tok", "-o", name)
+    with Image.open(name) as picture:
+        assert picture.format == {".jpg": "JPEG", ".jpeg": "JPEG"}.get(
+            Path(name).suffix.lower(), Path(name).suffix[1:].upper()
+        )
+        assert picture.size == ((50, 16) if source == "cat.png" else (3 * 50 + 2 * 8, 2 * 16 + 8))
+
+
+def test_upper_case_tokens_and_sets() -> None:
+    for name in ("T.NPZ", "T.SafeTensors"):
+        titok("tokenize", "photos", "-t", "tok", "-o", name)
+        assert titok("detokenize", name, "-t", "tok", "-o", f"from {Path(name).suffix[1:]}")[-1].endswith(
+            "5 pictures"
+        )
+    titok("generate", *MODELS, "-o", "A.NPZ", "-o", "A.PNG")
+    with np.load("A.NPZ") as file:
+        assert file["arr_0"].shape == (16, 16, 24, 3)
+    assert pixels(Path("A.PNG")).shape[-1] == 3
+
+
+@pytest.mark.parametrize("name", ["r.gif", "r.TIFF", "r.npz"])
+def test_a_folder_with_the_name_of_a_file_is_taken_for_a_mistake(name: str) -> None:
+    expected = f"{name}: expected the name of a folder, got one that ends in {Path(name).suffix}"
+    assert refused("reconstruct", "photos", "-t", "tok", "-o", name) == expected
+    assert refused("detokenize", "tokens.npz", "-t", "tok", "-o", name) == expected
+    assert refused("train", "tokenizer", "photos", "-o", name) == expected
+    Path(name).mkdir()
+    titok("detokenize", "tokens.npz", "-t", "tok", "-o", name)
+
+
+LONG = ["y" * 251 + ".png", "y" * 251 + ".bmp", "z" * 252 + ".bw", "é" * 125 + ".jpg", "é" * 125 + ".bmp"]
+
+
+@pytest.mark.parametrize("names", [LONG[:1], LONG], ids=["one", "twins"])
+def test_names_that_can_be_read_can_be_written(names: list[str]) -> None:
+    """Also where the name of a PNG would be longer than that of the picture, which is as long as the disk takes."""
+    Path("long").mkdir()
+    with Image.open("cat.png") as picture:
+        for name in names:
+            picture.save(Path("long", name), format="PNG")
+    titok("tokenize", "long", "-t", "tok", "-o", "t.npz")
+    titok("detokenize", "t.npz", "-t", "tok", "-o", "decoded")
+    titok("reconstruct", "long", "-t", "tok", "-o", "pairs")
+    written = os.listdir("decoded")
+    assert len(written) == len(os.listdir("pairs")) == len(np.load("t.npz")["names"])
+    assert all(name.endswith(".png") for name in written)
+
+
+def test_a_file_may_have_the_longest_name() -> None:
+    stem = "x" * 251
+    titok("reconstruct", "cat.png", "-t", "tok", "-o", f"{stem}.png")
+    titok("tokenize", "photos", "-t", "tok", "-o", f"{stem}.npz")
+
+
+def test_a_name_is_a_file_and_a_folder() -> None:
+    Path("both/a.png").mkdir(parents=True)
+    shutil.copy("cat.png", "both/a.jpg")
+    shutil.copy("cat.png", "both/a.png/b.png")
+    titok("reconstruct", "both", "-t", "tok", "-o", "pairs")
+    assert sorted(os.listdir("pairs")) == ["a.jpg.png", "a.png"]
+
+
+def test_what_cannot_be_written_is_found_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TiTok, "encode", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(Pipeline, "generate", lambda *_: pytest.fail("the work began"))
+    Path("file").touch()
+    Path("afile").mkdir()
+    Path("afile/cats").touch()
+    for path in ("file/x", "x" * 256, "new/" + "x" * 256 + "/x"):
+        refused("reconstruct", "photos", "-t", "tok", "-o", path)
+        refused("tokenize", "photos", "-t", "tok", "-o", f"{path}.npz")
+        refused("generate", *MODELS, "-o", f"{path}.png")
+        refused("generate", *MODELS, "-o", f"{path}.npz")
+        refused("detokenize", "tokens.npz", "-t", "tok", "-o", path)
+    refused("generate", *MODELS, "-o", "x" * 251 + ".npz")  # its folder of parts would have a name too long
+    refused("reconstruct", "photos", "-t", "tok", "-o", "afile")  # afile/cats should be a folder
+
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", no_space)
+    assert refused("tokenize", "photos", "-t", "tok", "-o", "t.npz").endswith(
+        "cannot be written (Read-only file system)"
+    )
+
+
+def test_a_link_as_output_stays_a_link_with_the_mode_of_its_target() -> None:
+    Path("real.npz").touch(0o600)
+    Path("link.npz").symlink_to("real.npz")
+    titok("tokenize", "photos", "-t", "tok", "-o", "link.npz", "--overwrite")
+    assert Path("link.npz").is_symlink()
+    assert Path("real.npz").stat().st_mode & 0o777 == 0o600
+    assert len(np.load("real.npz")["tokens"]) == 5
+
+
+def test_grey_sets_are_rgb(models: Path) -> None:
+    """Tools that compute FID read three channels."""
+    grey = ("-t", models / "grey", "-g", "gen", "--num", 4)
+    titok("generate", *grey, "-o", "s.npz", "-o", "s.png")
+    titok("generate", *grey, "-o", "alone.png")
+    with np.load("s.npz") as file:
+        pictures = file["arr_0"]
+    assert pictures.shape == (4, 8, 8, 3)
+    assert (pictures == pictures[..., :1]).all()
+    assert np.array_equal(pixels(Path("alone.png"))[:8, :8], pictures[0, ..., 0])
+    assert np.array_equal(pixels(Path("alone.png")), pixels(Path("s.png")))

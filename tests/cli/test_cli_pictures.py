@@ -63,7 +63,7 @@ def test_reconstruct_refuses(models: Path, photos: Path) -> None:
     Path("many").mkdir()
     for i in range(65):
         Path("many", f"{i}.png").symlink_to(photos / "a.png")
-    assert "because 65 pictures are too many for one PNG (64)" in refused(
+    assert "because 65 pictures are too many for one file (64)" in refused(
         "reconstruct", "many", "-t", models / "tokenizer"
     )
 

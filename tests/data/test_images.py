@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from titok.data.images import find_images, grid, psnr, read_image, to_uint8, write_png
+from titok.data.images import find_images, grid, psnr, read_image, to_uint8, write_image
 
 RNG = np.random.default_rng(0)
 
@@ -229,10 +229,10 @@ def test_grid_scale_and_bad_input() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_write_png_round_trip_and_parents(channels: int, tmp_path: Path) -> None:
+def test_write_image_round_trip_and_parents(channels: int, tmp_path: Path) -> None:
     image = torch.from_numpy(RNG.integers(0, 256, (5, 7, channels), dtype=np.uint8))
     path = tmp_path / "new" / "folders" / "a.png"
-    write_png(path, image)
+    write_image(path, image)
     with Image.open(path) as opened:
         assert (opened.format, opened.mode) == ("PNG", "L" if channels == 1 else "RGB")
         assert np.array_equal(np.asarray(opened).reshape(5, 7, channels), image.numpy())
@@ -240,7 +240,7 @@ def test_write_png_round_trip_and_parents(channels: int, tmp_path: Path) -> None
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
-    write_png(path, torch.zeros(4, 4, 3, dtype=torch.uint8))
+    write_image(path, torch.zeros(4, 4, 3, dtype=torch.uint8))
     before = path.read_bytes()
 
     def full_disk(self: Any, target: Path, **_: Any) -> None:
@@ -249,14 +249,14 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_png(path, torch.ones(4, 4, 3, dtype=torch.uint8))
+        write_image(path, torch.ones(4, 4, 3, dtype=torch.uint8))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_write_png_bad_input(tmp_path: Path) -> None:
+def test_write_image_bad_input(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="image: expected dtype uint8, got float32"):
-        write_png(tmp_path / "a.png", torch.zeros(4, 4, 3))
+        write_image(tmp_path / "a.png", torch.zeros(4, 4, 3))
     with pytest.raises(ValueError, match="image: expected shape"):
-        write_png(tmp_path / "a.png", torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
+        write_image(tmp_path / "a.png", torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
     assert not list(tmp_path.iterdir())

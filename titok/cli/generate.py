@@ -93,7 +93,7 @@ def generate(
 ) -> None:
     """Generate pictures of classes.
 
-    Writes a PNG grid, or a .npz with `arr_0` uint8 (N, H, W, C) and `arr_1` int64 labels (N,), or both. A .npz
+    Writes a PNG grid, or a .npz with `arr_0` uint8 (N, H, W, 3) and `arr_1` int64 labels (N,), or both. A .npz
     that was stopped goes on when the same command is given again; under torchrun, processes share the work.
 
     \b
@@ -106,18 +106,19 @@ def generate(
     for path in outputs:
         check_output(path, ".png", ".npz")
         check_apart(path, [tokenizer, generator])
-    npz_files = [path for path in outputs if path.suffix == ".npz"]
-    png_files = [path for path in outputs if path.suffix == ".png"]
+    npz_files = [path for path in outputs if path.suffix.lower() == ".npz"]
+    png_files = [path for path in outputs if path.suffix.lower() == ".png"]
     if len(npz_files) > 1:
         raise ValueError(f"--output: expected one .npz at most, got {len(npz_files)}")
     check_files([path for path in outputs if not _was_stopped(path)], overwrite=overwrite)
+    check_files([_parts(path) / "lock" for path in npz_files], overwrite=True)
     rule, size = parse_rounding(rounding), parse_auto_batch_size(batch_size)
     import numpy as np
     import torch
 
     from titok import Pipeline
     from titok.checks import check_labels
-    from titok.data.images import grid, write_png
+    from titok.data.images import grid, write_image
     from titok.generation.sample_sets import generate_set
 
     decoder = load_tokenizer(tokenizer, device, dtype)
@@ -158,11 +159,11 @@ def generate(
         return
     if png_files:
         if npz_files:
-            pictures = torch.from_numpy(np.load(npz_files[0])["arr_0"])
+            pictures = torch.from_numpy(np.load(npz_files[0])["arr_0"][..., : decoder.config.channels])
         else:
             pictures = torch.stack(list(pipe.generate_many(classes, **settings)))
         for path in png_files:
-            write_png(path, grid(pictures, columns=per_class))
+            write_image(path, grid(pictures, columns=per_class))
     for path in outputs:
         typer.echo(f"{path}: {len(classes)} pictures of {len(classes.unique())} classes, seed {seed}")
 
@@ -172,7 +173,12 @@ def _was_stopped(path: Path) -> bool:
 
     Such a run may have been stopped after the file was in place.
     """
-    return path.suffix == ".npz" and path.with_name(f"{path.name}.parts").is_dir()
+    return path.suffix.lower() == ".npz" and _parts(path).is_dir()
+
+
+def _parts(path: Path) -> Path:
+    """The folder in which `generate_set` keeps the finished batches of a .npz."""
+    return path.with_name(f"{path.name}.parts")
 
 
 def choose_classes(labels: str | None, per_class: int | None, num: int | None, num_classes: int) -> list[int]:

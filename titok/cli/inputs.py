@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -110,21 +111,33 @@ def picture_name(path: Path, source: Path) -> str:
 def png_names(names: Sequence[str]) -> list[str]:
     """One PNG file name for each picture name, relative to the output folder.
 
-    "a.jpg" becomes "a.png". Where two names differ in their suffix only, all suffixes are kept: "a.jpg.png".
+    "a.jpg" becomes "a.png". Where two names differ in their suffix only, or a file would have the name of a folder,
+    all suffixes are kept: "a.jpg.png". The end of a name that a file system does not take is replaced by a hash.
 
     Raises:
         ValueError: a name leads out of the output folder, or two pictures have the same name.
     """
     for name in names:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.name:
+        if path.is_absolute() or ".." in path.parts or not path.name or "\0" in name:
             raise ValueError(f"names: expected paths below the output folder, got {name!r}")
-    files = [PurePosixPath(name).with_suffix(".png").as_posix() for name in names]
-    if len(set(files)) < len(files):
-        files = [f"{name}.png" for name in names]
-    if len(set(files)) < len(files):
-        raise ValueError("names: expected one name for each picture, got some twice")
-    return files
+    for files in (
+        [_shortened(PurePosixPath(name).with_suffix(".png")) for name in names],
+        [_shortened(PurePosixPath(f"{name}.png")) for name in names],
+    ):
+        folders = {folder for file in files for folder in file.parents}
+        if len(set(files)) == len(files) and folders.isdisjoint(files):
+            return [file.as_posix() for file in files]
+    raise ValueError("names: expected one name for each picture, got some twice or as a folder too")
+
+
+def _shortened(file: PurePosixPath) -> PurePosixPath:
+    """The path of a PNG with a name of at most 255 bytes, which is what Linux and macOS take."""
+    encoded = file.name.encode(errors="surrogateescape")
+    if len(encoded) <= 255:
+        return file
+    end = f"~{hashlib.sha256(encoded).hexdigest()[:16]}.png"
+    return file.with_name(encoded[: 255 - len(end)].decode(errors="ignore") + end)
 
 
 def progress(total: int, name: str) -> Any:

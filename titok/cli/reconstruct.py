@@ -18,7 +18,8 @@ from titok.cli.options import (
 )
 from titok.cli.outputs import check_apart, check_files, check_output
 
-PAIRS_LIMIT = 64  # pairs of pictures in one PNG
+PAIRS_LIMIT = 64  # pairs of pictures in one file
+ONE_FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # those of `titok.data.images.WRITTEN_FORMATS`
 
 
 def reconstruct(
@@ -30,7 +31,7 @@ def reconstruct(
             "--output",
             "-o",
             metavar="PATH",
-            help=f"One .png for all ({PAIRS_LIMIT} pictures at most), or a folder for one each.",
+            help=f"One .png, .jpg or .webp for all ({PAIRS_LIMIT} pictures at most), or a folder for a PNG of each.",
         ),
     ] = Path("reconstructions.png"),
     overwrite: OverwriteOption = False,
@@ -46,17 +47,17 @@ def reconstruct(
     titok reconstruct cat.jpg -t yucornetto/tokenizer_titok_l32_imagenet -o cat_twice.png
     titok reconstruct photos -t runs/quickstart/tokenizer -o reconstructions
     """
-    one_file = output.suffix == ".png"
-    check_output(output, *([".png"] if one_file else []))
+    one_file = output.suffix.lower() in ONE_FILE_SUFFIXES
+    check_output(output, *(ONE_FILE_SUFFIXES if one_file else ()))
     check_apart(output, [images, tokenizer])
     import torch
 
-    from titok.data.images import find_images, grid, psnr, to_uint8, write_png
+    from titok.data.images import find_images, grid, psnr, to_uint8, write_image
 
     paths = find_images(images)
     if one_file and len(paths) > PAIRS_LIMIT:
         raise ValueError(
-            f"{output}: expected a folder, because {len(paths)} pictures are too many for one PNG ({PAIRS_LIMIT})"
+            f"{output}: expected a folder, because {len(paths)} pictures are too many for one file ({PAIRS_LIMIT})"
         )
     names = [picture_name(path, images) for path in paths]
     files = [output / file for file in png_names(names)]
@@ -74,9 +75,9 @@ def reconstruct(
             if one_file:
                 pairs.append(pair)
             else:
-                write_png(files[number], pair)
+                write_image(files[number], pair)
             ratios.append(ratio)
     if one_file:
-        write_png(output, grid(torch.stack(pairs), gap=8))
+        write_image(output, grid(torch.stack(pairs), gap=8))
     typer.echo(f"{sum(ratios) / len(ratios):6.2f} dB  mean of {len(ratios)}")
     typer.echo(f"{output}: originals left, reconstructions right")

@@ -94,7 +94,7 @@ def detokenize(
     check_output(output)
     check_apart(output, [tokens, tokenizer])
     rule = parse_rounding(rounding)
-    from titok.data.images import to_uint8, write_png
+    from titok.data.images import to_uint8, write_image
     from titok.data.tokens import read_tokens
 
     model = load_tokenizer(tokenizer, device, dtype)
@@ -107,6 +107,6 @@ def detokenize(
     with progress(len(rows), "pictures") as bar:
         for batch in rows.split(batch_size):
             for picture in to_uint8(model.decode(batch.to(model.device)), rule):
-                write_png(next(unwritten), picture)
+                write_image(next(unwritten), picture)
             bar.update(len(batch))
     typer.echo(f"{output}: {len(rows)} pictures")

@@ -1,4 +1,4 @@
-"""Pictures: reading with the evaluation transform, conversion to 8 bits, PSNR, grids, PNG files."""
+"""Pictures: reading with the evaluation transform, conversion to 8 bits, PSNR, grids, writing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from titok.checks import check_tensor
 from titok.config import Rounding
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+WRITTEN_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix: Pillow's name
 
 
 def check_rounding(rounding: str) -> None:
@@ -142,9 +143,19 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
     return 10 * (255**2 / errors).log10()
 
 
-def write_png(path: str | os.PathLike[str], image: Tensor) -> None:
-    """Writes one picture (H, W, C) uint8, C = 1 or 3. An existing file is replaced once the new one is complete."""
+def write_image(path: str | os.PathLike[str], image: Tensor) -> None:
+    """Writes one picture (H, W, C) uint8, C = 1 or 3, in the format that the suffix of `path` names in any case.
+
+    An existing file is replaced once the new one is complete. JPEG and WebP are lossy, with quality 95.
+
+    Raises:
+        ValueError: the suffix is not in `WRITTEN_FORMATS`.
+    """
     check_tensor("image", image, shape=("H", "W", "C"), dtypes=(torch.uint8,))
+    kind = WRITTEN_FORMATS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(WRITTEN_FORMATS)}")
     array = image.cpu().numpy()
+    quality = {} if kind == "PNG" else {"quality": 95}
     with atomic_path(path) as temporary:
-        Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary, format="PNG")
+        Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary, format=kind, **quality)
