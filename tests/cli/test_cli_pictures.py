@@ -231,7 +231,7 @@ def test_presets_have_random_weights_and_say_so(
     ]
     for result in results:
         assert result.exit_code == 0
-        assert result.stderr.startswith("WARNING: preset:tiny has random weights")
+        assert "\nWARNING: preset:tiny has random weights" in f"\n{result.stderr}"
     assert np.array_equal(pixels(Path("1.png")), pixels(Path("2.png"))), "the random weights are always the same"
     assert refused("reconstruct", photos, "-t", "preset:huge").startswith(
         "name: expected a tokenizer preset out of"

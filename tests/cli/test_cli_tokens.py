@@ -121,7 +121,7 @@ def test_tokenize_refuses(models: Path, photos: Path) -> None:
     model = models / "tokenizer"
     assert refused("tokenize", photos / "none", "-t", model) == f"{photos}/none: no such file or folder"
     Path("empty").mkdir()
-    assert refused("tokenize", "empty", "-t", model).startswith("empty: no picture here (looked for .bmp, ")
+    assert refused("tokenize", "empty", "-t", model).startswith("empty: no picture here (looked for .apng, ")
     assert "notes.txt: not a readable picture" in refused("tokenize", photos / "notes.txt", "-t", model)
     assert "got a 'MaskGIT'" in refused("tokenize", photos, "-t", models / "generator")
     assert refused("tokenize", photos, "-t", "empty").startswith("empty: neither of model.safetensors")
@@ -225,3 +225,13 @@ def test_names_must_match_the_tokens(models: Path) -> None:
     assert "file: expected a folder, got a file" in refused(
         "detokenize", "t.npz", "-t", models / "tokenizer", "-o", "file"
     )
+
+
+def test_what_is_left_out_is_said_in_one_line(models: Path, photos: Path) -> None:
+    Path("mixed/.hidden").mkdir(parents=True)
+    for name in ("a.png", "b.ppm", "._a.png", ".hidden/c.png", "d.HEIC", "e.heic", "read me"):
+        Image.open(photos / "b.png").save(Path("mixed", name), format="PNG")
+    for command in ("tokenize", "reconstruct"):
+        result = CliRunner().invoke(app, [command, "mixed", "-t", str(models / "tokenizer")])
+        assert result.exit_code == 0
+        assert result.stderr == "note: mixed: left out: 2 .heic, 1 file without a suffix, 2 hidden\n"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from titok import MaskGIT, TiTok
+    from titok.data.images import ImageList
 
 
 def load_tokenizer(source: str, device: str, dtype: str) -> TiTok:
@@ -44,6 +45,21 @@ def _load(model_class: Any, config_class: Any, source: str, device: str, dtype: 
     with torch.random.fork_rng(), torch.device(torch_device):
         torch.manual_seed(0)
         return model_class(config).to(torch_dtype).eval().requires_grad_(False)
+
+
+def note_left_out(source: Path, images: ImageList) -> None:
+    """Says on stderr what a search for pictures left out, where it left anything out."""
+    if text := images.describe_left_out():
+        note(f"note: {source}: {text}")
+
+
+def find_pictures(source: Path) -> list[Path]:
+    """The pictures that the argument IMAGES of a command names; what is left out is said on stderr."""
+    from titok.data.images import list_images
+
+    images = list_images(source)
+    note_left_out(source, images)
+    return images.paths
 
 
 class _Pictures:

@@ -21,7 +21,11 @@ GeneratorOption = Annotated[
     str, typer.Option("--generator", "-g", metavar="MODEL", help=_MODEL.format("generator"))
 ]
 ImagesArgument = Annotated[
-    Path, typer.Argument(metavar="IMAGES", help="A picture, or a folder that is searched with its sub-folders.")
+    Path,
+    typer.Argument(
+        metavar="IMAGES",
+        help="A picture, or a folder that is searched with its sub-folders and links; hidden files are left out.",
+    ),
 ]
 DeviceOption = Annotated[
     str,

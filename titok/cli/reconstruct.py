@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from titok.cli.inputs import load_tokenizer, picture_name, png_names, read_pictures
+from titok.cli.inputs import find_pictures, load_tokenizer, picture_name, png_names, read_pictures
 from titok.cli.options import (
     BatchSizeOption,
     DeviceOption,
@@ -52,9 +52,9 @@ def reconstruct(
     check_apart(output, [images, tokenizer])
     import torch
 
-    from titok.data.images import find_images, grid, psnr, to_uint8, write_image
+    from titok.data.images import grid, psnr, to_uint8, write_image
 
-    paths = find_images(images)
+    paths = find_pictures(images)
     if one_file and len(paths) > PAIRS_LIMIT:
         raise ValueError(
             f"{output}: expected a folder, because {len(paths)} pictures are too many for one file ({PAIRS_LIMIT})"

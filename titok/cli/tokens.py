@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from titok.cli.errors import note
-from titok.cli.inputs import load_tokenizer, picture_name, png_names, progress, read_pictures
+from titok.cli.inputs import find_pictures, load_tokenizer, picture_name, png_names, progress, read_pictures
 from titok.cli.options import (
     BatchSizeOption,
     DeviceOption,
@@ -50,10 +50,9 @@ def tokenize(
     check_apart(output, [images, tokenizer])
     import torch
 
-    from titok.data.images import find_images
     from titok.data.tokens import write_tokens
 
-    paths = find_images(images)
+    paths = find_pictures(images)
     check_files([output], paths, overwrite=overwrite)
     model = load_tokenizer(tokenizer, device, dtype)
     encoded, names = [], []

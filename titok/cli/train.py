@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from titok.cli.inputs import load_tokenizer
+from titok.cli.inputs import load_tokenizer, note_left_out
 from titok.cli.options import DeviceOption, TokenizerOption, select_device
 from titok.cli.outputs import check_apart, check_output
 
@@ -95,6 +95,7 @@ def tokenizer(
         random_flip=flip,
     )
     pictures = ImageFolder(images, model.image_size, model.channels)
+    note_left_out(images, pictures.found)
     train_tokenizer(pictures, training, output, resume=resume, device=select_device(device))
     figures = _last_figures(output)
     typer.echo(f"{output}: a tokenizer of {len(pictures)} pictures, {tokens} tokens each, {figures}")
@@ -130,6 +131,7 @@ def generator(
 
     model = load_tokenizer(tokenizer, device, "float32")
     pictures = ImageFolder(images, model.config.image_size, model.config.channels)
+    note_left_out(images, pictures.found)
     config = GeneratorConfig(
         num_latent_tokens=model.config.num_latent_tokens,
         codebook_size=model.config.codebook_size,

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from titok.data.images import find_images, read_image
+from titok.data.images import list_images, read_image
 
 
 class Images(Protocol):
@@ -26,9 +26,9 @@ class Images(Protocol):
 class ImageFolder:
     """The pictures below a folder, each read when it is asked for. The class of a picture is its sub-folder.
 
-    Pictures are resized and cropped by `titok.data.images.read_image`. Sub-folders are numbered in sorted order; a
-    folder without sub-folders is one class. A picture in a deeper folder belongs to the sub-folder directly below
-    `root`.
+    Pictures are found by `titok.data.images.list_images`, and resized and cropped by `read_image`. Sub-folders are
+    numbered in sorted order; one without pictures is no class, and a folder without sub-folders is one class. A
+    picture in a deeper folder belongs to the sub-folder directly below `root`.
 
     Args:
         root: the folder.
@@ -36,6 +36,7 @@ class ImageFolder:
         channels: 3 for RGB, 1 for grey.
 
     Attributes:
+        found: what `list_images` found and left out.
         paths: of the pictures, sorted.
         classes: names of the sub-folders, sorted; [""] where there are none.
         labels: (n,) int64, the class of each picture.
@@ -50,7 +51,8 @@ class ImageFolder:
         self.size = (size, size) if isinstance(size, int) else size
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such folder")
-        self.paths = find_images(self.root)
+        self.found = list_images(self.root)
+        self.paths = self.found.paths
         folders = [p.relative_to(self.root).parts[0] if p.parent != self.root else "" for p in self.paths]
         self.classes = sorted(set(folders))
         if len(self.classes) > 1 and "" in self.classes:

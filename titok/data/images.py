@@ -1,10 +1,12 @@
-"""Pictures: reading with the evaluation transform, conversion to 8 bits, PSNR, grids, writing."""
+"""Pictures: finding, reading with the evaluation transform, conversion to 8 bits, PSNR, grids, writing."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +17,10 @@ from titok.checkpoints.files import atomic_path
 from titok.checks import check_tensor
 from titok.config import Rounding
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# Pillow recognises files of these formats and cannot read their pixels, or runs another program for it (EPS).
+UNREADABLE_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+# Folders that archives, network disks and Windows add to folders of pictures. Hidden ones are left out anyway.
+FOLDERS_OF_PROGRAMS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"})
 WRITTEN_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix: Pillow's name
 
 
@@ -87,21 +92,89 @@ def _as_8_bits(picture: Image.Image) -> Image.Image:
     return picture.convert("RGBA") if picture.mode == "P" else picture
 
 
-def find_images(path: str | os.PathLike[str]) -> list[Path]:
-    """The picture at `path`, or all pictures below the folder `path`, sorted.
+class ImageList(NamedTuple):
+    """The pictures below a folder."""
+
+    paths: list[Path]  # sorted
+    left_out: dict[str, int]  # how many files and folders were left out, by suffix or by kind
+
+    def describe_left_out(self) -> str:
+        """One line, such as "left out: 2 hidden, 3 .heic"; "" where nothing was left out."""
+        if not self.left_out:
+            return ""
+        return "left out: " + ", ".join(f"{count} {kind}" for kind, count in sorted(self.left_out.items()))
+
+
+def list_images(path: str | os.PathLike[str]) -> ImageList:
+    """The picture at `path`, or all pictures below the folder `path`.
+
+    A picture is a file with a suffix of `readable_extensions()`, in any case. Links to files and folders are
+    followed, except for a link to a folder that it lies in. Left out are other files, and files and folders that
+    are hidden or that programs leave behind (`FOLDERS_OF_PROGRAMS`).
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no picture in the folder.
+        OSError: a folder cannot be read.
     """
     root = Path(path)
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such file or folder")
     if root.is_file():
-        return [root]
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        return ImageList([root], {})
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    _search(root, (), readable_extensions(), found, left_out)
+    images = ImageList(sorted(found), dict(left_out))
     if not found:
-        raise FileNotFoundError(f"{root}: no picture here (looked for {', '.join(sorted(EXTENSIONS))})")
-    return found
+        details = [f"looked for {', '.join(sorted(readable_extensions()))}", images.describe_left_out()]
+        raise FileNotFoundError(f"{root}: no picture here ({'; '.join(filter(None, details))})")
+    return images
+
+
+def find_images(path: str | os.PathLike[str]) -> list[Path]:
+    """The paths of `list_images`."""
+    return list_images(path).paths
+
+
+def _search(
+    folder: Path,
+    above: tuple[tuple[int, int], ...],
+    extensions: frozenset[str],
+    found: list[Path],
+    left_out: Counter[str],
+) -> None:
+    """Adds the pictures below `folder` to `found`, and counts in `left_out` what is no picture.
+
+    Args:
+        above: device and number of the folders that this one was reached through.
+    """
+    status = folder.stat()
+    above = (*above, (status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                left_out["hidden"] += 1
+            elif entry.name in FOLDERS_OF_PROGRAMS:
+                left_out[entry.name] += 1
+            elif path.is_dir():
+                if entry.is_symlink() and (path.stat().st_dev, path.stat().st_ino) in above:
+                    left_out["link to a folder above it"] += 1
+                else:
+                    _search(path, above, extensions, found, left_out)
+            elif not path.is_file():
+                left_out["broken link" if entry.is_symlink() else "special file"] += 1
+            elif path.suffix.lower() in extensions:
+                found.append(path)
+            else:
+                left_out[path.suffix.lower() or "file without a suffix"] += 1
+
+
+def readable_extensions() -> frozenset[str]:
+    """Suffixes in lower case of the files that the installed Pillow reads, with plug-ins that are registered."""
+    Image.init()
+    formats = (Image.OPEN.keys() | {"MPO"}) - UNREADABLE_FORMATS  # Pillow opens MPO as JPEG
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def grid(images: Tensor, columns: int | None = None, *, gap: int = 2, scale: int = 1) -> Tensor:
