@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from cli_runner import NAMES, SIZE, load, pixels, refused, titok
@@ -57,6 +58,25 @@ def test_reconstruct_one_png_for_all(models: Path, photos: Path) -> None:
         top, left = i // 3 * 24, i % 3 * 58
         got = picture[top : top + 16, left : left + 50].astype(int)
         assert np.abs(got - pixels(Path("pairs", name).with_suffix(".png"))).max() <= 1
+
+
+@pytest.mark.parametrize("option", ["--ignore-orientation", "--ignore-transparency"])
+@pytest.mark.parametrize("command", ["reconstruct", "tokenize"])
+def test_preprocessing_options_reach_the_reader(option: str, command: str, models: Path, photos: Path) -> None:
+    with Image.open(photos / "b.png") as picture:
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        picture.putalpha(120)
+        picture.save("a.png", exif=exif)
+    results = []
+    for i, flags in enumerate(((), (option,))):
+        if command == "reconstruct":
+            titok("reconstruct", "a.png", "-t", models / "tokenizer", "-o", f"{i}.png", *flags)
+            results.append(pixels(Path(f"{i}.png"))[:, :24])
+        else:
+            titok("tokenize", "a.png", "-t", models / "vae", "-o", f"{i}.npz", *flags)
+            results.append(np.load(f"{i}.npz")["latents"])
+    assert not np.array_equal(*results)
 
 
 def test_reconstruct_refuses(models: Path, photos: Path) -> None:

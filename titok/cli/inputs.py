@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from titok import MaskGIT, TiTok
-    from titok.data.images import ImageList
+    from titok.data.images import ImageList, Preprocessing
 
 
 def load_tokenizer(source: str, device: str, dtype: str) -> TiTok:
@@ -62,15 +62,24 @@ def find_pictures(source: Path) -> list[Path]:
     return images.paths
 
 
+def preprocessing(ignore_orientation: bool, ignore_transparency: bool) -> Preprocessing:
+    """The values of --ignore-orientation and --ignore-transparency."""
+    from titok.data.images import Preprocessing
+
+    return Preprocessing(apply_orientation=not ignore_orientation, white_background=not ignore_transparency)
+
+
 class _Pictures:
     """The pictures at `paths` by index, as the tokenizer takes them, for `titok.data.folders.read_batches`.
 
-    A damaged picture raises `ValueError`. With `skip_unreadable` it is reported on stderr, its index is added to
-    `damaged`, and a black picture takes its place in the batch.
+    A picture that cannot be read raises `ValueError` or `OSError`. With `skip_unreadable` it is reported on stderr,
+    its index is added to `damaged`, and a black picture takes its place in the batch.
     """
 
-    def __init__(self, paths: Sequence[Path], tokenizer: TiTok, *, skip_unreadable: bool) -> None:
-        self.paths, self.skip_unreadable = paths, skip_unreadable
+    def __init__(
+        self, paths: Sequence[Path], tokenizer: TiTok, how: Preprocessing, *, skip_unreadable: bool
+    ) -> None:
+        self.paths, self.how, self.skip_unreadable = paths, how, skip_unreadable
         self.size, self.channels = tokenizer.config.image_size, tokenizer.config.channels
         self.damaged: set[int] = set()
 
@@ -83,8 +92,8 @@ class _Pictures:
         from titok.data.images import read_image
 
         try:
-            return read_image(self.paths[index], self.size, self.channels)
-        except ValueError as error:
+            return read_image(self.paths[index], self.size, self.channels, preprocessing=self.how)
+        except (OSError, ValueError) as error:
             if not self.skip_unreadable:
                 raise
             if index not in self.damaged:  # `read_batches` reads the first picture twice
@@ -94,7 +103,7 @@ class _Pictures:
 
 
 def read_pictures(
-    paths: Sequence[Path], tokenizer: TiTok, batch_size: int, *, skip_unreadable: bool = False
+    paths: Sequence[Path], tokenizer: TiTok, batch_size: int, how: Preprocessing, *, skip_unreadable: bool = False
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Batches of pictures with a progress bar; threads read the next batches meanwhile.
 
@@ -103,13 +112,13 @@ def read_pictures(
         With `skip_unreadable`, damaged pictures are left out, and so is a batch that has no other.
 
     Raises:
-        ValueError: a picture is damaged and `skip_unreadable` is False.
+        ValueError, OSError: a picture cannot be read and `skip_unreadable` is False.
     """
     import torch
 
     from titok.data.folders import read_batches
 
-    pictures = _Pictures(paths, tokenizer, skip_unreadable=skip_unreadable)
+    pictures = _Pictures(paths, tokenizer, how, skip_unreadable=skip_unreadable)
     batches = torch.arange(len(paths)).split(batch_size)
     with progress(len(paths), "pictures") as bar:
         for indices, images in zip(batches, read_batches(pictures, batches), strict=True):

@@ -27,6 +27,16 @@ ImagesArgument = Annotated[
         help="A picture, or a folder that is searched with its sub-folders and links; hidden files are left out.",
     ),
 ]
+IgnoreOrientationOption = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-orientation", help="Do not turn photos upright by their EXIF data, as the published evaluation."
+    ),
+]
+IgnoreTransparencyOption = Annotated[
+    bool,
+    typer.Option("--ignore-transparency", help="Do not lay transparency over white, as the published evaluation."),
+]
 DeviceOption = Annotated[
     str,
     typer.Option("--device", metavar="DEVICE", help="auto (CUDA where there is a device), cpu, cuda or cuda:N."),

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from titok.cli.inputs import find_pictures, load_tokenizer, picture_name, png_names, read_pictures
+from titok.cli.inputs import find_pictures, load_tokenizer, picture_name, png_names, preprocessing, read_pictures
 from titok.cli.options import (
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
+    IgnoreOrientationOption,
+    IgnoreTransparencyOption,
     ImagesArgument,
     OverwriteOption,
     TokenizerOption,
@@ -35,13 +37,16 @@ def reconstruct(
         ),
     ] = Path("reconstructions.png"),
     overwrite: OverwriteOption = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
     """Show originals beside reconstructions, with PSNR.
 
-    Originals are left, after resizing and cropping. The PSNR is that of the 8-bit pictures.
+    Originals are left, after turning them upright as their EXIF data say, laying transparency over white, resizing
+    and cropping. The PSNR is that of the 8-bit pictures.
 
     \b
     titok reconstruct cat.jpg -t yucornetto/tokenizer_titok_l32_imagenet -o cat_twice.png
@@ -65,7 +70,8 @@ def reconstruct(
     model = load_tokenizer(tokenizer, device, dtype)
     ratios: list[float] = []
     pairs = []
-    for _, pictures in read_pictures(paths, model, batch_size):
+    how = preprocessing(ignore_orientation, ignore_transparency)
+    for _, pictures in read_pictures(paths, model, batch_size, how):
         originals = to_uint8(pictures).cpu()
         copies = to_uint8(model.decode(model.encode(pictures))).cpu()
         for original, copy, ratio in zip(originals, copies, psnr(copies, originals).tolist(), strict=True):

@@ -8,11 +8,21 @@ from typing import Annotated
 import typer
 
 from titok.cli.errors import note
-from titok.cli.inputs import find_pictures, load_tokenizer, picture_name, png_names, progress, read_pictures
+from titok.cli.inputs import (
+    find_pictures,
+    load_tokenizer,
+    picture_name,
+    png_names,
+    preprocessing,
+    progress,
+    read_pictures,
+)
 from titok.cli.options import (
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
+    IgnoreOrientationOption,
+    IgnoreTransparencyOption,
     ImagesArgument,
     OverwriteOption,
     RoundingOption,
@@ -33,13 +43,16 @@ def tokenize(
         bool,
         typer.Option("--skip-unreadable", help="Leave damaged pictures out and name them; else one stops all."),
     ] = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
     """Turn pictures into tokens (of a VAE: latents).
 
-    Pictures are resized and cropped to the tokenizer's size. The file holds `tokens` int32 (N, K) or `latents`
+    Pictures are turned upright as their EXIF data say, laid over white where they are transparent, resized and
+    cropped to the tokenizer's size. The file holds `tokens` int32 (N, K) or `latents`
     float32 (N, K, C), and `names`, relative to the folder.
 
     \b
@@ -56,7 +69,8 @@ def tokenize(
     check_files([output], paths, overwrite=overwrite)
     model = load_tokenizer(tokenizer, device, dtype)
     encoded, names = [], []
-    for batch_paths, pictures in read_pictures(paths, model, batch_size, skip_unreadable=skip_unreadable):
+    how = preprocessing(ignore_orientation, ignore_transparency)
+    for batch_paths, pictures in read_pictures(paths, model, batch_size, how, skip_unreadable=skip_unreadable):
         encoded.append(model.encode(pictures).cpu())
         names += [picture_name(path, images) for path in batch_paths]
     if not encoded:

@@ -11,8 +11,14 @@ from typing import Annotated
 
 import typer
 
-from titok.cli.inputs import load_tokenizer, note_left_out
-from titok.cli.options import DeviceOption, TokenizerOption, select_device
+from titok.cli.inputs import load_tokenizer, note_left_out, preprocessing
+from titok.cli.options import (
+    DeviceOption,
+    IgnoreOrientationOption,
+    IgnoreTransparencyOption,
+    TokenizerOption,
+    select_device,
+)
 from titok.cli.outputs import check_apart, check_output
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -57,6 +63,8 @@ def tokenizer(
     learning_rate: LearningRate = 1e-3,
     seed: Seed = 0,
     resume: Resume = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a single-stage tokenizer: pixels to tokens to pixels.
@@ -94,7 +102,8 @@ def tokenizer(
         seed=seed,
         random_flip=flip,
     )
-    pictures = ImageFolder(images, model.image_size, model.channels)
+    how = preprocessing(ignore_orientation, ignore_transparency)
+    pictures = ImageFolder(images, model.image_size, model.channels, preprocessing=how)
     note_left_out(images, pictures.found)
     train_tokenizer(pictures, training, output, resume=resume, device=select_device(device))
     figures = _last_figures(output)
@@ -114,6 +123,8 @@ def generator(
     learning_rate: LearningRate = 1e-3,
     seed: Seed = 0,
     resume: Resume = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a MaskGIT on a tokenizer's tokens. Sub-folders, sorted, are classes 0, 1, 2, ...: see classes.json.
@@ -130,7 +141,8 @@ def generator(
     from titok.training import GeneratorTraining, tokenize_images, train_generator
 
     model = load_tokenizer(tokenizer, device, "float32")
-    pictures = ImageFolder(images, model.config.image_size, model.config.channels)
+    how = preprocessing(ignore_orientation, ignore_transparency)
+    pictures = ImageFolder(images, model.config.image_size, model.config.channels, preprocessing=how)
     note_left_out(images, pictures.found)
     config = GeneratorConfig(
         num_latent_tokens=model.config.num_latent_tokens,

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from titok.data.images import list_images, read_image
+from titok.data.images import UPRIGHT_ON_WHITE, Preprocessing, list_images, read_image
 
 
 class Images(Protocol):
@@ -34,6 +34,7 @@ class ImageFolder:
         root: the folder.
         size: (height, width) in pixels, or an int for a square.
         channels: 3 for RGB, 1 for grey.
+        preprocessing: what happens to EXIF orientation and transparency.
 
     Attributes:
         found: what `list_images` found and left out.
@@ -46,8 +47,15 @@ class ImageFolder:
         ValueError: some pictures are in sub-folders and others in `root` itself; on access, a file is no picture.
     """
 
-    def __init__(self, root: str | os.PathLike[str], size: int | tuple[int, int], channels: int = 3) -> None:
-        self.root, self.channels = Path(root), channels
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        size: int | tuple[int, int],
+        channels: int = 3,
+        *,
+        preprocessing: Preprocessing = UPRIGHT_ON_WHITE,
+    ) -> None:
+        self.root, self.channels, self.preprocessing = Path(root), channels, preprocessing
         self.size = (size, size) if isinstance(size, int) else size
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such folder")
@@ -65,7 +73,7 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return read_image(self.paths[index], self.size, self.channels)
+        return read_image(self.paths[index], self.size, self.channels, preprocessing=self.preprocessing)
 
 
 def read_batches(images: Images | Tensor, batches: Iterable[Tensor], *, ahead: int = 2) -> Iterator[Tensor]:
