@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from titok.cli.errors import say
 from titok.cli.inputs import load_generator, load_tokenizer
 from titok.cli.options import (
     AutoBatchSizeOption,
@@ -165,7 +166,7 @@ def generate(
         for path in png_files:
             write_image(path, grid(pictures, columns=per_class))
     for path in outputs:
-        typer.echo(f"{path}: {len(classes)} pictures of {len(classes.unique())} classes, seed {seed}")
+        say(f"{path}: {len(classes)} pictures of {len(classes.unique())} classes, seed {seed}")
 
 
 def _was_stopped(path: Path) -> bool:

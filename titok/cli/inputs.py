@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from titok import MaskGIT, TiTok
-    from titok.data.images import ImageList, Preprocessing
+    from titok.data.folders import ImageFolder
+    from titok.data.images import Preprocessing
 
 
 def load_tokenizer(source: str, device: str, dtype: str) -> TiTok:
@@ -47,19 +48,39 @@ def _load(model_class: Any, config_class: Any, source: str, device: str, dtype: 
         return model_class(config).to(torch_dtype).eval().requires_grad_(False)
 
 
-def note_left_out(source: Path, images: ImageList) -> None:
-    """Says on stderr what a search for pictures left out, where it left anything out."""
-    if text := images.describe_left_out():
-        note(f"note: {source}: {text}")
-
-
 def find_pictures(source: Path) -> list[Path]:
     """The pictures that the argument IMAGES of a command names; what is left out is said on stderr."""
     from titok.data.images import list_images
 
     images = list_images(source)
-    note_left_out(source, images)
+    if text := images.describe_left_out():
+        note(f"note: {source}: {text}")
     return images.paths
+
+
+def image_folder(
+    source: Path, size: tuple[int, int], channels: int, how: Preprocessing, *, skip_unreadable: bool
+) -> ImageFolder:
+    """The pictures to train on. Every one is read once, so that a damaged one does not end the training later.
+
+    What is left out is said on stderr.
+
+    Raises:
+        ValueError: a picture cannot be read and `skip_unreadable` is False, or none can be read.
+    """
+    from titok.data.folders import ImageFolder
+
+    pictures = ImageFolder(source, size, channels, preprocessing=how)
+    if text := pictures.found.describe_left_out():
+        note(f"note: {source}: {text}")
+    problems = pictures.find_unreadable()
+    if problems and not skip_unreadable:
+        others = f" (and {len(problems) - 1} other pictures)" if len(problems) > 1 else ""
+        raise ValueError(f"{next(iter(problems.values()))}{others}; --skip-unreadable leaves such pictures out")
+    for problem in problems.values():
+        note(problem)
+    pictures.remove(problems)
+    return pictures
 
 
 def preprocessing(ignore_orientation: bool, ignore_transparency: bool) -> Preprocessing:

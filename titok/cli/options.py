@@ -27,6 +27,12 @@ ImagesArgument = Annotated[
         help="A picture, or a folder that is searched with its sub-folders and links; hidden files are left out.",
     ),
 ]
+SkipUnreadableOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="Leave pictures out that cannot be read, and name them; else one stops all."
+    ),
+]
 IgnoreOrientationOption = Annotated[
     bool,
     typer.Option(

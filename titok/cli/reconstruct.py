@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from titok.cli.errors import say
 from titok.cli.inputs import find_pictures, load_tokenizer, picture_name, png_names, preprocessing, read_pictures
 from titok.cli.options import (
     BatchSizeOption,
@@ -16,6 +17,7 @@ from titok.cli.options import (
     IgnoreTransparencyOption,
     ImagesArgument,
     OverwriteOption,
+    SkipUnreadableOption,
     TokenizerOption,
 )
 from titok.cli.outputs import check_apart, check_files, check_output
@@ -37,6 +39,7 @@ def reconstruct(
         ),
     ] = Path("reconstructions.png"),
     overwrite: OverwriteOption = False,
+    skip_unreadable: SkipUnreadableOption = False,
     ignore_orientation: IgnoreOrientationOption = False,
     ignore_transparency: IgnoreTransparencyOption = False,
     batch_size: BatchSizeOption = 16,
@@ -68,22 +71,27 @@ def reconstruct(
     files = [output / file for file in png_names(names)]
     check_files([output] if one_file else files, paths, overwrite=overwrite)
     model = load_tokenizer(tokenizer, device, dtype)
+    number_of = {path: number for number, path in enumerate(paths)}
     ratios: list[float] = []
     pairs = []
     how = preprocessing(ignore_orientation, ignore_transparency)
-    for _, pictures in read_pictures(paths, model, batch_size, how):
+    for read, pictures in read_pictures(paths, model, batch_size, how, skip_unreadable=skip_unreadable):
         originals = to_uint8(pictures).cpu()
         copies = to_uint8(model.decode(model.encode(pictures))).cpu()
-        for original, copy, ratio in zip(originals, copies, psnr(copies, originals).tolist(), strict=True):
-            number = len(ratios)
-            typer.echo(f"{ratio:6.2f} dB  {names[number]}")
+        values = psnr(copies, originals).tolist()
+        for path, original, copy, ratio in zip(read, originals, copies, values, strict=True):
+            number = number_of[path]
+            say(f"{ratio:6.2f} dB  {names[number]}")
             pair = grid(torch.stack([original, copy]), columns=2)
             if one_file:
                 pairs.append(pair)
             else:
                 write_image(files[number], pair)
             ratios.append(ratio)
+    if not ratios:
+        raise ValueError(f"{images}: none of its pictures is readable")
     if one_file:
         write_image(output, grid(torch.stack(pairs), gap=8))
-    typer.echo(f"{sum(ratios) / len(ratios):6.2f} dB  mean of {len(ratios)}")
-    typer.echo(f"{output}: originals left, reconstructions right")
+    left_out = f" ({len(paths) - len(ratios)} left out)" if len(ratios) < len(paths) else ""
+    say(f"{sum(ratios) / len(ratios):6.2f} dB  mean of {len(ratios)}{left_out}")
+    say(f"{output}: originals left, reconstructions right")

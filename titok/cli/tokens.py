@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from titok.cli.errors import note
+from titok.cli.errors import note, say
 from titok.cli.inputs import (
     find_pictures,
     load_tokenizer,
@@ -26,6 +26,7 @@ from titok.cli.options import (
     ImagesArgument,
     OverwriteOption,
     RoundingOption,
+    SkipUnreadableOption,
     TokenizerOption,
     parse_rounding,
 )
@@ -39,10 +40,7 @@ def tokenize(
         Path, typer.Option("--output", "-o", metavar="PATH", help="A .npz or .safetensors file.")
     ] = Path("tokens.npz"),
     overwrite: OverwriteOption = False,
-    skip_unreadable: Annotated[
-        bool,
-        typer.Option("--skip-unreadable", help="Leave damaged pictures out and name them; else one stops all."),
-    ] = False,
+    skip_unreadable: SkipUnreadableOption = False,
     ignore_orientation: IgnoreOrientationOption = False,
     ignore_transparency: IgnoreTransparencyOption = False,
     batch_size: BatchSizeOption = 16,
@@ -80,7 +78,7 @@ def tokenize(
     left_out = f" ({len(paths) - len(names)} left out)" if len(names) < len(paths) else ""
     shape = " x ".join(str(side) for side in tokens.shape[1:])
     kind = "tokens" if tokens.ndim == 2 else "latents"
-    typer.echo(f"{output}: {len(names)} pictures{left_out}, {shape} {kind} each")
+    say(f"{output}: {len(names)} pictures{left_out}, {shape} {kind} each")
 
 
 def detokenize(
@@ -122,4 +120,4 @@ def detokenize(
             for picture in to_uint8(model.decode(batch.to(model.device)), rule):
                 write_image(next(unwritten), picture)
             bar.update(len(batch))
-    typer.echo(f"{output}: {len(rows)} pictures")
+    say(f"{output}: {len(rows)} pictures")

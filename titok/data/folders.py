@@ -75,6 +75,37 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Tensor:
         return read_image(self.paths[index], self.size, self.channels, preprocessing=self.preprocessing)
 
+    def find_unreadable(self) -> dict[int, str]:
+        """Reads every picture once, by threads, and returns what is wrong with those that cannot be read, by index."""
+        with ThreadPoolExecutor() as pool:
+            problems: dict[int, str] = {}
+            for start in range(0, len(self), 1024):  # a task for each of millions of pictures would take gigabytes
+                indices = range(start, min(start + 1024, len(self)))
+                for index, problem in zip(indices, pool.map(self._problem, indices), strict=True):
+                    if problem:
+                        problems[index] = problem
+        return problems
+
+    def remove(self, indices: Iterable[int]) -> None:
+        """Takes pictures out. The numbers of the classes stay.
+
+        Raises:
+            ValueError: no picture would be left.
+        """
+        removed = set(indices)
+        kept = [index for index in range(len(self)) if index not in removed]
+        if not kept:
+            raise ValueError(f"{self.root}: none of its pictures is readable")
+        self.paths = [self.paths[index] for index in kept]
+        self.labels = self.labels[kept]
+
+    def _problem(self, index: int) -> str:
+        try:
+            self[index]
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
 
 def read_batches(images: Images | Tensor, batches: Iterable[Tensor], *, ahead: int = 2) -> Iterator[Tensor]:
     """Yields the images at each batch of indices (B,), as one tensor (B, C, H, W).
