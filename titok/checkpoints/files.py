@@ -29,11 +29,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     When the block ends, the temporary file replaces `path`; when the block raises, the temporary file is removed
     and `path` stays as it was. A new file gets the permissions that the process's umask gives, and a file that is
-    replaced passes on its own.
+    replaced passes on its own. Where `path` is a link, the file that it leads to is replaced.
+
+    The name of the temporary file is short, so that `path` may have the longest name that the disk allows.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{path.suffix}")
+    temporary = path.with_name(f".titok-{secrets.token_hex(8)}.tmp")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the kernel applies the umask
     try:
         mode = stat.S_IMODE(os.stat(path if path.exists() else temporary).st_mode)

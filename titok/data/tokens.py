@@ -40,7 +40,7 @@ def write_tokens(path: str | os.PathLike[str], tokens: Tensor, names: Sequence[s
     """Writes tokens and names of pictures. An existing file is replaced once the new one is complete.
 
     Args:
-        path: ends in .npz or .safetensors.
+        path: ends in .npz or .safetensors, in any case.
         tokens: what `tokenizer.encode` returned: (N, K) int64, or latents (N, K, C) of a VAE.
         names: N names of pictures.
 
@@ -51,7 +51,7 @@ def write_tokens(path: str | os.PathLike[str], tokens: Tensor, names: Sequence[s
     _check_contents(tokens, names, tokenizer)
     values = {_key(tokenizer): tokens.float() if tokens.is_floating_point() else tokens.to(torch.int32)}
     values["signature"] = signature(tokenizer)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         write_safetensors(path, values, {"names": json.dumps(list(names))})
         return
     arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in values.items()}
@@ -70,7 +70,7 @@ def read_tokens(path: str | os.PathLike[str], tokenizer: TiTok) -> TokenFile:
             message names the file.
     """
     path = _check_suffix(path)
-    arrays, names = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npz(path)
+    arrays, names = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_npz(path)
     key = _key(tokenizer)
     if key not in arrays:
         found = ", ".join(sorted(arrays)) or "nothing"
@@ -111,7 +111,7 @@ def _key(tokenizer: TiTok) -> str:
 
 def _check_suffix(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
     return path
 
