@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +19,33 @@ ConfidenceRule = Literal["titok", "maskgit"]
 Rounding = Literal["nearest", "truncate"]  # how pixels in [0, 1] become 8-bit levels: `titok.data.images.to_uint8`
 
 C = TypeVar("C", bound="Config")
+
+
+def is_bool(value: object) -> bool:
+    """True for True, False, and arrays and tensors of them."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def as_integer(value: object) -> int | None:
+    """`value` as an int, where it is an integer of Python, NumPy or PyTorch. None for all else: bools, floats, text.
+
+    Every count, seed and index that a caller hands in goes through here, so that all take the same values.
+    """
+    if is_bool(value):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def as_number(value: object) -> int | float | None:
+    """`value` as an int or a float, where it is a finite number of Python or NumPy. None for all else, bools too."""
+    if (integer := as_integer(value)) is not None:
+        return integer
+    if isinstance(value, numbers.Real) and not is_bool(value) and math.isfinite(value):
+        return float(value)
+    return None
 
 
 class Config:
@@ -55,19 +84,28 @@ class Config:
         if not valid:
             raise ValueError(f"{type(self).__name__}.{name}: expected {expected}, got {getattr(self, name)!r}")
 
+    def _set_if(self, name: str, value: object, valid: bool, expected: str) -> None:
+        """Replaces a field by `value`, its plain Python form, where `valid`; else raises with the field's own value."""
+        self._check(name, valid, expected)
+        object.__setattr__(self, name, value)
+
+    def _check_integer(self, name: str, low: int, expected: str, high: float = math.inf) -> None:
+        """Checks an integer in [low, high]."""
+        value = as_integer(getattr(self, name))
+        self._set_if(name, value, value is not None and low <= value <= high, expected)
+
     def _check_counts(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            self._check(name, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "an int >= 1")
+            self._check_integer(name, 1, "an int >= 1")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        self._check(name, getattr(self, name) in choices, f"one of {choices}")
+        value = getattr(self, name)
+        self._check(name, isinstance(value, str) and value in choices, f"one of {choices}")
 
     def _check_number(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            valid = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-            self._check(name, valid, "a finite number >= 0")
+            value = as_number(getattr(self, name))
+            self._set_if(name, value, value is not None and value >= 0, "a finite number >= 0")
 
     def _check_flags(self, *names: str) -> None:
         for name in names:
@@ -82,8 +120,16 @@ class Config:
             self._check(name, isinstance(value, kind), f"a {kind.__name__}")
 
     def _check_unit(self, name: str) -> None:
-        value = getattr(self, name)
-        self._check(name, isinstance(value, (int, float)) and 0 <= value <= 1, "a number in [0, 1]")
+        value = as_number(getattr(self, name))
+        self._set_if(name, value, value is not None and 0 <= value <= 1, "a number in [0, 1]")
+
+
+def _as_integers(values: object) -> tuple[int, ...]:
+    """A tuple or list of integers as a tuple of ints; an empty one where `values` is anything else."""
+    if not isinstance(values, (tuple, list)):
+        return ()
+    integers = tuple(map(as_integer, values))
+    return integers if None not in integers else ()  # type: ignore[return-value]
 
 
 def _lookup(kind: str, name: str, table: dict[str, C]) -> C:
@@ -146,11 +192,8 @@ class VQGANConfig(Config):
     shortcut_of_result: bool = True
 
     def __post_init__(self) -> None:
-        multipliers = self.channel_multipliers
-        valid = isinstance(multipliers, (tuple, list)) and len(multipliers) > 0
-        valid = valid and all(isinstance(m, int) and m >= 1 for m in multipliers)
-        self._check("channel_multipliers", valid, "ints >= 1")
-        object.__setattr__(self, "channel_multipliers", tuple(multipliers))
+        multipliers = _as_integers(self.channel_multipliers)
+        self._set_if("channel_multipliers", multipliers, bool(multipliers) and min(multipliers) >= 1, "ints >= 1")
         self._check_flags("shortcut_of_result")
         self._check_counts("channels", "hidden_channels", "blocks_per_level", "codebook_size", "code_dim")
         self._check(
@@ -212,13 +255,13 @@ class TokenizerConfig(Config):
         self._check_choice("head", ("pixels", "proxy"))
         self._check_number("commitment_cost")
         self._check_flags("l2_normalize", "pixel_decoder", "signed_pixels", "reread_latents")
-        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        side = as_integer(self.image_size)
+        size = _as_integers(self.image_size) if side is None else (side, side)
         for vit in (self.encoder, self.decoder):
             p = vit.patch_size
-            fits = isinstance(size, (tuple, list)) and len(size) == 2
-            fits = fits and all(isinstance(s, int) and s >= 1 and s % p == 0 for s in size)
+            fits = len(size) == 2 and all(s >= 1 and s % p == 0 for s in size)
             self._check("image_size", fits, f"(height, width), multiples of the patch size {p}")
-        object.__setattr__(self, "image_size", tuple(size))
+        object.__setattr__(self, "image_size", size)
         proxy = self.proxy
         if self.head == "pixels":
             self._check("pixel_decoder", not self.pixel_decoder, "False, because head is 'pixels'")
