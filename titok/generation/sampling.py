@@ -89,7 +89,8 @@ def sample_tokens(
         first_sample: index of the first sample, in [0, 2^63), so that a long run can be cut into batches: the
             samples of `first_sample=8` are the samples 8, 9, ... of one large batch.
         init_tokens: (B, K), of any integer dtype, to start from: codes stay, `generator.mask_token` is filled
-            in. None masks all.
+            in. None masks all. How many tokens a step decides in a sample follows from the number of masked tokens
+            that this sample starts with.
         trace: also return the tokens and confidences of every step.
 
     Returns:
@@ -108,6 +109,8 @@ def sample_tokens(
             raise ValueError(
                 f"init_tokens: expected {len(request)} rows, one for each label, got {len(init_tokens)}"
             )
+        if bool((init_tokens == generator.mask_token).all()):
+            init_tokens = None  # the same samples, computed in the same way: on a GPU by a captured graph
     if init_tokens is None and not trace:
         return draw_tokens(generator, request)
     generator = generator.float32_copy.of(generator)
