@@ -16,6 +16,10 @@ from typing import Any, Literal, TypeVar
 MaskSchedule = Literal["arccos", "cosine", "linear", "root", "square"]
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 ConfidenceRule = Literal["titok", "maskgit"]
+# Larger counts in a file are damage or an attack: building the model would take minutes and all memory.
+MAX_COUNT = 1 << 20
+MAX_LAYERS = 1_000
+MAX_STEPS = 10_000
 Rounding = Literal["nearest", "truncate"]  # how pixels in [0, 1] become 8-bit levels: `titok.data.images.to_uint8`
 
 C = TypeVar("C", bound="Config")
@@ -42,7 +46,7 @@ def as_integer(value: object) -> int | None:
 def as_number(value: object) -> int | float | None:
     """`value` as an int or a float, where it is a finite number of Python or NumPy. None for all else, bools too."""
     if (integer := as_integer(value)) is not None:
-        return integer
+        return integer if abs(integer) < 1 << 64 else None
     if isinstance(value, numbers.Real) and not is_bool(value) and math.isfinite(value):
         return float(value)
     return None
@@ -70,7 +74,7 @@ class Config:
             raise TypeError(f"{cls.__name__}: expected a dict, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"{cls.__name__}: unknown keys {unknown}; known are {sorted(known)}")
+            raise ValueError(f"{cls.__name__}: unknown keys {unknown!r:.300}; known are {sorted(known)}")
         required = [
             f.name
             for f in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -82,7 +86,7 @@ class Config:
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
-            raise ValueError(f"{type(self).__name__}.{name}: expected {expected}, got {getattr(self, name)!r}")
+            raise ValueError(f"{type(self).__name__}.{name}: expected {expected}, got {getattr(self, name)!r:.80}")
 
     def _set_if(self, name: str, value: object, valid: bool, expected: str) -> None:
         """Replaces a field by `value`, its plain Python form, where `valid`; else raises with the field's own value."""
@@ -94,9 +98,10 @@ class Config:
         value = as_integer(getattr(self, name))
         self._set_if(name, value, value is not None and low <= value <= high, expected)
 
-    def _check_counts(self, *names: str) -> None:
+    def _check_counts(self, *names: str, at_most: float = math.inf) -> None:
         for name in names:
             self._check_integer(name, 1, "an int >= 1")
+            self._check(name, getattr(self, name) <= at_most, f"an int in [1, {at_most}]")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -133,7 +138,7 @@ def _as_integers(values: object) -> tuple[int, ...]:
 
 
 def _lookup(kind: str, name: str, table: dict[str, C]) -> C:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"name: expected a {kind} preset out of {sorted(table)}, got {name!r}")
     return table[name]
 
@@ -155,7 +160,8 @@ class ViTConfig(Config):
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
-        self._check_counts("width", "layers", "heads", "patch_size", "mlp_ratio")
+        self._check_counts("width", "heads", "patch_size", "mlp_ratio", at_most=MAX_COUNT)
+        self._check_counts("layers", at_most=MAX_LAYERS)
         self._check("heads", self.width % self.heads == 0, f"a divisor of width {self.width}")
 
     @classmethod
@@ -166,8 +172,8 @@ class ViTConfig(Config):
             ValueError: `size` is none of the three.
         """
         sizes = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
-        if size not in sizes:
-            raise ValueError(f"size: expected one of {sorted(sizes)}, got {size!r}")
+        if not isinstance(size, str) or size not in sizes:
+            raise ValueError(f"size: expected one of {sorted(sizes)}, got {size!r:.80}")
         width, layers, heads = sizes[size]
         return cls(width, layers, heads, patch_size)
 
@@ -194,8 +200,12 @@ class VQGANConfig(Config):
     def __post_init__(self) -> None:
         multipliers = _as_integers(self.channel_multipliers)
         self._set_if("channel_multipliers", multipliers, bool(multipliers) and min(multipliers) >= 1, "ints >= 1")
+        fits = len(multipliers) <= 16 and max(multipliers) <= MAX_COUNT
+        self._check("channel_multipliers", fits, f"at most 16 ints of at most {MAX_COUNT}")
         self._check_flags("shortcut_of_result")
-        self._check_counts("channels", "hidden_channels", "blocks_per_level", "codebook_size", "code_dim")
+        names = ("channels", "hidden_channels", "codebook_size", "code_dim")
+        self._check_counts(*names, at_most=MAX_COUNT)
+        self._check_counts("blocks_per_level", at_most=100)
         self._check(
             "hidden_channels", self.hidden_channels % 32 == 0, "a multiple of 32 (the groups of its norms)"
         )
@@ -250,7 +260,7 @@ class TokenizerConfig(Config):
         self._check_nested("encoder", ViTConfig)
         self._check_nested("decoder", ViTConfig)
         self._check_nested("proxy", VQGANConfig, optional=True)
-        self._check_counts("num_latent_tokens", "code_dim", "codebook_size", "channels")
+        self._check_counts("num_latent_tokens", "code_dim", "codebook_size", "channels", at_most=MAX_COUNT)
         self._check_choice("bottleneck", ("vq", "vae"))
         self._check_choice("head", ("pixels", "proxy"))
         self._check_number("commitment_cost")
@@ -259,7 +269,7 @@ class TokenizerConfig(Config):
         size = _as_integers(self.image_size) if side is None else (side, side)
         for vit in (self.encoder, self.decoder):
             p = vit.patch_size
-            fits = len(size) == 2 and all(s >= 1 and s % p == 0 for s in size)
+            fits = len(size) == 2 and all(1 <= s <= MAX_COUNT and s % p == 0 for s in size)
             self._check("image_size", fits, f"(height, width), multiples of the patch size {p}")
         object.__setattr__(self, "image_size", size)
         proxy = self.proxy
@@ -320,7 +330,7 @@ class SamplingConfig(Config):
     confidence: ConfidenceRule = "titok"
 
     def __post_init__(self) -> None:
-        self._check_counts("steps")
+        self._check_counts("steps", at_most=MAX_STEPS)
         self._check_number("guidance_scale", "guidance_power", "temperature")
         self._check_flags("softmax_annealing")
         self._check_choice("guidance_schedule", ("constant", "linear", "power-cosine"))
@@ -356,8 +366,9 @@ class GeneratorConfig(Config):
 
     def __post_init__(self) -> None:
         self._check_nested("sampling", SamplingConfig)
-        names = ("num_latent_tokens", "codebook_size", "num_classes", "width", "layers", "heads", "mlp_width")
-        self._check_counts(*names)
+        names = ("num_latent_tokens", "codebook_size", "num_classes", "width", "heads", "mlp_width")
+        self._check_counts(*names, at_most=MAX_COUNT)
+        self._check_counts("layers", at_most=MAX_LAYERS)
         self._check_choice("architecture", ("vit", "uvit"))
         self._check("heads", self.width % self.heads == 0, f"a divisor of width {self.width}")
         self._check_unit("dropout")

@@ -106,7 +106,7 @@ class MaskGIT(Pretrained):
         in training mode makes no difference here.
 
         Args:
-            tokens: (B, K) of any integer dtype, codes or `mask_token`.
+            tokens: (B, K) int64, codes or `mask_token`.
             labels: (B,) int64 classes or `no_class`.
             dropout: probability of dropout, which the "uvit" architecture does not have and ignores.
 
