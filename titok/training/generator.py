@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from titok.data.augment import shift_images
 from titok.data.folders import Images, read_batches
 from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
+from titok.training import fingerprint
 from titok.training.config import GeneratorTraining
 from titok.training.masking import drop_classes, masked_token_loss, random_mask
 from titok.training.run import Run, seed_of, shuffled_batches
@@ -95,12 +97,13 @@ def train_generator(
         raise ValueError(
             f"labels: expected one for each of {len(tokens)} samples, at least one, got {len(labels)}"
         )
+    hashes = {"tokens": fingerprint.of_tensor(flat), "labels": fingerprint.of_tensor(labels)}
     flat, labels = flat.to(device), labels.repeat_interleave(copies).to(device)
 
     with torch.random.fork_rng([]):
         torch.manual_seed(seed_of(config.seed))
         model = MaskGIT(config.model).to(device)
-    run = Run(model, config, out_dir, resume=resume, data={"samples": len(flat)})
+    run = Run(model, config, out_dir, resume=resume, data={"samples": len(flat), **hashes})
 
     def losses(indices: Tensor) -> dict[str, Tensor]:
         uniform = torch.rand(len(indices), length + 2).to(device)
@@ -117,5 +120,6 @@ def train_generator(
         )
         return {"loss": loss, "accuracy": accuracy}
 
-    order = shuffled_batches(len(flat), config.batch_size, config.seed, run.step)
-    return run.train(order, losses, name="generator", progress=progress)
+    with contextlib.closing(run):
+        order = shuffled_batches(len(flat), config.batch_size, config.seed, run.step)
+        return run.train(order, losses, name="generator", progress=progress)
