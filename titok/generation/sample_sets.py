@@ -70,7 +70,7 @@ def generate_set(
     request = GenerationRequest.checked(
         pipe.generator.config, labels, seed=seed, first_sample=first_sample, sampling=sampling, rounding=rounding
     )
-    check_batch_size(batch_size)
+    batch_size = check_batch_size(batch_size)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     tokenizer = pipe.tokenizer.config
     parts = _Parts(Path(path), (*tokenizer.image_size, 3), len(request))
