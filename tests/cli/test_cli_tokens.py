@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from cli_runner import NAMES, SIZE, load, pixels, refused, titok
 from titok.cli.app import app
 from titok.data.images import read_image, to_uint8
+from titok.data.tokens import read_tokens
+from titok.data.tokens import write_tokens as write_token_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,6 +188,30 @@ def test_tokens_made_elsewhere(path: str, models: Path) -> None:
     latents[1, 2, 3] = np.nan
     write_tokens(path, latents=latents)
     assert refused(*detokenize, models / "vae").startswith(f"{path}: latents: expected finite values, got nan")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", ">i2", "uint16", "int32", ">i4", "uint32", "int64", ">u8"])
+def test_tokens_of_every_integer_dtype(dtype: str, models: Path) -> None:
+    tokens = np.array([[0, 1, 2, 15], [3, 3, 3, 3]])
+    model = load(models, "tokenizer")
+    np.savez("t.npz", tokens=tokens.astype(dtype))
+    read = read_tokens("t.npz", model)
+    assert read.tokens.dtype == torch.int64
+    assert read.tokens.tolist() == tokens.tolist()
+    if not dtype.startswith(">"):
+        write_token_file("u.npz", torch.from_numpy(tokens.astype(dtype)), ["a", "b"], model)
+        assert np.load("u.npz")["tokens"].tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bool", "complex64"])
+def test_tokens_of_other_dtypes_are_refused(dtype: str, models: Path) -> None:
+    tokens = np.ones((2, 4), dtype)
+    model = load(models, "tokenizer")
+    np.savez("t.npz", tokens=tokens)
+    with pytest.raises(ValueError, match=r"t\.npz: tokens: expected dtype int64, got "):
+        read_tokens("t.npz", model)
+    with pytest.raises(TypeError, match="tokens: expected dtype int64, got "):
+        write_token_file("u.npz", torch.from_numpy(tokens), ["a", "b"], model)
 
 
 def test_damaged_token_files(models: Path, photos: Path) -> None:

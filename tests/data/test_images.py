@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from titok.data.folders import ImageFolder
 from titok.data.images import (
     PUBLISHED_PREPROCESSING,
     find_images,
@@ -300,6 +301,29 @@ def test_missing_file_and_bad_channels(tmp_path: Path) -> None:
         read_image(tmp_path / "none.png", (16, 16))
     with pytest.raises(ValueError, match="channels: expected 1 or 3, got 4"):
         read_image(tmp_path / "none.png", (16, 16), 4)
+
+
+@pytest.mark.parametrize("dtype", [int, np.int64, np.int32, np.uint8])
+def test_sizes_are_integers_of_python_or_numpy(dtype: Any, tmp_path: Path) -> None:
+    Image.fromarray(smooth_picture(20, 30)).save(tmp_path / "a.png")
+    want = read_image(tmp_path / "a.png", (200, 16))
+    assert torch.equal(read_image(tmp_path / "a.png", (dtype(200), dtype(16))), want)
+    assert torch.equal(ImageFolder(tmp_path, (dtype(200), dtype(16)))[dtype(0)], want)
+    assert ImageFolder(tmp_path, dtype(200)).size == (200, 200)
+    images = torch.zeros(4, 2, 2, 3, dtype=torch.uint8)
+    assert grid(images, dtype(4), gap=dtype(1), scale=dtype(3)).shape == (6, 27, 3)
+
+
+@pytest.mark.parametrize("size", [True, 8.0, "8", (8, 8.0), None, (np.True_, 8), np.float32(8)])
+def test_other_sizes_are_refused(size: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for read in (ImageFolder, lambda root, size: read_image(root / "a.png", size)):
+        with pytest.raises((TypeError, ValueError), match=r"^size: expected"):
+            read(tmp_path, size)
+        with pytest.raises(ValueError, match="size: expected integers >= 1, got 0"):
+            read(tmp_path, (8, 0))
+        with pytest.raises(ValueError, match=r"size: expected \(height, width\), got \(8,\)"):
+            read(tmp_path, (8,))
 
 
 def test_find_images(tmp_path: Path) -> None:

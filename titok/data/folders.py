@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from titok.data.images import UPRIGHT_ON_WHITE, Preprocessing, list_images, read_image
+from titok.data.images import UPRIGHT_ON_WHITE, Preprocessing, check_size, list_images, read_image
 
 
 class Images(Protocol):
@@ -32,7 +32,7 @@ class ImageFolder:
 
     Args:
         root: the folder.
-        size: (height, width) in pixels, or an int for a square.
+        size: (height, width) in pixels, or an integer for a square.
         channels: 3 for RGB, 1 for grey.
         preprocessing: what happens to EXIF orientation and transparency.
 
@@ -44,19 +44,20 @@ class ImageFolder:
 
     Raises:
         FileNotFoundError: there is no such folder, or no picture in it.
+        TypeError, ValueError: `size` is not as described.
         ValueError: some pictures are in sub-folders and others in `root` itself; on access, a file is no picture.
     """
 
     def __init__(
         self,
         root: str | os.PathLike[str],
-        size: int | tuple[int, int],
+        size: int | Sequence[int],
         channels: int = 3,
         *,
         preprocessing: Preprocessing = UPRIGHT_ON_WHITE,
     ) -> None:
         self.root, self.channels, self.preprocessing = Path(root), channels, preprocessing
-        self.size = (size, size) if isinstance(size, int) else size
+        self.size = check_size(size)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such folder")
         self.found = list_images(self.root)

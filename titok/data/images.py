@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,9 +69,36 @@ UPRIGHT_ON_WHITE = Preprocessing()
 PUBLISHED_PREPROCESSING = Preprocessing(apply_orientation=False, white_background=False)
 
 
+def check_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) in pixels, from two integers of Python or NumPy, or from one for a square.
+
+    Raises:
+        TypeError: not integers. A bool is none.
+        ValueError: not two of them, or one is below 1.
+    """
+    sides = list(size) if isinstance(size, Sequence) else [size, size]
+    if len(sides) != 2:
+        raise ValueError(f"size: expected (height, width), got {size!r}")
+    height, width = (_check_count("size", side) for side in sides)
+    return height, width
+
+
+def _check_count(name: str, value: Any) -> int:
+    """An integer of Python or NumPy that is at least 1, as an int; otherwise `TypeError` or `ValueError`."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected integers, got {value!r}")
+    if count < 1:
+        raise ValueError(f"{name}: expected integers >= 1, got {count}")
+    return count
+
+
 def read_image(
     path: str | os.PathLike[str],
-    size: tuple[int, int],
+    size: int | Sequence[int],
     channels: int = 3,
     *,
     preprocessing: Preprocessing = UPRIGHT_ON_WHITE,
@@ -83,18 +112,20 @@ def read_image(
     have `MAX_PIXELS` pixels at most.
 
     Args:
-        size: (height, width) in pixels.
+        size: (height, width) in pixels, or an integer for a square.
         channels: 3 for RGB, 1 for grey.
         preprocessing: the published evaluation corresponds to `PUBLISHED_PREPROCESSING`. Pillow applies the
             orientation of TIFF files in any case.
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError, ValueError: `size` is not as described.
         ValueError: the file is no readable picture, its pixels have 32 bits and so no known white level, or it has
             too many pixels.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels: expected 1 or 3, got {channels}")
+    height, width = check_size(size)
     try:
         with Image.open(path) as opened:
             if opened.width * opened.height > MAX_PIXELS:
@@ -103,12 +134,12 @@ def read_image(
             turn = _orientation(opened) if preprocessing.apply_orientation else None
         if turn is not None:
             picture = picture.transpose(turn)
-        array = np.asarray(_resize_and_crop(picture, size), dtype=np.float32) / 255
+        array = np.asarray(_resize_and_crop(picture, (height, width)), dtype=np.float32) / 255
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise ValueError(f"{path}: not a readable picture ({error})") from error
-    return torch.from_numpy(array).reshape(*size, channels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(array).reshape(height, width, channels).permute(2, 0, 1).contiguous()
 
 
 def _resize_and_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -281,7 +312,8 @@ def grid(images: Tensor, columns: int | None = None, *, gap: int = 2, scale: int
     """
     check_tensor("images", images, shape=("B", "H", "W", "C"), dtypes=(torch.uint8,))
     count, height, width, channels = images.shape
-    columns = columns or max(1, math.ceil(math.sqrt(count)))
+    scale = _check_count("scale", scale)
+    columns = max(1, math.ceil(math.sqrt(count))) if columns is None else _check_count("columns", columns)
     rows = max(1, math.ceil(count / columns))
     images = images.cpu().repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
     height, width = height * scale, width * scale
