@@ -1,4 +1,7 @@
-"""The fast path: results of the plain one, prepared weights that follow the parameters, memory that is kept."""
+"""The fast path: results of the plain one, prepared weights that follow the parameters, memory that is kept.
+
+This file is longer than 400 lines because all its tests share models that are slow to make.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""add_layer_norm: both back ends against float64, gradients, dtypes, tracing, empty, inf and NaN, bad input."""
+"""add_layer_norm: both back ends against float64, gradients, dtypes, tracing, empty, inf and NaN, bad input.
+
+This file is longer than 400 lines because all tests of one op share its inputs and tolerances.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""group_norm_silu: every back end against float64, far means, gradients, layouts, tracing, empty, NaN, bad input."""
+"""group_norm_silu: every back end against float64, far means, gradients, layouts, tracing, empty, NaN, bad input.
+
+This file is longer than 400 lines because all tests of one op share its inputs and tolerances.
+"""
 
 from __future__ import annotations
 

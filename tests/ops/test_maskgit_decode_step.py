@@ -1,4 +1,7 @@
-"""`maskgit_decode_step`: law, exactness across back ends, selection, invariances, bad input."""
+"""`maskgit_decode_step`: law, exactness across back ends, selection, invariances, bad input.
+
+This file is longer than 400 lines because all tests of one op share its inputs and tolerances.
+"""
 
 from __future__ import annotations
 
