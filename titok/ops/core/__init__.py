@@ -20,8 +20,8 @@ from titok.ops.core.mode import (
     runs_eagerly,
     through_dispatcher,
 )
-from titok.ops.core.op import Op, contiguous, register_composite, vjp
-from titok.ops.core.parts import Composite, Gradient, Kernel
+from titok.ops.core.op import Op, register_composite
+from titok.ops.core.parts import Composite, Gradient, Kernel, contiguous, vjp
 
 __all__ = [
     "Composite",

@@ -389,19 +389,3 @@ def register_composite(schema: str, function: Callable[..., Any]) -> None:
     """
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
-
-
-def contiguous(arguments: Any) -> Any:
-    """The arguments with contiguous tensors."""
-    return arguments._make(a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
-
-
-def vjp(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of the inputs, by computing the function once more and letting PyTorch differentiate it."""
-    # A kernel that the dispatcher called runs below autograd, which is let in here.
-    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with torch.enable_grad(), autograd:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        result = function(*leaves)
-        gradients: tuple[Tensor, ...] = torch.autograd.grad(result, leaves, grad)
-    return gradients

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -77,3 +78,19 @@ class Gradient:
     save: Callable[[Any, Outputs], tuple[Tensor | None, ...]]
     arguments: Callable[..., tuple[Any, ...] | None]
     gradients: Callable[[Any, Outputs], tuple[Tensor | None, ...]]
+
+
+def contiguous(arguments: Any) -> Any:
+    """The arguments with contiguous tensors."""
+    return arguments._make(a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def vjp(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the inputs, by computing the function once more and letting PyTorch differentiate it."""
+    # A kernel that the dispatcher called runs below autograd, which is let in here.
+    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), autograd:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        result = function(*leaves)
+        gradients: tuple[Tensor, ...] = torch.autograd.grad(result, leaves, grad)
+    return gradients
