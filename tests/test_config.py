@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,6 +102,27 @@ def test_bad_values_name_the_field(kind: Any, base: dict[str, Any], field: str, 
     message = str(caught.value)
     assert "\n" not in message
     assert "got " in message
+
+
+def test_numbers_of_numpy_become_plain_numbers() -> None:
+    """A configuration is hashed, compared and written as JSON, which knows the numbers of Python alone."""
+    vit = ViTConfig(*map(np.int64, (64, 2, 4, 16)))
+    size = (np.int32(64), np.uint8(96))
+    tokenizer = TokenizerConfig(
+        **{**TOKENIZER, "encoder": vit, "image_size": size, "commitment_cost": np.float32(0.5)}
+    )
+    assert tokenizer == TokenizerConfig(**{**TOKENIZER, "commitment_cost": 0.5})
+    sampling = SamplingConfig(steps=np.int64(4), temperature=np.float32(2.5), guidance_scale=np.int64(3))
+    assert sampling == SamplingConfig(steps=4, temperature=2.5, guidance_scale=3)
+    vqgan = VQGANConfig(channel_multipliers=(np.int64(1), np.int64(2)))
+    for config in (tokenizer, sampling, vqgan):
+        assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for true in (True, np.True_):
+        for change in ({"temperature": true}, {"steps": true}):
+            with pytest.raises(ValueError, match=r"SamplingConfig\.\w+: expected"):
+                SamplingConfig(**change)
+    with pytest.raises(ValueError, match="channel_multipliers"):
+        VQGANConfig(channel_multipliers=(True, 2))
 
 
 def test_bad_values_inside_say_where() -> None:

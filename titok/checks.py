@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titok.config import as_integer, is_bool
+
+INTEGER_DTYPES = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -98,15 +103,23 @@ def check_images(images: Any, channels: int, size: tuple[int, int]) -> None:
     _check_values("images", images, (images >= 0) & (images <= 1), "values in [0, 1]")
 
 
-def check_tokens(tokens: Any, length: int, bound: int, *, name: str = "tokens") -> None:
-    """Checks token ids (B, length), int64 in [0, bound).
+def _as_int64(value: Any) -> Any:
+    """A tensor of any integer dtype as int64. Anything else is returned as it is."""
+    is_integer = isinstance(value, Tensor) and value.dtype in INTEGER_DTYPES
+    return value.long() if is_integer else value
+
+
+def check_tokens(tokens: Any, length: int, bound: int, *, name: str = "tokens") -> Tensor:
+    """Checks token ids (B, length), of any integer dtype, in [0, bound), and returns them as int64.
 
     Raises:
-        TypeError: not a tensor, or not int64.
+        TypeError: not a tensor, or not of an integer dtype.
         ValueError: another shape, or an id outside [0, bound).
     """
+    tokens = _as_int64(tokens)
     check_tensor(name, tokens, shape=("B", length), dtypes=(torch.int64,))
     _check_values(name, tokens, (tokens >= 0) & (tokens < bound), f"ids in [0, {bound})")
+    return tokens
 
 
 def check_latents(latents: Any, length: int, dim: int) -> None:
@@ -120,30 +133,47 @@ def check_latents(latents: Any, length: int, dim: int) -> None:
     _check_values("latents", latents, latents.isfinite(), "finite values")
 
 
-def check_labels(labels: Any, num_classes: int) -> None:
-    """Checks labels (B,), int64 in [0, num_classes]; num_classes itself stands for "class dropped".
+def check_labels(labels: Any, num_classes: int) -> Tensor:
+    """Checks labels (B,), of any integer dtype, in [0, num_classes], and returns them as int64.
+
+    The label num_classes stands for "no class".
 
     Raises:
-        TypeError: not a tensor, or not int64.
+        TypeError: not a tensor, or not of an integer dtype.
         ValueError: another shape, or a class outside [0, num_classes].
     """
+    labels = _as_int64(labels)
     check_tensor("labels", labels, shape=("B",), dtypes=(torch.int64,))
     _check_values("labels", labels, (labels >= 0) & (labels <= num_classes), f"classes in [0, {num_classes}]")
+    return labels
 
 
 def labels_on_host(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
     """A checked copy of the labels, (B,) int64 on the CPU, so that the caller may change theirs.
 
     Raises:
-        TypeError: neither an int64 tensor nor a sequence of ints.
+        TypeError: neither a tensor of an integer dtype nor a sequence of integers.
         ValueError: another shape, or a class outside [0, num_classes].
     """
     if not isinstance(labels, Tensor):
         try:
-            values = torch.tensor(labels)
+            values = torch.tensor(labels, device="cpu")
+            # PyTorch takes a bool among integers for 0 or 1, and finds no dtype for an empty list.
+            if isinstance(labels, (list, tuple)) and any(map(is_bool, labels)):
+                values = values.bool()
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"labels: expected a tensor or a sequence of ints, got {labels!r:.60}") from None
-        labels = values if values.is_floating_point() and values.numel() else values.long()
-    labels = labels.to("cpu", copy=True)
-    check_labels(labels, num_classes)
-    return labels
+        labels = values if values.numel() else values.long()
+    return check_labels(labels.to("cpu", copy=True), num_classes)
+
+
+def check_integer(name: str, value: Any, bits: int) -> int:
+    """Checks an integer in [0, 2^bits) of Python, NumPy or PyTorch, and returns it as an int.
+
+    Raises:
+        ValueError: anything else, a bool or a float too.
+    """
+    integer = as_integer(value)
+    if integer is None or not 0 <= integer < 1 << bits:
+        raise ValueError(f"{name}: expected an int in [0, 2^{bits}), got {value!r}")
+    return integer

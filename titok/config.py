@@ -8,15 +8,48 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 MaskSchedule = Literal["arccos", "cosine", "linear", "root", "square"]
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
 ConfidenceRule = Literal["titok", "maskgit"]
+# Larger counts in a file are damage or an attack: building the model would take minutes and all memory.
+MAX_COUNT = 1 << 20
+MAX_LAYERS = 1_000
+MAX_STEPS = 10_000
 Rounding = Literal["nearest", "truncate"]  # how pixels in [0, 1] become 8-bit levels: `titok.data.images.to_uint8`
 
 C = TypeVar("C", bound="Config")
+
+
+def is_bool(value: object) -> bool:
+    """True for True, False, and arrays and tensors of them."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def as_integer(value: object) -> int | None:
+    """`value` as an int, where it is an integer of Python, NumPy or PyTorch. None for all else: bools, floats, text.
+
+    Every count, seed and index that a caller hands in goes through here, so that all take the same values.
+    """
+    if is_bool(value):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def as_number(value: object) -> int | float | None:
+    """`value` as an int or a float, where it is a finite number of Python or NumPy. None for all else, bools too."""
+    if (integer := as_integer(value)) is not None:
+        return integer if abs(integer) < 1 << 64 else None
+    if isinstance(value, numbers.Real) and not is_bool(value) and math.isfinite(value):
+        return float(value)
+    return None
 
 
 class Config:
@@ -41,7 +74,7 @@ class Config:
             raise TypeError(f"{cls.__name__}: expected a dict, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"{cls.__name__}: unknown keys {unknown}; known are {sorted(known)}")
+            raise ValueError(f"{cls.__name__}: unknown keys {unknown!r:.300}; known are {sorted(known)}")
         required = [
             f.name
             for f in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -53,21 +86,31 @@ class Config:
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
-            raise ValueError(f"{type(self).__name__}.{name}: expected {expected}, got {getattr(self, name)!r}")
+            raise ValueError(f"{type(self).__name__}.{name}: expected {expected}, got {getattr(self, name)!r:.80}")
 
-    def _check_counts(self, *names: str) -> None:
+    def _set_if(self, name: str, value: object, valid: bool, expected: str) -> None:
+        """Replaces a field by `value`, its plain Python form, where `valid`; else raises with the field's own value."""
+        self._check(name, valid, expected)
+        object.__setattr__(self, name, value)
+
+    def _check_integer(self, name: str, low: int, expected: str, high: float = math.inf) -> None:
+        """Checks an integer in [low, high]."""
+        value = as_integer(getattr(self, name))
+        self._set_if(name, value, value is not None and low <= value <= high, expected)
+
+    def _check_counts(self, *names: str, at_most: float = math.inf) -> None:
         for name in names:
-            value = getattr(self, name)
-            self._check(name, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "an int >= 1")
+            self._check_integer(name, 1, "an int >= 1")
+            self._check(name, getattr(self, name) <= at_most, f"an int in [1, {at_most}]")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        self._check(name, getattr(self, name) in choices, f"one of {choices}")
+        value = getattr(self, name)
+        self._check(name, isinstance(value, str) and value in choices, f"one of {choices}")
 
     def _check_number(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            valid = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-            self._check(name, valid, "a finite number >= 0")
+            value = as_number(getattr(self, name))
+            self._set_if(name, value, value is not None and value >= 0, "a finite number >= 0")
 
     def _check_flags(self, *names: str) -> None:
         for name in names:
@@ -82,12 +125,20 @@ class Config:
             self._check(name, isinstance(value, kind), f"a {kind.__name__}")
 
     def _check_unit(self, name: str) -> None:
-        value = getattr(self, name)
-        self._check(name, isinstance(value, (int, float)) and 0 <= value <= 1, "a number in [0, 1]")
+        value = as_number(getattr(self, name))
+        self._set_if(name, value, value is not None and 0 <= value <= 1, "a number in [0, 1]")
+
+
+def _as_integers(values: object) -> tuple[int, ...]:
+    """A tuple or list of integers as a tuple of ints; an empty one where `values` is anything else."""
+    if not isinstance(values, (tuple, list)):
+        return ()
+    integers = tuple(map(as_integer, values))
+    return integers if None not in integers else ()  # type: ignore[return-value]
 
 
 def _lookup(kind: str, name: str, table: dict[str, C]) -> C:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"name: expected a {kind} preset out of {sorted(table)}, got {name!r}")
     return table[name]
 
@@ -109,7 +160,8 @@ class ViTConfig(Config):
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
-        self._check_counts("width", "layers", "heads", "patch_size", "mlp_ratio")
+        self._check_counts("width", "heads", "patch_size", "mlp_ratio", at_most=MAX_COUNT)
+        self._check_counts("layers", at_most=MAX_LAYERS)
         self._check("heads", self.width % self.heads == 0, f"a divisor of width {self.width}")
 
     @classmethod
@@ -120,8 +172,8 @@ class ViTConfig(Config):
             ValueError: `size` is none of the three.
         """
         sizes = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
-        if size not in sizes:
-            raise ValueError(f"size: expected one of {sorted(sizes)}, got {size!r}")
+        if not isinstance(size, str) or size not in sizes:
+            raise ValueError(f"size: expected one of {sorted(sizes)}, got {size!r:.80}")
         width, layers, heads = sizes[size]
         return cls(width, layers, heads, patch_size)
 
@@ -146,13 +198,14 @@ class VQGANConfig(Config):
     shortcut_of_result: bool = True
 
     def __post_init__(self) -> None:
-        multipliers = self.channel_multipliers
-        valid = isinstance(multipliers, (tuple, list)) and len(multipliers) > 0
-        valid = valid and all(isinstance(m, int) and m >= 1 for m in multipliers)
-        self._check("channel_multipliers", valid, "ints >= 1")
-        object.__setattr__(self, "channel_multipliers", tuple(multipliers))
+        multipliers = _as_integers(self.channel_multipliers)
+        self._set_if("channel_multipliers", multipliers, bool(multipliers) and min(multipliers) >= 1, "ints >= 1")
+        fits = len(multipliers) <= 16 and max(multipliers) <= MAX_COUNT
+        self._check("channel_multipliers", fits, f"at most 16 ints of at most {MAX_COUNT}")
         self._check_flags("shortcut_of_result")
-        self._check_counts("channels", "hidden_channels", "blocks_per_level", "codebook_size", "code_dim")
+        names = ("channels", "hidden_channels", "codebook_size", "code_dim")
+        self._check_counts(*names, at_most=MAX_COUNT)
+        self._check_counts("blocks_per_level", at_most=100)
         self._check(
             "hidden_channels", self.hidden_channels % 32 == 0, "a multiple of 32 (the groups of its norms)"
         )
@@ -207,18 +260,18 @@ class TokenizerConfig(Config):
         self._check_nested("encoder", ViTConfig)
         self._check_nested("decoder", ViTConfig)
         self._check_nested("proxy", VQGANConfig, optional=True)
-        self._check_counts("num_latent_tokens", "code_dim", "codebook_size", "channels")
+        self._check_counts("num_latent_tokens", "code_dim", "codebook_size", "channels", at_most=MAX_COUNT)
         self._check_choice("bottleneck", ("vq", "vae"))
         self._check_choice("head", ("pixels", "proxy"))
         self._check_number("commitment_cost")
         self._check_flags("l2_normalize", "pixel_decoder", "signed_pixels", "reread_latents")
-        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        side = as_integer(self.image_size)
+        size = _as_integers(self.image_size) if side is None else (side, side)
         for vit in (self.encoder, self.decoder):
             p = vit.patch_size
-            fits = isinstance(size, (tuple, list)) and len(size) == 2
-            fits = fits and all(isinstance(s, int) and s >= 1 and s % p == 0 for s in size)
+            fits = len(size) == 2 and all(1 <= s <= MAX_COUNT and s % p == 0 for s in size)
             self._check("image_size", fits, f"(height, width), multiples of the patch size {p}")
-        object.__setattr__(self, "image_size", tuple(size))
+        object.__setattr__(self, "image_size", size)
         proxy = self.proxy
         if self.head == "pixels":
             self._check("pixel_decoder", not self.pixel_decoder, "False, because head is 'pixels'")
@@ -254,17 +307,18 @@ class SamplingConfig(Config):
         steps: forward passes. Each one decides the tokens it is most confident of. There may be more steps than
             tokens.
         guidance_scale: strength of classifier-free guidance. The logits of a step are w * cond + (1 - w) * uncond.
-        guidance_schedule: how w follows from the scale s and the progress p = step / steps, as in the official
-            code. "constant": w = 1 + s. "linear": w = 1 + s * p. "power-cosine": w = 1 + (s - 1) * (1 - cos(pi *
-                p^power)) / 2.
-        guidance_power: the power of "power-cosine".
-        temperature: scale of the Gumbel noise in the first step, on draws (rule "titok") and on confidences. It
-            falls linearly to 0 at the last step.
+        guidance_schedule: how w follows from the scale s and the share p = step / steps of the steps done, as in
+            the official code:
+            "constant": w = 1 + s,
+            "linear": w = 1 + s * p,
+            "power-cosine": w = 1 + (s - 1) * (1 - cos(pi * p^guidance_power)) / 2.
+        guidance_power: see "power-cosine".
+        temperature: scale of the Gumbel noise on confidences and, by the rule "titok", on draws. It falls linearly
+            to 0 in the last step.
         softmax_annealing: divide the logits by a temperature that falls linearly from 1.3 to 0.5.
-        mask_schedule: how many tokens are still masked after each step, see
-            `titok.generation.schedules.mask_ratio`.
-        confidence: what a token's confidence is. "titok": the guided logit of the drawn code. "maskgit": its log
-            probability, where the draw is from the softmax without noise.
+        mask_schedule: how many tokens are still masked after each step: `titok.generation.schedules.mask_ratio`.
+        confidence: what the confidence of a drawn code is, before noise. "titok": its guided logit. "maskgit": its
+            log probability.
     """
 
     steps: int = 8
@@ -277,7 +331,7 @@ class SamplingConfig(Config):
     confidence: ConfidenceRule = "titok"
 
     def __post_init__(self) -> None:
-        self._check_counts("steps")
+        self._check_counts("steps", at_most=MAX_STEPS)
         self._check_number("guidance_scale", "guidance_power", "temperature")
         self._check_flags("softmax_annealing")
         self._check_choice("guidance_schedule", ("constant", "linear", "power-cosine"))
@@ -313,8 +367,9 @@ class GeneratorConfig(Config):
 
     def __post_init__(self) -> None:
         self._check_nested("sampling", SamplingConfig)
-        names = ("num_latent_tokens", "codebook_size", "num_classes", "width", "layers", "heads", "mlp_width")
-        self._check_counts(*names)
+        names = ("num_latent_tokens", "codebook_size", "num_classes", "width", "heads", "mlp_width")
+        self._check_counts(*names, at_most=MAX_COUNT)
+        self._check_counts("layers", at_most=MAX_LAYERS)
         self._check_choice("architecture", ("vit", "uvit"))
         self._check("heads", self.width % self.heads == 0, f"a divisor of width {self.width}")
         self._check_unit("dropout")

@@ -286,8 +286,10 @@ def _register_formulas() -> None:
     def mixture(logits: Any, codebook: Any, *_: Any, **__: Any) -> int:
         return 2 * prod(logits) * codebook[1]
 
-    def mixture_backward(grad: Any, logits: Any, codebook: Any, out: Any, *needed: Any, **__: Any) -> int:
-        return mixture(logits, codebook) * sum(bool(wanted) for wanted in needed[:2])
+    def mixture_backward(
+        grad: Any, logits: Any, codebook: Any, out: Any, need_codebook: bool, *_: Any, **__: Any
+    ) -> int:
+        return mixture(logits, codebook) * (1 + need_codebook)
 
     def nearest(latents: Any, codebook: Any, *_: Any, **__: Any) -> int:
         return 2 * prod(latents) * codebook[0]

@@ -67,6 +67,7 @@ def rows(path: Path, bench: str) -> list[dict[str, Any]]:
     return measures.select(read([path]), bench)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_engine_against_published(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.jsonl"
@@ -144,6 +145,7 @@ def test_all_steps_can_be_run_and_rows_left_out(
     assert "left out: DiT-XL/2 bf16, SDPA (diffusers is not installed)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.jsonl"
     speedup.main(["--device", "cpu", "--ladder", "tiny-64", "--seconds", "0.01", "--out", str(path)])
@@ -155,6 +157,7 @@ def test_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found) == 8
 
 
+@pytest.mark.slow
 def test_every_rung_runs_and_costs_what_the_formula_says() -> None:
     def models(preset: str, dtype: torch.dtype) -> Models:
         return Models(preset, dtype, "cpu", all_steps=True)

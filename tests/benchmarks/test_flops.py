@@ -105,6 +105,7 @@ def test_folded_upsampling_is_the_same_map_with_fewer_taps():
     assert flops.upsample_conv(1, 8, 10, 2, folded=False).flops == 2 * 9 * 8 * 10 * 2 * 2
 
 
+@pytest.mark.slow
 def test_diffusers():
     pytest.importorskip("diffusers")
     from benchmarks.baselines import dit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from golden import recipe_state
 from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, TiTok, TokenizerConfig, ViTConfig, VQGANConfig
-from titok.checkpoints.files import atomic_path, read_weights, write_safetensors
+from titok.checkpoints.files import atomic_path, read_weights, write_json, write_safetensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,6 +201,78 @@ def test_permissions_are_those_of_the_umask_or_of_the_replaced_file(
     write_safetensors(target, {"x": torch.ones(1)})
     assert target.stat().st_mode & 0o777 == 0o640
     assert read_weights(target)["x"].item() == 1
+
+
+WRITERS: dict[str, Any] = {
+    "safetensors": lambda path: write_safetensors(path, {"x": torch.rand(50_000)}),
+    "json": lambda path: write_json(path, ["text" * 1000] * 100),
+    "atomic_path": lambda path: _write_bytes(path),
+}
+
+
+def _write_bytes(path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(bytes(200_000))
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_mode_bits_and_links_of_a_replaced_file_stay(writer: str, tmp_path: Path) -> None:
+    target, link = tmp_path / "elsewhere" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    target.write_text("before")
+    target.chmod(0o600)
+    link.symlink_to(Path("elsewhere", "target"))
+    WRITERS[writer](link)
+    assert link.is_symlink()
+    assert target.stat().st_size > 1000
+    assert target.stat().st_mode & 0o7777 == 0o600
+    target.unlink()
+    WRITERS[writer](link)  # the link leads nowhere
+    assert link.is_symlink()
+    assert target.stat().st_size > 1000
+    assert os.listdir(target.parent) == ["target"]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_private_file_is_never_readable_by_others(
+    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.touch(0o600)
+    seen, chmod = [], os.chmod
+
+    def watched(path: Path, mode: int) -> None:
+        seen.append(path.stat().st_mode & 0o077)
+        chmod(path, mode)
+
+    monkeypatch.setattr(os, "chmod", watched)
+    WRITERS[writer](target)
+    if writer != "safetensors":  # which replaces the temporary file itself
+        assert seen == [0]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_longest_name_can_be_written(writer: str, tmp_path: Path) -> None:
+    target = tmp_path / ("x" * 250 + ".json")
+    WRITERS[writer](target)
+    assert os.listdir(tmp_path) == [target.name]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_one_line_with_the_path(writer: str, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk, which a test cannot have."""
+    target = tmp_path / "target"
+    target.write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{target}'$") as caught:
+            WRITERS[writer](target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert target.read_text() == "before"
+    assert os.listdir(tmp_path) == ["target"]
 
 
 @pytest.mark.slow

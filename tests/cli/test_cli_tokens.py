@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from cli_runner import NAMES, SIZE, load, pixels, refused, titok
 from titok.cli.app import app
 from titok.data.images import read_image, to_uint8
+from titok.data.tokens import read_tokens
+from titok.data.tokens import write_tokens as write_token_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,9 +32,8 @@ def test_tokens_file_holds_what_the_model_says(models: Path, photos: Path) -> No
     want = model.encode(torch.stack([read_image(photos / name, SIZE) for name in NAMES]))
     assert len(want.unique(dim=0)) > 3, "different pictures must have different tokens"
     for batch_size in (1, 2, 16):
-        lines = titok(
-            "tokenize", photos, "-t", models / "tokenizer", "-o", "new/tokens.npz", "--batch-size", batch_size
-        )
+        output = ("-o", "new/tokens.npz", "--overwrite")
+        lines = titok("tokenize", photos, "-t", models / "tokenizer", *output, "--batch-size", batch_size)
         assert lines == ["new/tokens.npz: 5 pictures, 4 tokens each"]
         with np.load("new/tokens.npz", allow_pickle=False) as file:
             assert file["names"].tolist() == NAMES
@@ -77,8 +78,8 @@ def test_grey_pictures(models: Path, photos: Path) -> None:
 
 def test_bfloat16_reads_what_float32_wrote(models: Path, photos: Path) -> None:
     for kind in ("tokenizer", "vae"):
-        titok("tokenize", photos, "-t", models / kind)
-        titok("detokenize", "tokens.npz", "-t", models / kind, "--dtype", "bfloat16")
+        titok("tokenize", photos, "-t", models / kind, "-o", f"{kind}.npz")
+        titok("detokenize", f"{kind}.npz", "-t", models / kind, "--dtype", "bfloat16", "-o", kind)
 
 
 def test_names_that_differ_by_suffix_alone(models: Path, photos: Path) -> None:
@@ -98,7 +99,7 @@ def test_damaged_picture(models: Path, photos: Path) -> None:
     assert refused("tokenize", "mixed", "-t", models / "tokenizer").startswith(
         "mixed/b.png: not a readable picture"
     )
-    arguments = ["tokenize", "mixed", "-t", str(models / "tokenizer"), "--skip-unreadable"]
+    arguments = ["tokenize", "mixed", "-t", str(models / "tokenizer"), "--skip-unreadable", "--overwrite"]
     for batch_size in ("1", "2", "16"):
         result = CliRunner().invoke(app, [*arguments, "--batch-size", batch_size])
         assert result.stdout == "tokens.npz: 2 pictures (2 left out), 4 tokens each\n"
@@ -122,7 +123,7 @@ def test_tokenize_refuses(models: Path, photos: Path) -> None:
     model = models / "tokenizer"
     assert refused("tokenize", photos / "none", "-t", model) == f"{photos}/none: no such file or folder"
     Path("empty").mkdir()
-    assert refused("tokenize", "empty", "-t", model).startswith("empty: no picture here (looked for .bmp, ")
+    assert refused("tokenize", "empty", "-t", model).startswith("empty: no picture here (looked for .apng, ")
     assert "notes.txt: not a readable picture" in refused("tokenize", photos / "notes.txt", "-t", model)
     assert "got a 'MaskGIT'" in refused("tokenize", photos, "-t", models / "generator")
     assert refused("tokenize", photos, "-t", "empty").startswith("empty: neither of model.safetensors")
@@ -163,7 +164,7 @@ def write_tokens(path: str, **arrays: np.ndarray) -> None:
 @pytest.mark.parametrize("path", ["t.npz", "t.safetensors"])
 def test_tokens_made_elsewhere(path: str, models: Path) -> None:
     tokens = np.array([[0, 1, 2, 15], [3, 3, 3, 3]])
-    model, detokenize = models / "tokenizer", ("detokenize", path, "-t")
+    model, detokenize = models / "tokenizer", ("detokenize", path, "--overwrite", "-t")
     for dtype in (np.int64, np.uint16, np.uint8):
         write_tokens(path, tokens=tokens.astype(dtype))
         result = CliRunner().invoke(app, [*detokenize, str(model)])
@@ -187,6 +188,30 @@ def test_tokens_made_elsewhere(path: str, models: Path) -> None:
     latents[1, 2, 3] = np.nan
     write_tokens(path, latents=latents)
     assert refused(*detokenize, models / "vae").startswith(f"{path}: latents: expected finite values, got nan")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", ">i2", "uint16", "int32", ">i4", "uint32", "int64", ">u8"])
+def test_tokens_of_every_integer_dtype(dtype: str, models: Path) -> None:
+    tokens = np.array([[0, 1, 2, 15], [3, 3, 3, 3]])
+    model = load(models, "tokenizer")
+    np.savez("t.npz", tokens=tokens.astype(dtype))
+    read = read_tokens("t.npz", model)
+    assert read.tokens.dtype == torch.int64
+    assert read.tokens.tolist() == tokens.tolist()
+    if not dtype.startswith(">"):
+        write_token_file("u.npz", torch.from_numpy(tokens.astype(dtype)), ["a", "b"], model)
+        assert np.load("u.npz")["tokens"].tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bool", "complex64"])
+def test_tokens_of_other_dtypes_are_refused(dtype: str, models: Path) -> None:
+    tokens = np.ones((2, 4), dtype)
+    model = load(models, "tokenizer")
+    np.savez("t.npz", tokens=tokens)
+    with pytest.raises(ValueError, match=r"t\.npz: tokens: expected dtype int64, got "):
+        read_tokens("t.npz", model)
+    with pytest.raises(TypeError, match="tokens: expected dtype int64, got "):
+        write_token_file("u.npz", torch.from_numpy(tokens), ["a", "b"], model)
 
 
 def test_damaged_token_files(models: Path, photos: Path) -> None:
@@ -226,3 +251,13 @@ def test_names_must_match_the_tokens(models: Path) -> None:
     assert "file: expected a folder, got a file" in refused(
         "detokenize", "t.npz", "-t", models / "tokenizer", "-o", "file"
     )
+
+
+def test_what_is_left_out_is_said_in_one_line(models: Path, photos: Path) -> None:
+    Path("mixed/.hidden").mkdir(parents=True)
+    for name in ("a.png", "b.ppm", "._a.png", ".hidden/c.png", "d.HEIC", "e.heic", "read me"):
+        Image.open(photos / "b.png").save(Path("mixed", name), format="PNG")
+    for command in ("tokenize", "reconstruct"):
+        result = CliRunner().invoke(app, [command, "mixed", "-t", str(models / "tokenizer")])
+        assert result.exit_code == 0
+        assert result.stderr == "note: mixed: left out: 2 .heic, 1 file without a suffix, 2 hidden\n"

@@ -37,6 +37,17 @@ def test_class_is_the_sub_folder(folder: Path) -> None:
     assert torch.allclose(data[1], torch.full((3, 8, 8), 40 / 255))
 
 
+def test_linked_folders_are_classes_and_those_of_programs_are_not(tmp_path: Path) -> None:
+    picture(tmp_path / "store" / "a.png", 10)
+    for name in ("eel/a.ppm", ".ipynb_checkpoints/a.png", "__MACOSX/eel/a.png", "@eaDir/a.png", "eel/._a.png"):
+        picture(tmp_path / "data" / name, 20)
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "store")
+    data = ImageFolder(tmp_path / "data", 8)
+    assert data.classes == ["cat", "eel"]
+    assert data.labels.tolist() == [0, 1]
+    assert data.found.left_out == {"hidden": 2, "__MACOSX": 1, "@eaDir": 1}
+
+
 def test_grey_and_oblong(folder: Path) -> None:
     assert ImageFolder(folder, (6, 10), channels=1)[0].shape == (1, 6, 10)
 

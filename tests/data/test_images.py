@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from titok.data.images import find_images, grid, psnr, read_image, to_uint8, write_png
+from titok.data.folders import ImageFolder
+from titok.data.images import (
+    PUBLISHED_PREPROCESSING,
+    find_images,
+    grid,
+    list_images,
+    psnr,
+    read_image,
+    to_uint8,
+    write_image,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -124,10 +137,14 @@ def test_modes(mode: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> N
     picture.save(tmp_path / "a.png", **extra)
     with Image.open(tmp_path / "a.png") as opened:
         assert opened.mode == mode
-    got = to_uint8(read_image(tmp_path / "a.png", (4, 4)))
+    as_published = {"preprocessing": PUBLISHED_PREPROCESSING}
+    got = to_uint8(read_image(tmp_path / "a.png", (4, 4), **as_published))
     assert np.abs(got.numpy().astype(int) - want).max() == 0
     luma = (want @ [0.299, 0.587, 0.114]).round()
-    assert np.abs(to_uint8(read_image(tmp_path / "a.png", (4, 4), 1))[..., 0].numpy() - luma).max() <= 1
+    grey = read_image(tmp_path / "a.png", (4, 4), 1, **as_published)
+    assert np.abs(to_uint8(grey)[..., 0].numpy() - luma).max() <= 1
+    if mode not in ("RGBA", "LA", "P"):
+        assert np.array_equal(to_uint8(read_image(tmp_path / "a.png", (4, 4))).numpy(), got)
     assert not recwarn.list
 
 
@@ -147,15 +164,124 @@ def test_pixels_without_a_white_level_are_refused(dtype: Any, tmp_path: Path) ->
         read_image(tmp_path / "deep.tif", (4, 4))
 
 
-def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
-    """The published evaluation does not apply it either."""
-    array = smooth_picture(16, 16)
+# Where EXIF orientation k takes pixel (row, column) of an upright picture of 5 rows and 7 columns from, in the stored
+# picture. The table is that of the EXIF standard: which edges of the upright picture row 0 and column 0 are.
+STORED: dict[int, Any] = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: upright.transpose(1, 0, 2)[::-1],
+    7: lambda upright: upright.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda upright: upright.transpose(1, 0, 2)[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation(orientation: int, kind: str, tmp_path: Path) -> None:
+    upright = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    stored = np.ascontiguousarray(STORED[orientation](upright))
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
-    with Image.open(tmp_path / "a.png") as opened:
-        assert opened.getexif()[0x0112] == 6
-    assert torch.equal(to_uint8(read_image(tmp_path / "a.png", (16, 16))), torch.from_numpy(array))
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(stored).save(path, exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    assert np.array_equal(to_uint8(read_image(path, (5, 7))).numpy(), upright)
+    if kind != "tif":
+        published = read_image(path, stored.shape[:2], preprocessing=PUBLISHED_PREPROCESSING)
+        assert np.array_equal(to_uint8(published).numpy(), stored)
+
+
+def test_damaged_exif_data_do_not_matter(tmp_path: Path) -> None:
+    picture = Image.fromarray(smooth_picture(16, 16))
+    for i, exif in enumerate((b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", b"Exif\0\0")):
+        picture.save(tmp_path / f"{i}.jpg", exif=exif)
+        picture.save(tmp_path / "plain.jpg")
+        assert torch.equal(read_image(tmp_path / f"{i}.jpg", (8, 8)), read_image(tmp_path / "plain.jpg", (8, 8)))
+
+
+def transparent_pictures() -> dict[str, tuple[Image.Image, dict[str, Any], np.ndarray]]:
+    """A picture of every kind of transparency, options to save it with, and its values on white."""
+    rgb = RNG.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    alpha = RNG.integers(0, 256, (6, 6, 1), dtype=np.uint8)
+    grey = rgb[..., :1]
+
+    def over_white(colours: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+        share = opacity / 255
+        return np.broadcast_to(colours * share + 255 * (1 - share), (6, 6, 3))
+
+    few = rgb[:2, :3].repeat(3, axis=0).repeat(2, axis=1)
+    palette = Image.fromarray(few).quantize(6)
+    opacities = np.array([0, 255, 128, 7, 77, 201], dtype=np.uint8)
+    of_pixel = opacities[np.asarray(palette)][..., None]
+    rgb_key, grey_key = tuple(int(c) for c in rgb[2, 3]), int(grey[2, 3, 0])
+    is_rgb_key, is_grey_key = (rgb == rgb_key).all(axis=2, keepdims=True), grey == grey_key
+    return {
+        "RGBA": (Image.fromarray(np.concatenate([rgb, alpha], axis=2)), {}, over_white(rgb, alpha)),
+        "LA": (Image.fromarray(np.concatenate([grey, alpha], axis=2)), {}, over_white(grey, alpha)),
+        "P": (palette, {"transparency": opacities.tobytes()}, over_white(few, of_pixel)),
+        "RGB": (Image.fromarray(rgb), {"transparency": rgb_key}, over_white(rgb, 255 * ~is_rgb_key)),
+        "L": (Image.fromarray(grey[..., 0]), {"transparency": grey_key}, over_white(grey, 255 * ~is_grey_key)),
+        "I;16": (
+            Image.fromarray(grey[..., 0].astype(np.uint16) * 257),
+            {"transparency": grey_key * 257},
+            over_white(grey, 255 * ~is_grey_key),
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", transparent_pictures())
+def test_transparency_is_laid_over_white(kind: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    picture, options, want = transparent_pictures()[kind]
+    picture.save(tmp_path / "a.png", **options)
+    got = to_uint8(read_image(tmp_path / "a.png", (6, 6))).numpy().astype(int)
+    assert np.abs(got - want).max() <= 1
+    luma = want @ [0.299, 0.587, 0.114]
+    assert np.abs(to_uint8(read_image(tmp_path / "a.png", (6, 6), 1))[..., 0].numpy() - luma).max() <= 2
+    assert not recwarn.list
+
+
+# Thinner than 1 to 64 for a square: enlarged, reduced and unchanged across.
+@pytest.mark.parametrize("picture", [(1, 700), (700, 1), (3, 901), (16, 1500), (40, 3001), (3001, 40), (16, 1025)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_thin_pictures_are_resized_and_cropped_as_others(
+    picture: tuple[int, int], mode: str, tmp_path: Path
+) -> None:
+    array = smooth_picture(*picture)
+    whole = Image.fromarray(array).convert(mode)
+    whole.save(tmp_path / "a.png")
+    height, width = picture
+    small = (16 * width // height, 16) if height < width else (16, 16 * height // width)
+    resized = np.asarray(whole.resize(small, Image.Resampling.BICUBIC)).astype(int)
+    top, left = (round((side - 16) / 2) for side in resized.shape[:2])
+    want = resized[top : top + 16, left : left + 16].reshape(16, 16, -1)
+    got = to_uint8(read_image(tmp_path / "a.png", (16, 16), 3 if mode == "RGB" else 1)).numpy()
+    assert np.abs(got - want).max() <= 1
+
+
+def test_memory_is_bounded_for_any_picture(tmp_path: Path) -> None:
+    """Resized as a whole, these pictures would take from 3 GB to 200 TB."""
+    for i, size in enumerate(((1, 4000), (4000, 1), (1, 1_000_000), (1_000_000, 1), (3, 300_000))):
+        Image.new("RGB", size, (9, 9, 9)).save(tmp_path / f"{i}.png")
+    code = "import resource, sys; from pathlib import Path; from titok.data.images import read_image\n"
+    code += "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; read_image(sys.argv[1], (8, 8))\n"
+    code += "before = used()\nfor path in sys.argv[1:]: assert read_image(path, (512, 512)).std() == 0\n"
+    code += "print((used() - before) / 1024)"
+    arguments = [sys.executable, "-c", code, *map(str, sorted(tmp_path.iterdir()))]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 12 + 64 + 20, "MiB: pictures, 256 bytes for each of 512 x 512 pixels, allowance"
+
+
+def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host may have lifted Pillow's own limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=r"large\.png: not a readable picture \(20000 x 10000 pixels, more than"):
+        read_image(tmp_path / "large.png", (8, 8))
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "tif", "webp"])
@@ -177,6 +303,29 @@ def test_missing_file_and_bad_channels(tmp_path: Path) -> None:
         read_image(tmp_path / "none.png", (16, 16), 4)
 
 
+@pytest.mark.parametrize("dtype", [int, np.int64, np.int32, np.uint8])
+def test_sizes_are_integers_of_python_or_numpy(dtype: Any, tmp_path: Path) -> None:
+    Image.fromarray(smooth_picture(20, 30)).save(tmp_path / "a.png")
+    want = read_image(tmp_path / "a.png", (200, 16))
+    assert torch.equal(read_image(tmp_path / "a.png", (dtype(200), dtype(16))), want)
+    assert torch.equal(ImageFolder(tmp_path, (dtype(200), dtype(16)))[dtype(0)], want)
+    assert ImageFolder(tmp_path, dtype(200)).size == (200, 200)
+    images = torch.zeros(4, 2, 2, 3, dtype=torch.uint8)
+    assert grid(images, dtype(4), gap=dtype(1), scale=dtype(3)).shape == (6, 27, 3)
+
+
+@pytest.mark.parametrize("size", [True, 8.0, "8", (8, 8.0), None, (np.True_, 8), np.float32(8)])
+def test_other_sizes_are_refused(size: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for read in (ImageFolder, lambda root, size: read_image(root / "a.png", size)):
+        with pytest.raises((TypeError, ValueError), match=r"^size: expected"):
+            read(tmp_path, size)
+        with pytest.raises(ValueError, match="size: expected integers >= 1, got 0"):
+            read(tmp_path, (8, 0))
+        with pytest.raises(ValueError, match=r"size: expected \(height, width\), got \(8,\)"):
+            read(tmp_path, (8,))
+
+
 def test_find_images(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "deep/er/c.webp", "notes.txt", "deep/d.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +338,85 @@ def test_find_images(tmp_path: Path) -> None:
         find_images(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="none: no such file or folder"):
         find_images(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "kind", ["PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX", "DDS", "WEBP", "QOI", "MPO", "SGI"]
+)
+def test_every_format_that_pillow_reads_is_found(kind: str, tmp_path: Path) -> None:
+    suffixes = [suffix for suffix, name in Image.registered_extensions().items() if name == kind]
+    if kind not in Image.SAVE or not suffixes:
+        pytest.skip(f"this Pillow does not write {kind}")
+    picture = Image.fromarray(smooth_picture(32, 32))
+    picture.save(tmp_path / f"a{suffixes[-1].upper()}", format=kind)
+    (path,) = find_images(tmp_path)
+    assert read_image(path, (16, 16)).shape == (3, 16, 16)
+
+
+def test_files_that_pillow_only_recognises_are_not_found(tmp_path: Path) -> None:
+    for suffix in (".h5", ".hdf", ".grib", ".mpg", ".eps", ".ps", ".wmf", ".pdf", ".npz"):
+        (tmp_path / f"a{suffix}").touch()
+    with pytest.raises(FileNotFoundError, match="no picture here"):
+        find_images(tmp_path)
+
+
+JUNK = [
+    ".ipynb_checkpoints/a.png",
+    "__MACOSX/a.png",
+    ".thumbnails/a.png",
+    "@eaDir/a.png",
+    "._a.png",
+    ".titok-0f.tmp",
+]
+JUNK += ["$RECYCLE.BIN/a.png", ".a.png.0123456789abcdef.png", ".git/x/a.png"]
+
+
+@pytest.mark.parametrize("depth", ["", "cat/"])
+def test_hidden_files_and_those_of_programs_are_no_pictures(depth: str, tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/1.png", *(depth + name for name in JUNK)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    images = list_images(tmp_path)
+    assert [p.relative_to(tmp_path).as_posix() for p in images.paths] == ["cat/1.png", "dog/1.png"]
+    assert images.left_out == {"hidden": 6, "__MACOSX": 1, "@eaDir": 1, "$RECYCLE.BIN": 1}
+    assert images.describe_left_out() == "left out: 1 $RECYCLE.BIN, 1 @eaDir, 1 __MACOSX, 6 hidden"
+    hidden_root = tmp_path / ".cache"
+    hidden_root.mkdir()
+    (hidden_root / "a.png").touch()
+    assert find_images(hidden_root) == [hidden_root / "a.png"], "the folder that is asked for may be hidden"
+
+
+def test_links_are_followed_without_loops(tmp_path: Path) -> None:
+    for name in ("data/eel/1.png", "store/cat/1.png", "store/one.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    root = tmp_path / "data"
+    (root / "cat").symlink_to(tmp_path / "store" / "cat")
+    (root / "tom").symlink_to(tmp_path / "store" / "cat")  # a second link to the same folder is another class
+    (root / "eel" / "2.png").symlink_to(tmp_path / "store" / "one.png")
+    (root / "eel" / "up").symlink_to("..")
+    (root / "eel" / "self").symlink_to(root / "eel")
+    (root / "eel" / "gone.png").symlink_to("nowhere.png")
+    (root / "eel" / "own.png").symlink_to("own.png")
+    images = list_images(root)
+    names = [p.relative_to(root).as_posix() for p in images.paths]
+    assert names == ["cat/1.png", "eel/1.png", "eel/2.png", "tom/1.png"]
+    assert images.left_out == {"link to a folder above it": 2, "broken link": 2}
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "secret").mkdir()
+    scandir = os.scandir
+
+    def refuses(path: Path) -> Any:
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(PermissionError, match="secret"):
+        find_images(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -229,10 +457,10 @@ def test_grid_scale_and_bad_input() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_write_png_round_trip_and_parents(channels: int, tmp_path: Path) -> None:
+def test_write_image_round_trip_and_parents(channels: int, tmp_path: Path) -> None:
     image = torch.from_numpy(RNG.integers(0, 256, (5, 7, channels), dtype=np.uint8))
     path = tmp_path / "new" / "folders" / "a.png"
-    write_png(path, image)
+    write_image(path, image)
     with Image.open(path) as opened:
         assert (opened.format, opened.mode) == ("PNG", "L" if channels == 1 else "RGB")
         assert np.array_equal(np.asarray(opened).reshape(5, 7, channels), image.numpy())
@@ -240,7 +468,7 @@ def test_write_png_round_trip_and_parents(channels: int, tmp_path: Path) -> None
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
-    write_png(path, torch.zeros(4, 4, 3, dtype=torch.uint8))
+    write_image(path, torch.zeros(4, 4, 3, dtype=torch.uint8))
     before = path.read_bytes()
 
     def full_disk(self: Any, target: Path, **_: Any) -> None:
@@ -249,14 +477,14 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_png(path, torch.ones(4, 4, 3, dtype=torch.uint8))
+        write_image(path, torch.ones(4, 4, 3, dtype=torch.uint8))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_write_png_bad_input(tmp_path: Path) -> None:
+def test_write_image_bad_input(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="image: expected dtype uint8, got float32"):
-        write_png(tmp_path / "a.png", torch.zeros(4, 4, 3))
+        write_image(tmp_path / "a.png", torch.zeros(4, 4, 3))
     with pytest.raises(ValueError, match="image: expected shape"):
-        write_png(tmp_path / "a.png", torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
+        write_image(tmp_path / "a.png", torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
     assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,7 +33,16 @@ DEFAULTS: dict[str, Any] = {
         ({"labels": [[0]]}, ValueError, r"labels: expected shape \(B\), got \(1, 1\)"),
         ({"labels": "01"}, TypeError, "labels: expected a tensor or a sequence of ints, got '01'"),
         ({"labels": None}, TypeError, "labels: expected a tensor or a sequence of ints, got None"),
-        ({"labels": torch.tensor([1], dtype=torch.int32)}, TypeError, "labels: expected dtype int64, got int32"),
+        ({"labels": [0.0, 1.0]}, TypeError, "labels: expected dtype int64, got float32"),
+        ({"labels": [True, False]}, TypeError, "labels: expected dtype int64, got bool"),
+        ({"labels": [0, True]}, TypeError, "labels: expected dtype int64, got bool"),
+        ({"labels": [0, np.True_]}, TypeError, "labels: expected a tensor or a sequence of ints, got"),
+        ({"labels": np.array([True])}, TypeError, "labels: expected dtype int64, got bool"),
+        ({"labels": torch.tensor([True])}, TypeError, "labels: expected dtype int64, got bool"),
+        ({"labels": [1j]}, TypeError, "labels: expected dtype int64, got complex64"),
+        ({"seed": True}, ValueError, "seed: expected an int"),
+        ({"seed": np.float64(1)}, ValueError, "seed: expected an int"),
+        ({"first_sample": torch.tensor(True)}, ValueError, "first_sample: expected an int"),
         ({"seed": -1}, ValueError, r"seed: expected an int in \[0, 2\^64\), got -1"),
         ({"seed": 1.0}, ValueError, "seed: expected an int"),
         ({"first_sample": 1 << 63}, ValueError, r"first_sample: expected an int in \[0, 2\^63\)"),
@@ -43,6 +53,66 @@ DEFAULTS: dict[str, Any] = {
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         GenerationRequest.checked(CONFIG, **{**DEFAULTS, **change})
+
+
+INTEGERS = [np.int64, np.int32, np.uint8, torch.tensor]
+
+
+@pytest.mark.parametrize("integer", INTEGERS)
+def test_integers_of_numpy_and_pytorch_are_integers(
+    integer: Callable[[int], Any], tiny_tokenizer: Make, tiny_generator: Make, tmp_path: Any
+) -> None:
+    pipe = Pipeline(tiny_tokenizer(), tiny_generator())
+    want = pipe([2, 0], seed=3, first_sample=5, sampling=SamplingConfig(steps=4))
+    given: dict[str, Any] = {
+        "labels": [integer(2), integer(0)],
+        "seed": integer(3),
+        "first_sample": integer(5),
+        "sampling": SamplingConfig(steps=integer(4)),  # type: ignore[arg-type]
+    }
+    assert torch.equal(pipe(**given), want)
+    assert torch.equal(torch.stack(list(pipe.generate_many(**given, batch_size=integer(2)))), want)
+    generate_set(pipe, tmp_path / "a.npz", **given, batch_size=integer(2))
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.array_equal(file["arr_0"], want.numpy())
+
+
+@pytest.mark.parametrize("dtype", checks.INTEGER_DTYPES)
+def test_tensors_of_every_integer_dtype_are_ids(
+    dtype: torch.dtype, tiny_tokenizer: Make, tiny_generator: Make
+) -> None:
+    tokenizer, generator = tiny_tokenizer(), tiny_generator()
+    tokens, labels = torch.tensor([[1, 16, 3, 16], [0, 0, 2, 9]]), torch.tensor([2, 0])
+    as_ids = tokens.to(dtype), labels.to(dtype)
+    assert torch.equal(generator(*as_ids), generator(tokens, labels))
+    want = sample_tokens(generator, labels, init_tokens=tokens)
+    assert torch.equal(sample_tokens(generator, as_ids[1], init_tokens=as_ids[0]), want)
+    assert torch.equal(tokenizer.decode(as_ids[0][1:]), tokenizer.decode(tokens[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64, torch.complex64])
+def test_tensors_of_other_dtypes_are_named(dtype: torch.dtype, tiny_tokenizer: Make, tiny_generator: Make) -> None:
+    tokenizer, generator = tiny_tokenizer(), tiny_generator()
+    tokens, labels = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([1, 0])
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("labels", lambda: generator(tokens, labels.to(dtype))),
+        ("tokens", lambda: generator(tokens.to(dtype), labels)),
+        ("tokens", lambda: tokenizer.decode(tokens.to(dtype))),
+        ("init_tokens", lambda: sample_tokens(generator, labels, init_tokens=tokens.to(dtype))),
+        ("labels", lambda: sample_tokens(generator, labels.to(dtype))),
+        ("labels", lambda: sample_tokens(generator, labels.to(dtype).numpy())),
+        ("labels", lambda: sample_tokens(generator, labels.to(dtype).tolist())),
+    ]
+    for name, call in calls:
+        with pytest.raises(TypeError, match=f"^{name}: expected dtype int64, got "):
+            call()
+
+
+def test_swapped_models_are_named(tiny_tokenizer: Make, tiny_generator: Make) -> None:
+    with pytest.raises(TypeError, match="tokenizer: expected a TiTok, got MaskGIT"):
+        Pipeline(tiny_generator(), tiny_tokenizer())
+    with pytest.raises(TypeError, match="generator: expected a MaskGIT, got TiTok"):
+        Pipeline(tiny_tokenizer(), tiny_tokenizer())
 
 
 def test_defaults_and_parts() -> None:

@@ -101,6 +101,27 @@ def test_init_tokens_that_are_all_masked_are_no_init_tokens(generator: MaskGIT) 
         assert (trace.tokens == V).sum(-1)[:, 0].tolist() == [16, 14, 13, 12, 10, 9, 7, 5, 0]
 
 
+@pytest.mark.parametrize("steps", [3, 8, 24])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sample_with_init_tokens_depends_on_its_own_alone(generator: MaskGIT, rule: Any, steps: int) -> None:
+    """Whatever is known of the other samples of the batch, from nothing to everything."""
+    config = SamplingConfig(steps=steps, confidence=rule, temperature=4.5)
+    labels, masked = torch.arange(6), torch.tensor([K, 0, K, 1, 5, K - 1])
+    init = torch.randint(V, (6, K)).masked_fill(torch.rand(6, K).argsort(dim=1) < masked[:, None], V)
+    tokens, trace = sample_tokens(generator, labels, config, seed=4, init_tokens=init, trace=True)
+    assert torch.equal(sample_tokens(generator, labels, config, seed=4, init_tokens=init), tokens)
+    counts = (trace.tokens == V).sum(-1)  # (steps + 1, B)
+    assert counts[0].tolist() == masked.tolist()
+    for i in range(6):
+        alone, own = sample_tokens(
+            generator, labels[i : i + 1], config, seed=4, first_sample=i, init_tokens=init[i : i + 1], trace=True
+        )
+        assert torch.equal(alone[0], tokens[i])
+        assert torch.equal((own.tokens == V).sum(-1)[:, 0], counts[:, i])
+    without = sample_tokens(generator, labels, config, seed=4)
+    assert torch.equal(tokens[masked == K], without[masked == K])
+
+
 def test_init_tokens_with_as_many_known_ones_in_every_sample(generator: MaskGIT) -> None:
     """Counts that all samples share reach the op in another argument than counts that differ."""
     init = torch.randint(V, (3, K))

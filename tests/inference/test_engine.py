@@ -1,4 +1,7 @@
-"""The fast path: results of the plain one, prepared weights that follow the parameters, memory that is kept."""
+"""The fast path: results of the plain one, prepared weights that follow the parameters, memory that is kept.
+
+This file is longer than 400 lines because all its tests share models that are slow to make.
+"""
 
 from __future__ import annotations
 
@@ -92,6 +95,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 # Same results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shortcut_of_result", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 def test_pictures_are_those_of_the_plain_path(
@@ -119,6 +123,7 @@ def test_tokens_are_those_of_the_plain_path() -> None:
     assert len(fast.unique()) > 5
 
 
+@pytest.mark.slow
 def test_bfloat16_is_no_less_exact_than_as_published() -> None:
     model, tokens = tokenizer().bfloat16(), TOKENS
     exact = copy.deepcopy(model).double()
@@ -133,6 +138,7 @@ def test_bfloat16_is_no_less_exact_than_as_published() -> None:
     assert 1e-4 < error < 0.05  # the model did compute in bfloat16
 
 
+@pytest.mark.slow
 def test_the_decoder_takes_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tokenizer().double()
     sizes = []
@@ -172,6 +178,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
     return called
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not onednn.available(torch.ones(1)), reason="this PyTorch has not oneDNN's ops")
 def test_inference_on_a_cpu_runs_onednn_on_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     called = calls(monkeypatch, "packed_linear", "pack_linear", "pack_conv")
@@ -405,6 +412,7 @@ with memory_that_stays():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_glibc() is None, reason="needs glibc")
 @pytest.mark.parametrize("kept", [True, False])
 def test_memory_stays_within_and_goes_when_released(kept: bool) -> None:

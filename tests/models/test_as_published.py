@@ -43,6 +43,7 @@ def tiny(architecture="vit", patch_size=8, classes=3) -> tuple[TiTok, MaskGIT]:
     return TiTok(config).eval(), MaskGIT(generator).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["tokenizer_s_legacy_vq", "tokenizer_s_stage1"])
 def test_decoding(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -85,6 +86,7 @@ def replayed(case: Case, variant: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     return lambda like: next(numbers).to(like.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["generator_vit", "generator_uvit"])
 def test_sampling_step_by_step(name: str, tmp_path: Path) -> None:
     """Token for token, with the golden noise and without any."""

@@ -117,6 +117,7 @@ def test_gaussian_clamps_logvar() -> None:
     torch.testing.assert_close(gaussian.kl(), case["f64.gaussian.kl"], rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vqgan(dtype: torch.dtype, tmp_path: Path) -> None:
     case = Case("vqgan")
@@ -244,6 +245,7 @@ def test_masked_counts_follow_the_schedule() -> None:
         assert counts == case[f"out.masked_after_step.seq{length}.steps{steps}"].tolist(), (length, steps)
 
 
+@pytest.mark.slow
 def test_every_preset_has_the_official_names_and_shapes() -> None:
     """The names and shapes of every published checkpoint convert to exactly our parameters."""
     files = {

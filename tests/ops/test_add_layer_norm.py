@@ -1,4 +1,7 @@
-"""add_layer_norm: both back ends against float64, gradients, dtypes, tracing, empty, inf and NaN, bad input."""
+"""add_layer_norm: both back ends against float64, gradients, dtypes, tracing, empty, inf and NaN, bad input.
+
+This file is longer than 400 lines because all tests of one op share its inputs and tolerances.
+"""
 
 from __future__ import annotations
 
@@ -244,6 +247,7 @@ def test_only_one_result_is_used(backend: str) -> None:
     assert bias.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     leaves = inputs((2, 3, 20), F32, BF16, F32)

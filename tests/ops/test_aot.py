@@ -198,6 +198,7 @@ print(compared)
 )
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_what_triton_compiles() -> None:
     """Triton's own analysis of the arguments agrees: types, integers that are 1, multiples of 16, constants."""
     done = run("-c", COMPARE)
@@ -255,6 +256,7 @@ def test_what_it_rejects() -> None:
     assert re.search(r"\d+ bytes of shared memory, a block can have 166912", huge)
 
 
+@pytest.mark.slow
 def test_interpreter_and_unknown_modules_are_refused() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "titok.kernels.aot"],

@@ -96,6 +96,7 @@ def test_frozen_side_gets_no_gradient(frozen: int) -> None:
     assert_close(got, want.double(), 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "code_dtype"), [(torch.float32,) * 2, (torch.bfloat16, torch.float32)], ids=str)
 def test_opcheck(backend: str, dtype: torch.dtype, code_dtype: torch.dtype) -> None:

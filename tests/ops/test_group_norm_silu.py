@@ -1,4 +1,7 @@
-"""group_norm_silu: every back end against float64, far means, gradients, layouts, tracing, empty, NaN, bad input."""
+"""group_norm_silu: every back end against float64, far means, gradients, layouts, tracing, empty, NaN, bad input.
+
+This file is longer than 400 lines because all tests of one op share its inputs and tolerances.
+"""
 
 from __future__ import annotations
 
@@ -344,6 +347,7 @@ def test_instruction_sets_and_threads_agree(tmp_path: Any) -> None:
         assert_close(b, a.double(), TOLERANCE[a.dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
 def test_opcheck(memory_format: torch.memory_format, backend: str) -> None:

@@ -19,6 +19,7 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE)
 
 
+@pytest.mark.slow
 def test_attention_without_log_sum_exp() -> None:
     """The same output whether or not the log-sum-exp is stored, for few tokens and for many."""
     for tokens in (17, 70):

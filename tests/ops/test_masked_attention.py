@@ -54,6 +54,7 @@ def check(backend, qkv, heads, **options):
         assert torch.equal(masked_attention(qkv, heads, backend=backend, **options), out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_dtype(backend, dtype):
@@ -110,6 +111,7 @@ def test_triton_in_16_bits(tokens, head_dim, dtype):
     check("triton", qkv, 1, key_mask=key_mask, query_range=(1, tokens - 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [17, 70])
 def test_a_query_that_sees_no_key_gives_zero_and_no_gradient(backend, tokens):
@@ -123,6 +125,7 @@ def test_a_query_that_sees_no_key_gives_zero_and_no_gradient(backend, tokens):
     assert torch.equal(qkv.grad, torch.zeros_like(qkv))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [21, 70])
 def test_what_hidden_tokens_hold_does_not_matter(backend, tokens):
@@ -163,6 +166,7 @@ def test_what_nan_and_inf_reach(backend, tokens):
     assert out[0, :, :7].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_qkv_and_gradient(backend):
     qkv, key_mask = make_inputs(2, 19, 2, 16)
@@ -211,6 +215,7 @@ def test_gradcheck(backend, masked):
     assert torch.autograd.gradcheck(lambda x: masked_attention(x, 2, **options), qkv.requires_grad_())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(backend, masked):

@@ -122,6 +122,7 @@ def assert_same_bits(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) ->
     assert torch.equal(got[1].view(torch.int32), want[1].view(torch.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(120))
 def test_random_cases(kernel: Kernel, number: int) -> None:
     case = random_case(number, codes=(1, 2, 7, 255, 256, 1000, 1031), most_tokens=7)

@@ -1,4 +1,7 @@
-"""`maskgit_decode_step`: law, exactness across back ends, selection, invariances, bad input."""
+"""`maskgit_decode_step`: law, exactness across back ends, selection, invariances, bad input.
+
+This file is longer than 400 lines because all tests of one op share its inputs and tolerances.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,7 @@ def plain_digest() -> str:
     return digest("plain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 @pytest.mark.skipif(bool(why_no_cpp()), reason=str(why_no_cpp()))
 def test_every_instruction_set_gives_the_plain_paths_bits(isa: str, plain_digest: str) -> None:
@@ -209,6 +213,7 @@ def test_noise_of_the_confidence_is_gumbel(backend: str) -> None:
     assert distance < 1.95 / math.sqrt(len(sample))  # Kolmogorov-Smirnov at 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_counts_are_exact(backend: str) -> None:
     """Over whole decodes of N tokens, with ties in every other sample."""

@@ -1,4 +1,7 @@
-"""nearest_codebook: every back end against float64 distances, ties, non-finite values, tracing, bad input."""
+"""nearest_codebook: every back end against float64 distances, ties, non-finite values, tracing, bad input.
+
+This file is longer than 400 lines because all tests of one op share its inputs and tolerances.
+"""
 
 from __future__ import annotations
 

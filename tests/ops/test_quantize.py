@@ -144,6 +144,7 @@ def test_non_finite_latents_do_not_hide() -> None:
     assert result.loss.isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [False, True])
 def test_compile(normalize: bool) -> None:
     def step(latents: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:

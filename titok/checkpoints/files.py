@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+# In the order in which they are looked for. An index lists the files, the shards, that hold the tensors.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+MAX_JSON_BYTES = 16 << 20  # config.json and indices take some kB; a larger file would only fill the memory
 
 
 @contextlib.contextmanager
@@ -29,18 +38,33 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     When the block ends, the temporary file replaces `path`; when the block raises, the temporary file is removed
     and `path` stays as it was. A new file gets the permissions that the process's umask gives, and a file that is
-    replaced passes on its own.
+    replaced passes on its own. Where `path` is a symbolic link, the link stays and its target is replaced.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full; the error names `path`.
     """
-    path = Path(path)
+    named, path = Path(path), Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{path.suffix}")
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the kernel applies the umask
+    # The name of `path` is left out, because a name of the greatest length could not become longer.
+    temporary = path.with_name(f".titok-{secrets.token_hex(8)}{path.suffix[:20]}")
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     try:
-        mode = stat.S_IMODE(os.stat(path if path.exists() else temporary).st_mode)
+        # The kernel applies the umask. A file that only its owner may read is never readable by others.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode & 0o666))
+        if mode is None:
+            mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         # Set at the end, because safetensors replaces the temporary file by one with other permissions.
         os.chmod(temporary, mode)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary), temporary) and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(named)) from error
+        raise
+    except safetensors.SafetensorError as error:  # has the number of the system's error in its text only
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(named)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -61,31 +85,113 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of any other file as a pickled state dict, by name and on the CPU.
+    """The tensors of a checkpoint by name, on the CPU, in memory that does not depend on the file any more.
+
+    Args:
+        path: of a .safetensors file, of an index of shards (.index.json), or of a pickled state dict.
 
     Raises:
-        ValueError: the file is damaged, or it is a pickle that holds anything but tensors.
+        FileNotFoundError: a shard is missing.
+        ValueError: the file is damaged, no file of weights, or a pickle that holds anything but dense tensors.
     """
     path = Path(path)
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable file ({error.strerror})") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a Git LFS pointer, not the weights themselves: fetch them with `git lfs pull`")
+    # A .safetensors file begins with a length, whose high bytes are zero; JSON has no zero bytes.
+    if start.lstrip()[:1] in (b"{", b"[") and b"\0" not in start:
+        raise ValueError(f"{path}: expected weights (.safetensors or .bin), got JSON")
     if path.suffix == ".safetensors":
         try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
+            # Copied, because the tensors of `load_file` stay mapped: truncating the file would kill the process.
+            return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
+        except (
+            safetensors.SafetensorError,
+            OSError,
+            MemoryError,
+            RuntimeError,
+            AttributeError,
+            KeyError,
+        ) as error:
             raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
+    return _read_pickle(path)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict. Errors of PyTorch are not passed on: they advise to allow code."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch each raise their own kinds
-        raise ValueError(f"{path}: not a plain state dict of tensors ({_first_line(error)})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # PyTorch writes neither. A compressed entry may become a thousand times as large in memory.
+                if any(
+                    entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in archive.filelist
+                ):
+                    raise ValueError("compressed or encrypted entries")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # pickle, zip and PyTorch each raise their own kinds
+        message = f"{path}: not a plain state dict of tensors: it is damaged, or it holds other objects"
+        raise ValueError(message) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path}: expected a state dict of tensors")
+    for name, tensor in state.items():
+        if not _is_dense(tensor):
+            raise ValueError(f"{path}: {name!r:.60}: expected a dense tensor, got another kind")
     return state
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor holds all its values, unlike sparse, quantized, meta and expanded ones."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def read_shard_names(index: Path) -> dict[str, str]:
+    """The file name of each tensor, from an index of shards.
+
+    Raises:
+        ValueError: the file is no such index, or a shard would lie outside its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: weight_map: expected a JSON object of file names")
+    for name in set(weight_map.values()):
+        suffix = Path(name).suffix
+        if Path(name).name != name or "\0" in name or suffix not in (".safetensors", ".bin"):
+            expected = "a .safetensors or .bin file of the same folder"
+            raise ValueError(f"{index}: weight_map: expected {expected}, got {name!r:.60}")
+    return weight_map
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_shard_names(index)
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = index.with_name(name)
+        if not shard.is_file():
+            raise FileNotFoundError(f"{index}: the shard {name:.60} is missing")
+        tensors = read_weights(shard)
+        if tensors.keys() != {tensor for tensor, file in weight_map.items() if file == name}:
+            raise ValueError(f"{shard}: its tensors are not those that {index.name} lists")
+        weights |= tensors
+    return weights
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `ValueError` where the file holds anything else."""
+    """The JSON object in a file of at most `MAX_JSON_BYTES`. Raises `ValueError` where the file holds anything else."""
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({_first_line(error)})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -121,17 +227,41 @@ def locate_checkpoint(path_or_repo: str | os.PathLike[str], revision: str | None
 
 
 def _download(repo: str, revision: str | None) -> tuple[Path, Path]:
+    """Weights, or the index of all shards, and config.json of a repository, in the cache of the hub's client."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    not_cached = False
     try:
         config = Path(hf_hub_download(repo, "config.json", revision=revision))
         for name in WEIGHT_FILES:
-            with contextlib.suppress(EntryNotFoundError):
-                return Path(hf_hub_download(repo, name, revision=revision)), config
+            try:
+                weights = Path(hf_hub_download(repo, name, revision=revision))
+            except LocalEntryNotFoundError:  # a kind of EntryNotFoundError: the hub was not asked
+                not_cached = True
+                continue
+            except EntryNotFoundError:
+                continue
+            if name.endswith(".index.json"):
+                for shard in sorted(set(read_shard_names(weights).values())):
+                    hf_hub_download(repo, shard, revision=revision)
+            return weights, config
     except (HFValidationError, RepositoryNotFoundError, EntryNotFoundError, OSError) as error:
-        message = f"{repo}: no such file or folder, and no such repository to download ({_first_line(error)})"
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "it is not in the local cache, and the hub is switched off or cannot be reached"
+        else:
+            reason = _first_line(error)
+        message = f"{repo}: no such file or folder, and no such repository to download ({reason})"
         raise FileNotFoundError(message) from error
+    if not_cached:
+        raise FileNotFoundError(
+            f"{repo}: its weights are not in the local cache, and the hub is switched off or cannot be reached"
+        )
     raise FileNotFoundError(f"{repo}: the repository holds neither of {', '.join(WEIGHT_FILES)}")
 
 

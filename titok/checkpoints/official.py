@@ -30,6 +30,22 @@ def _require(section: Mapping[str, Any], where: str, key: str) -> Any:
     return section[key]
 
 
+def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A JSON object within `values`; an empty one where the key is absent."""
+    section = values.get(key, {})
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{key}: expected a JSON object, got {section!r:.60}")
+    return section
+
+
+def _flag(section: Mapping[str, Any], where: str, key: str) -> bool:
+    """A boolean value; all those of the official layout are true where they are absent."""
+    value = section.get(key, True)
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}.{key}: expected true or false, got {value!r:.60}")
+    return value
+
+
 def tokenizer_config(config: Mapping[str, Any]) -> TokenizerConfig:
     """Translates the tokenizer's part of an official `config.json`; absent keys take the official defaults.
 
@@ -37,13 +53,13 @@ def tokenizer_config(config: Mapping[str, Any]) -> TokenizerConfig:
         ValueError: a required key is missing, or a value is one that `TokenizerConfig` refuses.
     """
     vq = config["model"]["vq_model"]
-    crop = config.get("dataset", {}).get("preprocessing", {}).get("crop_size", 256)
+    where = "model.vq_model"
+    crop = _section(_section(config, "dataset"), "preprocessing").get("crop_size", 256)
     bottleneck = vq.get("quantize_mode", "vq")
-    two_stage, legacy = vq.get("finetune_decoder", True), vq.get("is_legacy", True)
+    two_stage, legacy = _flag(vq, where, "finetune_decoder"), _flag(vq, where, "is_legacy")
     if bottleneck == "vae" and two_stage:
         raise ValueError("quantize_mode 'vae' does not go with finetune_decoder (the default is true)")
     proxy = legacy or two_stage
-    where = "model.vq_model"
     return TokenizerConfig(
         image_size=crop,
         encoder=ViTConfig.named(_require(vq, where, "vit_enc_model_size"), vq.get("vit_enc_patch_size", 16)),
@@ -52,7 +68,7 @@ def tokenizer_config(config: Mapping[str, Any]) -> TokenizerConfig:
         code_dim=_require(vq, where, "token_size"),
         codebook_size=vq.get("codebook_size", 4096),
         bottleneck=bottleneck,
-        l2_normalize=bottleneck == "vq" and bool(vq.get("use_l2_norm", True)),
+        l2_normalize=bottleneck == "vq" and _flag(vq, where, "use_l2_norm"),
         commitment_cost=vq.get("commitment_cost", 0.25),
         head="proxy" if proxy else "pixels",
         proxy=VQGANConfig() if proxy else None,
@@ -73,16 +89,16 @@ def generator_config(config: Mapping[str, Any]) -> GeneratorConfig:
     vq = config["model"]["vq_model"]
     if "generator" not in config["model"]:
         raise ValueError("model.generator is missing: this checkpoint holds a tokenizer alone")
-    generator = config["model"]["generator"]
+    generator = _section(config["model"], "generator")
     tokens = _require(generator, "model.generator", "image_seq_len")
     if isinstance(tokens, str):
         if tokens.replace(" ", "") != "${model.vq_model.num_latent_tokens}":
-            raise ValueError(f"model.generator.image_seq_len: expected an int, got {tokens!r}")
+            raise ValueError(f"model.generator.image_seq_len: expected an int, got {tokens!r:.60}")
         tokens = _require(vq, "model.vq_model", "num_latent_tokens")
     kinds = {"ViT": "vit", "UViT": "uvit"}
     kind = generator.get("model_type", "ViT")
-    if kind not in kinds:
-        raise ValueError(f"model.generator.model_type: expected one of {sorted(kinds)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"model.generator.model_type: expected one of {sorted(kinds)}, got {kind!r:.60}")
     return GeneratorConfig(
         num_latent_tokens=tokens,
         codebook_size=_require(vq, "model.vq_model", "codebook_size"),

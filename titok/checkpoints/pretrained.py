@@ -8,6 +8,7 @@ A checkpoint is a folder with `config.json` and the weights. Our config.json is
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ from titok.checkpoints.files import (
 M = TypeVar("M", bound="Pretrained")
 
 FORMAT = "titok"
+MAX_PARAMETERS = 100_000_000_000  # of a model that is loaded; the largest published one has 0.6e9
+LISTED_NAMES = 20  # of one kind, in an error
 
 
 class Pretrained(nn.Module):
@@ -62,11 +65,15 @@ class Pretrained(nn.Module):
         """Loads a model, in eval mode, from a folder, from one weights file, or from a Hugging Face repository.
 
         Args:
-            path_or_repo: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`; one such weights
-                file, with `config.json` beside it; else the id of a repository, which is downloaded.
+            path_or_repo: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, or the
+                `.index.json` of either and its shards; one such file, with `config.json` beside it; else the id of a
+                repository, which is downloaded.
             dtype: of the networks. The codebook of a vector quantizer stays in float32 at least.
             device: of the networks.
             revision: of the repository; None takes the latest.
+
+        Warns:
+            UserWarning: weights are not finite.
 
         Raises:
             FileNotFoundError: there is no such folder, file or repository, or it holds no weights.
@@ -77,7 +84,7 @@ class Pretrained(nn.Module):
         values = read_json(config_file) if config_file else {}
         if values.get("format") == FORMAT:
             if values.get("model") != cls.__name__:
-                raise ValueError(f"{config_file}: expected a {cls.__name__}, got a {values.get('model')!r}")
+                raise ValueError(f"{config_file}: expected a {cls.__name__}, got a {values.get('model')!r:.60}")
             described = values.get("config")
             if not isinstance(described, dict):
                 raise ValueError(f"{config_file}: config: expected a JSON object, got {type(described).__name__}")
@@ -91,15 +98,26 @@ class Pretrained(nn.Module):
             raise ValueError(f"{config_file}: {error}") from error
         weights = read_weights(weights_file)
         if official:
-            weights = cls.convert_official(weights)
+            try:
+                weights = cls.convert_official(weights)
+            except (RuntimeError, IndexError) as error:
+                raise ValueError(
+                    f"{weights_file}: tensors have other shapes than in the official layout"
+                ) from error
         with torch.device("meta"):
             model = cls(config)
-        _check_names(weights_file, {name: t.shape for name, t in model.state_dict().items()}, weights)
+        expected = {name: t.shape for name, t in model.state_dict().items()}
+        if (count := sum(shape.numel() for shape in expected.values())) > MAX_PARAMETERS:
+            message = f"expected a model of at most {MAX_PARAMETERS} parameters, got {count}"
+            raise ValueError(f"{config_file or weights_file}: {message}")
+        _check_names(weights_file, expected, weights)
         codebook_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         converted = {
             name: tensor.to(device=device, dtype=codebook_dtype if name == "quantizer.codebook" else dtype)
             for name, tensor in weights.items()
         }
+        if broken := [name for name, tensor in converted.items() if not tensor.isfinite().all()]:
+            warnings.warn(f"{weights_file}: values that are not finite in {', '.join(broken[:5])}", stacklevel=2)
         model.load_state_dict(converted, strict=True, assign=True)
         return model.eval()
 
@@ -112,7 +130,7 @@ class Pretrained(nn.Module):
 
 
 def _check_names(path: Path, expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
-    """Raises `ValueError` that lists every name in which `weights` differ from the names and shapes `expected`."""
+    """Raises `ValueError` that lists the names in which `weights` differ from the names and shapes `expected`."""
     missing = sorted(expected.keys() - weights.keys())
     unexpected = sorted(weights.keys() - expected.keys())
     misshapen = [
@@ -120,7 +138,21 @@ def _check_names(path: Path, expected: Mapping[str, torch.Size], weights: Mappin
         for name, shape in sorted(expected.items())
         if name in weights and weights[name].shape != shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    other_dtype = [
+        f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in sorted(weights.items())
+        if name in expected and not tensor.is_floating_point()
+    ]
+    problems = {
+        "missing": missing, "unexpected": unexpected, "misshapen": misshapen, "not floating": other_dtype,
+    }  # fmt: skip
+    found = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"{path}: the weights contradict the configuration; {'; '.join(found)}")
+
+
+def _listed(names: list[str]) -> str:
+    """At most `LISTED_NAMES` names, on one line."""
+    shown = [name[:200].encode("unicode_escape").decode() for name in names[:LISTED_NAMES]]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")

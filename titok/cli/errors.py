@@ -1,4 +1,4 @@
-"""How commands report: notes and errors on stderr, exit codes."""
+"""How commands report: results on stdout, notes and errors on stderr, exit codes."""
 
 from __future__ import annotations
 
@@ -29,4 +29,14 @@ class ErrorGroup(TyperGroup):
 
 def note(text: str) -> None:
     """Prints a line on stderr, so that stdout holds a command's results alone."""
-    typer.echo(text, err=True)
+    typer.echo(_printable(text), err=True)
+
+
+def say(text: str) -> None:
+    """Prints a line of a command's results on stdout."""
+    typer.echo(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """The text with a replacement character for bytes of file names that are no UTF-8, which cannot be printed."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")

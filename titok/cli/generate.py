@@ -11,18 +11,20 @@ from typing import Annotated, Any
 
 import typer
 
+from titok.cli.errors import say
 from titok.cli.inputs import load_generator, load_tokenizer
 from titok.cli.options import (
     AutoBatchSizeOption,
     DeviceOption,
     DtypeOption,
     GeneratorOption,
+    OverwriteOption,
     RoundingOption,
     TokenizerOption,
-    check_output,
     parse_auto_batch_size,
     parse_rounding,
 )
+from titok.cli.outputs import check_apart, check_files, check_output
 
 GRID_LIMIT = 1024  # pictures in one PNG
 
@@ -40,6 +42,7 @@ def generate(
             "[default: samples.png]",
         ),
     ] = None,
+    overwrite: OverwriteOption = False,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -91,7 +94,7 @@ def generate(
 ) -> None:
     """Generate pictures of classes.
 
-    Writes a PNG grid, or a .npz with `arr_0` uint8 (N, H, W, C) and `arr_1` int64 labels (N,), or both. A .npz
+    Writes a PNG grid, or a .npz with `arr_0` uint8 (N, H, W, 3) and `arr_1` int64 labels (N,), or both. A .npz
     that was stopped goes on when the same command is given again; under torchrun, processes share the work.
 
     \b
@@ -103,17 +106,20 @@ def generate(
     outputs = output or [Path("samples.png")]
     for path in outputs:
         check_output(path, ".png", ".npz")
-    npz_files = [path for path in outputs if path.suffix == ".npz"]
-    png_files = [path for path in outputs if path.suffix == ".png"]
+        check_apart(path, [tokenizer, generator])
+    npz_files = [path for path in outputs if path.suffix.lower() == ".npz"]
+    png_files = [path for path in outputs if path.suffix.lower() == ".png"]
     if len(npz_files) > 1:
         raise ValueError(f"--output: expected one .npz at most, got {len(npz_files)}")
+    check_files([path for path in outputs if not _was_stopped(path)], overwrite=overwrite)
+    check_files([_parts(path) / "lock" for path in npz_files], overwrite=True)
     rule, size = parse_rounding(rounding), parse_auto_batch_size(batch_size)
     import numpy as np
     import torch
 
     from titok import Pipeline
     from titok.checks import check_labels
-    from titok.data.images import grid, write_png
+    from titok.data.images import grid, write_image
     from titok.generation.sample_sets import generate_set
 
     decoder = load_tokenizer(tokenizer, device, dtype)
@@ -154,13 +160,26 @@ def generate(
         return
     if png_files:
         if npz_files:
-            pictures = torch.from_numpy(np.load(npz_files[0])["arr_0"])
+            pictures = torch.from_numpy(np.load(npz_files[0])["arr_0"][..., : decoder.config.channels])
         else:
             pictures = torch.stack(list(pipe.generate_many(classes, **settings)))
         for path in png_files:
-            write_png(path, grid(pictures, columns=per_class))
+            write_image(path, grid(pictures, columns=per_class))
     for path in outputs:
-        typer.echo(f"{path}: {len(classes)} pictures of {len(classes.unique())} classes, seed {seed}")
+        say(f"{path}: {len(classes)} pictures of {len(classes.unique())} classes, seed {seed}")
+
+
+def _was_stopped(path: Path) -> bool:
+    """True where a run that wrote `path` was stopped, so that the same command goes on with it.
+
+    Such a run may have been stopped after the file was in place.
+    """
+    return path.suffix.lower() == ".npz" and _parts(path).is_dir()
+
+
+def _parts(path: Path) -> Path:
+    """The folder in which `generate_set` keeps the finished batches of a .npz."""
+    return path.with_name(f"{path.name}.parts")
 
 
 def choose_classes(labels: str | None, per_class: int | None, num: int | None, num_classes: int) -> list[int]:

@@ -21,7 +21,27 @@ GeneratorOption = Annotated[
     str, typer.Option("--generator", "-g", metavar="MODEL", help=_MODEL.format("generator"))
 ]
 ImagesArgument = Annotated[
-    Path, typer.Argument(metavar="IMAGES", help="A picture, or a folder that is searched with its sub-folders.")
+    Path,
+    typer.Argument(
+        metavar="IMAGES",
+        help="A picture, or a folder that is searched with its sub-folders and links; hidden files are left out.",
+    ),
+]
+SkipUnreadableOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="Leave pictures out that cannot be read, and name them; else one stops all."
+    ),
+]
+IgnoreOrientationOption = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-orientation", help="Do not turn photos upright by their EXIF data, as the published evaluation."
+    ),
+]
+IgnoreTransparencyOption = Annotated[
+    bool,
+    typer.Option("--ignore-transparency", help="Do not lay transparency over white, as the published evaluation."),
 ]
 DeviceOption = Annotated[
     str,
@@ -39,25 +59,16 @@ AutoBatchSizeOption = Annotated[
     str,
     typer.Option("--batch-size", metavar="N", help=f"{_BATCH_SIZE}; auto finds the fastest that fits."),
 ]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace outputs that exist; else one that exists is refused. Inputs never."),
+]
 RoundingOption = Annotated[
     str,
     typer.Option(
         "--rounding", metavar="RULE", help="To 8 bits: nearest, or truncate (as the published FID script)."
     ),
 ]
-
-
-def check_output(path: Path, *suffixes: str) -> None:
-    """Raises `ValueError` unless `path` can name a file with one of `suffixes`, or, without suffixes, a folder.
-
-    Commands call it first, so that a mistyped --output does not surface after the work.
-    """
-    if not suffixes and path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: expected a folder, got a file")
-    if suffixes and path.suffix not in suffixes:
-        raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
-    if suffixes and path.is_dir():
-        raise ValueError(f"{path}: expected a file, got a folder")
 
 
 def parse_rounding(name: str) -> Rounding:

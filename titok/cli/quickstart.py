@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from titok.cli.options import check_output
+from titok.cli.outputs import check_output
 
 
 def quickstart(

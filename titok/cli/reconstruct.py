@@ -7,17 +7,23 @@ from typing import Annotated
 
 import typer
 
-from titok.cli.inputs import load_tokenizer, picture_name, png_names, read_pictures
+from titok.cli.errors import say
+from titok.cli.inputs import find_pictures, load_tokenizer, picture_name, png_names, preprocessing, read_pictures
 from titok.cli.options import (
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
+    IgnoreOrientationOption,
+    IgnoreTransparencyOption,
     ImagesArgument,
+    OverwriteOption,
+    SkipUnreadableOption,
     TokenizerOption,
-    check_output,
 )
+from titok.cli.outputs import check_apart, check_files, check_output
 
-PAIRS_LIMIT = 64  # pairs of pictures in one PNG
+PAIRS_LIMIT = 64  # pairs of pictures in one file
+ONE_FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # those of `titok.data.images.WRITTEN_FORMATS`
 
 
 def reconstruct(
@@ -29,50 +35,63 @@ def reconstruct(
             "--output",
             "-o",
             metavar="PATH",
-            help=f"One .png for all ({PAIRS_LIMIT} pictures at most), or a folder for one each.",
+            help=f"One .png, .jpg or .webp for all ({PAIRS_LIMIT} pictures at most), or a folder for a PNG of each.",
         ),
     ] = Path("reconstructions.png"),
+    overwrite: OverwriteOption = False,
+    skip_unreadable: SkipUnreadableOption = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
     """Show originals beside reconstructions, with PSNR.
 
-    Originals are left, after resizing and cropping. The PSNR is that of the 8-bit pictures.
+    Originals are left, after turning them upright as their EXIF data say, laying transparency over white, resizing
+    and cropping. The PSNR is that of the 8-bit pictures.
 
     \b
     titok reconstruct cat.jpg -t yucornetto/tokenizer_titok_l32_imagenet -o cat_twice.png
     titok reconstruct photos -t runs/quickstart/tokenizer -o reconstructions
     """
-    one_file = output.suffix == ".png"
-    check_output(output, *([".png"] if one_file else []))
+    one_file = output.suffix.lower() in ONE_FILE_SUFFIXES
+    check_output(output, *(ONE_FILE_SUFFIXES if one_file else ()))
+    check_apart(output, [images, tokenizer])
     import torch
 
-    from titok.data.images import find_images, grid, psnr, to_uint8, write_png
+    from titok.data.images import grid, psnr, to_uint8, write_image
 
-    paths = find_images(images)
+    paths = find_pictures(images)
     if one_file and len(paths) > PAIRS_LIMIT:
         raise ValueError(
-            f"{output}: expected a folder, because {len(paths)} pictures are too many for one PNG ({PAIRS_LIMIT})"
+            f"{output}: expected a folder, because {len(paths)} pictures are too many for one file ({PAIRS_LIMIT})"
         )
     names = [picture_name(path, images) for path in paths]
-    files = png_names(names)
+    files = [output / file for file in png_names(names)]
+    check_files([output] if one_file else files, paths, overwrite=overwrite)
     model = load_tokenizer(tokenizer, device, dtype)
+    number_of = {path: number for number, path in enumerate(paths)}
     ratios: list[float] = []
     pairs = []
-    for _, pictures in read_pictures(paths, model, batch_size):
+    how = preprocessing(ignore_orientation, ignore_transparency)
+    for read, pictures in read_pictures(paths, model, batch_size, how, skip_unreadable=skip_unreadable):
         originals = to_uint8(pictures).cpu()
         copies = to_uint8(model.decode(model.encode(pictures))).cpu()
-        for original, copy, ratio in zip(originals, copies, psnr(copies, originals).tolist(), strict=True):
-            number = len(ratios)
-            typer.echo(f"{ratio:6.2f} dB  {names[number]}")
+        values = psnr(copies, originals).tolist()
+        for path, original, copy, ratio in zip(read, originals, copies, values, strict=True):
+            number = number_of[path]
+            say(f"{ratio:6.2f} dB  {names[number]}")
             pair = grid(torch.stack([original, copy]), columns=2)
             if one_file:
                 pairs.append(pair)
             else:
-                write_png(output / files[number], pair)
+                write_image(files[number], pair)
             ratios.append(ratio)
+    if not ratios:
+        raise ValueError(f"{images}: none of its pictures is readable")
     if one_file:
-        write_png(output, grid(torch.stack(pairs), gap=8))
-    typer.echo(f"{sum(ratios) / len(ratios):6.2f} dB  mean of {len(ratios)}")
-    typer.echo(f"{output}: originals left, reconstructions right")
+        write_image(output, grid(torch.stack(pairs), gap=8))
+    left_out = f" ({len(paths) - len(ratios)} left out)" if len(ratios) < len(paths) else ""
+    say(f"{sum(ratios) / len(ratios):6.2f} dB  mean of {len(ratios)}{left_out}")
+    say(f"{output}: originals left, reconstructions right")

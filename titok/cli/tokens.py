@@ -7,18 +7,30 @@ from typing import Annotated
 
 import typer
 
-from titok.cli.errors import note
-from titok.cli.inputs import load_tokenizer, picture_name, png_names, progress, read_pictures
+from titok.cli.errors import note, say
+from titok.cli.inputs import (
+    find_pictures,
+    load_tokenizer,
+    picture_name,
+    png_names,
+    preprocessing,
+    progress,
+    read_pictures,
+)
 from titok.cli.options import (
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
+    IgnoreOrientationOption,
+    IgnoreTransparencyOption,
     ImagesArgument,
+    OverwriteOption,
     RoundingOption,
+    SkipUnreadableOption,
     TokenizerOption,
-    check_output,
     parse_rounding,
 )
+from titok.cli.outputs import check_apart, check_files, check_output
 
 
 def tokenize(
@@ -27,17 +39,18 @@ def tokenize(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="PATH", help="A .npz or .safetensors file.")
     ] = Path("tokens.npz"),
-    skip_unreadable: Annotated[
-        bool,
-        typer.Option("--skip-unreadable", help="Leave damaged pictures out and name them; else one stops all."),
-    ] = False,
+    overwrite: OverwriteOption = False,
+    skip_unreadable: SkipUnreadableOption = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
 ) -> None:
     """Turn pictures into tokens (of a VAE: latents).
 
-    Pictures are resized and cropped to the tokenizer's size. The file holds `tokens` int32 (N, K) or `latents`
+    Pictures are turned upright as their EXIF data say, laid over white where they are transparent, resized and
+    cropped to the tokenizer's size. The file holds `tokens` int32 (N, K) or `latents`
     float32 (N, K, C), and `names`, relative to the folder.
 
     \b
@@ -45,15 +58,17 @@ def tokenize(
     titok tokenize cat.jpg -t runs/quickstart/tokenizer -o cat.safetensors
     """
     check_output(output, ".npz", ".safetensors")
+    check_apart(output, [images, tokenizer])
     import torch
 
-    from titok.data.images import find_images
     from titok.data.tokens import write_tokens
 
-    paths = find_images(images)
+    paths = find_pictures(images)
+    check_files([output], paths, overwrite=overwrite)
     model = load_tokenizer(tokenizer, device, dtype)
     encoded, names = [], []
-    for batch_paths, pictures in read_pictures(paths, model, batch_size, skip_unreadable=skip_unreadable):
+    how = preprocessing(ignore_orientation, ignore_transparency)
+    for batch_paths, pictures in read_pictures(paths, model, batch_size, how, skip_unreadable=skip_unreadable):
         encoded.append(model.encode(pictures).cpu())
         names += [picture_name(path, images) for path in batch_paths]
     if not encoded:
@@ -63,7 +78,7 @@ def tokenize(
     left_out = f" ({len(paths) - len(names)} left out)" if len(names) < len(paths) else ""
     shape = " x ".join(str(side) for side in tokens.shape[1:])
     kind = "tokens" if tokens.ndim == 2 else "latents"
-    typer.echo(f"{output}: {len(names)} pictures{left_out}, {shape} {kind} each")
+    say(f"{output}: {len(names)} pictures{left_out}, {shape} {kind} each")
 
 
 def detokenize(
@@ -71,10 +86,9 @@ def detokenize(
     tokenizer: TokenizerOption,
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", metavar="PATH", help="A folder, in which PNGs of the same names are replaced."
-        ),
+        typer.Option("--output", "-o", metavar="FOLDER", help="For a PNG of each row."),
     ] = Path("decoded"),
+    overwrite: OverwriteOption = False,
     rounding: RoundingOption = "nearest",
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
@@ -89,18 +103,21 @@ def detokenize(
     titok detokenize tokens.npz -t yucornetto/tokenizer_titok_l32_imagenet -o decoded
     """
     check_output(output)
+    check_apart(output, [tokens, tokenizer])
     rule = parse_rounding(rounding)
-    from titok.data.images import to_uint8, write_png
+    from titok.data.images import to_uint8, write_image
     from titok.data.tokens import read_tokens
 
     model = load_tokenizer(tokenizer, device, dtype)
     rows, names, signed = read_tokens(tokens, model)
+    files = [output / file for file in png_names(names)]
+    check_files(files, overwrite=overwrite)
     if not signed:
         note(f"note: {tokens} does not tell which tokenizer made it")
-    files = iter(png_names(names))
+    unwritten = iter(files)
     with progress(len(rows), "pictures") as bar:
         for batch in rows.split(batch_size):
             for picture in to_uint8(model.decode(batch.to(model.device)), rule):
-                write_png(output / next(files), picture)
+                write_image(next(unwritten), picture)
             bar.update(len(batch))
-    typer.echo(f"{output}: {len(rows)} pictures")
+    say(f"{output}: {len(rows)} pictures")

@@ -1,6 +1,7 @@
 """`titok train`: a tokenizer or a generator from scratch, on a folder of pictures.
 
-The defaults describe small models for small pictures, trained as the quickstart trains its models.
+Every picture is read once before training starts, so that a damaged one is found then. The defaults describe small
+models for small pictures, trained as the quickstart trains its models.
 `titok.training` has settings that these commands do not offer.
 """
 
@@ -11,8 +12,17 @@ from typing import Annotated
 
 import typer
 
-from titok.cli.inputs import load_tokenizer
-from titok.cli.options import DeviceOption, TokenizerOption, check_output, select_device
+from titok.cli.errors import say
+from titok.cli.inputs import image_folder, load_tokenizer, preprocessing
+from titok.cli.options import (
+    DeviceOption,
+    IgnoreOrientationOption,
+    IgnoreTransparencyOption,
+    SkipUnreadableOption,
+    TokenizerOption,
+    select_device,
+)
+from titok.cli.outputs import check_apart, check_output
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -56,6 +66,9 @@ def tokenizer(
     learning_rate: LearningRate = 1e-3,
     seed: Seed = 0,
     resume: Resume = False,
+    skip_unreadable: SkipUnreadableOption = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a single-stage tokenizer: pixels to tokens to pixels.
@@ -65,9 +78,9 @@ def tokenizer(
     titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32 --resume
     """
     check_output(output)
+    check_apart(output, [images])
     heads = _num_heads(width)
     from titok import TokenizerConfig, ViTConfig
-    from titok.data.folders import ImageFolder
     from titok.training import TokenizerTraining, train_tokenizer
 
     transformer = ViTConfig(width, layers, heads, patch_size)
@@ -92,10 +105,11 @@ def tokenizer(
         seed=seed,
         random_flip=flip,
     )
-    pictures = ImageFolder(images, model.image_size, model.channels)
+    how = preprocessing(ignore_orientation, ignore_transparency)
+    pictures = image_folder(images, model.image_size, model.channels, how, skip_unreadable=skip_unreadable)
     train_tokenizer(pictures, training, output, resume=resume, device=select_device(device))
     figures = _last_figures(output)
-    typer.echo(f"{output}: a tokenizer of {len(pictures)} pictures, {tokens} tokens each, {figures}")
+    say(f"{output}: a tokenizer of {len(pictures)} pictures, {tokens} tokens each, {figures}")
 
 
 @app.command()
@@ -111,6 +125,9 @@ def generator(
     learning_rate: LearningRate = 1e-3,
     seed: Seed = 0,
     resume: Resume = False,
+    skip_unreadable: SkipUnreadableOption = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a MaskGIT on a tokenizer's tokens. Sub-folders, sorted, are classes 0, 1, 2, ...: see classes.json.
@@ -119,14 +136,16 @@ def generator(
     titok train generator photos -t runs/tokenizer -o runs/generator
     """
     check_output(output)
+    check_apart(output, [images, tokenizer])
     heads = _num_heads(width)
     from titok import GeneratorConfig, SamplingConfig
     from titok.checkpoints.files import write_json
-    from titok.data.folders import ImageFolder
     from titok.training import GeneratorTraining, tokenize_images, train_generator
 
     model = load_tokenizer(tokenizer, device, "float32")
-    pictures = ImageFolder(images, model.config.image_size, model.config.channels)
+    how = preprocessing(ignore_orientation, ignore_transparency)
+    size, channels = model.config.image_size, model.config.channels
+    pictures = image_folder(images, size, channels, how, skip_unreadable=skip_unreadable)
     config = GeneratorConfig(
         num_latent_tokens=model.config.num_latent_tokens,
         codebook_size=model.config.codebook_size,
@@ -155,7 +174,7 @@ def generator(
     rows = tokenize_images(model, pictures, flip=flip)
     train_generator(rows, pictures.labels, training, output, resume=resume, device=model.device)
     write_json(output / "classes.json", pictures.classes)
-    typer.echo(f"{output}: a generator of {len(pictures.classes)} classes, {_last_figures(output)}")
+    say(f"{output}: a generator of {len(pictures.classes)} classes, {_last_figures(output)}")
 
 
 def _last_figures(folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from titok.data.images import find_images, read_image
+from titok.data.images import UPRIGHT_ON_WHITE, Preprocessing, check_size, list_images, read_image
 
 
 class Images(Protocol):
@@ -26,31 +26,42 @@ class Images(Protocol):
 class ImageFolder:
     """The pictures below a folder, each read when it is asked for. The class of a picture is its sub-folder.
 
-    Pictures are resized and cropped by `titok.data.images.read_image`. Sub-folders are numbered in sorted order; a
-    folder without sub-folders is one class. A picture in a deeper folder belongs to the sub-folder directly below
-    `root`.
+    Pictures are found by `titok.data.images.list_images`, and resized and cropped by `read_image`. Sub-folders are
+    numbered in sorted order; one without pictures is no class, and a folder without sub-folders is one class. A
+    picture in a deeper folder belongs to the sub-folder directly below `root`.
 
     Args:
         root: the folder.
-        size: (height, width) in pixels, or an int for a square.
+        size: (height, width) in pixels, or an integer for a square.
         channels: 3 for RGB, 1 for grey.
+        preprocessing: what happens to EXIF orientation and transparency.
 
     Attributes:
+        found: what `list_images` found and left out.
         paths: of the pictures, sorted.
         classes: names of the sub-folders, sorted; [""] where there are none.
         labels: (n,) int64, the class of each picture.
 
     Raises:
         FileNotFoundError: there is no such folder, or no picture in it.
+        TypeError, ValueError: `size` is not as described.
         ValueError: some pictures are in sub-folders and others in `root` itself; on access, a file is no picture.
     """
 
-    def __init__(self, root: str | os.PathLike[str], size: int | tuple[int, int], channels: int = 3) -> None:
-        self.root, self.channels = Path(root), channels
-        self.size = (size, size) if isinstance(size, int) else size
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        size: int | Sequence[int],
+        channels: int = 3,
+        *,
+        preprocessing: Preprocessing = UPRIGHT_ON_WHITE,
+    ) -> None:
+        self.root, self.channels, self.preprocessing = Path(root), channels, preprocessing
+        self.size = check_size(size)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such folder")
-        self.paths = find_images(self.root)
+        self.found = list_images(self.root)
+        self.paths = self.found.paths
         folders = [p.relative_to(self.root).parts[0] if p.parent != self.root else "" for p in self.paths]
         self.classes = sorted(set(folders))
         if len(self.classes) > 1 and "" in self.classes:
@@ -63,7 +74,38 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return read_image(self.paths[index], self.size, self.channels)
+        return read_image(self.paths[index], self.size, self.channels, preprocessing=self.preprocessing)
+
+    def find_unreadable(self) -> dict[int, str]:
+        """Reads every picture once, by threads, and returns what is wrong with those that cannot be read, by index."""
+        with ThreadPoolExecutor() as pool:
+            problems: dict[int, str] = {}
+            for start in range(0, len(self), 1024):  # a task for each of millions of pictures would take gigabytes
+                indices = range(start, min(start + 1024, len(self)))
+                for index, problem in zip(indices, pool.map(self._problem, indices), strict=True):
+                    if problem:
+                        problems[index] = problem
+        return problems
+
+    def remove(self, indices: Iterable[int]) -> None:
+        """Takes pictures out. The numbers of the classes stay.
+
+        Raises:
+            ValueError: no picture would be left.
+        """
+        removed = set(indices)
+        kept = [index for index in range(len(self)) if index not in removed]
+        if not kept:
+            raise ValueError(f"{self.root}: none of its pictures is readable")
+        self.paths = [self.paths[index] for index in kept]
+        self.labels = self.labels[kept]
+
+    def _problem(self, index: int) -> str:
+        try:
+            self[index]
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
 
 
 def read_batches(images: Images | Tensor, batches: Iterable[Tensor], *, ahead: int = 2) -> Iterator[Tensor]:

@@ -40,18 +40,19 @@ def write_tokens(path: str | os.PathLike[str], tokens: Tensor, names: Sequence[s
     """Writes tokens and names of pictures. An existing file is replaced once the new one is complete.
 
     Args:
-        path: ends in .npz or .safetensors.
-        tokens: what `tokenizer.encode` returned: (N, K) int64, or latents (N, K, C) of a VAE.
+        path: ends in .npz or .safetensors, in any case.
+        tokens: what `tokenizer.encode` returned: (N, K) of any integer dtype, or latents (N, K, C) of a VAE.
         names: N names of pictures.
 
     Raises:
         TypeError, ValueError: another suffix, tokens that do not fit the tokenizer, or another number of names.
     """
     path = _check_suffix(path)
+    tokens = _integers_as_int64(tokens)
     _check_contents(tokens, names, tokenizer)
     values = {_key(tokenizer): tokens.float() if tokens.is_floating_point() else tokens.to(torch.int32)}
     values["signature"] = signature(tokenizer)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         write_safetensors(path, values, {"names": json.dumps(list(names))})
         return
     arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in values.items()}
@@ -70,14 +71,12 @@ def read_tokens(path: str | os.PathLike[str], tokenizer: TiTok) -> TokenFile:
             message names the file.
     """
     path = _check_suffix(path)
-    arrays, names = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npz(path)
+    arrays, names = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_npz(path)
     key = _key(tokenizer)
     if key not in arrays:
         found = ", ".join(sorted(arrays)) or "nothing"
         raise ValueError(f"{path}: expected an array {key!r}, as this tokenizer makes, got {found}")
-    tokens = arrays[key]
-    if not tokens.is_floating_point() and tokens.dtype != torch.bool:
-        tokens = tokens.to(torch.int64)
+    tokens = _integers_as_int64(arrays[key])
     try:
         _check_contents(tokens, names or [""] * len(tokens), tokenizer)
     except (TypeError, ValueError) as error:
@@ -111,9 +110,15 @@ def _key(tokenizer: TiTok) -> str:
 
 def _check_suffix(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
     return path
+
+
+def _integers_as_int64(tokens: Tensor) -> Tensor:
+    """A tensor of an integer dtype as int64; any other as it is."""
+    other = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
+    return tokens if other else tokens.to(torch.int64)
 
 
 def _check_contents(tokens: Tensor, names: Sequence[str], tokenizer: TiTok) -> None:
@@ -131,7 +136,9 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {
-                key: torch.from_numpy(file[key]) for key in ("tokens", "latents", "signature") if key in file
+                key: torch.from_numpy(_in_native_order(file[key]))
+                for key in ("tokens", "latents", "signature")
+                if key in file
             }
             names = [str(name) for name in file["names"]] if "names" in file else []
         return arrays, names
@@ -139,6 +146,11 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a readable .npz file ({error})") from error
+
+
+def _in_native_order(array: np.ndarray) -> np.ndarray:
+    """The array in the byte order of this machine, which PyTorch requires."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from titok.config import as_integer
 from titok.generation.request import GenerationRequest
 
 BatchSize = int | Literal["auto"]
@@ -25,11 +26,14 @@ BatchSize = int | Literal["auto"]
 Generate = Callable[[GenerationRequest], Tensor]
 
 
-def check_batch_size(batch_size: object) -> None:
-    """Raises `ValueError` unless `batch_size` is "auto" or an int >= 1."""
-    is_count = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
-    if batch_size != "auto" and not is_count:
+def check_batch_size(batch_size: object) -> BatchSize:
+    """`batch_size` as "auto" or an int >= 1. Raises `ValueError` where it is anything else."""
+    if isinstance(batch_size, str) and batch_size == "auto":
+        return "auto"
+    count = as_integer(batch_size)
+    if count is None or count < 1:
         raise ValueError(f"batch_size: expected 'auto' or an int >= 1, got {batch_size!r}")
+    return count
 
 
 def generate_batches(

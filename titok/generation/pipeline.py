@@ -36,12 +36,16 @@ class Pipeline:
             titok and CUDA graphs. "plain" is slower, takes less memory, and is there to check "fast" against.
 
     Raises:
+        TypeError: tokenizer or generator is another kind of object.
         ValueError: tokenizer and generator differ in token count, codebook size or device; the tokenizer cannot
             decode to pictures; or there is no such engine.
     """
 
     def __init__(self, tokenizer: TiTok, generator: MaskGIT, *, engine: Literal["fast", "plain"] = "fast") -> None:
         select(engine)  # checks the name
+        for name, model, kind in (("tokenizer", tokenizer, TiTok), ("generator", generator, MaskGIT)):
+            if not isinstance(model, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(model).__name__}")
         t, g = tokenizer.config, generator.config
         if t.bottleneck != "vq":
             raise ValueError("tokenizer: expected a vector-quantised one, got a VAE: MaskGIT generates codes")
@@ -142,11 +146,9 @@ class Pipeline:
         """Generates one picture for each label in the memory of two batches, however many labels there are.
 
         A GPU computes the next batch while the caller uses the pictures of the last one. The pictures are those of
-        one call
-        with all labels, whatever the batch size: tokens are equal (see `sample_tokens`), and a level of 8 bits may
-            differ by
-        one where matrix products round differently for another batch size. A run that was stopped after k pictures
-        goes on with `labels[k:]` and `first_sample=k`.
+        one call with all labels, whatever the batch size: tokens are equal (see `sample_tokens`), and a level of 8
+        bits may differ by one where matrix products round differently for another batch size. A run that was
+        stopped after k pictures goes on with `labels[k:]` and `first_sample=k`.
 
         Args:
             batch_size: "auto" doubles it for as long as that is faster and fits into memory.
@@ -167,16 +169,15 @@ class Pipeline:
             sampling=sampling,
             rounding=rounding,
         )
-        check_batch_size(batch_size)
+        batch_size = check_batch_size(batch_size)
         return one_by_one(self.generate_batches(request, batch_size=batch_size, progress=progress))
 
     def generate_batches(
         self, request: GenerationRequest, *, batch_size: BatchSize = "auto", progress: bool | None = None
     ) -> Iterator[Tensor]:
         """`generate_many` for a request, in batches (B, H, W, channels) uint8 on the CPU."""
-        return generate_batches(
-            self.generate, request, device=self.tokenizer.device, batch_size=batch_size, progress=progress
-        )
+        size, device = check_batch_size(batch_size), self.tokenizer.device
+        return generate_batches(self.generate, request, device=device, batch_size=size, progress=progress)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """About the latest call: `"seconds"` by stage, and `"backends"`, the back end that each op ran on last.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from titok.checks import labels_on_host
+from titok.checks import check_integer, labels_on_host
 from titok.config import GeneratorConfig, Rounding, SamplingConfig
 from titok.data.images import check_rounding
 
@@ -47,15 +47,13 @@ class GenerationRequest:
 
         Args:
             generator: whose classes the labels are, and whose sampling `sampling=None` stands for.
-            labels: (B,) int64, or a sequence of ints, in [0, num_classes].
+            labels: (B,) of any integer dtype, or a sequence of integers, in [0, num_classes].
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, dtype, shape or value; it is named.
         """
         labels = labels_on_host(labels, generator.num_classes)
-        for name, value, bits in (("seed", seed, 64), ("first_sample", first_sample, 63)):
-            if not isinstance(value, int) or not 0 <= value < 1 << bits:
-                raise ValueError(f"{name}: expected an int in [0, 2^{bits}), got {value!r}")
+        seed, first_sample = check_integer("seed", seed, 64), check_integer("first_sample", first_sample, 63)
         if sampling is not None and not isinstance(sampling, SamplingConfig):
             raise TypeError(f"sampling: expected a SamplingConfig or None, got {type(sampling).__name__}")
         check_rounding(rounding)

@@ -48,8 +48,8 @@ def generate_set(
 ) -> None:
     """Writes one picture for each label into an .npz that FID tools read.
 
-    Its layout is that of ADM (Dhariwal & Nichol 2021). The file holds `arr_0`, the pictures, uint8 (N, H, W,
-    channels), and `arr_1`, the labels, int64 (N,). No process holds more than three batches. Where
+    Its layout is that of ADM (Dhariwal & Nichol 2021). The file holds `arr_0`, the pictures, uint8 (N, H, W, 3),
+    grey ones as RGB too, and `arr_1`, the labels, int64 (N,). No process holds more than three batches. Where
     `torch.distributed` is initialised, every process of the group must call this with the same arguments. Each
     generates a share, and all return when the file is in place.
 
@@ -70,10 +70,10 @@ def generate_set(
     request = GenerationRequest.checked(
         pipe.generator.config, labels, seed=seed, first_sample=first_sample, sampling=sampling, rounding=rounding
     )
-    check_batch_size(batch_size)
+    batch_size = check_batch_size(batch_size)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     tokenizer = pipe.tokenizer.config
-    parts = _Parts(Path(path), (*tokenizer.image_size, tokenizer.channels), len(request))
+    parts = _Parts(Path(path), (*tokenizer.image_size, 3), len(request))
     with contextlib.closing(parts):
         missing = _in_first_process(lambda: parts.claim(_settings(pipe, request)))
         ranges = _share(missing, rank, world, 1 if batch_size == "auto" else batch_size)
@@ -115,7 +115,7 @@ def _generate_parts(
             ):
                 if written is not None:
                     written.result()  # raises the error of that write, such as a full disk
-                written = writer.submit(parts.write, start, pictures)
+                written = writer.submit(parts.write, start, pictures.expand(-1, -1, -1, 3))  # grey becomes RGB
                 start += len(pictures)
         if written is not None:
             written.result()
@@ -146,11 +146,11 @@ class _Part(NamedTuple):
 
 
 class _Parts:
-    """The folder of parts. A part `<start>-<stop>.u8` is uint8 (stop - start, H, W, channels).
+    """The folder of parts. A part `<start>-<stop>.u8` is uint8 (stop - start, H, W, 3).
 
     Args:
         output: path of the .npz.
-        shape: (H, W, channels) of a picture.
+        shape: (H, W, 3) of a picture.
         count: pictures of the whole set.
     """
 
@@ -191,7 +191,7 @@ class _Parts:
         return np.flatnonzero(missing)
 
     def write(self, start: int, pictures: Tensor) -> None:
-        """Writes a batch (B, H, W, channels) whose first sample is `start`."""
+        """Writes a batch (B, H, W, 3) whose first sample is `start`."""
         name = f"{start:012}-{start + len(pictures):012}.u8"
         _write(self.folder / name, pictures.contiguous().numpy().data)
 

@@ -82,13 +82,15 @@ def sample_tokens(
     """Draws one token sequence for each label. Dropout is off, whether the generator is in training mode or not.
 
     Args:
-        labels: (B,) int64 classes in [0, num_classes), a tensor or a sequence; `generator.no_class` samples
-            without a class.
+        labels: (B,) classes in [0, num_classes), a tensor of any integer dtype or a sequence of integers;
+            `generator.no_class` samples without a class.
         sampling: None takes `generator.config.sampling`.
         seed: in [0, 2^64).
         first_sample: index of the first sample, in [0, 2^63), so that a long run can be cut into batches: the
             samples of `first_sample=8` are the samples 8, 9, ... of one large batch.
-        init_tokens: (B, K) int64 to start from: codes stay, `generator.mask_token` is filled in. None masks all.
+        init_tokens: (B, K), of any integer dtype, to start from: codes stay, `generator.mask_token` is filled
+            in. None masks all. How many tokens a step decides in a sample follows from the number of masked tokens
+            that this sample starts with.
         trace: also return the tokens and confidences of every step.
 
     Returns:
@@ -100,11 +102,15 @@ def sample_tokens(
     config = generator.config
     request = GenerationRequest.checked(config, labels, seed=seed, first_sample=first_sample, sampling=sampling)
     if init_tokens is not None:
-        check_tokens(init_tokens, config.num_latent_tokens, generator.mask_token + 1, name="init_tokens")
+        init_tokens = check_tokens(
+            init_tokens, config.num_latent_tokens, generator.mask_token + 1, name="init_tokens"
+        )
         if len(init_tokens) != len(request):
             raise ValueError(
                 f"init_tokens: expected {len(request)} rows, one for each label, got {len(init_tokens)}"
             )
+        if bool((init_tokens == generator.mask_token).all()):
+            init_tokens = None  # the same samples, computed in the same way: on a GPU by a captured graph
     if init_tokens is None and not trace:
         return draw_tokens(generator, request)
     generator = generator.float32_copy.of(generator)

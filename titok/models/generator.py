@@ -48,7 +48,7 @@ class MaskGIT(Pretrained):
         for table in (self.embedding.weight, self.positions):
             nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04)
         self.float32_copy: Float32Copy[MaskGIT] = Float32Copy()
-        self.graphs = GraphCache()  # of the decoding loop: `titok.generation.captured`
+        self.graphs = GraphCache()  # captured with this model's weights
 
     @property
     def mask_token(self) -> int:
@@ -76,21 +76,21 @@ class MaskGIT(Pretrained):
         In training mode the "vit" architecture applies the dropout of its configuration.
 
         Args:
-            tokens: (B, K) int64, codes or `mask_token`, on the device of the model.
-            labels: (B,) int64 classes, `no_class` where the class is dropped; None drops all.
+            tokens: (B, K) of any integer dtype, codes or `mask_token`, on the device of the model.
+            labels: (B,) of any integer dtype: classes, `no_class` where the class is dropped; None drops all.
 
         Returns:
             (B, K, V) logits in the dtype of the model.
 
         Raises:
-            TypeError: an argument is not an int64 tensor.
+            TypeError: an argument is not a tensor of an integer dtype.
             ValueError: a shape does not fit, or an id or class is out of range.
         """
-        check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size + 1)
+        tokens = check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size + 1)
         if labels is None:
             labels = tokens.new_full((len(tokens),), self.no_class)
         else:
-            check_labels(labels, self.config.num_classes)
+            labels = check_labels(labels, self.config.num_classes)
             if len(labels) != len(tokens):
                 raise ValueError(
                     f"labels: expected one for each of {len(tokens)} rows of tokens, got {len(labels)}"

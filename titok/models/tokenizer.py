@@ -227,7 +227,7 @@ class TiTok(Pretrained):
         """Tokens to images.
 
         Args:
-            tokens: (B, K) int64, of a VAE (B, K, C) of any floating dtype.
+            tokens: (B, K) of any integer dtype, of a VAE (B, K, C) of any floating dtype.
 
         Returns:
             (B, channels, H, W) in the dtype of the model, not clamped.
@@ -237,7 +237,7 @@ class TiTok(Pretrained):
             ValueError: its shape does not fit, an id is outside [0, V), a latent is not finite; or the model has
                 no pixel decoder and ends at proxy logits (`decode_logits`).
         """
-        self._check_tokens(tokens)
+        tokens = self._checked_tokens(tokens)
         model = self.float32_copy.of(self)
         images = model.decode_pixels(model.decode_head(tokens))
         return images if model is self else images.to(self.dtype)
@@ -250,7 +250,7 @@ class TiTok(Pretrained):
         """
         if self.config.head != "proxy":
             raise ValueError("decode_logits: expected a tokenizer with head 'proxy', got 'pixels'")
-        self._check_tokens(tokens)
+        tokens = self._checked_tokens(tokens)
         return rearrange(self.decode_head(tokens), "b h w c -> b c h w")
 
     @memory_that_stays()
@@ -282,11 +282,11 @@ class TiTok(Pretrained):
             prediction = self.pixel_decoder(rearrange(vectors, "b h w c -> b c h w"))
         return 0.5 * prediction + 0.5 if self.config.signed_pixels else prediction
 
-    def _check_tokens(self, tokens: Tensor) -> None:
-        if self.quantizer is None:
-            check_latents(tokens, self.config.num_latent_tokens, self.config.code_dim)
-        else:
-            check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size)
+    def _checked_tokens(self, tokens: Tensor) -> Tensor:
+        if self.quantizer is not None:
+            return check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size)
+        check_latents(tokens, self.config.num_latent_tokens, self.config.code_dim)
+        return tokens
 
     @classmethod
     def read_config(cls, values: dict[str, Any]) -> tuple[TokenizerConfig, bool]:

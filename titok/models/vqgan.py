@@ -216,8 +216,10 @@ class MaskGITVQGAN(Pretrained):
             ValueError: it does not have three dimensions, or a code is outside [0, codebook_size).
         """
         check_tensor("codes", codes, shape=("B", "h", "w"))
-        check_tokens(codes.flatten(1), codes.shape[1] * codes.shape[2], self.config.codebook_size, name="codes")
-        vectors = F.embedding(codes, self.codebook)
+        flat = check_tokens(
+            codes.flatten(1), codes.shape[1] * codes.shape[2], self.config.codebook_size, name="codes"
+        )
+        vectors = F.embedding(flat.reshape(codes.shape), self.codebook)
         return self.decoder(rearrange(vectors, "b h w c -> b c h w")).clamp(0, 1)
 
     @classmethod

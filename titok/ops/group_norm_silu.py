@@ -188,6 +188,9 @@ def _triton(a: Arguments, total: Tensor | None, normalised: Tensor, *kept: Tenso
 def _plain(a: Arguments) -> tuple[Tensor | None, ...]:
     memory_format = _memory_format(a.x)
     x = a.x if a.residual is None else (a.x + a.residual).contiguous(memory_format=memory_format)
+    if x.numel() == 0:
+        mean, rstd = (statistic.zero_() for statistic in _kept(a))
+        return (None if a.residual is None else x), _results(a)[1], mean, rstd
     # Not torch.native_group_norm: for channels-last maps on a CPU it takes E[x^2] - E[x]^2 in float32 as the variance.
     grouped = x.to(_statistics_dtype(x)).unflatten(1, (a.num_groups, -1))
     variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)

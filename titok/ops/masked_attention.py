@@ -3,6 +3,8 @@
 What is kept for the backward pass is the log-sum-exp to base 2 of each query's scaled scores, (B, H, Nq) in float32
 (float64 for float64). The kernels exponentiate with base 2. Every back end keeps the same, so that any backward pass
 can follow any forward pass. SDPA on a GPU and flash-attn keep NaN: their backward pass runs the forward pass once more.
+
+This file is longer than 400 lines because it holds five back ends, each in both directions, that share their arguments.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from titok.config import Config, GeneratorConfig, TokenizerConfig
+from titok.config import Config, GeneratorConfig, TokenizerConfig, as_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +41,15 @@ class TrainingConfig(Config):
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        betas = tuple(map(as_number, self.betas)) if isinstance(self.betas, (tuple, list)) else ()
+        valid = len(betas) == 2 and all(b is not None and 0 <= b < 1 for b in betas)
+        self._set_if("betas", betas, valid, "two numbers in [0, 1)")
         self._check_counts("steps", "batch_size", "checkpoint_every", "log_every")
-        self._check_number("learning_rate", "final_learning_rate", "weight_decay")
+        self._check_number("learning_rate", "final_learning_rate", "weight_decay", "clip_norm")
         self._check_choice("precision", ("float32", "bfloat16"))
         self._check("clip_norm", self.clip_norm > 0, "a number > 0")
-        self._check("warmup_steps", 0 <= self.warmup_steps < self.steps, f"an int in [0, steps = {self.steps})")
-        self._check("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
-        self._check("seed", isinstance(self.seed, int) and 0 <= self.seed < 1 << 63, "an int in [0, 2^63)")
+        self._check_integer("warmup_steps", 0, f"an int in [0, steps = {self.steps})", self.steps - 1)
+        self._check_integer("seed", 0, "an int in [0, 2^63)", (1 << 63) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +90,17 @@ class TokenizerTraining(TrainingConfig):
     position_std: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, dict):
-            object.__setattr__(self, "model", TokenizerConfig.from_dict(self.model))
+        self._check_nested("model", TokenizerConfig)
         super().__post_init__()
         self._check("model", self.model.head == "pixels", "a tokenizer with head 'pixels' (single-stage)")
         self._check_number("reconstruction_weight", "kl_weight")
         self._check_counts("restart_every")
         self._check_unit("restart_until")
-        std = self.position_std
-        self._check("position_std", std is None or 0 < std < math.inf, "None or a finite number > 0")
-        self._check("random_shift", isinstance(self.random_shift, int) and self.random_shift >= 0, "an int >= 0")
+        if self.position_std is not None:
+            std = as_number(self.position_std)
+            self._set_if("position_std", std, std is not None and std > 0, "None or a finite number > 0")
+        self._check_integer("random_shift", 0, "an int >= 0")
+        self._check_flags("random_flip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +127,7 @@ class GeneratorTraining(TrainingConfig):
     class_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, dict):
-            object.__setattr__(self, "model", GeneratorConfig.from_dict(self.model))
+        self._check_nested("model", GeneratorConfig)
         super().__post_init__()
         for name in ("label_smoothing", "unmasked_weight", "class_dropout"):
             self._check_unit(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from titok.checks import check_labels, check_tokens
+from titok.config import as_integer
 from titok.data.augment import shift_images
 from titok.data.folders import Images, read_batches
 from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
+from titok.training import fingerprint
 from titok.training.config import GeneratorTraining
 from titok.training.masking import drop_classes, masked_token_loss, random_mask
 from titok.training.run import Run, seed_of, shuffled_batches
@@ -37,12 +40,15 @@ def tokenize_images(
         shifts: one copy for each (down, right), in pixels.
 
     Raises:
-        ValueError: the tokenizer is a VAE, or there are no images.
+        ValueError: the tokenizer is a VAE, there are no images, or `batch_size` is not an integer >= 1.
     """
+    size = as_integer(batch_size)
+    if size is None or size < 1:
+        raise ValueError(f"batch_size: expected an int >= 1, got {batch_size!r}")
     if tokenizer.quantizer is None:
         raise ValueError("tokenizer: expected a vector-quantised one, got a VAE: MaskGIT generates codes")
     rows = []
-    for batch in read_batches(images, torch.arange(len(images)).split(batch_size)):
+    for batch in read_batches(images, torch.arange(len(images)).split(size)):
         batch = batch.to(tokenizer.device)
         copies = []
         for mirrored in (batch, batch.flip(-1)) if flip else (batch,):
@@ -68,8 +74,8 @@ def train_generator(
     """Trains a generator from scratch, and saves it in `out_dir` with `MaskGIT.save_pretrained`.
 
     Args:
-        tokens: (n, K) int64, or (n, copies, K). A copy counts as a sample of its own.
-        labels: (n,) int64 classes.
+        tokens: (n, K) of any integer dtype, or (n, copies, K). A copy counts as a sample of its own.
+        labels: (n,) classes, of any integer dtype.
         config: settings of the model and of the run.
         out_dir, resume, device: as `train_tokenizer` takes them.
         progress: True shows a progress bar with the loss and the share of masked tokens that are predicted
@@ -83,20 +89,21 @@ def train_generator(
         TypeError, ValueError: tokens or labels do not fit the model or each other, or `out_dir` holds another run.
     """
     length, codes = config.model.num_latent_tokens, config.model.codebook_size
-    copies = tokens.shape[1] if tokens.ndim == 3 else 1
-    flat = tokens.flatten(0, 1) if tokens.ndim == 3 else tokens
-    check_tokens(flat, length, codes)
-    check_labels(labels, config.model.num_classes)
+    has_copies = isinstance(tokens, Tensor) and tokens.ndim == 3
+    copies = tokens.shape[1] if has_copies else 1
+    flat = check_tokens(tokens.flatten(0, 1) if has_copies else tokens, length, codes)
+    labels = check_labels(labels, config.model.num_classes)
     if not len(tokens) == len(labels) > 0:
         raise ValueError(
             f"labels: expected one for each of {len(tokens)} samples, at least one, got {len(labels)}"
         )
+    hashes = {"tokens": fingerprint.of_tensor(flat), "labels": fingerprint.of_tensor(labels)}
     flat, labels = flat.to(device), labels.repeat_interleave(copies).to(device)
 
     with torch.random.fork_rng([]):
         torch.manual_seed(seed_of(config.seed))
         model = MaskGIT(config.model).to(device)
-    run = Run(model, config, out_dir, resume=resume, data={"samples": len(flat)})
+    run = Run(model, config, out_dir, resume=resume, data={"samples": len(flat), **hashes})
 
     def losses(indices: Tensor) -> dict[str, Tensor]:
         uniform = torch.rand(len(indices), length + 2).to(device)
@@ -113,5 +120,6 @@ def train_generator(
         )
         return {"loss": loss, "accuracy": accuracy}
 
-    order = shuffled_batches(len(flat), config.batch_size, config.seed, run.step)
-    return run.train(order, losses, name="generator", progress=progress)
+    with contextlib.closing(run):
+        order = shuffled_batches(len(flat), config.batch_size, config.seed, run.step)
+        return run.train(order, losses, name="generator", progress=progress)

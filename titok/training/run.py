@@ -7,10 +7,12 @@ resumed gives the same weights, bit for bit, as one that was not.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +37,12 @@ Batch = TypeVar("Batch")
 CHECKPOINT = "training.safetensors"
 # Settings that may differ between a run and its resumption, because the trained weights do not depend on them.
 KEYS_THAT_MAY_CHANGE = ("checkpoint_every", "log_every")
+# Entries of `Run.data` that are hashes, and what an error says where they differ.
+WORDS_FOR_HASHES = {
+    "pictures": "the pictures are not those that the run was started with (other files, contents or names)",
+    "tokens": "the tokens are not those that the run was started with (other pictures, or another tokenizer)",
+    "labels": "the labels are not those that the run was started with",
+}
 
 
 def seed_of(*numbers: int) -> int:
@@ -68,16 +76,20 @@ class Run(Generic[M]):
         config: settings of the run.
         folder: made where it is missing; holds the checkpoint and the model.
         resume: True continues the run in `folder`, if there is one.
-        data: what identifies the data, such as {"images": 1000}, to refuse a resumption with other data.
+        data: what identifies the data, such as {"images": 1000}, to refuse a resumption with other data. The keys of
+            `WORDS_FOR_HASHES` stand for hashes.
 
     Attributes:
         step: number of optimizer steps that are done.
         history: one dict for every `log_every` steps, with "step" and the figures of the loop.
         extra: further tensors that the loop keeps in its checkpoints, by name.
 
+    The folder is locked until `close` is called, or the process ends.
+
     Raises:
         FileExistsError: `folder` holds a run and `resume` is False.
-        ValueError: the run in `folder` has another configuration, model or data, or its file is damaged.
+        ValueError: another process trains in `folder`; or the run in `folder` has another configuration, model or
+            data, or its file is damaged.
     """
 
     def __init__(
@@ -97,12 +109,21 @@ class Run(Generic[M]):
         self.history: list[dict[str, float]] = []
         self.extra: dict[str, Tensor] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / CHECKPOINT).exists():
-            if not resume:
-                raise FileExistsError(
-                    f"{self.folder}: a training run is here already: resume it, or remove {CHECKPOINT}"
-                )
-            self.load()
+        self._release: Any = weakref.finalize(self, os.close, _locked(self.folder))
+        try:
+            if (self.folder / CHECKPOINT).exists():
+                if not resume:
+                    raise FileExistsError(
+                        f"{self.folder}: a training run is here already: resume it, or remove {CHECKPOINT}"
+                    )
+                self.load()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Unlocks the folder."""
+        self._release()
 
     def save(self) -> None:
         """Writes the checkpoint, then the model with `save_pretrained`.
@@ -133,8 +154,13 @@ class Run(Generic[M]):
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "extra": {}}
         for name, value in tensors.items():
             kind, _, rest = name.partition("/")
-            groups[kind][rest] = value
-        self.model.load_state_dict(groups["model"])
+            groups.setdefault(kind, {})[rest] = value
+        try:
+            self.model.load_state_dict(groups["model"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path}: not a readable training checkpoint: its weights are of another model"
+            ) from error
         device = next(iter(self.names)).device
         parameters = {name: parameter for parameter, name in self.names.items()}
         for key, value in groups["optimizer"].items():
@@ -170,6 +196,8 @@ class Run(Generic[M]):
         """
         config = self.config
         device = next(iter(self.names)).device
+        if self.step == config.steps:  # the run may have been stopped between the two files of its last save
+            self.model.save_pretrained(self.folder)
         self.model.train()
         bar = tqdm(total=config.steps, initial=self.step, desc=name, unit="step", disable=not progress, leave=True)
         if self.history:
@@ -230,11 +258,32 @@ class Run(Generic[M]):
 def _check_unchanged(path: Path, part: str, *, saved: dict[str, Any], given: dict[str, Any]) -> None:
     """Raises `ValueError` that lists the keys in which the settings of a checkpoint and those of a run differ."""
     keys = sorted({*saved, *given} - set(KEYS_THAT_MAY_CHANGE))
-    changed = [
-        f"{key} was {saved.get(key)!r}, is {given.get(key)!r}" for key in keys if saved.get(key) != given.get(key)
-    ]
+    changed = []
+    for key in keys:
+        if key in WORDS_FOR_HASHES:
+            if key in saved and key in given and saved[key] != given[key]:
+                changed.append(WORDS_FOR_HASHES[key])
+        elif saved.get(key) != given.get(key):
+            changed.append(f"{key} was {saved.get(key)!r}, is {given.get(key)!r}")
     if changed:
         raise ValueError(f"{path}: cannot be resumed with another {part}: {'; '.join(changed)}")
+
+
+def _locked(folder: Path) -> int:
+    """A handle of a folder that no other process holds; the system unlocks the folder when the handle is closed.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{folder}: another training run is at work here") from None
+    except OSError:
+        pass  # a file system without locks
+    return handle
 
 
 def read_run_info(path: Path) -> dict[str, Any]:
@@ -245,9 +294,13 @@ def read_run_info(path: Path) -> dict[str, Any]:
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["training"])
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            info = json.loads(file.metadata()["training"])
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable training checkpoint") from error
+    types = {"step": int, "config": dict, "data": dict, "history": list}
+    if not isinstance(info, dict) or not all(isinstance(info.get(key), kind) for key, kind in types.items()):
+        raise ValueError(f"{path}: not a readable training checkpoint: expected {', '.join(types)}")
+    return info
 
 
 def _formatted(figures: dict[str, float]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from titok.data.augment import shift_images
 from titok.data.folders import Images, read_batches
 from titok.models.tokenizer import TiTok
+from titok.training import fingerprint
 from titok.training.config import TokenizerTraining
 from titok.training.run import Run, seed_of, shuffled_batches
 
@@ -41,7 +43,8 @@ def train_tokenizer(
 
     Raises:
         FileExistsError: `out_dir` holds a run, and `resume` is False.
-        ValueError: there are no images, they do not fit the model, or `out_dir` holds another run.
+        ValueError: there are no images, they do not fit the model, or `out_dir` holds another run, a run with other
+            pictures, or a run that is at work.
         FloatingPointError: the loss is no longer finite.
     """
     if len(images) == 0:
@@ -54,11 +57,15 @@ def train_tokenizer(
                 if name.endswith(("_positions", "_token", "_tokens")):
                     torch.nn.init.normal_(parameter, std=config.position_std)
         model.to(device)
-    run = Run(model, config, out_dir, resume=resume, data={"images": len(images)})
-    loop = TokenizerLoop(run, config)
-    batches = read_batches(images, shuffled_batches(len(images), config.batch_size, config.seed, run.step))
-    after = loop.restart_codes if model.quantizer is not None else None
-    return run.train(batches, loop.losses, name="tokenizer", progress=progress, after_step=after)
+    data: dict[str, object] = {"images": len(images)}
+    if (pictures := fingerprint.of_images(images)) is not None:
+        data["pictures"] = pictures
+    run = Run(model, config, out_dir, resume=resume, data=data)
+    with contextlib.closing(run):
+        loop = TokenizerLoop(run, config)
+        batches = read_batches(images, shuffled_batches(len(images), config.batch_size, config.seed, run.step))
+        after = loop.restart_codes if model.quantizer is not None else None
+        return run.train(batches, loop.losses, name="tokenizer", progress=progress, after_step=after)
 
 
 class TokenizerLoop:

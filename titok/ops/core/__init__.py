@@ -20,7 +20,8 @@ from titok.ops.core.mode import (
     runs_eagerly,
     through_dispatcher,
 )
-from titok.ops.core.op import Composite, Gradient, Kernel, Op, contiguous, register_composite, vjp
+from titok.ops.core.op import Op, contiguous, register_composite, vjp
+from titok.ops.core.parts import Composite, Gradient, Kernel
 
 __all__ = [
     "Composite",
