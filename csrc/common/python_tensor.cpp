@@ -50,6 +50,8 @@ struct Torch {
   PyObject* size;
   PyObject* stride;
   PyObject* dtype;
+  PyObject* is_cpu;
+  PyObject* is_cuda;
   PyObject* device;
   PyObject* dtypes[kNamedDTypes];       // torch.float32 ..., in the order of kDTypes
   const dlpack::ExchangeApi* exchange;  // null where this torch has none
@@ -83,7 +85,10 @@ const Torch* find_torch() {
   if (!torch || torch.get() == Py_None) return nullptr;
   const Ref internals(attribute(torch.get(), "_C")), nn(attribute(torch.get(), "nn"));
   const Ref base(attribute(internals.get(), "TensorBase"));
-  const Ref dtype(attribute(base.get(), "dtype")), device(attribute(base.get(), "device"));
+  const auto getter = [&](const char* name) {
+    const Ref descriptor(attribute(base.get(), name));
+    return attribute(descriptor.get(), "__get__");
+  };
   PyObject* const tensor = attribute(torch.get(), "Tensor");
   PyObject* const parameter = attribute(nn.get(), "Parameter");
   found.tensor = reinterpret_cast<PyTypeObject*>(tensor);
@@ -93,8 +98,10 @@ const Torch* find_torch() {
   found.data_ptr = attribute(base.get(), "data_ptr");
   found.size = attribute(base.get(), "size");
   found.stride = attribute(base.get(), "stride");
-  found.dtype = attribute(dtype.get(), "__get__");
-  found.device = attribute(device.get(), "__get__");
+  found.dtype = getter("dtype");
+  found.is_cpu = getter("is_cpu");
+  found.is_cuda = getter("is_cuda");
+  found.device = getter("device");
   for (int i = 0; i < kNamedDTypes; ++i) found.dtypes[i] = attribute(torch.get(), name_of(kDTypes[i].dtype));
   found.exchange = find_exchange(tensor);
   ready = true;
@@ -165,12 +172,15 @@ void read_attributes(const Torch& torch, PyObject* value, TensorArg& to) {
   for (int i = 0; i < kNamedDTypes; ++i) {
     if (dtype.get() == torch.dtypes[i]) to.dtype = kDTypes[i].dtype;
   }
-  const Ref device = ask(torch, torch.device, value, to.name);
-  const Ref kind(attribute(device.get(), "type")), index(attribute(device.get(), "index"));
-  to.device = !PyUnicode_CompareWithASCIIString(kind.get(), "cpu")    ? DeviceKind::kCpu
-              : !PyUnicode_CompareWithASCIIString(kind.get(), "cuda") ? DeviceKind::kCuda
-                                                                      : DeviceKind::kOther;
-  to.device_index = index.get() == Py_None ? 0 : static_cast<int32_t>(integer_of(index.get(), to.name));
+  to.device = DeviceKind::kCpu;
+  to.device_index = 0;
+  if (ask(torch, torch.is_cpu, value, to.name).get() != Py_True) {
+    const bool cuda = ask(torch, torch.is_cuda, value, to.name).get() == Py_True;
+    to.device = cuda ? DeviceKind::kCuda : DeviceKind::kOther;
+    const Ref device = ask(torch, torch.device, value, to.name);
+    const Ref index(attribute(device.get(), "index"));
+    if (index.get() != Py_None) to.device_index = static_cast<int32_t>(integer_of(index.get(), to.name));
+  }
   const Ref sizes = ask(torch, torch.size, value, to.name), strides = ask(torch, torch.stride, value, to.name);
   if (!PyTuple_Check(sizes.get()) || !PyTuple_Check(strides.get())) raise_unreadable(to.name);
   to.ndim = static_cast<int32_t>(PyTuple_GET_SIZE(sizes.get()));
