@@ -471,12 +471,13 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
     write_image(path, torch.zeros(4, 4, 3, dtype=torch.uint8))
     before = path.read_bytes()
 
-    def full_disk(self: Any, target: Path, **_: Any) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError("No space left on device")
+    def full_disk(self: Path, _: Any) -> None:
+        with self.open("wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match=r"a\.png: cannot be written \(No space left on device\)"):
         write_image(path, torch.ones(4, 4, 3, dtype=torch.uint8))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
