@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from cli_runner import pixels, refused, titok
 from titok import Pipeline, TiTok
+from titok.cli.app import app
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -247,3 +251,45 @@ def test_grey_sets_are_rgb(models: Path) -> None:
     assert (pictures == pictures[..., :1]).all()
     assert np.array_equal(pixels(Path("alone.png"))[:8, :8], pictures[0, ..., 0])
     assert np.array_equal(pixels(Path("alone.png")), pixels(Path("s.png")))
+
+
+DISK_FULL = """
+import resource, signal, sys
+import titok.cli.app as cli
+import torch, safetensors, PIL.Image, titok.models.tokenizer, titok.data.tokens
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then raises an error, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+sys.argv = ["titok", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        (("tokenize", "photos", "-t", "tok", "-o", "t.npz"), "t.npz"),
+        (("tokenize", "photos", "-t", "tok", "-o", "t.safetensors"), "t.safetensors"),
+        (("detokenize", "tokens.npz", "-t", "tok", "-o", "new"), "new/a.png"),
+        (("reconstruct", "photos", "-t", "tok", "-o", "r.jpg"), "r.jpg"),
+        (("generate", *MODELS, "-o", "s.png"), "s.png"),
+    ],
+)
+def test_a_file_that_cannot_be_completed_is_named(arguments: tuple[str, ...], file: str) -> None:
+    before = contents()
+    run = subprocess.run(
+        [sys.executable, "-c", DISK_FULL, *arguments], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2, run.stderr
+    errors = [line for line in run.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(errors) == 1, run.stderr
+    assert errors[0].startswith(f"error: {file}: cannot be written (")
+    assert contents() == before
+
+
+def test_training_shows_no_progress_bar_where_stderr_is_no_terminal() -> None:
+    small = ("--width", 64, "--layers", 1, "--batch-size", 2, "--steps", 2, "--image-size", 16, "--tokens", 4)
+    arguments = ["train", "tokenizer", "photos/cats/old", "-o", "run", *small]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""

@@ -7,6 +7,7 @@ models for small pictures, trained as the quickstart trains its models.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -107,7 +108,8 @@ def tokenizer(
     )
     how = preprocessing(ignore_orientation, ignore_transparency)
     pictures = image_folder(images, model.image_size, model.channels, how, skip_unreadable=skip_unreadable)
-    train_tokenizer(pictures, training, output, resume=resume, device=select_device(device))
+    progress = sys.stderr.isatty()
+    train_tokenizer(pictures, training, output, resume=resume, progress=progress, device=select_device(device))
     figures = _last_figures(output)
     say(f"{output}: a tokenizer of {len(pictures)} pictures, {tokens} tokens each, {figures}")
 
@@ -172,7 +174,8 @@ def generator(
         seed=seed,
     )
     rows = tokenize_images(model, pictures, flip=flip)
-    train_generator(rows, pictures.labels, training, output, resume=resume, device=model.device)
+    progress = sys.stderr.isatty()
+    train_generator(rows, pictures.labels, training, output, resume=resume, progress=progress, device=model.device)
     write_json(output / "classes.json", pictures.classes)
     say(f"{output}: a generator of {len(pictures.classes)} classes, {_last_figures(output)}")
 

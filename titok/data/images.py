@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import operator
 import os
@@ -345,6 +346,7 @@ def write_image(path: str | os.PathLike[str], image: Tensor) -> None:
 
     Raises:
         ValueError: the suffix is not in `WRITTEN_FORMATS`.
+        OSError: the file cannot be written, for example because the disk is full. The message names it.
     """
     check_tensor("image", image, shape=("H", "W", "C"), dtypes=(torch.uint8,))
     kind = WRITTEN_FORMATS.get(Path(path).suffix.lower())
@@ -352,5 +354,11 @@ def write_image(path: str | os.PathLike[str], image: Tensor) -> None:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(WRITTEN_FORMATS)}")
     array = image.cpu().numpy()
     quality = {} if kind == "PNG" else {"quality": 95}
-    with atomic_path(path) as temporary:
-        Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary, format=kind, **quality)
+    # The file is written here and not by Pillow, whose JPEG encoder does not report a full disk.
+    encoded = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(encoded, format=kind, **quality)
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(encoded.getbuffer())
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error

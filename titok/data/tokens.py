@@ -46,18 +46,23 @@ def write_tokens(path: str | os.PathLike[str], tokens: Tensor, names: Sequence[s
 
     Raises:
         TypeError, ValueError: another suffix, tokens that do not fit the tokenizer, or another number of names.
+        OSError: the file cannot be written, for example because the disk is full. The message names it.
     """
     path = _check_suffix(path)
     tokens = _integers_as_int64(tokens)
     _check_contents(tokens, names, tokenizer)
     values = {_key(tokenizer): tokens.float() if tokens.is_floating_point() else tokens.to(torch.int32)}
     values["signature"] = signature(tokenizer)
-    if path.suffix.lower() == ".safetensors":
-        write_safetensors(path, values, {"names": json.dumps(list(names))})
-        return
-    arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in values.items()}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, names=np.array(names, dtype=np.str_), **arrays)
+    try:
+        if path.suffix.lower() == ".safetensors":
+            write_safetensors(path, values, {"names": json.dumps(list(names))})
+        else:
+            arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in values.items()}
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, names=np.array(names, dtype=np.str_), **arrays)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise OSError(f"{path}: cannot be written ({reason})") from error
 
 
 def read_tokens(path: str | os.PathLike[str], tokenizer: TiTok) -> TokenFile:
