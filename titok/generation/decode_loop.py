@@ -225,8 +225,9 @@ def _logits_at(generator: MaskGIT, tokens: Tensor, labels: Tensor, positions: Te
         positions: (P, M) int64 in [0, K).
 
     Returns:
-        (P * M, V), the positions of the first sequence first.
+        (P * M, V), the positions of the first sequence first; of a float64 model in float32.
     """
     features = generator.features(tokens, labels)
     picked = features.gather(1, positions[:, :, None].expand(-1, -1, features.shape[-1]))
-    return generator.lm_head(picked).flatten(0, 1)
+    logits = generator.lm_head(picked).flatten(0, 1)
+    return logits.float() if logits.dtype == torch.float64 else logits  # the decoding step takes no float64

@@ -218,7 +218,7 @@ def _backward_cpp(a: BackwardArguments, grad: Tensor, grad_parameters: Tensor) -
     check_eps(a.eps)
     chunks = extension().add_layer_norm_chunks(a.total.numel() // a.total.shape[-1])
     # One sum for each chunk of rows, added up here, so that the number of threads changes no bit.
-    partial = torch.empty((chunks, *grad_parameters.shape))
+    partial = grad_parameters.new_empty((chunks, *grad_parameters.shape), dtype=torch.float32)
     extension().add_layer_norm_backward(a.grad_total, a.grad_normalised, a.total, a.weight, a.eps, grad, partial)
     torch.sum(partial, 0, out=grad_parameters)
 

@@ -302,7 +302,7 @@ def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """(B, 1, 1, N): 0 for visible keys, -inf for hidden ones."""
     if key_mask is None:
         return None
-    return torch.zeros(key_mask.shape, dtype=dtype).masked_fill_(~key_mask, -math.inf)[:, None, None, :]
+    return torch.zeros_like(key_mask, dtype=dtype).masked_fill_(~key_mask, -math.inf)[:, None, None, :]
 
 
 def _backward_sdpa(a: BackwardArguments) -> tuple[Tensor]:

@@ -48,12 +48,13 @@ def tokenize_images(
     if tokenizer.quantizer is None:
         raise ValueError("tokenizer: expected a vector-quantised one, got a VAE: MaskGIT generates codes")
     rows = []
-    for batch in read_batches(images, torch.arange(len(images)).split(size)):
+    for batch in read_batches(images, torch.arange(len(images), device="cpu").split(size)):
         batch = batch.to(tokenizer.device)
         copies = []
         for mirrored in (batch, batch.flip(-1)) if flip else (batch,):
             for down, right in shifts:
-                moved = shift_images(mirrored, torch.full((len(batch),), down), torch.full((len(batch),), right))
+                offsets = (torch.full((len(batch),), pixels, device=batch.device) for pixels in (down, right))
+                moved = shift_images(mirrored, *offsets)
                 copies.append(tokenizer.encode(moved).cpu())
         rows.append(torch.stack(copies, dim=1))
     if not rows:
@@ -100,13 +101,14 @@ def train_generator(
     hashes = {"tokens": fingerprint.of_tensor(flat), "labels": fingerprint.of_tensor(labels)}
     flat, labels = flat.to(device), labels.repeat_interleave(copies).to(device)
 
-    with torch.random.fork_rng([]):
+    # Random numbers are drawn on the CPU, whatever default device the host has set.
+    with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(seed_of(config.seed))
-        model = MaskGIT(config.model).to(device)
+        model = MaskGIT(config.model).to(device=device, dtype=torch.float32)
     run = Run(model, config, out_dir, resume=resume, data={"samples": len(flat), **hashes})
 
     def losses(indices: Tensor) -> dict[str, Tensor]:
-        uniform = torch.rand(len(indices), length + 2).to(device)
+        uniform = torch.rand(len(indices), length + 2, dtype=torch.float32, device="cpu").to(device)
         targets, classes = flat[indices.to(device)], labels[indices.to(device)]
         classes = drop_classes(classes, model.no_class, uniform[:, 0], config.class_dropout)
         mask = random_mask(uniform[:, 1], uniform[:, 2:])

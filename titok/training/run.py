@@ -59,10 +59,13 @@ def shuffled_batches(count: int, batch_size: int, seed: int, first_step: int = 0
 
     @lru_cache(maxsize=2)  # a step rarely needs more than the epoch of the step before
     def order_of(epoch: int) -> Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, 1, epoch)))
+        return torch.randperm(
+            count, generator=torch.Generator("cpu").manual_seed(seed_of(seed, 1, epoch)), device="cpu"
+        )
 
     for step in itertools.count(first_step):
-        positions = torch.arange(step * batch_size, (step + 1) * batch_size)  # in all epochs, one after the other
+        # In all epochs, one after the other.
+        positions = torch.arange(step * batch_size, (step + 1) * batch_size, device="cpu")
         epochs = positions // count
         indices = [order_of(int(epoch))[positions[epochs == epoch] % count] for epoch in epochs.unique()]
         yield torch.cat(indices)

@@ -49,14 +49,15 @@ def train_tokenizer(
     """
     if len(images) == 0:
         raise ValueError("images: expected at least one, got none")
-    with torch.random.fork_rng([]):
+    # Random numbers are drawn on the CPU, whatever default device the host has set.
+    with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(seed_of(config.seed))
         model = TiTok(config.model)
         if config.position_std is not None:
             for name, parameter in model.named_parameters():
                 if name.endswith(("_positions", "_token", "_tokens")):
                     torch.nn.init.normal_(parameter, std=config.position_std)
-        model.to(device)
+        model.to(device=device, dtype=torch.float32)
     data: dict[str, object] = {"images": len(images)}
     if (pictures := fingerprint.of_images(images)) is not None:
         data["pictures"] = pictures
@@ -82,7 +83,7 @@ class TokenizerLoop:
 
     def __init__(self, run: Run[TiTok], config: TokenizerTraining) -> None:
         self.run, self.config, self.model = run, config, run.model
-        self.latents = torch.empty(0)
+        self.latents = torch.empty(0, device="cpu")
         size = config.model.codebook_size
         self.used = run.extra.setdefault("used", torch.zeros(size, dtype=torch.bool, device=self.model.device))
 
@@ -127,7 +128,7 @@ class TokenizerLoop:
         """
         quantizer = self.model.quantizer
         assert quantizer is not None
-        order = torch.randperm(len(self.latents)).to(codes.device)
+        order = torch.randperm(len(self.latents), device="cpu").to(codes.device)
         replaced = codes.nonzero()[:, 0]
         latents = self.latents[order[torch.arange(len(replaced), device=codes.device) % len(order)]]
         if quantizer.l2_normalize:
@@ -138,10 +139,10 @@ class TokenizerLoop:
 def augment(images: Tensor, config: TokenizerTraining) -> Tensor:
     """Images (B, C, H, W), mirrored and shifted at random where the configuration says so."""
     if config.random_flip:
-        mirrored = torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5
+        mirrored = torch.rand(len(images), 1, 1, 1, dtype=torch.float32, device="cpu").to(images.device) < 0.5
         images = torch.where(mirrored, images.flip(-1), images)
     if config.random_shift:
         pixels = config.random_shift
-        down, right = torch.randint(-pixels, pixels + 1, (2, len(images))).to(images.device)
+        down, right = torch.randint(-pixels, pixels + 1, (2, len(images)), device="cpu").to(images.device)
         images = shift_images(images, down, right)
     return images
