@@ -1,7 +1,7 @@
 """exp and log as fixed sequences of float32 operations, so that every implementation gives the same bits.
 
 Every operation is one multiplication or addition, rounded to nearest; nothing is contracted into an FMA.
-csrc/fixed_math.h holds the same sequences for C++ and CUDA: change both or neither. The polynomials are minimax
+csrc/common/fixed_math.h holds the same sequences for C++ and CUDA: change both or neither. The polynomials are minimax
 fits of our own.
 """
 

@@ -1,4 +1,4 @@
-"""The plain-PyTorch path of `maskgit_decode_step`, operation for operation what csrc/maskgit_decode.h does."""
+"""`maskgit_decode_step` in plain PyTorch, operation for operation as csrc/maskgit_decode/maskgit_decode.h has it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHUNK = 1 << 22  # logits held in float32 at a time
 
 
 class StepParams(NamedTuple):
-    """The numbers of a step, floats already rounded to float32: DecodeParams of csrc/maskgit_decode.h."""
+    """The numbers of a step, floats already rounded to float32: `DecodeParams` in csrc/maskgit_decode/."""
 
     seed: int
     first_sample: int

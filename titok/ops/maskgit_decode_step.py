@@ -2,7 +2,7 @@
 
 The decision of every still-masked position is defined in float32 and integers, operation by operation, so that
 plain PyTorch, C++ and CUDA give the same bits for the same logits (titok/ops/maskgit_decode_plain.py,
-csrc/maskgit_decode*):
+csrc/maskgit_decode/):
 
 1. Guided logit g = u + w (c - u), or g = c where w = 1 or no unconditional pass is given; y = g / softmax_temperature,
    NaN and -inf raised to the lowest finite float32, +inf lowered to the highest.

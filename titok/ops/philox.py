@@ -2,7 +2,7 @@
 
 Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A block of four 32-bit words
 is a pure function of a 128-bit counter and a 64-bit key, so a draw depends on *what* is drawn, never on how many
-draws ran before it, on the batch or on the number of processes. csrc/philox.h is the same for C++ and CUDA.
+draws ran before it, on the batch or on the number of processes. csrc/common/philox.h is the same for C++ and CUDA.
 
 Layout, the one place where it is decided:
 
