@@ -161,8 +161,7 @@ def read_shard_names(index: Path) -> dict[str, str]:
         ValueError: the file is no such index, or a shard would lie outside its folder.
     """
     weight_map = read_json(index).get("weight_map")
-    valid = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
-    if not valid:
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: weight_map: expected a JSON object of file names")
     for name in set(weight_map.values()):
         suffix = Path(name).suffix
