@@ -220,6 +220,80 @@ def test_two_runs_at_once_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
     assert refused[0] == f"{tmp_path / 'a.npz.parts'}: another process is at work here"
 
 
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _flip,
+        lambda part: part.write_bytes(part.read_bytes()[:-40]),
+        lambda part: part.write_bytes(part.read_bytes() + b"x"),
+        lambda part: part.write_bytes(b""),
+        lambda part: part.rename(part.with_name("000000000004-000000000008.u8")),
+    ],
+)
+def test_a_damaged_part_is_made_again(damage: Callable[[Path], Any], pipe: Pipeline, tmp_path: Path) -> None:
+    path, first = tmp_path / "a.npz", tmp_path / "a.npz.parts" / "000000000000-000000000004.u8"
+    generate_set(pipe, tmp_path / "reference.npz", LABELS, batch_size=4)
+    stopped(3, pipe, path)
+    damage(first)
+    generate_set(pipe, path, LABELS, batch_size=4)
+    assert path.read_bytes() == (tmp_path / "reference.npz").read_bytes()
+
+
+def test_a_part_that_is_damaged_before_the_end_stops_the_run(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, first = tmp_path / "a.npz", tmp_path / "a.npz.parts" / "000000000000-000000000004.u8"
+    join = sample_sets._Parts.join
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_sets._Parts, "join", lambda self, labels: (_flip(first), join(self, labels)))
+        with pytest.raises(ValueError, match=f"{first.name}: damaged since it was written"):
+            generate_set(pipe, path, LABELS, batch_size=4)
+    assert not path.exists()
+    assert len(list(first.parent.glob("*.u8"))) == 3
+    generate_set(pipe, path, LABELS, batch_size=4)
+    assert np.load(path)["arr_0"].shape == (11, 16, 24, 3)
+
+
+def test_overlapping_parts(pipe: Pipeline, tmp_path: Path) -> None:
+    """As a process leaves them that outlived its launcher beside a resumed run with another batch size."""
+    path, other, parts = tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "a.npz.parts"
+    generate_set(pipe, tmp_path / "reference.npz", LABELS, batch_size=4)
+    stopped(3, pipe, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_sets._Parts, "join", lambda self, labels: None)
+        generate_set(pipe, other, LABELS, batch_size=3)
+    for part in (tmp_path / "b.npz.parts").glob("*.u8"):
+        part.rename(parts / part.name)
+    generate_set(pipe, path, LABELS, batch_size=4)
+    reference, pictures = (np.load(p)["arr_0"].astype(int) for p in (tmp_path / "reference.npz", path))
+    assert np.abs(pictures - reference).max() <= 1
+    assert not parts.exists()
+
+
+def test_damaged_settings_are_named(pipe: Pipeline, tmp_path: Path) -> None:
+    stopped(3, pipe, tmp_path / "a.npz")
+    (tmp_path / "a.npz.parts" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings.json: not a readable JSON file"):
+        generate_set(pipe, tmp_path / "a.npz", LABELS, batch_size=4)
+
+
+def test_mode_bits_and_link_of_the_output_stay(pipe: Pipeline, tmp_path: Path) -> None:
+    target, link = tmp_path / "target.npz", tmp_path / "a.npz"
+    target.touch()
+    target.chmod(0o600)
+    link.symlink_to("target.npz")
+    generate_set(pipe, link, LABELS)
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert np.load(target)["arr_0"].shape == (11, 16, 24, 3)
+
+
 def test_files_of_others_stay(pipe: Pipeline, tmp_path: Path) -> None:
     parts = tmp_path / "a.npz.parts"
     parts.mkdir()

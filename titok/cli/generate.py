@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,6 +117,7 @@ def generate(
     from titok import Pipeline
     from titok.checks import check_labels
     from titok.data.images import grid, write_image
+    from titok.generation.processes import process_group
     from titok.generation.sample_sets import generate_set
 
     decoder = load_tokenizer(tokenizer, device, dtype)
@@ -201,26 +199,3 @@ def choose_classes(labels: str | None, per_class: int | None, num: int | None, n
     if num is None:
         num = 16 if labels is None else len(classes)
     return [classes[i % len(classes)] for i in range(num)]
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
-    """Within, the processes that torchrun has started form a group of `torch.distributed`.
-
-    Yields the rank of this process and the number of processes. Without torchrun there is no group: 0 and 1.
-    """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        yield 0, 1
-        return
-    import datetime
-
-    import torch.distributed as dist
-
-    # The processes exchange lists and barriers only, and one may wait for another for hours. The long timeout
-    # cannot leave a process waiting forever, because torchrun ends all processes when one fails.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    try:
-        yield rank, world_size
-    finally:
-        dist.destroy_process_group()

@@ -1,9 +1,9 @@
 """Writes many generated pictures into one .npz, by one process or several; a run that was killed can go on later.
 
 Beside the output lies the folder `<output>.parts`. It holds the settings of the run, and each finished batch as a
-file that is named by the samples in it. Such a file gets its name only when all of it is on the disk, so the names
-say which samples are done. When no sample is missing, the first process joins the files into the output and
-removes the folder.
+file, a part, that is named by the samples in it and ends with a checksum. A part gets its name only when all of it
+is on the disk. Parts that are damaged all the same are removed and generated again. When no sample is missing, the
+first process joins the parts into the output, reads it once to verify it, and removes the folder.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
-import shutil
+import stat
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titok.checkpoints.files import read_json
 from titok.config import Rounding, SamplingConfig
 from titok.generation.batches import BatchSize, check_batch_size
 from titok.generation.pipeline import Pipeline
@@ -146,7 +148,10 @@ class _Part(NamedTuple):
 
 
 class _Parts:
-    """The folder of parts. A part `<start>-<stop>.u8` is uint8 (stop - start, H, W, 3).
+    """The folder of parts. A part `<start>-<stop>.u8` is uint8 (stop - start, H, W, 3), then its checksum.
+
+    Parts may overlap, where a process outlived its launcher beside a run with another batch size. Their samples are
+    equal, up to the rounding that `Pipeline.generate_many` describes.
 
     Args:
         output: path of the .npz.
@@ -178,7 +183,7 @@ class _Parts:
         file = self.folder / "settings.json"
         if not file.exists():
             self._clear()  # what a run left that was killed after its output was in place
-        elif self._parts() and (before := json.loads(file.read_text())) != settings:
+        elif self._parts() and (before := read_json(file)) != settings:
             name = next(name for name in {**settings, **before} if settings.get(name) != before.get(name))
             raise ValueError(
                 f"{self.folder}: expected {name} {before.get(name)}, as in the run that was stopped here, got "
@@ -187,19 +192,23 @@ class _Parts:
         _write(file, json.dumps(settings, indent=2).encode())
         missing = np.ones(self.count, dtype=bool)
         for part in self._parts():
-            missing[part.start : part.stop] = False
+            if self._read(part) is None:
+                part.path.unlink()
+            else:
+                missing[part.start : part.stop] = False
         return np.flatnonzero(missing)
 
     def write(self, start: int, pictures: Tensor) -> None:
         """Writes a batch (B, H, W, 3) whose first sample is `start`."""
         name = f"{start:012}-{start + len(pictures):012}.u8"
-        _write(self.folder / name, pictures.contiguous().numpy().data)
+        data = pictures.contiguous().flatten().numpy().data
+        _write(self.folder / name, data, _checksum(start, start + len(pictures), data))
 
     def join(self, labels: Tensor) -> None:
-        """Joins all parts into the output and removes them.
+        """Joins all parts into the output, verifies it and removes the parts.
 
         Raises:
-            ValueError: samples are missing, or two parts overlap.
+            ValueError: samples are missing, or a file is damaged; all parts stay.
         """
         joined = self.folder / "joined.npz"
         with zipfile.ZipFile(joined, "w") as archive:
@@ -209,18 +218,28 @@ class _Parts:
                 np.lib.format.write_array_header_1_0(file, header)
                 end = 0
                 for part in self._parts():
-                    if part.start != end:
+                    if part.stop <= end:
+                        continue
+                    if part.start > end:
                         raise ValueError(f"{part.path}: expected the samples from {end} on")
-                    with part.path.open("rb") as source:
-                        shutil.copyfileobj(source, file, 1 << 20)
+                    pictures = self._read(part)
+                    if pictures is None:
+                        raise ValueError(f"{part.path}: damaged since it was written: start the run again")
+                    file.write(pictures[(end - part.start) * math.prod(self.shape) :])
                     end = part.stop
                 if end != self.count:
                     raise ValueError(f"{self.folder}: expected {self.count} samples, got {end}")
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                 np.lib.format.write_array(file, labels.numpy())
         _flush(joined)
-        os.replace(joined, self.output)
-        _flush(self.output.parent)
+        with zipfile.ZipFile(joined) as archive:
+            if archive.testzip() is not None:
+                raise ValueError(f"{joined}: its content is not what was written: start the run again")
+        target = Path(os.path.realpath(self.output))  # a symbolic link stays, and so do the mode bits
+        if target.exists():
+            joined.chmod(stat.S_IMODE(target.stat().st_mode))
+        os.replace(joined, target)
+        _flush(target.parent)
         # The settings go first: parts without settings are those of a finished run, which `claim` deletes.
         (self.folder / "settings.json").unlink()
         self._clear()
@@ -241,16 +260,30 @@ class _Parts:
                 found.append(_Part(int(match[1]), int(match[2]), path))
         return sorted(found)
 
+    def _read(self, part: _Part) -> memoryview | None:
+        """The pictures of a part as bytes. None where its size or its content is not what was written."""
+        content = memoryview(part.path.read_bytes())
+        pictures = content[: (part.stop - part.start) * math.prod(self.shape)]
+        return pictures if content[len(pictures) :] == _checksum(part.start, part.stop, pictures) else None
+
     def _clear(self) -> None:
         for path in [*(part.path for part in self._parts()), *self.folder.glob("*.unfinished")]:
             path.unlink()
 
 
-def _write(path: Path, data: Any) -> None:
+def _checksum(start: int, stop: int, pictures: bytes | memoryview) -> bytes:
+    """The SHA-256 of a part's range and pictures, so that a renamed part is found, too."""
+    digest = hashlib.sha256(f"{start}-{stop}:".encode())
+    digest.update(pictures)
+    return digest.digest()
+
+
+def _write(path: Path, *pieces: Any) -> None:
     """Writes a file that gets its name only when all of it is on the disk."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("wb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
     _flush(unfinished)
     os.replace(unfinished, path)
 

@@ -112,7 +112,7 @@ class Run(Generic[M]):
         self.history: list[dict[str, float]] = []
         self.extra: dict[str, Tensor] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._release: Any = weakref.finalize(self, os.close, _locked(self.folder))
+        self._release: Callable[[], object] = weakref.finalize(self, os.close, _locked(self.folder))
         try:
             if (self.folder / CHECKPOINT).exists():
                 if not resume:
