@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -53,9 +54,9 @@ def mutate_json(rng: random.Random, text: str) -> str:
         if rng.random() < 0.2:
             del container[key]
         elif isinstance(container, dict) and rng.random() < 0.2:
-            container[rng.choice(["extra", "", "format"])] = rng.choice(VALUES)
+            container[rng.choice(["extra", "", "format"])] = copy.deepcopy(rng.choice(VALUES))
         else:
-            container[key] = rng.choice(VALUES)
+            container[key] = copy.deepcopy(rng.choice(VALUES))
     return json.dumps(value)
 
 
