@@ -199,3 +199,11 @@ def test_a_fast_pipeline_beside_a_plain_one_stays_fast(tiny_tokenizer: Make, tin
     fast_is_done.set()
     thread.join()
     assert (plain_modes, fast_modes) == ([True], [False])
+
+
+def test_compiled_models_make_a_pipeline(tiny_tokenizer: Make, tiny_generator: Make) -> None:
+    tokenizer, generator = (
+        torch.compile(model, backend="eager") for model in (tiny_tokenizer(), tiny_generator())
+    )
+    pictures = Pipeline(tokenizer, generator)([0, 1], seed=3)
+    assert torch.equal(pictures, Pipeline(tiny_tokenizer(), tiny_generator())([0, 1], seed=3))

@@ -44,7 +44,7 @@ class Pipeline:
     def __init__(self, tokenizer: TiTok, generator: MaskGIT, *, engine: Literal["fast", "plain"] = "fast") -> None:
         select(engine)  # checks the name
         for name, model, kind in (("tokenizer", tokenizer, TiTok), ("generator", generator, MaskGIT)):
-            if not isinstance(model, kind):
+            if not isinstance(getattr(model, "_orig_mod", model), kind):  # torch.compile wraps a model
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(model).__name__}")
         t, g = tokenizer.config, generator.config
         if t.bottleneck != "vq":
