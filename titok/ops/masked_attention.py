@@ -153,7 +153,7 @@ def _check_backward(a: BackwardArguments) -> None:
 
 def _results(a: Arguments) -> tuple[Tensor]:
     batch, _, width = a.qkv.shape
-    return (torch.empty((batch, a.stop - a.start, width // 3), dtype=a.qkv.dtype, device=a.qkv.device),)
+    return (a.qkv.new_empty(batch, a.stop - a.start, width // 3),)
 
 
 def _kept(a: Arguments) -> tuple[Tensor]:
