@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,11 @@ def ladder(rows: Sequence[Row], figure: Figure) -> bool:
     axes.invert_yaxis()
     axes.margins(x=0.4)
     axes.set_xlabel("images/s")
+    if notes := rungs[-1]["environment"]["notes"]:
+        text = (
+            "\n".join(textwrap.wrap("Note on this run: " + " ".join(notes), 125)) + "\n"
+        )  # a line for the credit
+        figure.supxlabel(text, x=0.01, ha="left", fontsize=7)
     case = rungs[-1]["case"]
     _tidy(axes, f"{case['family']}, batch {case['batch']}, {case['dtype']}")
     _credit(figure, rungs)
@@ -243,14 +249,17 @@ def _draw_ceiling(axes: Axes, rows: Sequence[Row], shown: Sequence[Row], low: fl
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes the text of each point (x, y, text) beside it, on the side with more room, without overlaps."""
+    """Writes the text of each point (x, y, text) on its side with more room, clear of other texts and points."""
     figure: Any = axes.figure
     figure.draw_without_rendering()  # only now do the points have a place on the page
     scale = 72 / figure.dpi  # from pixels to points of 1/72 inch
     left, right = scale * axes.get_window_extent().x0, scale * axes.get_window_extent().x1
-    taken: list[tuple[float, float, float]] = []  # left end, right end and y of each label so far
-    for x, y, text in sorted(points, key=lambda point: -point[1]):
-        at_x, at_y = (scale * value for value in axes.transData.transform((x, y)))
+    places = {point: scale * axes.transData.transform(point[:2]) for point in points}
+    # Left end, right end and y of what is drawn already: first the points, then each label.
+    taken = [(at_x - 4, at_x + 4, at_y) for at_x, at_y in places.values()]
+    for point in sorted(points, key=lambda point: -point[1]):
+        x, y, text = point
+        at_x, at_y = places[point]
         direction = 1 if at_x < (left + right) / 2 else -1
         beside = 8 * direction
         ends = sorted((at_x + beside, at_x + beside + 3.3 * len(text) * direction))
