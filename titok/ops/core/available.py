@@ -88,14 +88,13 @@ def interpreting() -> bool:
 
 def why_no_triton(*tensors: torch.Tensor | None) -> str | None:
     """Whether the Triton kernels can take these tensors. The interpreter takes CPU tensors."""
+    on_gpu = all(t is None or t.is_cuda for t in tensors)
+    if not on_gpu and not interpreting():
+        return "Triton kernels take CUDA tensors (or set TRITON_INTERPRET=1)"
     module = _load("triton")
     if isinstance(module, str):
         return module
-    if interpreting():
-        return None
-    if all(t is None or t.is_cuda for t in tensors):
-        return None if torch.cuda.is_available() else "no CUDA device"
-    return "Triton kernels take CUDA tensors (or set TRITON_INTERPRET=1)"
+    return None if interpreting() or torch.cuda.is_available() else "no CUDA device"
 
 
 def why_no_flash_attn(*tensors: torch.Tensor | None) -> str | None:

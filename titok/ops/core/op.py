@@ -256,8 +256,8 @@ class Op:
                 wants_gradient and self._plain_gradient and self._plain_gradient(arguments)
             ):
                 return self._plain
-            skipped = "triton" if interpreting() else None
-            return next(b for b in self.backends.values() if b.name != skipped and b.why_not(arguments) is None)
+            able = (b for b in self.backends.values() if b.why_not(arguments) is None)
+            return next(b for b in able if b.name != "triton" or not interpreting())
         if requested not in self.backends:
             names = sorted(self.backends)
             raise ValueError(f"backend: expected 'auto' or one of {names} for {self.name}, got {requested!r}")
