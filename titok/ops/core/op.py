@@ -126,40 +126,29 @@ class Op:
             if not all(isinstance(t, Tensor) for t in tensors):
                 self.check(arguments)  # this names the argument that should be a tensor
             return self._dispatched(arguments, out, backend)
-        mode = current_mode()
-        if mode.dispatched:
+        wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        # The registered form of an op without a gradient tells whoever differentiates its results that it has none.
+        if current_mode().dispatched or (wants_gradient and self.gradient is None):
             return self._dispatched(arguments, out, backend)
-        wants_gradient = False
-        if self.gradient is not None:
-            if torch.is_grad_enabled():
-                wants_gradient = any(t.requires_grad for t in tensors)
-        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return self._dispatched(
-                arguments, out, backend
-            )  # whoever differentiates the results is told that none can
         plain_gradient = wants_gradient and self._plain_gradient is not None and self._plain_gradient(arguments)
-        if backend is None and mode is DEFAULT and not plain_gradient and self._can_offer(tensors[0]):
+        if backend is None and current_mode() is DEFAULT and not plain_gradient and self._can_offer(tensors[0]):
             if wants_gradient:
-                outputs = _Differentiable.apply(*arguments, backend, self, None)
-                return self._into(out, outputs)
-            results = self._offer(arguments, out)
-            if results is not None:
-                return results
+                return self._into(out, _Differentiable.apply(*arguments, backend, self, None))
+            outputs = self._offer(arguments, out)
+            if outputs is not None:
+                return outputs
         self.check(arguments)
         for t in tensors:
             if not (t.is_cpu or t.is_cuda) or t.is_neg() or t._is_zerotensor():
                 return self._dispatched(arguments, out, backend)
-        if plain_gradient and backend is None:
-            chosen = self._plain
-        else:
-            chosen = self.choose(backend, arguments, wants_gradient=wants_gradient)
+        automatic = backend is None or backend == "auto"
+        chosen = self._plain if plain_gradient and automatic else self.choose(backend, arguments)
         if not wants_gradient:
-            outputs = self._outputs(chosen, arguments, keep=False)
-        elif isinstance(chosen, Composite) and chosen.differentiable:
-            outputs = self._compute(chosen, arguments)
-        else:
-            outputs = _Differentiable.apply(*arguments, backend, self, chosen)
-        return self._into(out, outputs)
+            return self._into(out, self._outputs(chosen, arguments, keep=False))
+        self._check_backward(backend)
+        if isinstance(chosen, Composite) and chosen.differentiable:
+            return self._into(out, self._compute(chosen, arguments))
+        return self._into(out, _Differentiable.apply(*arguments, backend, self, chosen))
 
     def _can_offer(self, first: Tensor) -> bool:
         return self._direct is not None and first.is_cpu and first.numel() > 0 and why_no_cpp() is None
@@ -239,22 +228,19 @@ class Op:
 
     # --- the choice of a back end
 
-    def choose(self, requested: str | None, arguments: Any, *, wants_gradient: bool = False) -> Kernel | Composite:
+    def choose(self, requested: str | None, arguments: Any) -> Kernel | Composite:
         """The back end that is to run.
 
         Args:
             requested: a name, which is used or raises with the cause; None or "auto" for the first that can run, but
                 never Triton's interpreter, which is there for tests.
-            wants_gradient: whether the backward pass will follow in eager code.
 
         Raises:
             ValueError: `requested` is no back end of this op.
-            RuntimeError: `requested` cannot run here, or has no backward pass where one is wanted, with the cause.
+            RuntimeError: `requested` cannot run here, with the cause.
         """
         if requested is None or requested == "auto":
-            if current_mode().plain or (
-                wants_gradient and self._plain_gradient and self._plain_gradient(arguments)
-            ):
+            if current_mode().plain:
                 return self._plain
             able = (b for b in self.backends.values() if b.why_not(arguments) is None)
             return next(b for b in able if b.name != "triton" or not interpreting())
@@ -262,11 +248,8 @@ class Op:
             names = sorted(self.backends)
             raise ValueError(f"backend: expected 'auto' or one of {names} for {self.name}, got {requested!r}")
         chosen = self.backends[requested]
-        reason = chosen.why_not(arguments)
-        if reason is not None:
+        if (reason := chosen.why_not(arguments)) is not None:
             raise RuntimeError(f"{self.name}: backend {requested!r} cannot run: {reason}")
-        if wants_gradient:
-            self._check_backward(requested)
         return chosen
 
     def _check_backward(self, requested: str | None) -> None:
