@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import operator
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from titok.checkpoints.files import atomic_path
 from titok.checks import check_tensor
-from titok.config import Rounding
+from titok.config import Rounding, as_integer
 
 # Pillow recognises files of these formats and cannot read their pixels, or runs another program for it (EPS).
 UNREADABLE_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
@@ -86,11 +85,8 @@ def check_size(size: int | Sequence[int]) -> tuple[int, int]:
 
 def _check_count(name: str, value: Any) -> int:
     """An integer of Python or NumPy that is at least 1, as an int; otherwise `TypeError` or `ValueError`."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = None
-    if count is None or isinstance(value, bool | np.bool_):
+    count = as_integer(value)
+    if count is None:
         raise TypeError(f"{name}: expected integers, got {value!r}")
     if count < 1:
         raise ValueError(f"{name}: expected integers >= 1, got {count}")
