@@ -272,7 +272,7 @@ def test_every_preset_has_the_official_names_and_shapes() -> None:
             with torch.device("meta"):
                 ours = {k: tuple(v.shape) for k, v in kind(config).state_dict().items()}
                 state = {
-                    k: LazyTensor(torch.empty(shape), lambda: pytest.fail("read"))
+                    k: LazyTensor(torch.empty(shape), lambda: pytest.fail("read"), False)
                     for k, (shape, _) in manifest(names).items()
                 }
                 converted = {k: tuple(v.shape) for k, v in kind.convert_official(state).items()}

@@ -19,11 +19,14 @@ class LazyTensor(NamedTuple):
 
     Attributes:
         described: a tensor on the meta device with the shape and dtype.
-        load: reads or computes the tensor, on the CPU, in memory of its own. It is called once.
+        load: reads or computes the tensor, on the CPU. It is called once.
+        mapped: the memory of what `load` returns may be that of the file, which others can change. Whoever keeps the
+            tensor copies it.
     """
 
     described: Tensor
     load: Callable[[], Tensor]
+    mapped: bool
 
     @property
     def shape(self) -> torch.Size:
@@ -43,7 +46,8 @@ class LazyTensor(NamedTuple):
             RuntimeError, IndexError: the function refuses their shapes.
         """
         described = function(*(tensor.described for tensor in given))
-        return cls(described, lambda: function(*(tensor.load() for tensor in given)))
+        mapped = any(tensor.mapped for tensor in given)
+        return cls(described, lambda: function(*(tensor.load() for tensor in given)), mapped)
 
 
 def open_weights(path: Path) -> dict[str, LazyTensor]:
@@ -61,7 +65,10 @@ def open_weights(path: Path) -> dict[str, LazyTensor]:
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     state = read_weights(path)
-    return {name: LazyTensor(_described(state[name]), functools.partial(state.pop, name)) for name in list(state)}
+    return {
+        name: LazyTensor(_described(state[name]), functools.partial(state.pop, name), mapped=False)
+        for name in list(state)
+    }
 
 
 def _open_shards(index: Path) -> dict[str, LazyTensor]:
@@ -81,18 +88,18 @@ def _open_shards(index: Path) -> dict[str, LazyTensor]:
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     check_weights_file(path)
 
-    def load(name: str, described: Tensor) -> Tensor:
-        # The file is opened for each tensor, because it is read by mapping it into memory: all pages that were read
-        # would count as memory of this process until it is closed.
+    def load(name: str) -> Tensor:
+        # The file is opened for each tensor: all pages that were read of a mapped file count as memory of this process
+        # for as long as something refers to the mapping.
         with safetensors_errors(path), safetensors.safe_open(path, "pt") as file:
             tensor = file.get_tensor(name)
-            if tensor.shape != described.shape or tensor.dtype != described.dtype:
+            if tensor.shape != described[name].shape or tensor.dtype != described[name].dtype:
                 raise ValueError(f"{path}: the file has changed while it was read")
-            return tensor.clone()
+            return tensor
 
     with safetensors_errors(path), safetensors.safe_open(path, "pt") as file:
         described = {name: _described(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    return {name: LazyTensor(tensor, functools.partial(load, name, tensor)) for name, tensor in described.items()}
+    return {name: LazyTensor(described[name], functools.partial(load, name), mapped=True) for name in described}
 
 
 def _described(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 
 from titok.checkpoints.files import locate_checkpoint, read_json, write_json, write_safetensors
 from titok.checkpoints.lazy import LazyTensor, open_weights
-from titok.inference.prepared import PreparableLayer, PreparableModel, readable
+from titok.inference.prepared import PreparableLayer, PreparableModel, own_memory, readable
 
 M = TypeVar("M", bound="Pretrained")
 
@@ -117,15 +117,18 @@ class Pretrained(PreparableModel):
         broken = []
         for name in list(weights):
             codebook = name == "quantizer.codebook" and dtype != torch.float64
-            tensor = weights.pop(name).load().to(device=device, dtype=torch.float32 if codebook else dtype)
+            stored = weights.pop(name)
+            tensor = stored.load().to(device=device, dtype=torch.float32 if codebook else dtype)
             if not tensor.isfinite().all():
                 broken.append(name)
             path, _, leaf = name.rpartition(".")
             layer = model.get_submodule(path)
             setattr(layer, leaf, nn.Parameter(tensor))
-            del tensor
+            del tensor  # so that the parameter is the only owner of its memory
             if prepare and isinstance(layer, PreparableLayer) and layer.prepared_alone:
                 layer.prepare_weights()
+            if stored.mapped:
+                own_memory(getattr(layer, leaf))
         if broken:
             warnings.warn(f"{weights_file}: values that are not finite in {', '.join(broken[:5])}", stacklevel=2)
         return model.prepare() if prepare else model

@@ -197,6 +197,12 @@ def give_back(weight: Tensor) -> None:
         weight.preparation = None  # type: ignore[attr-defined]
 
 
+def own_memory(weight: nn.Parameter) -> None:
+    """Copies the values of a parameter, unless it is prepared and holds none."""
+    if _preparation(weight) is None:
+        weight.data = weight.data.clone()
+
+
 def readable(weight: Tensor) -> Tensor:
     """The values of a parameter, prepared or not, for a layer that computes from them.
 
