@@ -184,7 +184,8 @@ def prepared_with(weight: Tensor) -> Any:
 
 
 def _preparation(weight: object) -> _Preparation | None:
-    return weight.preparation if isinstance(weight, PreparedParameter) else None
+    # Not by isinstance, which torch.compile cannot trace for a kind of parameter.
+    return weight.preparation if type(weight) is PreparedParameter else None
 
 
 def give_back(weight: Tensor) -> None:
