@@ -21,7 +21,7 @@ import torch
 from benchmarks.harness import tables
 from benchmarks.harness.models import Models
 from benchmarks.harness.options import DTYPES, add_out, add_preset, command_parser, start
-from benchmarks.harness.results import Results, Row, quantiles
+from benchmarks.harness.results import Results
 from benchmarks.harness.sides import class_labels
 from titok import Pipeline
 from titok.cli.waiting import VARIABLES
@@ -100,31 +100,6 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: median seconds by policy, and how much longer the work takes beside busy processes."""
-    policies = list(dict.fromkeys(row["case"]["policy"] for row in rows))
-    header = [
-        "policy",
-        *(f"{work}: {where}" for work in (TRAINING, GENERATION) for where in ("alone, ms", "beside, ms", "x")),
-    ]
-    lines = []
-    for policy in policies:
-        line = [policy]
-        for work in (TRAINING, GENERATION):
-            found = {
-                row["case"]["busy"]: quantiles(row["samples_s"][work])[0] * 1e3
-                for row in rows
-                if row["case"]["policy"] == policy and work in row["samples_s"]
-            }
-            alone, beside = (
-                next((ms for busy, ms in found.items() if bool(busy) == loaded), None) for loaded in (False, True)
-            )
-            line += ["-" if ms is None else f"{ms:,.1f}" for ms in (alone, beside)]
-            line.append(f"{beside / alone:.1f}" if alone and beside else "-")
-        lines.append(line)
-    return header, lines
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     dtype = DTYPES[arguments.dtype]
@@ -163,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
             case = {"policy": policy, "busy": busy, "preset": arguments.preset, "dtype": arguments.dtype}
             rows.append(results.row("waiting", case, samples[policy]))
     tables.show(
-        *table(rows), f"{arguments.preset}, {arguments.dtype}; beside {torch.get_num_threads()} busy processes"
+        *tables.waiting_table(rows),
+        f"{arguments.preset}, {arguments.dtype}; beside {torch.get_num_threads()} busy processes",
     )
 
 
