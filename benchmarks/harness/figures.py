@@ -151,7 +151,7 @@ def _machine(row: Row) -> str:
 
 
 def _mm_range(rows: Sequence[Row]) -> Figures:
-    """How far the rate of `torch.mm` in bfloat16 differed between runs without a limit on the instruction set."""
+    """How far the fastest matrix product in bfloat16 differed between runs without a limit on the instruction set."""
     rates = [
         measures.own_ceiling(row, "mm") / 1e9
         for row in rows

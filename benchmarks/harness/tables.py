@@ -68,7 +68,7 @@ def speedup_table(rows: Sequence[Row]) -> Table:
 
 
 def ladder_table(rows: Sequence[Row]) -> Table:
-    """Each rung's images per second, its ratio to the first rung, and its share of `torch.mm` in its dtype."""
+    """Each rung's images per second, its ratio to the first rung, and its share of the matrix product in its dtype."""
     rungs, ceiling = measures.select(rows, "ladder"), measures.ceilings(rows)
     lines = []
     for row in rungs:
