@@ -1,0 +1,182 @@
+"""`make sanitize`: the C++ ops under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+
+1. ThreadSanitizer: threads.cpp runs every kernel with up to five threads, over openmp.cpp in place of libgomp.
+2. AddressSanitizer and UndefinedBehaviorSanitizer: a build of titok._C and of the host build of the CUDA kernel, in a
+   folder of its own beside links to the Python sources, under the C++ part of the op tests and under random calls.
+
+Each part runs once for every instruction set that this machine has. CONTRIBUTING.md says what they find and what not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import setup  # noqa: E402
+
+BUILD = ROOT / "build" / "sanitize"
+MIRROR = BUILD / "root"  # the folder that tests run in
+COMMON = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+ADDRESS = [*COMMON, "-fsanitize=address,undefined,float-cast-overflow"]
+THREAD = [*COMMON, "-fsanitize=thread"]
+# Sources that need Python; what they do is checked under AddressSanitizer.
+PYTHON_SOURCES = {"module.cpp", "binding.cpp", "python_call.cpp", "python_tensor.cpp", "tensor.cpp"}
+CPP_TESTS = [
+    "test_cpp_boundary.py", "test_cpp_tensors.py", "test_masked_attention_cpp.py", "test_maskgit_decode_cuda_host.py",
+    "test_raw_ops.py",
+]  # fmt: skip
+# Of these the tests with "cpp" in their name or parameters.
+OP_TESTS = [
+    "test_add_layer_norm.py", "test_group_norm_silu.py", "test_masked_attention.py", "test_maskgit_decode_step.py",
+    "test_nearest_codebook.py",
+]  # fmt: skip
+
+
+def say(text: str) -> None:
+    print(f"sanitize: {text}", flush=True)
+
+
+def instruction_sets() -> dict[str, str | None]:
+    """Those that this machine has, with the value of TITOK_CPU_ISA that chooses each; None chooses the best."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"generic": None}
+    info = Path("/proc/cpuinfo").read_text()
+    flags = {flag.replace("_", "") for line in info.splitlines() if line.startswith("flags") for flag in line.split()}
+    sets = {**setup.ISA_FLAGS, **next(iter(setup.EXTRA_ISA_FLAGS.values()))}
+    able: dict[str, str | None] = {}
+    for name, options in sets.items():
+        needed = {o.removeprefix("-m") for o in options if o.startswith("-m") and "=" not in o}
+        if needed <= flags:
+            able[name] = name if name in setup.ISA_FLAGS else None
+        else:
+            say(f"skipped: {name} code, because this CPU has no {', '.join(sorted(needed - flags))}")
+    return able
+
+
+def runtime(compiler: str, *names: str) -> list[str]:
+    """The paths of shared libraries of the compiler; ends the program where one is missing."""
+    found = []
+    for name in names:
+        path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(path):
+            sys.exit(f"sanitize: {compiler} has no {name}; it comes with GCC's development files (libgcc-N-dev)")
+        found.append(path)
+    return found
+
+
+def build_address(compiler: str) -> Path:
+    """Builds titok._C into the mirror and returns the host build of the CUDA kernel."""
+    from cuda_host import host_kernel
+
+    package = MIRROR / "titok"
+    package.mkdir(parents=True, exist_ok=True)
+    links = {package / path.name: path for path in (ROOT / "titok").iterdir() if not path.name.startswith("_C")}
+    links |= {MIRROR / name: ROOT / name for name in ("tests", "csrc", "kernels", "pyproject.toml")}
+    links |= {package / "kernels": ROOT / "kernels"}
+    for old in [*package.iterdir(), *MIRROR.iterdir()]:
+        if old.is_symlink():
+            old.unlink()
+    for link, path in links.items():
+        link.symlink_to(path)
+    objects = BUILD / "address"
+    listed = [job._replace(command=[*job.command, *ADDRESS]) for job in setup.jobs(objects, compiler, None)]
+    setup.compile_and_link(objects, listed, [compiler, "-shared", "-fopenmp", *ADDRESS], package / "_C.so")
+    library = BUILD / "cuda_host.so"
+    host_kernel.build(compiler, library, ADDRESS)
+    return library
+
+
+def build_thread(compiler: str) -> Path:
+    """Builds the program of threads.cpp."""
+    objects, program = BUILD / "thread", BUILD / "threads"
+    listed = [job for job in setup.jobs(objects, compiler, None) if job.source.name not in PYTHON_SOURCES]
+    plain = next(job.command for job in listed if job.source.name == "cpu_isa.cpp")
+    for name in ("openmp", "threads"):
+        listed.append(setup.Job(ROOT / "tests" / "sanitize" / f"{name}.cpp", objects / f"{name}.o", plain))
+    listed = [job._replace(command=[*job.command, *THREAD]) for job in listed]
+    # Linked without libgomp: a function of it that openmp.cpp lacks is then an error.
+    setup.compile_and_link(objects, listed, [compiler, "-pthread", *THREAD], program)
+    return program
+
+
+def run(what: str, command: list[str], **environment: str | None) -> bool:
+    """Runs a command and says how it ended. An environment variable of None is unset."""
+    merged = {**os.environ, **environment}
+    begin = time.monotonic()
+    status = subprocess.run(command, env={k: v for k, v in merged.items() if v is not None}, cwd=MIRROR).returncode
+    say(f"{what}: {'passed' if status == 0 else f'FAILED with status {status}'} after {time.monotonic() - begin:.0f} s")
+    return status == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="sanitize", description=__doc__.partition("\n")[0])
+    parser.add_argument("--calls", type=int, default=20_000, help="random calls for each instruction set (%(default)s)")
+    parser.add_argument("--seconds", type=float, help="time for everything but compiling; then only fast tests run")
+    parser.add_argument("--seed", type=int, default=0, help="of the random calls")
+    parser.add_argument("--only", choices=("address", "thread", "calls"), help="run one part")
+    options = parser.parse_args()
+    compiler = setup.find_cxx()
+    if shutil.which(compiler) is None:
+        sys.exit(f"sanitize: no C++ compiler ({compiler})")
+    # libstdc++ is loaded with the sanitizer, which otherwise does not find the function that throws exceptions.
+    preloaded = runtime(compiler, "libasan.so", "libubsan.so", "libtsan.so", "libstdc++.so.6")
+    begin = time.monotonic()
+    program = build_thread(compiler) if options.only in (None, "thread") else None
+    library = build_address(compiler) if options.only != "thread" else None
+    say(f"built in {time.monotonic() - begin:.0f} s")
+    deadline = time.monotonic() + (options.seconds or float("inf"))
+    sets = instruction_sets()
+    passed = True
+
+    for name, isa in sets.items() if program else ():
+        if name in setup.ISA_FLAGS or len(sets) == 1:  # bfloat16 products change no parallel region
+            passed &= run(f"ThreadSanitizer, {name}", [str(program)], TITOK_CPU_ISA=isa)
+    if library is None:
+        return 0 if passed else 1
+
+    shared: dict[str, str | None] = {
+        "LD_PRELOAD": f"{preloaded[0]} {preloaded[3]}",
+        # CPython and PyTorch keep memory until the process ends, and there is no way to look for the leaks of one
+        # library alone. An allocation that fails returns null, as without the sanitizer.
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_WAIT_POLICY": "passive",  # threads that wait do not take the time of those that work
+        "TRITON_INTERPRET": "1",
+        "TITOK_TEST_CUDA_HOST": str(library),
+    }
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-rf"]
+    fast = ["-m", "not slow"] if options.seconds else []
+    for name, isa in sets.items() if options.only != "calls" else ():
+        if options.seconds and name != list(sets)[-1]:
+            continue
+        tests = [f"tests/ops/{test}" for test in CPP_TESTS]
+        passed &= run(f"tests of the boundary, {name}", [*pytest, *fast, *tests], **shared, TITOK_CPU_ISA=isa)
+        tests = [f"tests/ops/{test}" for test in OP_TESTS]
+        passed &= run(f"tests of ops, {name}", [*pytest, *fast, "-k", "cpp", *tests], **shared, TITOK_CPU_ISA=isa)
+
+    progress = BUILD / "call"
+    for left, (name, isa) in zip(range(len(sets), 0, -1), sets.items(), strict=True):
+        command = [sys.executable, "-m", "random_calls", "--calls", str(options.calls), "--seed", str(options.seed)]
+        command += ["--cuda-host", str(library), "--progress", str(progress)]
+        if options.seconds:
+            command += ["--seconds", f"{max((deadline - time.monotonic()) / left - 8, 5):.0f}"]  # 8 s to start
+        paths = f"{MIRROR}:{MIRROR / 'tests'}"
+        progress.unlink(missing_ok=True)
+        if not run(f"random calls, {name}", command, **shared, TITOK_CPU_ISA=isa, PYTHONPATH=paths):
+            passed = False
+            number = progress.read_text().strip() if progress.exists() else "none"
+            say(f"the last call that was made is number {number} of seed {options.seed}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
