@@ -27,7 +27,8 @@ CALLS: dict[str, Callable[[Draw], None]] = {
     "quantize": quantizers.quantize,
     "code_mixture": quantizers.code_mixture,
     "maskgit_decode_step": decode.maskgit_decode_step,
-    "raw_arguments": raw.raw_arguments,
+    "extension_function": raw.extension_function,
+    "registered_op": raw.registered_op,
 }
 HOST_KERNEL = "cuda_kernel_on_host"
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +74,17 @@ def runtime(compiler: str, *names: str) -> list[str]:
     return found
 
 
-def build_address(compiler: str) -> Path:
+def instrumented(listed: list[setup.Job], flags: list[str], sets: Collection[str]) -> list[setup.Job]:
+    """The jobs with these flags, but code that cannot run here as fast as it compiles."""
+
+    def flags_of(job: setup.Job) -> list[str]:
+        isa = job.object.name.removesuffix(".o").partition(".")[2]
+        return flags if isa in ("", *sets) else ["-O0"]
+
+    return [job._replace(command=[*job.command, *flags_of(job)]) for job in listed]
+
+
+def build_address(compiler: str, sets: Collection[str]) -> Path:
     """Builds titok._C into the mirror and returns the host build of the CUDA kernel."""
     from cuda_host import host_kernel
 
@@ -88,21 +99,21 @@ def build_address(compiler: str) -> Path:
     for link, path in links.items():
         link.symlink_to(path)
     objects = BUILD / "address"
-    listed = [job._replace(command=[*job.command, *ADDRESS]) for job in setup.jobs(objects, compiler, None)]
+    listed = instrumented(setup.jobs(objects, compiler, None), ADDRESS, sets)
     setup.compile_and_link(objects, listed, [compiler, "-shared", "-fopenmp", *ADDRESS], package / "_C.so")
     library = BUILD / "cuda_host.so"
     host_kernel.build(compiler, library, ADDRESS)
     return library
 
 
-def build_thread(compiler: str) -> Path:
+def build_thread(compiler: str, sets: Collection[str]) -> Path:
     """Builds the program of threads.cpp."""
     objects, program = BUILD / "thread", BUILD / "threads"
     listed = [job for job in setup.jobs(objects, compiler, None) if job.source.name not in PYTHON_SOURCES]
     plain = next(job.command for job in listed if job.source.name == "cpu_isa.cpp")
     for name in ("openmp", "threads"):
         listed.append(setup.Job(ROOT / "tests" / "sanitize" / f"{name}.cpp", objects / f"{name}.o", plain))
-    listed = [job._replace(command=[*job.command, *THREAD]) for job in listed]
+    listed = instrumented(listed, THREAD, sets)
     # Linked without libgomp: a function of it that openmp.cpp lacks is then an error.
     setup.compile_and_link(objects, listed, [compiler, "-pthread", *THREAD], program)
     return program
@@ -129,12 +140,11 @@ def main() -> int:
         sys.exit(f"sanitize: no C++ compiler ({compiler})")
     # libstdc++ is loaded with the sanitizer, which otherwise does not find the function that throws exceptions.
     preloaded = runtime(compiler, "libasan.so", "libubsan.so", "libtsan.so", "libstdc++.so.6")
-    begin = time.monotonic()
-    program = build_thread(compiler) if options.only in (None, "thread") else None
-    library = build_address(compiler) if options.only != "thread" else None
+    begin, sets = time.monotonic(), instruction_sets()
+    program = build_thread(compiler, sets) if options.only in (None, "thread") else None
+    library = build_address(compiler, sets) if options.only != "thread" else None
     say(f"built in {time.monotonic() - begin:.0f} s")
     deadline = time.monotonic() + (options.seconds or float("inf"))
-    sets = instruction_sets()
     passed = True
 
     for name, isa in sets.items() if program else ():
