@@ -101,9 +101,8 @@ def quantize(draw: Draw) -> None:
     cost = draw.pick(0.25, 0.0, 2.0)
     draw.note(normalize=arguments["normalize"], cost=cost)
     if draw.chance(0.1):
-        wrong = {"commitment_cost": (-1.0, float("nan"))}
-        draw.spoil(arguments | {"commitment_cost": cost}, {})
-        arguments["commitment_cost"] = draw.pick(*wrong["commitment_cost"])
+        arguments["commitment_cost"] = cost
+        draw.spoil(arguments, {"commitment_cost": (-1.0, float("nan"))})
         return draw.must_raise(lambda: ops.quantize(**arguments))
     latents, codebook, normalize = (arguments[name] for name in ("latents", "codebook", "normalize"))
     result = ops.quantize(**arguments, commitment_cost=cost)
