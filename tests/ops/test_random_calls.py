@@ -12,7 +12,11 @@ from random_calls.__main__ import make_call
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_random_calls() -> None:
-    wrong = [why for number in range(int(os.environ.get("TITOK_RANDOM_CALLS", "500"))) if (why := make_call(0, number)[1])]
+    wrong = [
+        why
+        for number in range(int(os.environ.get("TITOK_RANDOM_CALLS", "500")))
+        if (why := make_call(0, number)[1])
+    ]
     assert not wrong, "\n\n".join(wrong)
 
 

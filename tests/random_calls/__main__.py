@@ -33,7 +33,9 @@ CALLS: dict[str, Callable[[Draw], None]] = {
 HOST_KERNEL = "cuda_kernel_on_host"
 
 
-def make_call(seed: int, number: int, calls: Mapping[str, Callable[[Draw], None]] = CALLS) -> tuple[str, str | None]:
+def make_call(
+    seed: int, number: int, calls: Mapping[str, Callable[[Draw], None]] = CALLS
+) -> tuple[str, str | None]:
     """Makes call `number` of a seed and checks it. Returns which it was, and what is wrong or None.
 
     A call of a function that is not in `calls` is left out.
@@ -62,8 +64,12 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=20_000, help="how many (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first call; with --calls 1, one call alone")
-    parser.add_argument("--op", choices=(*CALLS, HOST_KERNEL), action="append", help="only this op; may be given more than once")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first call; with --calls 1, one call alone"
+    )
+    parser.add_argument(
+        "--op", choices=(*CALLS, HOST_KERNEL), action="append", help="only this op; may be given more than once"
+    )
     parser.add_argument("--cuda-host", type=Path, help="also call this host build of the CUDA kernel")
     parser.add_argument("--failures", type=int, default=10, help="stop after so many (default: %(default)s)")
     parser.add_argument("--progress", type=Path, help="a file that holds the number of the call that runs")

@@ -42,7 +42,9 @@ def masked_attention(draw: Draw) -> None:
     if draw.chance(0.5):
         start = draw.random.randint(0, tokens)
         arguments["query_range"] = (start, draw.random.randint(start, tokens))
-    draw.note(**{k: v for k, v in arguments.items() if not isinstance(v, Tensor)}, backend=backend, gradient=gradient)
+    draw.note(
+        **{k: v for k, v in arguments.items() if not isinstance(v, Tensor)}, backend=backend, gradient=gradient
+    )
     if draw.chance(0.12):
         arguments.setdefault("query_range", None)
         draw.spoil(arguments, WRONG, ["key_mask"])
@@ -58,11 +60,15 @@ def masked_attention(draw: Draw) -> None:
     if batch == 0:
         assert out.shape == (0, queries[1] - queries[0], heads * head_dim)
         return
-    expected = oracles.attention(leaf, exact.pop("num_heads"), **exact) if tokens else leaf[..., : heads * head_dim]
+    expected = (
+        oracles.attention(leaf, exact.pop("num_heads"), **exact) if tokens else leaf[..., : heads * head_dim]
+    )
     scale = head_dim**-0.5 if exact["scale"] is None else exact["scale"]
     finite = leaf.detach().nan_to_num().unflatten(-1, (3, heads, head_dim))
     q, k, v = (x.abs().amax((0, 1)) if x.numel() else x.new_zeros(heads, head_dim) for x in finite.unbind(2))
-    scores = float((q * k).sum(-1).max()) * abs(scale)  # their largest value, and what their rounding error follows
+    scores = float((q * k).sum(-1).max()) * abs(
+        scale
+    )  # their largest value, and what their rounding error follows
     unit = max(EPS[F32], EPS[dtype] if dtype != torch.float64 else 0.0) if dtype != torch.float64 else EPS[dtype]
     unit32 = EPS[torch.promote_types(dtype, F32)]
     largest = float(v.max()) if v.numel() else 0.0

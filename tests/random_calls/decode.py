@@ -45,7 +45,9 @@ def _expected(
         scale = f32(1.0)
         if numbers["confidence"] == "titok":
             scale = f32(min(1.0 / float(temperature), float(LARGEST))) if temperature > 0 else f32(0.0)
-        weights = np.exp(((y - y.max()) * scale).astype(np.float64)) if scale > 0 else (y == y.max()).astype(np.float64)
+        weights = (
+            np.exp(((y - y.max()) * scale).astype(np.float64)) if scale > 0 else (y == y.max()).astype(np.float64)
+        )
     number = numbers["first_sample"] + sample
     counter = (position, numbers["step"], number % 2**32, number >> 32)
     words = oracles.philox4x32(counter, (numbers["seed"] % 2**32, numbers["seed"] >> 32))

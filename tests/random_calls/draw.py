@@ -39,7 +39,35 @@ class Draw:
 
     def size(self, *, least: int = 0, most: int = 300) -> int:
         """A size from `least` to `most`: mostly small, and around multiples of vectors and tiles."""
-        sizes = (0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 49, 63, 64, 65, 96, 97, 130, 257)
+        sizes = (
+            0,
+            1,
+            1,
+            2,
+            3,
+            4,
+            5,
+            7,
+            8,
+            9,
+            12,
+            15,
+            16,
+            17,
+            24,
+            31,
+            32,
+            33,
+            48,
+            49,
+            63,
+            64,
+            65,
+            96,
+            97,
+            130,
+            257,
+        )
         return self.pick(*(s for s in sizes if least <= s <= most))
 
     def note(self, **chosen: Any) -> None:
@@ -89,7 +117,9 @@ class Draw:
 
     # --- wrong arguments
 
-    def spoil(self, arguments: dict[str, Any], wrong: dict[str, Sequence[Any]], optional: Sequence[str] = ()) -> str:
+    def spoil(
+        self, arguments: dict[str, Any], wrong: dict[str, Sequence[Any]], optional: Sequence[str] = ()
+    ) -> str:
         """Replaces one argument by a wrong one, from `wrong` or, for tensors, of a wrong type, dtype or shape."""
         tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
         name = self.pick(*tensors, *(n for n in wrong if n in arguments))
@@ -108,13 +138,20 @@ class Draw:
         return name
 
     def must_raise(self, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except (TypeError, ValueError) as error:
-            assert ": expected " in str(error), f"the message does not say what was expected: {error}"
-        else:
-            raise AssertionError("a wrong argument was taken")
+        """The call raises an error that says what was expected, and changes nothing."""
+        assert error_of(call) is not None, "a wrong argument was taken"
         self.check_inputs()
+
+
+def error_of(call: Callable[[], Any]) -> TypeError | ValueError | None:
+    """What the call raises, which says what was expected; None where it returns."""
+    error = None
+    try:
+        call()
+    except (TypeError, ValueError) as raised:
+        error = raised
+    assert error is None or ": expected " in str(error), f"the message does not say what was expected: {error}"
+    return error
 
 
 def _contiguous(draw: Draw, values: Tensor) -> Tensor:

@@ -112,7 +112,9 @@ def _check_layer_norm(
     d_total, d_weight, d_bias = torch.autograd.grad(expected, (t, w, b), grads[1].double())
     if used == "total":
         d_total, d_weight, d_bias = torch.zeros_like(d_total), torch.zeros_like(d_weight), torch.zeros_like(d_bias)
-    rounding = EPS[total.dtype] * (d_total.abs() + grads[0].double().abs())  # each may be rounded before they are added
+    rounding = EPS[total.dtype] * (
+        d_total.abs() + grads[0].double().abs()
+    )  # each may be rounded before they are added
     if used != "normalised":
         d_total = d_total + grads[0].double()
     standard = (reach * 3 + 3) ** 2
@@ -229,7 +231,9 @@ def _check_group_norm(
     grads = [draw.normal(*total.shape, dtype=x.dtype) for x in (total, normalised)]
     leaves = [x for x in arguments.values() if isinstance(x, Tensor)]
     pair = "residual" in arguments
-    found = torch.autograd.grad((total, normalised) if pair else (normalised,), leaves, grads if pair else grads[1:])
+    found = torch.autograd.grad(
+        (total, normalised) if pair else (normalised,), leaves, grads if pair else grads[1:]
+    )
     d_total, d_weight, d_bias = torch.autograd.grad(expected, (t, w, b), grads[1].double())
     if pair:
         d_total = d_total + grads[0].double()

@@ -45,7 +45,11 @@ def _check_indices(indices: Tensor, arguments: dict[str, Any]) -> None:
     assert bool(((indices >= 0) & (indices < len(codebook))).all())
     if indices.numel() == 0:
         return
-    z, e, found = latents.detach().reshape(-1, latents.shape[-1]).double(), codebook.detach().double(), indices.reshape(-1)
+    z, e, found = (
+        latents.detach().reshape(-1, latents.shape[-1]).double(),
+        codebook.detach().double(),
+        indices.reshape(-1),
+    )
     usable = e.float().square().sum(-1).isfinite()
     finite = z.float().square().sum(-1).isfinite()
     assert not found[~finite].any(), "a latent that is not finite has a code other than 0"
@@ -61,7 +65,9 @@ def _check_indices(indices: Tensor, arguments: dict[str, Any]) -> None:
     unit = EPS[F64 if F64 in (latents.dtype, codebook.dtype) else F32]
     sizes = 2.0 if normalize else z.square().sum(1) + e[usable].square().sum(1).max()
     excess = chosen - distances.min(1).values
-    assert bool((excess <= unit * (8 + z.shape[1] ** 0.5) * sizes).all()), f"a farther code by {float(excess.max())}"
+    assert bool((excess <= unit * (8 + z.shape[1] ** 0.5) * sizes).all()), (
+        f"a farther code by {float(excess.max())}"
+    )
     equal = (e[usable][:, None] == e[usable][None]).all(-1).int().argmax(1)  # of each code, the first equal one
     assert bool((equal[place] == place).all()), "not the first of equal codes"
 
@@ -113,19 +119,27 @@ def quantize(draw: Draw) -> None:
     commitment = cost * (q.detach() - zn).square().sum() / count
     attraction = (q - zn.detach()).square().sum() / count
     unit = EPS[result.quantized.dtype]
-    scale = (float(zn.detach().abs().max()) if zn.numel() else 0.0) + float(_normalised(e.detach(), normalize).abs().max())
+    scale = (float(zn.detach().abs().max()) if zn.numel() else 0.0) + float(
+        _normalised(e.detach(), normalize).abs().max()
+    )
     assert_close("quantized", result.quantized, q, 4 * unit * scale)
     assert_close("commitment_loss", result.commitment_loss, commitment, unit * 64 * scale**2 * (1 + cost))
     assert_close("codebook_loss", result.codebook_loss, attraction, unit * 64 * scale**2)
     assert_close("loss", result.loss, commitment + attraction, unit * 64 * scale**2 * (1 + cost))
     assert torch.equal(result.counts, torch.bincount(result.indices.reshape(-1), minlength=len(codebook)))
     grad = draw.normal(*latents.shape, dtype=result.quantized.dtype)
-    found = torch.autograd.grad((result.quantized, result.loss), (latents, codebook), (grad, torch.ones_like(result.loss)))
+    found = torch.autograd.grad(
+        (result.quantized, result.loss), (latents, codebook), (grad, torch.ones_like(result.loss))
+    )
     straight = zn + (q - zn).detach()
-    exact = torch.autograd.grad((straight, commitment + attraction), (z, e), (grad.double(), torch.tensor(1.0).double()))
+    exact = torch.autograd.grad(
+        (straight, commitment + attraction), (z, e), (grad.double(), torch.tensor(1.0).double())
+    )
     for name, actual, expected, x in zip(("grad latents", "grad codebook"), found, exact, (z, e), strict=True):
         # Dividing by the norm multiplies the gradient, and its rounding error, by its reciprocal.
-        steepness = 1 / x.detach().square().sum(-1).sqrt().clamp_min(1e-12) if normalize and x.numel() else torch.ones(1)
+        steepness = (
+            1 / x.detach().square().sum(-1).sqrt().clamp_min(1e-12) if normalize and x.numel() else torch.ones(1)
+        )
         largest = 1 + (float(expected.abs().max()) if expected.numel() else 0.0)
         assert_close(name, actual, expected, unit * 256 * largest * float(1 + steepness.max()))
     draw.check_inputs()
@@ -141,7 +155,9 @@ def code_mixture(draw: Draw) -> None:
         logits = draw.sprinkle(logits, -torch.inf, torch.nan, probability=0.05)
     arguments: dict[str, Any] = {
         "logits": draw.tensor("logits", logits, LAYOUTS, gradient=gradient),
-        "codebook": draw.tensor("codebook", draw.normal(codes, width, dtype=dtypes[1]), LAYOUTS, gradient=gradient),
+        "codebook": draw.tensor(
+            "codebook", draw.normal(codes, width, dtype=dtypes[1]), LAYOUTS, gradient=gradient
+        ),
     }
     draw.note(gradient=gradient)
     if draw.chance(0.1):

@@ -1,10 +1,11 @@
-"""Random wrong arguments for the functions of `titok._C` and for `torch.ops.titok.*`, called without the public functions.
+"""Random wrong arguments for the functions of `titok._C` and for `torch.ops.titok.*`, without the public functions.
 
 They raise and leave every tensor as it was. Memory that they must not touch is AddressSanitizer's to find.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cpp_cases import CASES, UNREADABLE
-from random_calls.draw import Draw, same_bits
-from titok import ops  # noqa: F401  (registers torch.ops.titok)
+from random_calls.draw import Draw, error_of, same_bits
+from titok import ops
 from titok.ops.core.available import extension
 
 NUMBERS = (0, -1, 1, 2, 7, 1 << 31, 1 << 40, 1 << 63, 1 << 80, 0.5, float("nan"), float("inf"), True, None, "text")
@@ -24,14 +25,24 @@ def _other_tensor(draw: Draw, right: Tensor, sizes: Sequence[int]) -> Any:
     shape = list(right.shape)
     match draw.pick("dtype", "shape", "strides", "unreadable", "dimensions", "many", "none"):
         case "dtype":
-            dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
+            dtypes = (
+                torch.float64,
+                torch.float32,
+                torch.bfloat16,
+                torch.float16,
+                torch.int64,
+                torch.int32,
+                torch.bool,
+            )
             return right.to(draw.pick(*dtypes))
         case "shape":
             axis = draw.random.randrange(len(shape))
             shape[axis] = max(0, shape[axis] + draw.pick(-1, 1, -shape[axis], 5))
             return torch.zeros(shape, dtype=right.dtype)
         case "strides":
-            return draw.pick(torch.zeros(*shape, 2, dtype=right.dtype)[..., 0], torch.zeros((), dtype=right.dtype).expand(shape))
+            return draw.pick(
+                torch.zeros(*shape, 2, dtype=right.dtype)[..., 0], torch.zeros((), dtype=right.dtype).expand(shape)
+            )
         case "unreadable":
             kinds = [k for k in UNREADABLE if k != "negated view" or right.dtype != torch.bool]
             kind = draw.pick(*kinds)
@@ -41,6 +52,8 @@ def _other_tensor(draw: Draw, right: Tensor, sizes: Sequence[int]) -> Any:
             return draw.pick(right[None], right.flatten(), right.sum(), right[..., None])
         case "many":  # no memory, and more elements than a 64-bit integer counts
             shape[draw.random.randrange(len(shape))] = draw.pick(*sizes)
+            if draw.chance(0.3):  # no element at all
+                shape[-1] = 0
             return _without_memory(right, shape)
         case _:
             return draw.pick(None, 3, [1.0], torch.float32, Tensor)
@@ -48,7 +61,7 @@ def _other_tensor(draw: Draw, right: Tensor, sizes: Sequence[int]) -> Any:
 
 def _without_memory(right: Tensor, shape: list[int]) -> Any:
     try:
-        return torch.zeros((), dtype=right.dtype).expand(shape)
+        return torch.zeros([min(size, 1) for size in shape], dtype=right.dtype).expand(shape)
     except RuntimeError:  # more elements than PyTorch itself counts
         return None
 
@@ -86,17 +99,14 @@ def extension_function(draw: Draw) -> None:
     torch.manual_seed(draw.random.getrandbits(30))
     arguments = CASES[name]()
     draw.note(function=name)
-    _change(draw, arguments, (1 << 31, 1 << 40, 1 << 62))
+    _change(draw, arguments, (1 << 31, 1 << 40, 1 << 62, (1 << 63) - 1))
     before = _copies(arguments)
     function = getattr(extension(), name.split(":")[0])
-    try:
-        result = function(*arguments.values())
-    except (TypeError, ValueError) as error:
-        assert ": expected " in str(error), str(error)
-    else:
-        if not result:  # the arguments happen to be right
+    results: list[Any] = []
+    if error_of(lambda: results.append(function(*arguments.values()))) is None:
+        if not results[0]:  # the arguments happen to be right
             return
-        assert result in (1, 2, 3, 4)
+        assert results[0] in (1, 2, 3, 4)  # maskgit_decode_step returns which argument holds a bad value
     for key, (tensor, copy) in before.items():
         assert same_bits(tensor, copy), f"{key} was written"
 
@@ -117,7 +127,14 @@ def _registered(draw: Draw) -> dict[str, dict[str, Any]]:
     attention = {"num_heads": 2, "start": 1, "stop": 4, "scale": 0.5}
     mask = draw.pick(None, torch.ones(2, 5, dtype=torch.bool))
     index = torch.arange(6).view(2, 3)
-    numbers = {"seed": 1, "first_sample": 0, "step": 0, "num_masked": 1, "guidance": 2.0, "inverse_temperature": 1.0}
+    numbers = {
+        "seed": 1,
+        "first_sample": 0,
+        "step": 0,
+        "num_masked": 1,
+        "guidance": 2.0,
+        "inverse_temperature": 1.0,
+    }
     numbers |= {"noise": 1.0, "draw_scale": 1.0, "mask_token": 5, "confidence": "titok"}
     packed = ops.pack_step_params(step=0, steps=2, num_masked=1)
     return {
@@ -148,7 +165,8 @@ def _registered(draw: Draw) -> dict[str, dict[str, Any]]:
             "need_codebook": True,
         },
         "maskgit_decode_step": {
-            "tokens": torch.full((2, 3), 5), "cond_logits": normal(6, 5), "uncond_logits": draw.pick(None, normal(6, 5)),
+            "tokens": torch.full((2, 3), 5), "cond_logits": normal(6, 5),
+            "uncond_logits": draw.pick(None, normal(6, 5)),
             "rows": index, "uncond_rows": index, "counts": draw.pick(None, torch.ones(2, dtype=torch.int64)),
             "params": draw.pick(None, packed), "workspace": draw.pick(None, torch.zeros(2, dtype=torch.int32)),
             **numbers,
@@ -161,15 +179,14 @@ def registered_op(draw: Draw) -> None:
     name = draw.pick(*cases)
     arguments = cases[name]
     draw.note(function=name)
-    _change(draw, arguments, (1 << 40, 1 << 62))
+    _change(draw, arguments, (1 << 40, 1 << 62, (1 << 63) - 1))
     before = _copies(arguments)
     if any(kind in draw.story.get("unreadable", "") for kind in ("fake", "no storage")):
         # PyTorch ends with an AssertionError where fake and real tensors are mixed, and crashes itself in any op that
         # is given a tensor whose memory was given back.
         return
-    try:
+    # The checks of PyTorch's dispatcher come before those of the op, and have errors of their own.
+    with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
         getattr(torch.ops.titok, name)(*arguments.values())
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        pass  # the checks of PyTorch's dispatcher come before those of the op, and have errors of their own
     for key, (tensor, copy) in before.items():
         assert same_bits(tensor, copy), f"{key} was written"

@@ -51,7 +51,9 @@ def instruction_sets() -> dict[str, str | None]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return {"generic": None}
     info = Path("/proc/cpuinfo").read_text()
-    flags = {flag.replace("_", "") for line in info.splitlines() if line.startswith("flags") for flag in line.split()}
+    flags = {
+        flag.replace("_", "") for line in info.splitlines() if line.startswith("flags") for flag in line.split()
+    }
     sets = {**setup.ISA_FLAGS, **next(iter(setup.EXTRA_ISA_FLAGS.values()))}
     able: dict[str, str | None] = {}
     for name, options in sets.items():
@@ -67,7 +69,9 @@ def runtime(compiler: str, *names: str) -> list[str]:
     """The paths of shared libraries of the compiler; ends the program where one is missing."""
     found = []
     for name in names:
-        path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        path = subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
         if not os.path.isabs(path):
             sys.exit(f"sanitize: {compiler} has no {name}; it comes with GCC's development files (libgcc-N-dev)")
         found.append(path)
@@ -124,17 +128,25 @@ def run(what: str, command: list[str], **environment: str | None) -> bool:
     merged = {**os.environ, **environment}
     begin = time.monotonic()
     status = subprocess.run(command, env={k: v for k, v in merged.items() if v is not None}, cwd=MIRROR).returncode
-    say(f"{what}: {'passed' if status == 0 else f'FAILED with status {status}'} after {time.monotonic() - begin:.0f} s")
+    say(
+        f"{what}: {'passed' if status == 0 else f'FAILED with status {status}'} after {time.monotonic() - begin:.0f} s"
+    )
     return status == 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="sanitize", description=__doc__.partition("\n")[0])
-    parser.add_argument("--calls", type=int, default=20_000, help="random calls for each instruction set (%(default)s)")
-    parser.add_argument("--seconds", type=float, help="time for everything but compiling; then only fast tests run")
+    parser.add_argument(
+        "--calls", type=int, default=20_000, help="random calls for each instruction set (%(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="time for everything but compiling; then only fast tests run"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random calls")
     parser.add_argument("--only", choices=("address", "thread", "calls"), help="run one part")
     options = parser.parse_args()
+    # ninja is installed beside Python.
+    os.environ.update({"PATH": os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])})
     compiler = setup.find_cxx()
     if shutil.which(compiler) is None:
         sys.exit(f"sanitize: no C++ compiler ({compiler})")
@@ -175,7 +187,15 @@ def main() -> int:
 
     progress = BUILD / "call"
     for left, (name, isa) in zip(range(len(sets), 0, -1), sets.items(), strict=True):
-        command = [sys.executable, "-m", "random_calls", "--calls", str(options.calls), "--seed", str(options.seed)]
+        command = [
+            sys.executable,
+            "-m",
+            "random_calls",
+            "--calls",
+            str(options.calls),
+            "--seed",
+            str(options.seed),
+        ]
         command += ["--cuda-host", str(library), "--progress", str(progress)]
         if options.seconds:
             command += ["--seconds", f"{max((deadline - time.monotonic()) / left - 8, 5):.0f}"]  # 8 s to start
