@@ -80,8 +80,9 @@ def main() -> int:
 
         if options.op is None or HOST_KERNEL in options.op:
             calls[HOST_KERNEL] = functools.partial(decode.cuda_kernel_on_host, kernel=load(options.cuda_host))
-    missing = why_no_cpp()
-    print(f"random calls of seed {options.seed}, C++ kernels: {missing or extension().cpu_isa()}", flush=True)
+    if missing := why_no_cpp():
+        sys.exit(f"random_calls: {missing}")
+    print(f"random calls of seed {options.seed}, C++ kernels: {extension().cpu_isa()}", flush=True)
     progress = os.open(options.progress, os.O_CREAT | os.O_WRONLY, 0o644) if options.progress else None
     begin, counts, failures = time.monotonic(), collections.Counter(), 0
     for number in itertools.count(options.first):

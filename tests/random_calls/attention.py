@@ -25,20 +25,25 @@ def masked_attention(draw: Draw) -> None:
     spread = draw.pick(1.0, 1.0, 0.1, 3.0)
     gradient = draw.chance(0.4)
     values = draw.normal(batch, tokens, 3 * heads * head_dim, dtype=dtype, spread=spread)
-    mask = draw.bits(batch, tokens, probability=draw.pick(0.1, 0.5, 0.9, 1.0)) if draw.chance(0.6) else None
+    mask = None
+    if draw.chance(0.6):
+        shown = draw.bits(batch, tokens, probability=draw.pick(0.1, 0.5, 0.9, 1.0))
+        mask = draw.tensor("key_mask", shown, ("step", "permuted", "expanded"))
     backend = draw.pick(None, None, None, "auto", "cpp", "sdpa", "plain")
-    with_nan = not gradient and draw.chance(0.1)
-    if with_nan:  # hidden tokens must be finite, but for "cpp"
-        visible = torch.ones(batch, tokens, dtype=torch.bool) if mask is None else mask
-        hit = draw.bits(*values.shape, probability=0.003) & visible[..., None]
-        values = values.masked_fill(hit, torch.nan)
+    if not gradient and draw.chance(
+        0.15
+    ):  # hidden tokens must be finite, but for "cpp", which alone takes infinities
+        visible = torch.ones(batch, tokens, dtype=torch.bool) if mask is None or backend == "cpp" else mask
+        for value in (torch.nan, torch.inf, -torch.inf) if backend == "cpp" else (torch.nan,):
+            hit = draw.bits(*values.shape, probability=0.003) & visible[..., None]
+            values = values.masked_fill(hit, value)
     arguments: dict[str, Any] = {
         "qkv": draw.tensor("qkv", values, ("gap", "step", "permuted", "expanded"), gradient=gradient),
         "num_heads": heads,
         "scale": draw.pick(None, None, 0.5, -0.2, 0.0, 1),
     }
     if mask is not None:
-        arguments["key_mask"] = draw.tensor("key_mask", mask, ("step", "permuted", "expanded"))
+        arguments["key_mask"] = mask
     if draw.chance(0.5):
         start = draw.random.randint(0, tokens)
         arguments["query_range"] = (start, draw.random.randint(start, tokens))
@@ -63,14 +68,15 @@ def masked_attention(draw: Draw) -> None:
     expected = (
         oracles.attention(leaf, exact.pop("num_heads"), **exact) if tokens else leaf[..., : heads * head_dim]
     )
+    if mask is not None:  # without a visible key the output is 0, whatever the query holds
+        expected = expected.where(mask.any(1)[:, None, None], 0.0)
     scale = head_dim**-0.5 if exact["scale"] is None else exact["scale"]
-    finite = leaf.detach().nan_to_num().unflatten(-1, (3, heads, head_dim))
+    finite = leaf.detach().nan_to_num(0, 0, 0).unflatten(-1, (3, heads, head_dim))
     q, k, v = (x.abs().amax((0, 1)) if x.numel() else x.new_zeros(heads, head_dim) for x in finite.unbind(2))
     scores = float((q * k).sum(-1).max()) * abs(
         scale
     )  # their largest value, and what their rounding error follows
-    unit = max(EPS[F32], EPS[dtype] if dtype != torch.float64 else 0.0) if dtype != torch.float64 else EPS[dtype]
-    unit32 = EPS[torch.promote_types(dtype, F32)]
+    unit, unit32 = EPS[dtype], EPS[torch.promote_types(dtype, F32)]
     largest = float(v.max()) if v.numel() else 0.0
     bound = largest * (2 * unit + unit32 * (16 + 4 * scores))
     assert_close("out", out, expected, bound)

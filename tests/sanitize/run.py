@@ -142,7 +142,9 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, help="time for everything but compiling; then only fast tests run"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random calls")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random calls of the first instruction set; the others count on"
+    )
     parser.add_argument("--only", choices=("address", "thread", "calls"), help="run one part")
     options = parser.parse_args()
     # ninja is installed beside Python.
@@ -186,16 +188,9 @@ def main() -> int:
         passed &= run(f"tests of ops, {name}", [*pytest, *fast, "-k", "cpp", *tests], **shared, TITOK_CPU_ISA=isa)
 
     progress = BUILD / "call"
-    for left, (name, isa) in zip(range(len(sets), 0, -1), sets.items(), strict=True):
-        command = [
-            sys.executable,
-            "-m",
-            "random_calls",
-            "--calls",
-            str(options.calls),
-            "--seed",
-            str(options.seed),
-        ]
+    for done, (name, isa) in enumerate(sets.items()):
+        seed, left = options.seed + done, len(sets) - done
+        command = [sys.executable, "-m", "random_calls", "--calls", str(options.calls), "--seed", str(seed)]
         command += ["--cuda-host", str(library), "--progress", str(progress)]
         if options.seconds:
             command += ["--seconds", f"{max((deadline - time.monotonic()) / left - 8, 5):.0f}"]  # 8 s to start
@@ -204,7 +199,7 @@ def main() -> int:
         if not run(f"random calls, {name}", command, **shared, TITOK_CPU_ISA=isa, PYTHONPATH=paths):
             passed = False
             number = progress.read_text().strip() if progress.exists() else "none"
-            say(f"the last call that was made is number {number} of seed {options.seed}")
+            say(f"the last call that was made is number {number} of seed {seed}")
     return 0 if passed else 1
 
 
