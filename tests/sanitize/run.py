@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def say(text: str) -> None:
 def instruction_sets() -> dict[str, str | None]:
     """Those that this machine has, with the value of TITOK_CPU_ISA that chooses each; None chooses the best."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return {"generic": None}
+        return {"generic": "generic"}
     info = Path("/proc/cpuinfo").read_text()
     flags = {
         flag.replace("_", "") for line in info.splitlines() if line.startswith("flags") for flag in line.split()
@@ -134,18 +134,48 @@ def run(what: str, command: list[str], **environment: str | None) -> bool:
     return status == 0
 
 
+def run_threads(program: Path, sets: Mapping[str, str | None]) -> bool:
+    passed = True
+    for name, isa in sets.items():
+        if name in setup.ISA_FLAGS:  # the further ones are of single files and change no parallel region
+            passed &= run(f"ThreadSanitizer, {name}", [str(program)], TITOK_CPU_ISA=isa)
+    return passed
+
+
+def run_tests(name: str, fast: bool, environment: Mapping[str, str | None]) -> bool:
+    """The C++ part of the op tests, on one instruction set."""
+    # pytest captures Python's streams only, because the sanitizers write below them.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-rf"]
+    command += ["-m", "not slow"] if fast else []
+    tests = [f"tests/ops/{test}" for test in CPP_TESTS]
+    passed = run(f"tests of the boundary, {name}", [*command, *tests], **environment)
+    tests = [f"tests/ops/{test}" for test in OP_TESTS]
+    return run(f"tests of ops, {name}", [*command, "-k", "cpp", *tests], **environment) and passed
+
+
+def run_calls(name: str, options: Sequence[str], environment: Mapping[str, str | None]) -> bool:
+    """Random calls on one instruction set."""
+    progress = BUILD / "call"
+    progress.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "random_calls", *options, "--progress", str(progress)]
+    if run(f"random calls, {name}", command, **environment, PYTHONPATH=f"{MIRROR}:{MIRROR / 'tests'}"):
+        return True
+    say(f"the last call that was made is number {progress.read_text().strip() if progress.exists() else 'none'}")
+    return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="sanitize", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--calls", type=int, default=20_000, help="random calls for each instruction set (%(default)s)"
     )
     parser.add_argument(
-        "--seconds", type=float, help="time for everything but compiling; then only fast tests run"
+        "--seconds", type=float, help="time for all but compiling; the tests are then the fast ones"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the random calls of the first instruction set; the others count on"
+        "--seed", type=int, default=0, help="of the first instruction set's calls; others count on"
     )
-    parser.add_argument("--only", choices=("address", "thread", "calls"), help="run one part")
+    parser.add_argument("--only", choices=("threads", "tests", "calls"), help="run one part")
     options = parser.parse_args()
     # ninja is installed beside Python.
     os.environ.update({"PATH": os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])})
@@ -155,18 +185,14 @@ def main() -> int:
     # libstdc++ is loaded with the sanitizer, which otherwise does not find the function that throws exceptions.
     preloaded = runtime(compiler, "libasan.so", "libubsan.so", "libtsan.so", "libstdc++.so.6")
     begin, sets = time.monotonic(), instruction_sets()
-    program = build_thread(compiler, sets) if options.only in (None, "thread") else None
-    library = build_address(compiler, sets) if options.only != "thread" else None
+    program = build_thread(compiler, sets) if options.only in (None, "threads") else None
+    library = build_address(compiler, sets) if options.only != "threads" else None
     say(f"built in {time.monotonic() - begin:.0f} s")
     deadline = time.monotonic() + (options.seconds or float("inf"))
-    passed = True
 
-    for name, isa in sets.items() if program else ():
-        if name in setup.ISA_FLAGS or len(sets) == 1:  # bfloat16 products change no parallel region
-            passed &= run(f"ThreadSanitizer, {name}", [str(program)], TITOK_CPU_ISA=isa)
+    passed = program is None or run_threads(program, sets)
     if library is None:
         return 0 if passed else 1
-
     shared: dict[str, str | None] = {
         "LD_PRELOAD": f"{preloaded[0]} {preloaded[3]}",
         # CPython and PyTorch keep memory until the process ends, and there is no way to look for the leaks of one
@@ -177,29 +203,15 @@ def main() -> int:
         "TRITON_INTERPRET": "1",
         "TITOK_TEST_CUDA_HOST": str(library),
     }
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-rf"]
-    fast = ["-m", "not slow"] if options.seconds else []
     for name, isa in sets.items() if options.only != "calls" else ():
-        if options.seconds and name != list(sets)[-1]:
-            continue
-        tests = [f"tests/ops/{test}" for test in CPP_TESTS]
-        passed &= run(f"tests of the boundary, {name}", [*pytest, *fast, *tests], **shared, TITOK_CPU_ISA=isa)
-        tests = [f"tests/ops/{test}" for test in OP_TESTS]
-        passed &= run(f"tests of ops, {name}", [*pytest, *fast, "-k", "cpp", *tests], **shared, TITOK_CPU_ISA=isa)
-
-    progress = BUILD / "call"
-    for done, (name, isa) in enumerate(sets.items()):
-        seed, left = options.seed + done, len(sets) - done
-        command = [sys.executable, "-m", "random_calls", "--calls", str(options.calls), "--seed", str(seed)]
-        command += ["--cuda-host", str(library), "--progress", str(progress)]
+        if not options.seconds or name == list(sets)[-1]:
+            passed &= run_tests(name, bool(options.seconds), {**shared, "TITOK_CPU_ISA": isa})
+    for done, (name, isa) in enumerate(sets.items() if options.only != "tests" else ()):
+        calls = ["--calls", str(options.calls), "--seed", str(options.seed + done), "--cuda-host", str(library)]
         if options.seconds:
-            command += ["--seconds", f"{max((deadline - time.monotonic()) / left - 8, 5):.0f}"]  # 8 s to start
-        paths = f"{MIRROR}:{MIRROR / 'tests'}"
-        progress.unlink(missing_ok=True)
-        if not run(f"random calls, {name}", command, **shared, TITOK_CPU_ISA=isa, PYTHONPATH=paths):
-            passed = False
-            number = progress.read_text().strip() if progress.exists() else "none"
-            say(f"the last call that was made is number {number} of seed {seed}")
+            seconds = (deadline - time.monotonic()) / (len(sets) - done) - 8  # 8 s to start
+            calls += ["--seconds", f"{max(seconds, 5):.0f}"]
+        passed &= run_calls(name, calls, {**shared, "TITOK_CPU_ISA": isa})
     return 0 if passed else 1
 
 
