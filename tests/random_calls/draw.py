@@ -129,7 +129,8 @@ class Draw:
         elif self.chance(0.4):
             value = self.pick(*(v for v in NOT_A_TENSOR if v is not None or name not in optional))
         elif self.chance(0.6):
-            value = right.detach().to(self.pick(torch.int32, torch.complex64, torch.float8_e4m3fn))
+            dtypes = (torch.int32, torch.complex64, torch.float8_e4m3fn)
+            value = right.detach().to(self.pick(*(dtype for dtype in dtypes if dtype != right.dtype)))
         else:
             value = torch.tensor(1, dtype=right.dtype)  # without dimensions
         arguments[name] = value
