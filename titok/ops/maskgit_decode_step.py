@@ -165,7 +165,18 @@ def pack_step_params(
         seed=seed,
         first_sample=first_sample,
     )
-    return torch.frombuffer(bytearray(_PACKED.pack(*params)), dtype=torch.int32)
+    # The layout of `_PACKED`, by operators that torch.compile can trace.
+    words = [
+        params.seed,
+        params.seed >> 32,
+        params.first_sample,
+        params.first_sample >> 32,
+        params.step,
+        params.num_masked,
+    ]
+    signed = [((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for word in words]
+    integers = torch.tensor(signed, dtype=torch.int32, device="cpu")
+    return torch.cat([integers, torch.tensor(params[4:], dtype=torch.float32, device="cpu").view(torch.int32)])
 
 
 def maskgit_decode_step_packed(
@@ -266,8 +277,10 @@ _READ_FROM_PACKED = StepParams(0, 0, 0, 0, 1.0, 1.0, 0.0, 0.0)
 
 
 def _float32(value: float) -> float:
+    """The nearest float32, ties to even. Arithmetic that torch.compile can trace, which `struct` is not."""
     value = min(max(value, -_FLOAT_MAX), _FLOAT_MAX)
-    return float(struct.unpack("f", struct.pack("f", value))[0])
+    spacing = max(math.frexp(value)[1] - 24, -149)  # exponent of the distance between the float32 around the value
+    return math.ldexp(round(math.ldexp(value, -spacing)), spacing)
 
 
 # ---------------------------------------------------------------------------------------------------------------
