@@ -215,7 +215,7 @@ def main() -> int:
         calls = ["--calls", str(options.calls), "--seed", str(options.seed + done), "--cuda-host", str(library)]
         if options.seconds:
             seconds = (deadline - time.monotonic()) / (len(sets) - done) - 8  # 8 s to start
-            calls += ["--seconds", f"{max(seconds, 5):.0f}"]
+            calls += ["--seconds", f"{max(seconds, 15):.0f}"]
         passed &= run_calls(name, calls, {**shared, "TITOK_CPU_ISA": isa})
     return 0 if passed else 1
 
