@@ -279,6 +279,8 @@ def _for_backward(a: BackwardArguments) -> BackwardArguments:
 
 def _is_float32_on_cpu(a: AddLayerNormArguments) -> bool:
     """For contiguous float32 rows PyTorch's own gradient is as fast as ours, and its call costs less."""
+    if not all(isinstance(t, Tensor) for t in (a.x, a.residual, a.weight)):
+        return False  # the arguments have not been checked yet
     is_float32 = a.x.dtype is a.residual.dtype is a.weight.dtype is torch.float32 and a.out_dtype is None
     return a.x.is_cpu and is_float32 and a.x.is_contiguous() and a.residual.is_contiguous()
 
