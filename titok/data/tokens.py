@@ -19,7 +19,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from titok.checkpoints.files import atomic_path, write_safetensors
+from titok.checkpoints.files import write_safetensors
+from titok.checkpoints.writing import atomic_path
 from titok.checks import check_latents, check_tokens
 
 if TYPE_CHECKING:

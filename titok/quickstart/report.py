@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from titok.checkpoints.files import atomic_path
+from titok.checkpoints.writing import atomic_path
 from titok.data.images import to_uint8
 from titok.quickstart.metrics import REQUIREMENTS
 
