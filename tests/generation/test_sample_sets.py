@@ -312,7 +312,9 @@ def test_bad_input_leaves_nothing(pipe: Pipeline, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("fails", "named"), [(1, "settings.json"), (3, "000000000004-000000000008.u8"), (5, "a.npz")])
+@pytest.mark.parametrize(
+    ("fails", "named"), [(1, "settings.json"), (3, "000000000004-000000000008.u8"), (5, "a.npz")]
+)
 def test_a_full_disk_stops_the_run_with_the_name_of_the_file(
     fails: int, named: str, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +328,7 @@ def test_a_full_disk_stops_the_run_with_the_name_of_the_file(
     generate_set(pipe, tmp_path / "reference.npz", LABELS, batch_size=4)
     with monkeypatch.context() as patch:
         patch.setattr(writing, "flush", full)
-        with pytest.raises(OSError, match="No space left on device: .*a.npz") as caught:
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
             generate_set(pipe, tmp_path / "a.npz", LABELS, batch_size=4)
     assert Path(caught.value.filename).name == named
     assert not (tmp_path / "a.npz").exists()

@@ -84,7 +84,9 @@ class TokenizerLoop:
         unused = torch.zeros(config.model.codebook_size, dtype=torch.bool, device=self.model.device)
         self.used = run.extra.setdefault("used", unused)
         if self.used.shape != unused.shape or self.used.dtype != unused.dtype:
-            raise ValueError(f"{run.folder}: not a readable training checkpoint: its codes in use are no {unused.dtype}")
+            raise ValueError(
+                f"{run.folder}: not a readable training checkpoint: its codes in use are no {unused.dtype}"
+            )
 
     def losses(self, images: Tensor) -> dict[str, Tensor]:
         """The figures of a batch of images (B, C, H, W) in [0, 1]: "loss", "psnr" in dB, and "codes" in use."""
