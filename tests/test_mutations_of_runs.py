@@ -22,7 +22,7 @@ from titok.data.npz import read_arrays
 from titok.data.tokens import read_tokens, write_tokens
 from titok.generation import sample_sets
 from titok.generation.sample_sets import generate_set
-from titok.training import GeneratorTraining, TokenizerTraining, train_generator, train_tokenizer
+from titok.training import GeneratorTraining, TokenizerTraining, run, train_generator, train_tokenizer
 from titok.training.run import CHECKPOINT, RunFolder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -66,6 +66,9 @@ def with_another_tensor(rng: random.Random, data: bytes, metadata: dict[str, str
             tensors[name] = rng.choice([torch.zeros(()), torch.zeros(0), torch.zeros(2, 3), torch.ones(4, 3, 1)])
         case 3:
             tensors[rng.choice(["extra", f"{name}/x", "optimizer/x/step", "other/used"])] = tensors.pop(name)
+    if "training" in metadata and rng.random() < 0.8:
+        info = json.loads(metadata["training"])
+        metadata["training"] = json.dumps({**info, "checksum": run._checksum(tensors)})
     return save(tensors, metadata)
 
 
@@ -121,8 +124,6 @@ def test_checkpoints_of_training(
     train: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each goes on to the end of the run, or is named."""
-    from titok.training import run
-
     path = tmp_path / CHECKPOINT
     saved: list[bytes] = []
     save_run = run.Run.save

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_training import generator_training, pictures, tokenizer_training, train_one
 
@@ -204,6 +205,18 @@ def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".titok-0123456789abcdef" / "file.safetensors").touch()
     train_one("tokenizer", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", CHECKPOINT]
+
+
+def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
+    train_one("tokenizer", tmp_path)
+    path = tmp_path / CHECKPOINT
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=f"{CHECKPOINT}: not a readable training checkpoint: its tensors are not"):
+        train_one("tokenizer", tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(

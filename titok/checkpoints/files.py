@@ -80,7 +80,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             AttributeError,
             KeyError,
         ) as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
+            raise ValueError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
     return _read_pickle(path)
 
 
@@ -153,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a readable JSON file ({first_line(error)})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
@@ -216,7 +216,7 @@ def _download(repo: str, revision: str | None) -> tuple[Path, Path]:
         if isinstance(error, LocalEntryNotFoundError):
             reason = "it is not in the local cache, and the hub is switched off or cannot be reached"
         else:
-            reason = _first_line(error)
+            reason = first_line(error)
         message = f"{repo}: no such file or folder, and no such repository to download ({reason})"
         raise FileNotFoundError(message) from error
     if not_cached:
@@ -226,5 +226,6 @@ def _download(repo: str, revision: str | None) -> tuple[Path, Path]:
     raise FileNotFoundError(f"{repo}: the repository holds neither of {', '.join(WEIGHT_FILES)}")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters of it; the error's kind where it has no message."""
+    return f"{str(error).strip().partition(chr(10))[0] or type(error).__name__:.300}"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from titok.checkpoints.files import first_line
+
 # A compressed entry may become a thousand times as large in memory. Larger ones than `SMALL_BYTES` may become this many
 # times as large, which is more than tokens and pictures reach.
 MAX_COMPRESSION = 100
@@ -36,8 +38,7 @@ def read_arrays(path: str | os.PathLike[str], names: Collection[str]) -> dict[st
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except Exception as error:  # zipfile, its decompressors and NumPy each raise their own kinds
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a readable .npz file ({reason:.200})") from error
+        raise ValueError(f"{path}: not a readable .npz file ({first_line(error)})") from error
 
 
 def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, archive_size: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from titok.checkpoints.files import write_safetensors
+from titok.checkpoints.files import first_line, write_safetensors
 from titok.checkpoints.writing import atomic_path
 from titok.checks import check_latents, check_tokens
 from titok.data.npz import read_arrays
@@ -147,7 +147,7 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     try:
         return {key: torch.from_numpy(array) for key, array in arrays.items()}, names.tolist()
     except TypeError as error:  # a dtype that PyTorch does not have
-        raise ValueError(f"{path}: not a readable .npz file ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a readable .npz file ({first_line(error)})") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -160,11 +160,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except Exception as error:  # safetensors and PyTorch each raise their own kinds on damaged files
-        raise ValueError(f"{path}: not a readable .safetensors file ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a readable .safetensors file ({first_line(error)})") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: names: expected a list of texts")
     return arrays, names
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{str(error).strip().partition(chr(10))[0] or type(error).__name__:.200}"

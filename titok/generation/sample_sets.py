@@ -192,7 +192,12 @@ class _Parts:
         if not file.exists():
             self._clear()  # what a run left that was killed after its output was in place
         elif self._parts() and (before := read_json(file)) != settings:
-            name = next(name for name in {**settings, **before} if settings.get(name) != before.get(name))
+            missing_name = object()  # None may be a value
+            name = next(
+                name
+                for name in {**settings, **before}
+                if settings.get(name, missing_name) != before.get(name, missing_name)
+            )
             raise ValueError(
                 f"{self.folder}: expected {_printable(name)} {_printable(before.get(name))}, as in the run that was "
                 f"stopped here, got {_printable(settings.get(name))}: run that to its end, or delete the folder"
