@@ -4,14 +4,15 @@
 
 Every trial starts a command, kills it with SIGKILL once or several times, each time after a random share of the time
 that the command takes, and then lets it end. All files must then be, byte for byte, those of a run that was never
-killed, and there must be no other file. Commands are forked from this process, which has imported PyTorch and computes
-nothing itself, because importing takes longer than the commands.
+killed, and there must be no other file. Commands are forked from this process, which computes nothing itself and has
+imported what they need: importing takes many times as long as the commands, so that most kills would hit the imports.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import random
 import shutil
@@ -164,6 +165,26 @@ def start(work: Callable[[], None], log: Path, folder: Path, environment: dict[s
         os._exit(code)
 
 
+def import_modules_of(works: list[Callable[[], None]], log: Path, folder: Path) -> None:
+    """Runs each command once in a process of its own, and imports in this process what it has imported."""
+    for work in works:
+        listed = folder / "modules"
+
+        def run(work: Callable[[], None] = work, listed: Path = listed) -> None:
+            try:
+                work()
+            finally:
+                listed.write_text("\n".join(sys.modules))
+
+        place = Path(tempfile.mkdtemp(dir=folder))
+        assert wait(start(run, log, place, {}), SECONDS) == 0, log.read_text()
+        for name in listed.read_text().splitlines():
+            if name not in sys.modules:
+                with contextlib.suppress(Exception):  # a module that cannot be imported by its name alone
+                    importlib.import_module(name)
+        shutil.rmtree(place)
+
+
 def start_all(scenario: Scenario, log: Path, folder: Path) -> list[int]:
     environment: dict[str, str] = {}
     if scenario.launched:
@@ -230,6 +251,9 @@ class Trials:
         os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
         maker = start(make_inputs, self.log, folder, {})
         assert wait(maker, SECONDS) == 0, self.log.read_text()
+        import_modules_of(
+            [SCENARIOS[name].work for name in ("train tokenizer", "tokenize to .npz")], self.log, folder
+        )
 
     def run(self, name: str, kills: int) -> None:
         """One trial of a scenario, with at most `kills` kills.
@@ -316,6 +340,7 @@ def main() -> None:
     parser.add_argument(
         "--without-torchrun", action="store_true", help="leave out what takes 10 s and more a kill"
     )
+    parser.add_argument("--verbose", action="store_true", help="print a line for each trial")
     options = parser.parse_args()
     chosen: dict[str, Any] = {
         name: scenario
@@ -330,6 +355,8 @@ def main() -> None:
             name = trials.rng.choices(list(chosen), shares)[0]
             kills = min(trials.rng.choice([1, 1, 2, 3]), options.kills - trials.killed.total())
             trials.run(name, kills)
+            if options.verbose:
+                print(f"{trials.killed.total()} kills, {time.monotonic() - began:.0f} s: {name}", flush=True)
     for name in chosen:
         print(f"{trials.killed[name]:4} kills, {trials.completed[name]:4} runs resumed to equal files: {name}")
     total, seconds = trials.killed.total(), time.monotonic() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from cli_runner import pixels, refused, titok
 from titok import Pipeline, TiTok
 from titok.cli.app import app
+from titok.training.run import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -300,3 +302,38 @@ def test_training_shows_no_progress_bar_where_stderr_is_no_terminal() -> None:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "generator"])
+def test_training_locks_its_folder_before_it_reads_a_picture(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads(*_: Any) -> None:
+        with pytest.raises(ValueError, match="run: another training run is at work here"):
+            RunFolder("run", resume=False)
+        raise ValueError("checked")
+
+    monkeypatch.setattr("titok.data.folders.ImageFolder.find_unreadable", reads)
+    options = ["-t", "tok"] if command == "generator" else []
+    arguments = ["train", command, "photos/cats/old", *options, "-o", "run"]
+    assert refused(*arguments) == "checked"
+    monkeypatch.setattr("titok.data.folders.ImageFolder.find_unreadable", lambda *_: pytest.fail("read"))
+    with RunFolder("run", resume=False):
+        assert refused(*arguments) == "run: another training run is at work here"
+    Path("run").mkdir()
+    Path("run/training.safetensors").touch()
+    assert refused(*arguments).startswith(
+        "run: a training run is here already: resume it, or choose another folder"
+    )
+    Path("run/training.safetensors").rename("run/model.safetensors")
+    assert refused(*arguments).startswith("run/model.safetensors: exists already, and no training run is there")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the extra 'quickstart'")
+def test_two_quickstarts_in_one_folder() -> None:
+    """The second one does not remove the checkpoint of the first one, which is at work."""
+    Path("run/tokenizer").mkdir(parents=True)
+    Path("run/tokenizer/training.safetensors").touch()
+    with RunFolder("run/tokenizer", resume=True):
+        assert refused("quickstart", "-o", "run") == "run/tokenizer: another training run is at work here"
+    assert Path("run/tokenizer/training.safetensors").exists()

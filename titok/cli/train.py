@@ -26,6 +26,8 @@ from titok.cli.options import (
 )
 from titok.cli.outputs import check_apart, check_files, check_output
 
+RUN_FILES = ("training.safetensors", "model.safetensors", "config.json")  # the first is the checkpoint of the run
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures; every sub-folder is a class.")]
@@ -184,10 +186,19 @@ def generator(
 
 
 def _check_run_folder(output: Path, inputs: list[Path | str]) -> None:
-    """Checks that a run may write into the folder `output`, which must be apart from `inputs`."""
+    """Checks that a run may write into the folder `output`, which must be apart from `inputs`.
+
+    Raises:
+        ValueError, OSError: it may not, or `output` holds a model of which no run is there.
+    """
     check_output(output)
     check_apart(output, inputs)
-    check_files([output / name for name in ("training.safetensors", "model.safetensors")], overwrite=True)
+    check_files([output / name for name in RUN_FILES], overwrite=True)
+    models = [output / name for name in RUN_FILES[1:] if (output / name).exists()]
+    if models and not (output / RUN_FILES[0]).exists():
+        raise ValueError(
+            f"{models[0]}: exists already, and no training run is there: remove it, or choose another folder"
+        )
     from titok.generation.processes import check_one_process
 
     check_one_process()

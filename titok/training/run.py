@@ -107,7 +107,7 @@ class RunFolder:
         if self.checkpoint.exists() and not resume:
             self.close()
             raise FileExistsError(
-                f"{self.path}: a training run is here already: resume it, or remove {CHECKPOINT}"
+                f"{self.path}: a training run is here already: resume it, or choose another folder"
             )
 
     @property
