@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported, which then starts no threads
+os.environ.update(OMP_NUM_THREADS="1")  # before PyTorch is imported, which then starts no threads
 
 import numpy as np
 import torch
@@ -248,7 +248,7 @@ class Trials:
         self.killed: Counter[str] = Counter()
         self.completed: Counter[str] = Counter()
         self._references: dict[str, tuple[dict[str, bytes], float]] = {}
-        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+        os.environ.update(PYTHONPATH=str(Path(__file__).parents[1]))
         maker = start(make_inputs, self.log, folder, {})
         assert wait(maker, SECONDS) == 0, self.log.read_text()
         import_modules_of(

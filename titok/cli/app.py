@@ -41,8 +41,8 @@ def titok(
     titok tokenize photos -t runs/tokenizer -o tokens.npz          pictures to tokens
     titok generate -t runs/tokenizer -g runs/generator --num 16    classes to pictures
 
-    Every command has its own --help. Wrong input ends with one line on stderr and exit code 2. After Ctrl-C and SIGTERM,
-    one line says how to go on, and the exit code is 130 or 143.
+    Every command has its own --help. Wrong input ends with one line on stderr and exit code 2. After Ctrl-C or SIGTERM
+    a line says how to go on, and the exit code is 130 or 143.
     """
     if version:
         from titok import __version__
