@@ -1,11 +1,13 @@
 """Kills commands at random moments, runs them again, and compares what they leave with that of a run left alone.
 
     python tests/kills.py --kills 200
+    python tests/kills.py --kills 50 --signal TERM
 
-Every trial starts a command, kills it with SIGKILL once or several times, each time after a random share of the time
-that the command takes, and then lets it end. All files must then be, byte for byte, those of a run that was never
-killed, and there must be no other file. Commands are forked from this process, which computes nothing itself and has
-imported what they need: importing takes many times as long as the commands, so that most kills would hit the imports.
+Every trial starts a command, kills it with SIGKILL or another signal once or several times, each time after a random
+share of the time that the command takes, and then lets it end. All files must then be, byte for byte, those of a run
+that was never killed, and there must be no other file. Commands are forked from this process, which computes nothing
+itself and has imported what they need: importing takes many times as long as the commands, so that most kills would hit
+the imports.
 """
 
 from __future__ import annotations
@@ -149,6 +151,9 @@ def start(work: Callable[[], None], log: Path, folder: Path, environment: dict[s
         os.dup2(output, 2)
         os.chdir(folder)
         os.environ.update(environment)
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # ignored where a shell started all in the background
         work()
         code = 0
     except SystemExit as end:
@@ -223,11 +228,12 @@ def descendants(process: int) -> list[int]:
     return found
 
 
-def kill(processes: list[int]) -> None:
-    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none reacts to the end of another
+def kill(processes: list[int], number: int = signal.SIGKILL) -> None:
+    # Stopped first, so that none reacts to the end of another.
+    for each in (signal.SIGSTOP, number, signal.SIGCONT):
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
+                os.kill(process, each)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -238,12 +244,13 @@ class Trials:
     """Runs trials in a folder of its own and counts kills.
 
     Attributes:
-        killed: SIGKILLs that hit a command at work, by scenario.
+        number: of the signal.
+        killed: signals that hit a command at work, by scenario.
         completed: trials that ended with the same files, by scenario.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.rng = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int, number: int) -> None:
+        self.folder, self.rng, self.number = folder, random.Random(seed), number
         self.log = folder / "log"
         self.killed: Counter[str] = Counter()
         self.completed: Counter[str] = Counter()
@@ -286,9 +293,14 @@ class Trials:
         else:
             members = processes
             chosen = processes if self.rng.random() < 0.6 else [self.rng.choice(processes)]
-        kill(chosen)
+        kill(chosen, self.number)
         statuses = [wait(process, SECONDS) for process in processes if process in chosen]
-        self.killed[name] += int(-signal.SIGKILL in statuses)
+        # A command answers other signals than SIGKILL by an exit code, once it has begun.
+        expected = (-self.number,) if self.number == signal.SIGKILL else (-self.number, 128 + self.number)
+        unexpected = set(statuses) - {0, *expected}
+        if self.number != signal.SIGKILL:
+            assert not unexpected, f"{name}: exit codes {statuses}: {self.log.read_text()[-2000:]}"
+        self.killed[name] += int(any(status in expected for status in statuses))
         return [member for member in members if member not in chosen]
 
     def _complete(self, scenario: Scenario, folder: Path) -> None:
@@ -334,7 +346,10 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=10, help="SIGKILLs in all (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=10, help="in all (default: %(default)s)")
+    parser.add_argument(
+        "--signal", choices=["KILL", "TERM", "INT"], default="KILL", help="TERM, INT: without training"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of commands and moments")
     parser.add_argument("--only", help="the name of one scenario")
     parser.add_argument(
@@ -345,11 +360,13 @@ def main() -> None:
     chosen: dict[str, Any] = {
         name: scenario
         for name, scenario in SCENARIOS.items()
-        if options.only in (None, name) and not (options.without_torchrun and scenario.torchrun)
+        if options.only in (None, name)
+        and not (options.without_torchrun and scenario.torchrun)
+        and (options.signal == "KILL" or (not name.startswith("train") and not scenario.torchrun))
     }
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="titok-kills-") as folder:
-        trials = Trials(Path(folder), options.seed)
+        trials = Trials(Path(folder), options.seed, signal.Signals[f"SIG{options.signal}"])
         shares = [scenario.share for scenario in chosen.values()]
         while trials.killed.total() < options.kills:
             name = trials.rng.choices(list(chosen), shares)[0]

@@ -108,6 +108,31 @@ def test_a_signal_in_the_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("run/report.html").exists()
 
 
+class Signals:
+    """Sends a signal to this process when it is deleted, which drops what the handler raises."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_an_object_is_deleted(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(*_: Any) -> None:
+        held = [Signals(number)]
+        held.clear()
+        for _ in range(100):
+            time.sleep(0.1)
+
+    monkeypatch.setattr(TiTok, "encode", encode)
+    result = CliRunner().invoke(app, ["tokenize", "photos", "-t", "tok", "-o", "t.npz"])
+    assert result.exit_code == 128 + number
+    assert "interrupted" in result.stderr
+
+
 def test_a_handler_of_the_host_stays() -> None:
     """Where somebody has set a handler or ignores the signal, the command changes nothing."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)

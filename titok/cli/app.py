@@ -5,12 +5,14 @@ Modules of this folder import PyTorch inside functions only, so that `titok --he
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import Annotated
 
 import typer
 
 from titok.cli import train
-from titok.cli.errors import ErrorGroup
+from titok.cli.errors import ErrorGroup, note
 from titok.cli.generate import generate
 from titok.cli.info import info
 from titok.cli.quickstart import quickstart
@@ -53,4 +55,8 @@ def titok(
 
 def main() -> None:
     """Runs the command that `sys.argv` gives, and exits."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before the command began
+        note("interrupted")
+        sys.exit(128 + signal.SIGINT)

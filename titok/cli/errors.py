@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
+REPORTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)  # without a traceback
 # How a command goes on after a signal, by its name.
 AFTER_A_SIGNAL = {
     "train": "the same command with --resume goes on",
@@ -24,8 +26,8 @@ AFTER_A_SIGNAL = {
 }
 
 
-class Terminated(BaseException):
-    """The process was asked to end by SIGTERM."""
+class Interrupted(BaseException):
+    """The process received a signal that asks it to end. The first argument is its number."""
 
 
 class ErrorGroup(TyperGroup):
@@ -36,45 +38,64 @@ class ErrorGroup(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            with _sigterm_raises(), warnings.catch_warnings():
-                warnings.showwarning = _show_warning
+        with _signals_raise() as received, warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            self._report_signal(ctx)
-            raise typer.Exit(128 + signal.SIGINT) from None
-        except Terminated:
-            self._report_signal(ctx)
-            raise typer.Exit(128 + signal.SIGTERM) from None
-        except (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-            if ctx.params["debug"] or isinstance(error, BrokenPipeError):
+            except typer.Exit:
                 raise
-            note(f"error: {_in_words(error)}")
-            raise typer.Exit(2) from None
+            except (KeyboardInterrupt, Interrupted):
+                self._end_by_signal(ctx, received[0] if received else signal.SIGINT)
+            except Exception as error:
+                if received:  # C code may turn what the handler raises into an error of its own
+                    self._end_by_signal(ctx, received[0])
+                if ctx.params["debug"] or isinstance(error, BrokenPipeError) or not isinstance(error, REPORTED):
+                    raise
+                note(f"error: {_in_words(error)}")
+                raise typer.Exit(2) from None
 
-    def _report_signal(self, ctx: Any) -> None:
-        if os.environ.get("RANK", "0") != "0":  # one line from all processes that torchrun started
-            return
-        way = AFTER_A_SIGNAL.get(ctx.invoked_subcommand)
-        note("interrupted" if way is None else f"interrupted: no file is half-written; {way}")
+    def _end_by_signal(self, ctx: Any, number: int) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":  # one line from all processes that torchrun started
+            way = AFTER_A_SIGNAL.get(ctx.invoked_subcommand)
+            note("interrupted" if way is None else f"interrupted: no file is half-written; {way}")
+        raise typer.Exit(128 + number) from None
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Within, SIGTERM raises `Terminated` where it would otherwise kill the process on the spot."""
-    is_main_thread = threading.current_thread() is threading.main_thread()  # only it may set a handler
-    if not is_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
+def _signals_raise() -> Iterator[list[int]]:
+    """Within, SIGINT and SIGTERM raise `Interrupted`. Where the host has set a handler, it stays.
+
+    Yields:
+        the numbers of the signals that were received.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only that thread may set a handler
+        yield received
         return
 
-    def terminate(*_: object) -> None:
-        raise Terminated
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        raise Interrupted(number)
 
-    signal.signal(signal.SIGTERM, terminate)
+    def send_again(unraisable: sys.UnraisableHookArgs) -> None:
+        """Python drops what is raised within `__del__`. Such a signal is sent again, a little later."""
+        if isinstance(unraisable.exc_value, Interrupted):
+            threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.args[0])).start()
+        else:
+            former_hook(unraisable)
+
+    former_hook = sys.unraisablehook
+    defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    replaced = [number for number, default in defaults.items() if signal.getsignal(number) == default]
+    sys.unraisablehook = send_again
+    for number in replaced:
+        signal.signal(number, interrupt)
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in replaced:
+            signal.signal(number, defaults[number])
+        sys.unraisablehook = former_hook
 
 
 def _show_warning(
