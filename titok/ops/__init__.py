@@ -1,6 +1,7 @@
 """Fused ops of titok, for others to import: each one public function, registered as `torch.ops.titok.<op>`.
 
 Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which faster ones are there and why not.
+Importing this package registers the ops: `torch.export.load` needs that for a program that calls them.
 """
 
 from titok.ops.add_layer_norm import add_layer_norm, layer_norm

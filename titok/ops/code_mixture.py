@@ -68,6 +68,10 @@ def _rows(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
 
 
+def _flops(a: Arguments | BackwardArguments) -> int:
+    return 2 * a.logits.numel() * a.codebook.shape[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The gradient
 
@@ -137,6 +141,7 @@ _BACKWARD = Op(
         Kernel("triton", _backward_triton, _why_no_triton, contiguous),
         Composite("plain", _backward_plain),
     ),
+    flops=lambda a: _flops(a) * (1 + a.need_codebook),
 )
 
 _CODE_MIXTURE = Op(
@@ -152,4 +157,5 @@ _CODE_MIXTURE = Op(
         arguments=lambda grads, saved, a, needs: (*grads, *saved, needs[1]),
         gradients=lambda grads, returned: returned,
     ),
+    flops=_flops,
 )

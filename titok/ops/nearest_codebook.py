@@ -210,4 +210,5 @@ _NEAREST_CODEBOOK = Op(
         Kernel("cpp", _cpp, _why_no_cpp, _with_dense_rows, checks_itself=True),
         Composite("plain", _plain, differentiable=False),
     ),
+    flops=lambda a: 2 * a.latents.numel() * a.codebook.shape[0],
 )

@@ -14,6 +14,7 @@ A call takes one of four ways:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
@@ -34,6 +35,24 @@ from titok.ops.core.mode import (
 from titok.ops.core.parts import Composite, Gradient, Kernel, Outputs
 
 _LIBRARY = torch.library.Library("titok", "DEF")
+
+
+def _register_flop_formula(overload_packet: Any, formula: Callable[..., Any]) -> None:
+    """Tells `FlopCounterMode` how to count an op; does nothing where PyTorch cannot import its counter."""
+    logger = logging.getLogger("torch.utils.flop_counter")
+    logger.addFilter(_is_never_logged)  # the module warns where Triton is missing, but titok imports in silence
+    try:
+        from torch.utils.flop_counter import register_flop_formula
+    except Exception:  # it imports Triton, and a broken installation may raise anything
+        return
+    finally:
+        logger.removeFilter(_is_never_logged)
+    register_flop_formula(overload_packet, get_raw=True)(formula)
+
+
+def _is_never_logged(record: logging.LogRecord) -> bool:
+    return False
+
 
 # How the schema of an op writes the types of its arguments.
 _SCHEMA_TYPES: dict[Any, str] = {
@@ -64,6 +83,8 @@ class Op:
         num_kept: how many these are.
         gradient: None where the op has none.
         plain_gradient: whether differentiating plain PyTorch is the fastest way to a gradient for these arguments.
+        flops: what `torch.utils.flop_counter` counts for these arguments, by its rules: 2 for each multiply-add of a
+            matrix product, nothing for element-wise work and sums.
     """
 
     def __init__(
@@ -79,13 +100,14 @@ class Op:
         num_kept: int = 0,
         gradient: Gradient | None = None,
         plain_gradient: Callable[[Any], bool] | None = None,
+        flops: Callable[[Any], int | torch.SymInt] = lambda arguments: 0,
     ) -> None:
         self.name, self.arguments = name, arguments
         types = [_SCHEMA_TYPES[kind] for kind in get_type_hints(arguments).values()]
         self._tensor_at = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
         self.check, self._results, self._kept = check, results, kept
         self.backends = {backend.name: backend for backend in backends}
-        self.gradient, self._plain_gradient = gradient, plain_gradient
+        self.gradient, self._plain_gradient, self._flops = gradient, plain_gradient, flops
         self._plain = backends[-1]
         self._direct = next((b for b in backends if isinstance(b, Kernel) and b.checks_itself), None)
         self._num_results = num_results
@@ -278,6 +300,7 @@ class Op:
             lib=_LIBRARY,
         )
         self.overload = getattr(torch.ops.titok, name).default
+        _register_flop_formula(self.overload.overloadpacket, self._count_flops)
 
     def _kernel(self, *given: Any) -> Any:
         """What the dispatcher calls with real tensors, also for those who call `torch.ops.titok.<name>` themselves."""
@@ -289,6 +312,9 @@ class Op:
         return self._returned(
             (*self._results(arguments), *(self._kept(arguments) if self._kept is not None else ()))
         )
+
+    def _count_flops(self, *given: Any, out_val: Any = None) -> int | torch.SymInt:
+        return self._flops(self._split(given)[0])
 
     def _split(self, given: tuple[Any, ...]) -> tuple[Any, str | None]:
         """Arguments and `backend`. The dispatcher leaves out arguments behind the last that is not its default."""
