@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness.op_report import OpReport, parse
-from titok.inference.memory import memory_that_stays
 from titok.ops import add_layer_norm
 
 EPS = 1e-5
@@ -67,7 +66,7 @@ def main() -> None:
                 sizes = {"direction": direction, "B": batch, "N": tokens, "D": width}
                 count = leaves[0].numel()
                 moved = tensors * count * leaves[0].element_size()
-                with torch.set_grad_enabled(runs is both), memory_that_stays():
+                with torch.set_grad_enabled(runs is both):
                     report.case(sizes, runs, num_bytes=moved, flops=2.0 * tensors * count)
 
 

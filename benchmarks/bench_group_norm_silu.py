@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness.op_report import OpReport, parse
-from titok.inference.memory import memory_that_stays
 from titok.ops import group_norm_silu
 
 EPS, GROUPS = 1e-6, 32
@@ -81,7 +80,7 @@ def main() -> None:
             for with_residual, runs, inputs, passes in variants:
                 sizes = {"B": batch, "C": channels, "px": side, "residual": with_residual}
                 calls = {name: partial(run, *inputs) for name, run in runs.items()}
-                with torch.no_grad(), memory_that_stays():
+                with torch.no_grad():
                     report.case(sizes, calls, num_bytes=passes * x.nbytes, flops=20.0 * x.numel())
 
 

@@ -65,9 +65,9 @@ def stages(name: str, models: Models, ways: dict[str, Any], batch: int) -> list[
     labels, g = class_labels(batch), models.generator.config
     tokens = torch.randint(g.codebook_size, (batch, g.num_latent_tokens), device=models.generator.device)
     if name == OURS:
-        tokenizer = models.tokenizer
+        tokenizer, generator = models.prepared
         return [
-            partial(sample_tokens, models.generator, labels),
+            partial(sample_tokens, generator, labels),
             torch.no_grad()(partial(tokenizer.decode_logits, tokens)),
             torch.no_grad()(partial(tokenizer.decode, tokens)),
         ]

@@ -1,6 +1,5 @@
-"""Public switches of inference: `plain` turns the fast path off, `release_memory` frees what generation keeps."""
+"""Public switch of inference: in `with engine.plain():`, models and ops compute as in training, in plain PyTorch."""
 
-from titok.inference.memory import release_memory
-from titok.inference.prepared import plain
+from titok.inference.prepared import PreparedError, plain
 
-__all__ = ["plain", "release_memory"]
+__all__ = ["PreparedError", "plain"]

@@ -26,7 +26,6 @@ VARIABLES = (
     "PYTORCH_CUDA_ALLOC_CONF",
     "TITOK_BENCH",
     "TITOK_CPU_ISA",
-    "TITOK_KEEP_HEAP",
     "TITOK_NVTX",
 )
 # A change of these files is no change of what is measured.

@@ -1,15 +1,11 @@
 """The ladder: from the official way of computing to titok's, each rung being the one before with one change.
 
-All rungs run with equal memory: inside `titok.inference.memory.memory_that_stays`, as titok's pipeline does. Freed
-memory then stays with the process, so that no rung waits for the system to zero pages that another already has.
+No rung changes how the process allocates memory. The last one computes its feature maps in a workspace.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +19,7 @@ from benchmarks.harness.models import Models
 from benchmarks.harness.sides import Side
 from titok.config import SamplingConfig
 from titok.data.images import to_uint8
-from titok.inference import onednn
 from titok.inference.folded_upsample import fold_upsample_conv, upsample_conv
-from titok.inference.memory import memory_that_stays
 
 
 class FoldedUpsample(nn.Module):
@@ -54,20 +48,6 @@ def folded(rival: AsPublished) -> None:
             level.upsample = FoldedUpsample(level.upsample)
 
 
-@contextmanager
-def equal_memory() -> Iterator[None]:
-    """Memory stays with the process, which it only does while gradients are off."""
-    with torch.no_grad(), memory_that_stays():
-        yield
-
-
-@contextmanager
-def equal_memory_without_layouts() -> Iterator[None]:
-    """The same, and titok's layers do not use oneDNN's packed weights or its fused sums."""
-    with equal_memory(), onednn.without_layouts():
-        yield
-
-
 def fused_ops(name: str, models: Models) -> Side:
     """titok's modules and ops in the official loop: two passes, all logits, noise for every code, a sort."""
     tokenizer, generator = models.tokenizer, models.generator
@@ -92,7 +72,6 @@ def fused_ops(name: str, models: Models) -> Side:
         decode,
         torch.no_grad()(tokenizer.decode_logits),
         flops.generate(g, as_written=True).plus(flops.decoder(t)),
-        may_fold=True,
     )
 
 
@@ -104,12 +83,7 @@ def rungs(preset: str, dtype: torch.dtype, models: Callable[..., Models]) -> dic
     """
 
     def published(name: str, dtype: torch.dtype = dtype, **ways: Any) -> Callable[[], Side]:
-        return lambda: models(preset, dtype).published(name, **ways).within(equal_memory)
-
-    @functools.cache
-    def models_without_layouts() -> Models:
-        """Models of their own: what titok prepares from weights depends on whether layouts are used."""
-        return copy.deepcopy(models(preset, dtype))
+        return lambda: models(preset, dtype).published(name, **ways)
 
     table: dict[str, Callable[[], Side]] = {"eager fp32": published("eager fp32", torch.float32, attention="math")}
     if dtype != torch.float32:
@@ -118,17 +92,8 @@ def rungs(preset: str, dtype: torch.dtype, models: Callable[..., Models]) -> dic
     table["channels-last"] = published("channels-last", change=channels_last)
     table["folded upsampling"] = published("folded upsampling", change=folded)
 
-    def with_fused_ops() -> Side:
-        return fused_ops("fused ops", models_without_layouts()).within(equal_memory_without_layouts)
-
-    def with_fused_decode() -> Side:
-        return models_without_layouts().ours("fused decode").within(equal_memory_without_layouts)
-
-    def with_packed_weights() -> Side:
-        return models(preset, dtype).ours("packed weights: titok").within(equal_memory)
-
     return table | {
-        "fused ops": with_fused_ops,
-        "fused decode": with_fused_decode,
-        "packed weights: titok": with_packed_weights,
+        "fused ops": lambda: fused_ops("fused ops", models(preset, dtype)),
+        "fused decode": lambda: models(preset, dtype).ours_unprepared("fused decode"),
+        "prepared weights: titok": lambda: models(preset, dtype).ours("prepared weights: titok"),
     }

@@ -23,15 +23,16 @@ def peak_growth(run: Callable[[], Any], device: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident set
-        before = _status_bytes("VmRSS")
+        before = status_bytes("VmRSS")
     except (OSError, KeyError):
         run()
         return None
     run()
-    return max(0, _status_bytes("VmHWM") - before)
+    return max(0, status_bytes("VmHWM") - before)
 
 
-def _status_bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """A figure of /proc/self/status in bytes: "VmRSS" is the resident set of this process, "VmHWM" its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     return int(fields[name].split()[0]) * 1024

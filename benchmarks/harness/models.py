@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -119,10 +121,15 @@ class Models:
             may_fold=change is not None,
         )
 
+    @functools.cached_property
+    def prepared(self) -> tuple[TiTok, MaskGIT]:
+        """Copies of the models that are prepared for inference. Other sides share the weights of the originals."""
+        return copy.deepcopy(self.tokenizer).prepare(), copy.deepcopy(self.generator).prepare()
+
     def ours(self, name: str) -> Side:
         """As titok computes it."""
-        pipe = Pipeline(self.tokenizer, self.generator)
-        tokenizer, generator = pipe.tokenizer, pipe.generator
+        tokenizer, generator = self.prepared
+        pipe = Pipeline(tokenizer, generator)
 
         def sample(
             labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None
@@ -144,6 +151,28 @@ class Models:
             flops.generate(generator.config).plus(flops.decoder(tokenizer.config)),
             may_fold=True,
             counted=without_graph if generator.device.type == "cuda" else None,
+        )
+
+    def ours_unprepared(self, name: str) -> Side:
+        """As titok computes it without prepared weights."""
+        tokenizer, generator = self.tokenizer, self.generator
+
+        def sample(
+            labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None
+        ) -> Tensor:
+            return sample_tokens(generator, labels, sampling, init_tokens=start)
+
+        @torch.no_grad()
+        def decode(tokens: Tensor) -> Tensor:
+            return to_uint8(tokenizer.decode(tokens))
+
+        return self.side(
+            name,
+            lambda labels: decode(sample(labels)),
+            sample,
+            decode,
+            torch.no_grad()(tokenizer.decode_logits),
+            flops.generate(generator.config).plus(flops.decoder(tokenizer.config)),
         )
 
 

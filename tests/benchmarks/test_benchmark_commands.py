@@ -18,7 +18,6 @@ from benchmarks.harness.models import Models
 from benchmarks.harness.results import Results, read
 from titok import MaskGITVQGAN, config
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
-from titok.inference import onednn
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +149,7 @@ def test_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.jsonl"
     speedup.main(["--device", "cpu", "--ladder", "tiny-64", "--seconds", "0.01", "--out", str(path)])
     found = rows(path, "ladder")
-    assert [r["case"]["name"] for r in found][-1] == "packed weights: titok"
+    assert [r["case"]["name"] for r in found][-1] == "prepared weights: titok"
     assert {r["calls"]["step"] for r in found} == {64}
     shown = capsys.readouterr().out
     assert all(row["case"]["name"] in shown for row in found)
@@ -173,14 +172,15 @@ def test_every_rung_runs_and_costs_what_the_formula_says() -> None:
         assert counted == pytest.approx(side.flops, rel=0.1 if side.folded_flops == side.flops else 1e-9), name
 
 
-def test_rungs_before_the_last_do_without_layouts() -> None:
-    x = torch.randn(2, 4)
-    with ladder.equal_memory():
-        usual = onednn.available(x)
-    with ladder.equal_memory_without_layouts():
-        assert not onednn.available(x)
-    with ladder.equal_memory():
-        assert onednn.available(x) == usual == torch.backends.mkldnn.is_available()
+@pytest.mark.slow
+def test_only_the_last_rung_prepares_weights() -> None:
+    models = Models("tiny-8", torch.float32, "cpu", all_steps=True)
+    for make in ladder.rungs("tiny-8", torch.float32, lambda *_: models).values():
+        assert not models.tokenizer.prepared
+        assert not models.generator.prepared
+        make().parts["generate"].prepare(1)()
+    assert all(model.prepared for model in models.prepared)
+    assert not models.tokenizer.prepared
 
 
 @pytest.mark.parametrize(

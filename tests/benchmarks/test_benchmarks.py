@@ -254,7 +254,7 @@ def test_rows_can_be_chosen():
         "folded upsampling",
         "fused ops",
         "fused decode",
-        "packed weights: titok",
+        "prepared weights: titok",
     ]
     assert list(speedup.rows(ladder)) == rungs
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from titok import Pipeline, SamplingConfig, VQGANConfig, sample_tokens
-from titok.inference.prepared import uses_prepared_weights
 from titok.ops import is_plain
 
 Make = Callable[..., Any]
@@ -143,7 +142,7 @@ def paused(pipe: Pipeline, on_entry: Callable[[], None]) -> list[bool]:
 
     def decode_head(tokens: Tensor) -> Tensor:
         on_entry()
-        modes.append(is_plain() and not uses_prepared_weights())
+        modes.append(is_plain())
         return decode(tokens)
 
     pipe.tokenizer.decode_head = decode_head  # type: ignore[method-assign]
@@ -178,8 +177,6 @@ def test_plain_pipelines_in_two_threads_leave_the_process_as_it_was(
     assert modes == [[True], [True]]
     assert torch.equal(*results)
     assert not is_plain()
-    with torch.no_grad():
-        assert uses_prepared_weights()
 
 
 def test_a_fast_pipeline_beside_a_plain_one_stays_fast(tiny_tokenizer: Make, tiny_generator: Make) -> None:

@@ -6,13 +6,6 @@ This file is longer than 400 lines because all its tests share models that are s
 from __future__ import annotations
 
 import copy
-import os
-import pickle
-import subprocess
-import sys
-import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,12 +27,9 @@ from titok import (
 )
 from titok.generation.captured import PictureDecoder, decode_captured
 from titok.generation.request import GenerationRequest
-from titok.inference import onednn, prepared
 from titok.inference.cuda_graphs import GraphCache
-from titok.inference.memory import _glibc
-from titok.inference.prepared import PreparedWeight
 from titok.models import vqgan
-from titok.models.layers import Conv3x3, Linear, UpsampleConv
+from titok.models.layers import Linear
 from titok.ops import last_backends
 
 VIT = ViTConfig(384, 2, 6, 16)  # wide enough for packed weights
@@ -108,26 +98,32 @@ def test_pictures_are_those_of_the_plain_path(
             plain = model.decode(TOKENS)
     differentiable = model.decode(TOKENS)
     assert differentiable.requires_grad
-    assert relative(fast, plain.double()) < tolerance
-    assert relative(differentiable.detach(), plain.double()) < tolerance
+    prepared = model.prepare().decode(TOKENS)
+    with engine.plain():
+        assert relative(model.decode(TOKENS), plain.double()) < 1e-12
+    for got in (fast, differentiable.detach(), prepared):
+        assert relative(got, plain.double()) < tolerance
 
 
 def test_tokens_are_those_of_the_plain_path() -> None:
     model, coder = generator(), tokenizer()
     labels, images = [1, 3, 3, 9], torch.rand(2, 3, 64, 96)
-    with torch.no_grad():
-        fast, coded = sample_tokens(model, labels, seed=4), coder.encode(images)
-        with engine.plain():
-            assert torch.equal(sample_tokens(model, labels, seed=4), fast)
-            assert torch.equal(coder.encode(images), coded)
-    assert len(fast.unique()) > 5
+    with torch.no_grad(), engine.plain():
+        tokens, coded = sample_tokens(model, labels, seed=4), coder.encode(images)
+    for prepare in (False, True):
+        if prepare:
+            model.prepare(), coder.prepare()
+        assert torch.equal(sample_tokens(model, labels, seed=4), tokens)
+        assert torch.equal(coder.encode(images), coded)
+    assert len(tokens.unique()) > 5
 
 
 @pytest.mark.slow
 def test_bfloat16_is_no_less_exact_than_as_published() -> None:
     model, tokens = tokenizer().bfloat16(), TOKENS
     exact = copy.deepcopy(model).double()
-    published = AsPublished(model, generator().bfloat16())
+    published = AsPublished(copy.deepcopy(model), generator().bfloat16())
+    model.prepare()
     with torch.no_grad():
         logits = exact.decode_logits(tokens)
         error = relative(model.decode_logits(tokens), logits)
@@ -143,7 +139,12 @@ def test_the_decoder_takes_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     model = tokenizer().double()
     sizes = []
     decode = model.pixel_decoder._decode
-    monkeypatch.setattr(model.pixel_decoder, "_decode", lambda codes: sizes.append(len(codes)) or decode(codes))
+
+    def counted(codes: Tensor, workspace: Any) -> Tensor:
+        sizes.append(len(codes))
+        return decode(codes, workspace)
+
+    monkeypatch.setattr(model.pixel_decoder, "_decode", counted)
     with torch.no_grad():
         at_once = model.decode(TOKENS)
         monkeypatch.setattr(vqgan, "_MAX_MAP_BYTES_CPU", 2 * 64 * 96 * 64 * 8)
@@ -170,39 +171,6 @@ def test_one_graph_ends_in_pictures() -> None:
 # Which implementation runs
 
 
-def calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
-    called: list[str] = []
-    for name in names:
-        was = getattr(onednn, name)
-        monkeypatch.setattr(onednn, name, lambda *a, was=was, name=name: called.append(name) or was(*a))
-    return called
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not onednn.available(torch.ones(1)), reason="this PyTorch has not oneDNN's ops")
-def test_inference_on_a_cpu_runs_onednn_on_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = calls(monkeypatch, "packed_linear", "pack_linear", "pack_conv")
-    model = tokenizer()
-    with torch.no_grad():
-        model.decode(TOKENS)
-        assert {"packed_linear", "pack_linear", "pack_conv"} <= set(called)
-        products = called.count("packed_linear")
-        called.clear()
-        model.decode(TOKENS)
-        assert set(called) == {"packed_linear"}  # the packed weights are kept
-        assert (
-            called.count("packed_linear") == products - 1
-        )  # that of the tokens which are the same in every image
-        called.clear()
-        with engine.plain():
-            model.decode(TOKENS)
-        with torch.autocast("cpu", torch.bfloat16):
-            model.decode(TOKENS)
-        model.double().decode(TOKENS)
-    model.float().decode(TOKENS)
-    assert called == []
-
-
 def test_the_plain_engine_runs_plain_pytorch() -> None:
     pipe = Pipeline(tokenizer(), generator(), engine="plain")
     pipe([1])
@@ -225,76 +193,6 @@ def test_unknown_engine() -> None:
         Pipeline(tokenizer(), generator(), engine="turbo")  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Prepared weights
-
-
-LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] = {
-    "linear": (
-        lambda: Linear(384, 512),
-        lambda m, x: F.linear(x, m.weight.double(), m.bias.double()),
-        (5, 384),
-    ),
-    "convolution": (
-        lambda: Conv3x3(32, 64, bias=True),
-        lambda m, x: F.conv2d(x, m.weight.double(), m.bias.double(), padding=1),
-        (1, 32, 6, 7),
-    ),
-    "upsampling": (
-        lambda: UpsampleConv(32),
-        lambda m, x: F.conv2d(F.interpolate(x, scale_factor=2.0), m.weight.double(), m.bias.double(), padding=1),
-        (2, 32, 3, 5),
-    ),
-}
-CHANGES: dict[str, Callable[[nn.Module], Any]] = {
-    "optimizer's step": lambda m: m.weight.mul_(1.5),
-    "through .data": lambda m: m.weight.data.mul_(1.5),
-    "average through .data": lambda m: m.weight.data.lerp_(torch.randn_like(m.weight), 0.01),
-    "load_state_dict": lambda m: m.load_state_dict({k: 2 * v for k, v in m.state_dict().items()}),
-    "assigned": lambda m: m.load_state_dict({k: -v for k, v in m.state_dict().items()}, assign=True),
-    "another parameter": lambda m: setattr(m, "weight", nn.Parameter(m.weight + 1)),
-    "there and back to float64": lambda m: m.double().float().weight.data.neg_(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind", LAYERS)
-def test_changed_weights_are_noticed(kind: str, change: str) -> None:
-    torch.manual_seed(0)
-    make, oracle, shape = LAYERS[kind]
-    layer, x = make(), torch.randn(shape)
-    if x.ndim == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        before = layer(x)
-        assert relative(before, oracle(layer, x.double())) < 1e-6
-        CHANGES[change](layer)
-        assert relative(layer(x), oracle(layer, x.double())) < 1e-6
-        assert relative(layer(x), before.double()) > 1e-3
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_copies_and_pickles_leave_prepared_weights_behind(kind: str) -> None:
-    make, _, shape = LAYERS[kind]
-    layer, x = make(), torch.randn(shape)
-    with torch.no_grad():
-        want = layer(x)
-        assert list(layer.state_dict()) == ["weight", "bias"]
-        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            held = [v for v in vars(other).values() if isinstance(v, PreparedWeight)]
-            assert held
-            assert all(prepared_weight._kept is None for prepared_weight in held)
-            assert torch.allclose(other(x), want, rtol=1e-5, atol=1e-6)
-
-
-def test_inference_tensors_and_inference_mode() -> None:
-    with torch.inference_mode():
-        layer, x = Linear(384, 512), torch.randn(3, 384)  # PyTorch counts no versions of these weights
-        assert relative(layer(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())) < 1e-6
-        layer.weight.neg_()
-        assert relative(layer(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())) < 1e-6
-
-
 def test_gelu_behind_a_linear_layer() -> None:
     torch.manual_seed(0)
     for layer in (Linear(384, 512), Linear(8, 16), Linear(384, 512).bfloat16()):
@@ -303,121 +201,3 @@ def test_gelu_behind_a_linear_layer() -> None:
         with torch.no_grad():
             assert relative(layer(x, gelu=True), exact) < (3e-3 if x.dtype == torch.bfloat16 else 1e-6)
         assert torch.equal(layer(x, gelu=True), F.gelu(layer(x)))  # with gradients
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# bfloat16 on a CPU without instructions for it
-
-
-def test_emulated_bfloat16_is_replaced_by_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "bfloat16_is_native", lambda: False)
-    coder, model = tokenizer().bfloat16(), generator().bfloat16()
-    exact = copy.deepcopy(coder).double()
-    with torch.no_grad():
-        images = coder.decode(TOKENS)
-        assert images.dtype == torch.bfloat16
-        assert relative(images, exact.decode(TOKENS)) < 2.5e-3  # rounded once, at the end
-        coder.decoder.embed.weight.data.mul_(3)
-        exact.decoder.embed.weight.data.mul_(3)
-        assert relative(coder.decode(TOKENS), exact.decode(TOKENS)) < 2.5e-3
-        assert coder.encode(torch.rand(1, 3, 64, 96)).shape == (1, 8)
-        with engine.plain():
-            assert relative(coder.decode(TOKENS), exact.decode(TOKENS)) > 2.5e-3  # every layer rounds to bfloat16
-    assert Pipeline(coder, model)([1, 2]).shape == (2, 64, 96, 3)
-
-
-def test_the_float32_copy_belongs_to_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "bfloat16_is_native", lambda: False)
-    model = Linear(4, 4).bfloat16()
-    names, owned = list(model.state_dict()), prepared.Float32Copy()
-    model.float32_copy = owned
-    with torch.no_grad():
-        float32 = owned.of(model)
-        assert float32.weight.dtype == torch.float32
-        assert owned.of(model) is float32
-        assert float32.float32_copy is not owned
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert other.float32_copy._copy._kept is None
-        model.weight.mul_(2)
-        assert torch.equal(owned.of(model).weight, model.weight.float())
-        with engine.plain():
-            assert owned.of(model) is model
-    assert owned.of(model) is model, "gradients are on"
-    assert list(model.state_dict()) == names
-    for kind in (tokenizer(), generator()):
-        assert isinstance(kind.float32_copy, prepared.Float32Copy)
-
-
-def test_prepared_weights_are_shared_between_threads() -> None:
-    """Threads that pass different keys each get the value of their own key."""
-    weight, made = torch.ones(4), PreparedWeight()
-    wrong: list[tuple[int, int]] = []
-
-    def use(key: int) -> None:
-        for _ in range(300):
-            got = made.get(lambda: key, weight, key=key)
-            if got != key:
-                wrong.append((got, key))
-
-    threads = [threading.Thread(target=use, args=(key,)) for key in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-@pytest.mark.slow
-def test_bfloat16_with_onednn_held_to_avx2() -> None:
-    program = (
-        "import torch, test_engine as t; from titok.inference import prepared;"
-        "assert not prepared.bfloat16_is_native();"
-        "m = t.tokenizer().bfloat16(); e = t.copy.deepcopy(m).double();\n"
-        "with torch.no_grad(): assert t.relative(m.decode(t.TOKENS), e.decode(t.TOKENS)) < 2.5e-3"
-    )
-    env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "TITOK_CPU_ISA": "avx2"}
-    here = Path(__file__).parent
-    env["PYTHONPATH"] = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
-    subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=240)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-FAULTS = """
-import resource
-import torch
-from titok import engine
-from titok.inference.memory import memory_that_stays
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / (64 << 20)
-
-torch.set_grad_enabled(False)
-print(faults())
-with memory_that_stays():
-    for _ in range(10):  # until the heap has a free block of this size
-        faults()
-    with memory_that_stays():
-        pass  # the end of an inner context must not end the outer one
-    print(sum(faults() for _ in range(10)) / 10)
-with memory_that_stays():
-    print(sum(faults() for _ in range(10)) / 10)  # the next context finds the memory of the last one
-engine.release_memory()
-with memory_that_stays():
-    print(faults())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(_glibc() is None, reason="needs glibc")
-@pytest.mark.parametrize("kept", [True, False])
-def test_memory_stays_within_and_goes_when_released(kept: bool) -> None:
-    """Counts page faults in a fresh process: the share of a 64 MiB tensor that is new memory from the system."""
-    env = os.environ | {"TITOK_KEEP_HEAP": str(int(kept)), "THP_MEM_ALLOC_ENABLE": "0"}
-    done = subprocess.run([sys.executable, "-c", FAULTS], env=env, check=True, capture_output=True, timeout=240)
-    shares = [float(x) for x in done.stdout.split()]
-    assert [share > 0.5 for share in shares] == [True, not kept, not kept, True]

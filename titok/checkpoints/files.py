@@ -97,6 +97,16 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     if path.name.endswith(".index.json"):
         return _read_shards(path)
+    check_weights_file(path)
+    if path.suffix == ".safetensors":
+        with safetensors_errors(path):
+            # Copied, because the tensors of `load_file` stay mapped: truncating the file would kill the process.
+            return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
+    return _read_pickle(path)
+
+
+def check_weights_file(path: Path) -> None:
+    """Raises `ValueError` for a file that cannot be read, a Git LFS pointer and JSON, by what they are."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -107,20 +117,15 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     # A .safetensors file begins with a length, whose high bytes are zero; JSON has no zero bytes.
     if start.lstrip()[:1] in (b"{", b"[") and b"\0" not in start:
         raise ValueError(f"{path}: expected weights (.safetensors or .bin), got JSON")
-    if path.suffix == ".safetensors":
-        try:
-            # Copied, because the tensors of `load_file` stay mapped: truncating the file would kill the process.
-            return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
-        except (
-            safetensors.SafetensorError,
-            OSError,
-            MemoryError,
-            RuntimeError,
-            AttributeError,
-            KeyError,
-        ) as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
-    return _read_pickle(path)
+
+
+@contextlib.contextmanager
+def safetensors_errors(path: Path) -> Iterator[None]:
+    """A context in which the errors of reading a damaged .safetensors file become a `ValueError`."""
+    try:
+        yield
+    except (safetensors.SafetensorError, OSError, MemoryError, RuntimeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

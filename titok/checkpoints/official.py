@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from titok.checkpoints.lazy import LazyTensor
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ _BERT_RULES = (
 )  # fmt: skip
 
 
-def _rename(weights: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+def _rename(weights: Mapping[str, LazyTensor], rules: tuple[tuple[str, str], ...]) -> dict[str, LazyTensor]:
     """The same tensors under the names that `rules` make; a name that no rule matches stays."""
     return {_renamed(name, rules): value for name, value in weights.items()}
 
@@ -180,34 +180,34 @@ def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def vqgan_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def vqgan_weights(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Tensors of an official MaskGIT-VQGAN under the names of `MaskGITVQGAN`."""
     return _rename(weights, _VQGAN_RULES)
 
 
-def tokenizer_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tokenizer_weights(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Tensors of an official TiTok under the names of `TiTok`.
 
     Weights of 1x1 convolutions (O, C, 1, 1) become those of linear layers (O, C).
     """
     renamed = _rename(weights, _VIT_RULES + _VQGAN_RULES)
     for name in ("encoder.project.weight", "decoder.head.0.weight", "decoder.head.2.weight"):
-        if name in renamed and renamed[name].ndim == 4:
-            renamed[name] = renamed[name].flatten(1)
+        if name in renamed and len(renamed[name].shape) == 4:
+            renamed[name] = LazyTensor.computed(lambda weight: weight.flatten(1), renamed[name])
     return renamed
 
 
-def generator_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def generator_weights(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Tensors of an official generator, "ViT" or "UViT", under the names of `MaskGIT`."""
     if any(name.startswith("model.") for name in weights):
         return _bert_weights(weights)
     renamed = _rename(weights, _UVIT_RULES)
     if "positions" in renamed:
-        renamed["positions"] = renamed["positions"].squeeze(0)
+        renamed["positions"] = LazyTensor.computed(lambda table: table.squeeze(0), renamed["positions"])
     return renamed
 
 
-def _bert_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _bert_weights(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The "ViT" generator is BERT's encoder, which differs from `MaskGIT` in three ways beside the names.
 
     - BERT adds an embedding of the token type. The generator only ever used row 0 of that table, at every
@@ -220,8 +220,10 @@ def _bert_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = _rename(remaining, _BERT_RULES)
     if token_types is not None and "positions" in renamed:
         # In float64, so that the sum is rounded only once: to the dtype that the model is loaded in.
-        renamed["positions"] = renamed["positions"].double() + token_types[0].double()
-    packed: dict[str, Tensor] = {}
+        renamed["positions"] = LazyTensor.computed(
+            lambda positions, types: positions.double() + types[0].double(), renamed["positions"], token_types
+        )
+    packed: dict[str, LazyTensor] = {}
     for name, value in renamed.items():
         match = re.match(r"(.*\.attn\.)(query|key|value)(\..*)", name)
         if match is None:
@@ -229,5 +231,6 @@ def _bert_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif match[2] == "query":
             parts = [renamed.get(match[1] + part + match[3]) for part in ("query", "key", "value")]
             # If a part is missing, the result is too short, and loading reports its shape.
-            packed[f"{match[1]}qkv{match[3]}"] = torch.cat([part for part in parts if part is not None])
+            found = [part for part in parts if part is not None]
+            packed[f"{match[1]}qkv{match[3]}"] = LazyTensor.computed(lambda *given: torch.cat(given), *found)
     return packed

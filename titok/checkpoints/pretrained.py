@@ -14,15 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from titok.checkpoints.files import (
-    locate_checkpoint,
-    read_json,
-    read_weights,
-    write_json,
-    write_safetensors,
-)
+from titok.checkpoints.files import locate_checkpoint, read_json, write_json, write_safetensors
+from titok.checkpoints.lazy import LazyTensor, open_weights
+from titok.inference.prepared import PreparableLayer, PreparableModel, own_memory, readable
 
 M = TypeVar("M", bound="Pretrained")
 
@@ -31,13 +27,16 @@ MAX_PARAMETERS = 100_000_000_000  # of a model that is loaded; the largest publi
 LISTED_NAMES = 20  # of one kind, in an error
 
 
-class Pretrained(nn.Module):
-    """A module that is built from `config` alone, and that a checkpoint can be loaded into and saved from."""
+class Pretrained(PreparableModel):
+    """A model that is built from `config` alone, and that a checkpoint can be loaded into and saved from.
+
+    `prepare()` prepares it for inference: see `titok.inference.prepared`.
+    """
 
     config: Any
 
     @staticmethod
-    def convert_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def convert_official(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         """The tensors of an official checkpoint under this model's parameter names."""
         raise NotImplementedError
 
@@ -61,6 +60,7 @@ class Pretrained(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         revision: str | None = None,
+        prepare: bool = False,
     ) -> M:
         """Loads a model, in eval mode, from a folder, from one weights file, or from a Hugging Face repository.
 
@@ -71,6 +71,8 @@ class Pretrained(nn.Module):
             dtype: of the networks. The codebook of a vector quantizer stays in float32 at least.
             device: of the networks.
             revision: of the repository; None takes the latest.
+            prepare: prepare the model for inference (`prepare()`), layer by layer while it is loaded, so that the
+                weights are never in memory twice.
 
         Warns:
             UserWarning: weights are not finite.
@@ -96,7 +98,7 @@ class Pretrained(nn.Module):
                 message = f"{weights_file}: no config.json beside it to tell what model this is"
                 raise ValueError(message) from error
             raise ValueError(f"{config_file}: {error}") from error
-        weights = read_weights(weights_file)
+        weights = open_weights(weights_file)
         if official:
             try:
                 weights = cls.convert_official(weights)
@@ -111,25 +113,36 @@ class Pretrained(nn.Module):
             message = f"expected a model of at most {MAX_PARAMETERS} parameters, got {count}"
             raise ValueError(f"{config_file or weights_file}: {message}")
         _check_names(weights_file, expected, weights)
-        codebook_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        converted = {
-            name: tensor.to(device=device, dtype=codebook_dtype if name == "quantizer.codebook" else dtype)
-            for name, tensor in weights.items()
-        }
-        if broken := [name for name, tensor in converted.items() if not tensor.isfinite().all()]:
+        model.eval()
+        broken = []
+        for name in list(weights):
+            codebook = name == "quantizer.codebook" and dtype != torch.float64
+            stored = weights.pop(name)
+            tensor = stored.load().to(device=device, dtype=torch.float32 if codebook else dtype)
+            if not tensor.isfinite().all():
+                broken.append(name)
+            path, _, leaf = name.rpartition(".")
+            layer = model.get_submodule(path)
+            setattr(layer, leaf, nn.Parameter(tensor))
+            del tensor  # so that the parameter is the only owner of its memory
+            if prepare and isinstance(layer, PreparableLayer) and layer.prepared_alone:
+                layer.prepare_weights()
+            if stored.mapped:
+                own_memory(getattr(layer, leaf))
+        if broken:
             warnings.warn(f"{weights_file}: values that are not finite in {', '.join(broken[:5])}", stacklevel=2)
-        model.load_state_dict(converted, strict=True, assign=True)
-        return model.eval()
+        return model.prepare() if prepare else model
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` into `directory`, which is made where it is missing."""
         directory = Path(directory)
         config = {"format": FORMAT, "model": type(self).__name__, "config": self.config.to_dict()}
-        write_safetensors(directory / "model.safetensors", self.state_dict())
+        weights = {name: readable(parameter).detach() for name, parameter in self.named_parameters()}
+        write_safetensors(directory / "model.safetensors", weights)
         write_json(directory / "config.json", config)
 
 
-def _check_names(path: Path, expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
+def _check_names(path: Path, expected: Mapping[str, torch.Size], weights: Mapping[str, LazyTensor]) -> None:
     """Raises `ValueError` that lists the names in which `weights` differ from the names and shapes `expected`."""
     missing = sorted(expected.keys() - weights.keys())
     unexpected = sorted(weights.keys() - expected.keys())
@@ -141,7 +154,7 @@ def _check_names(path: Path, expected: Mapping[str, torch.Size], weights: Mappin
     other_dtype = [
         f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in sorted(weights.items())
-        if name in expected and not tensor.is_floating_point()
+        if name in expected and not tensor.dtype.is_floating_point
     ]
     problems = {
         "missing": missing, "unexpected": unexpected, "misshapen": misshapen, "not floating": other_dtype,

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(source: str, device: str, dtype: str) -> TiTok:
-    """The tokenizer that --tokenizer, --device and --dtype ask for, in eval mode and without gradients."""
+    """The tokenizer that --tokenizer, --device and --dtype ask for, prepared for inference."""
     from titok import TiTok, TokenizerConfig
 
     return cast("TiTok", _load(TiTok, TokenizerConfig, source, device, dtype))
 
 
 def load_generator(source: str, device: str, dtype: str) -> MaskGIT:
-    """The generator that --generator, --device and --dtype ask for, in eval mode and without gradients."""
+    """The generator that --generator, --device and --dtype ask for, prepared for inference."""
     from titok import GeneratorConfig, MaskGIT
 
     return cast("MaskGIT", _load(MaskGIT, GeneratorConfig, source, device, dtype))
@@ -38,14 +38,13 @@ def _load(model_class: Any, config_class: Any, source: str, device: str, dtype: 
 
     torch_device, torch_dtype = select_device(device), parse_dtype(dtype)
     if not source.startswith("preset:"):
-        model = model_class.from_pretrained(source, dtype=torch_dtype, device=torch_device)
-        return model.requires_grad_(False)
+        return model_class.from_pretrained(source, dtype=torch_dtype, device=torch_device, prepare=True)
     config = config_class.preset(source.removeprefix("preset:"))
     note(f"WARNING: {source} has random weights: its tokens mean nothing and its pictures are noise")
     # One seed, so that two commands with the same preset use the same weights.
     with torch.random.fork_rng(), torch.device(torch_device):
         torch.manual_seed(0)
-        return model_class(config).to(torch_dtype).eval().requires_grad_(False)
+        return model_class(config).to(torch_dtype).eval().prepare()
 
 
 def find_pictures(source: Path) -> list[Path]:

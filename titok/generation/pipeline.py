@@ -17,8 +17,8 @@ from titok.generation.request import GenerationRequest
 from titok.generation.sampling import draw_tokens
 from titok.generation.stopwatch import Stopwatch
 from titok.inference.cuda_graphs import GraphCache
-from titok.inference.memory import memory_that_stays
 from titok.inference.prepared import select
+from titok.inference.workspace import Workspace
 from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
 from titok.ops import last_backends
@@ -28,12 +28,14 @@ from titok.profiling import annotate, ranged
 class Pipeline:
     """`Pipeline(tokenizer, generator)(labels)` generates pictures.
 
-    The models stay as they are: a model that is in training mode remains so, and generating with it applies no
-    dropout.
+    The pipeline prepares its models for inference (`TiTok.prepare`), when it is made and at each call: from then on
+    their weights cannot be read or written, except by what gives the weights back first, such as `unprepare()`,
+    `train()` or `state_dict()`. A model in training mode and one that `torch.compile` returned are used as they are;
+    no dropout is applied.
 
     Args:
         engine: "fast", or "plain" to compute as the models do in training, without prepared weights, kernels of
-            titok and CUDA graphs. "plain" is slower, takes less memory, and is there to check "fast" against.
+            titok and CUDA graphs. "plain" is slower, and is there to check "fast" against.
 
     Raises:
         TypeError: tokenizer or generator is another kind of object.
@@ -60,6 +62,8 @@ class Pipeline:
             )
         self.tokenizer, self.generator, self.engine = tokenizer, generator, engine
         self._graphs = GraphCache()  # from labels to pictures
+        self._workspace = Workspace()
+        self._prepare()
         self._stopwatch = Stopwatch(tokenizer.device)
 
     @classmethod
@@ -73,11 +77,18 @@ class Pipeline:
         engine: Literal["fast", "plain"] = "fast",
     ) -> Pipeline:
         """Both models from folders, files or repository ids. Raises as `TiTok.from_pretrained` and `Pipeline`."""
+        prepare = engine == "fast"
         return cls(
-            TiTok.from_pretrained(tokenizer, dtype=dtype, device=device),
-            MaskGIT.from_pretrained(generator, dtype=dtype, device=device),
+            TiTok.from_pretrained(tokenizer, dtype=dtype, device=device, prepare=prepare),
+            MaskGIT.from_pretrained(generator, dtype=dtype, device=device, prepare=prepare),
             engine=engine,
         )
+
+    def _prepare(self) -> None:
+        """Prepares the models that are in eval mode, unless the engine is "plain"."""
+        for model in (self.tokenizer, self.generator):
+            if self.engine == "fast" and isinstance(model, (TiTok, MaskGIT)) and not model.training:
+                model.prepare()
 
     def __call__(
         self,
@@ -116,19 +127,19 @@ class Pipeline:
     def generate(self, request: GenerationRequest) -> Tensor:
         """The pictures of a request, (B, H, W, channels) uint8 on the models' device."""
         stopwatch = self._stopwatch = Stopwatch(self.tokenizer.device)
-        with select(self.engine), memory_that_stays():
+        self._prepare()
+        with select(self.engine):
             if is_captured(self.generator, request):
                 with stopwatch.stage("generate"):
                     picture_decoder = PictureDecoder(self.tokenizer, request.rounding)
                     return decode_captured(self.generator, request, self._graphs, picture_decoder)
             with stopwatch.stage("generator"), annotate("sample tokens"):
                 tokens = draw_tokens(self.generator, request)
-            tokenizer = self.tokenizer.float32_copy.of(self.tokenizer)
             with annotate("detokenize"):
                 with stopwatch.stage("decoder"):
-                    prediction = tokenizer.decode_head(tokens)
+                    prediction = self.tokenizer.decode_head(tokens)
                 with stopwatch.stage("pixel decoder"):
-                    images = tokenizer.decode_pixels(prediction)
+                    images = self.tokenizer.decode_pixels(prediction, self._workspace)
             with stopwatch.stage("to 8 bits"):
                 return to_uint8(images, request.rounding)
 
@@ -185,3 +196,12 @@ class Pipeline:
         With CUDA graphs, "generate" is the only stage. On a GPU this waits for the call to end.
         """
         return {"seconds": self._stopwatch.seconds(), "backends": last_backends()}
+
+    def release(self) -> None:
+        """Frees the memory that calls share: on a CPU that of feature maps, on a GPU the captured CUDA graphs.
+
+        The next call takes new memory.
+        """
+        self._workspace.release()
+        self._graphs.clear()
+        self.generator.graphs.clear()

@@ -23,7 +23,6 @@ from titok.config import SamplingConfig
 from titok.generation.captured import decode_captured, is_captured
 from titok.generation.decode_loop import DecodeBatch, StepResult, decode
 from titok.generation.request import GenerationRequest
-from titok.inference.memory import memory_that_stays
 from titok.models.generator import MaskGIT
 from titok.profiling import ranged
 
@@ -68,7 +67,6 @@ def sample_tokens(
 
 @torch.no_grad()
 @ranged("sample tokens")
-@memory_that_stays()
 def sample_tokens(
     generator: MaskGIT,
     labels: Tensor | Sequence[int],
@@ -113,7 +111,6 @@ def sample_tokens(
             init_tokens = None  # the same samples, computed in the same way: on a GPU by a captured graph
     if init_tokens is None and not trace:
         return draw_tokens(generator, request)
-    generator = generator.float32_copy.of(generator)
     batch = DecodeBatch.prepare(generator, request, init_tokens)
     if not trace:
         return decode(generator, request.sampling, batch)
@@ -125,7 +122,6 @@ def sample_tokens(
 
 def draw_tokens(generator: MaskGIT, request: GenerationRequest) -> Tensor:
     """The tokens (B, K) int64 of a request, all of them masked at the start."""
-    generator = generator.float32_copy.of(generator)
     if is_captured(generator, request):
         return decode_captured(generator, request, generator.graphs)
     return decode(generator, request.sampling, DecodeBatch.prepare(generator, request))

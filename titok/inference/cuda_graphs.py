@@ -35,6 +35,12 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def clear(self) -> None:
+        """Drops all graphs, after the run that uses one of them."""
+        with self._lock:
+            self._kept.clear()
+            self._pool = None
+
     @contextlib.contextmanager
     def exclusive(self, device: torch.device) -> Iterator[None]:
         """A context for one run at a time, of all threads and GPU streams. `device` is the current one within."""

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_tensor
-from titok.inference.onednn import conv
+from titok.inference.onednn import add_conv, conv
+from titok.inference.workspace import Buffers
 
 
 class FoldedUpsampleConv(NamedTuple):
@@ -28,7 +29,7 @@ class FoldedUpsampleConv(NamedTuple):
     Attributes:
         weight: two tensors (2 * O, C, 2, 2), for even and for odd output rows. In each, the first O output
             channels are those of odd output columns and the others those of even ones.
-        bias: (2 * O,) or None.
+        bias: (O,) or None.
     """
 
     weight: tuple[Tensor, ...]
@@ -58,7 +59,7 @@ def fold_upsample_conv(weight: Tensor, bias: Tensor | None = None) -> FoldedUpsa
     # p and q are the parities of row and column, a and b the pixels, k and l the taps. Odd columns come first.
     folded = torch.einsum("pak,qbl,ockl->pqocab", taps, taps.flip(0), weight.double()).to(weight.dtype)
     by_row_parity = tuple(row.flatten(0, 1).contiguous() for row in folded)
-    return FoldedUpsampleConv(by_row_parity, None if bias is None else torch.cat([bias, bias]))
+    return FoldedUpsampleConv(by_row_parity, bias)
 
 
 def upsample_conv(x: Tensor, folded: FoldedUpsampleConv) -> Tensor:
@@ -75,19 +76,51 @@ def upsample_conv(x: Tensor, folded: FoldedUpsampleConv) -> Tensor:
         TypeError, ValueError: x has a wrong type, dtype, shape or device.
     """
     weight, bias = folded
-    even_rows = weight[0]
-    channels, outputs = even_rows.shape[1], even_rows.shape[0] // 2
-    check_tensor("x", x, shape=("B", channels, "H", "W"), dtypes=(even_rows.dtype,), device=even_rows.device)
+    channels, outputs = weight[0].shape[1], weight[0].shape[0] // 2
+    dtypes = (weight[0].dtype, *([torch.bfloat16] if weight[0].is_mkldnn else []))  # `onednn.conv` converts it
+    check_tensor("x", x, shape=("B", channels, "H", "W"), dtypes=dtypes, device=weight[0].device)
     batch, _, height, width = x.shape
-    result = x.new_empty(batch, 2 * height, 2 * width, outputs)
+    result = x.new_empty(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
+    twice_bias = None if bias is None else torch.cat([bias, bias])
     for parity in (0, 1):
-        # A 2x2 convolution of the padded map has H + 1 rows of W + 1 windows. Window (i, j) holds the small map's
-        # rows i - 1 and i and its columns j - 1 and j, which is what the output rows 2i - 1 and 2i and the output
-        # columns 2j - 1 and 2j read. So even rows take the windows 0 to H - 1 and odd rows the windows 1 to H. The
-        # channels of window j are the output columns 2j - 1 and 2j, so a row of windows is a row of the result in
-        # its order in memory, with one column too many at either end.
-        windows = conv(x, weight[parity], bias).permute(0, 2, 3, 1)
-        columns = windows.reshape(batch, height + 1, 2 * width + 2, outputs)
-        result[:, parity::2] = columns[:, parity : parity + height, 1:-1]
-    result = result.permute(0, 3, 1, 2)
+        copy_windows(result, conv(x, weight[parity], twice_bias), parity)
     return result if x.stride(1) == 1 else result.contiguous()
+
+
+def upsample_conv_in(buffers: Buffers, x: Tensor, folded: FoldedUpsampleConv) -> Tensor:
+    """`upsample_conv` with packed weights of the dtype of x, in buffers.
+
+    Args:
+        x: (B, C, H, W), channels-last, in none of the blocks "hidden" and "map".
+
+    Returns:
+        (B, O, 2H, 2W), channels-last, in the block "map".
+    """
+    weight, bias = folded
+    batch, _, height, width = x.shape
+    outputs = weight[0].shape[0] // 2
+    result = buffers.map("map", (batch, outputs, 2 * height, 2 * width), x.dtype)
+    twice_bias = None if bias is None else torch.cat([bias, bias])
+    for parity in (0, 1):
+        windows = buffers.map("hidden", (batch, 2 * outputs, height + 1, width + 1), x.dtype).zero_()
+        copy_windows(result, add_conv(windows, x, weight[parity], twice_bias), parity)
+    return result
+
+
+def copy_windows(result: Tensor, windows: Tensor, parity: int) -> None:
+    """Copies the result of one 2x2 convolution to the rows of the enlarged map that it computed.
+
+    A 2x2 convolution of the padded map has H + 1 rows of W + 1 windows. Window (i, j) holds the small map's rows i - 1
+    and i and its columns j - 1 and j, which is what the output rows 2i - 1 and 2i and the output columns 2j - 1 and 2j
+    read. So even rows take the windows 0 to H - 1 and odd rows the windows 1 to H. The channels of window j are the
+    output columns 2j - 1 and 2j, so a row of windows is a row of the result in its order in memory, with one column
+    too many at either end.
+
+    Args:
+        result: (B, O, 2H, 2W), channels-last.
+        windows: (B, 2 * O, H + 1, W + 1).
+        parity: 0 for even rows of the result, 1 for odd ones.
+    """
+    batch, outputs, height, width = result.shape
+    columns = windows.permute(0, 2, 3, 1).reshape(batch, height // 2 + 1, width + 2, outputs)
+    result.permute(0, 2, 3, 1)[:, parity::2] = columns[:, parity : parity + height // 2, 1:-1]

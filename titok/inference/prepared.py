@@ -1,30 +1,37 @@
-"""What inference computes from weights once and reuses, and the switch that computes without it.
+"""Weights prepared for inference: what layers compute from in place of a weight, and how a model takes it up.
 
-When no gradients are wanted, the layers of `titok.models.layers` compute from prepared weights: in oneDNN's
-blocked layout on a CPU, folded convolutions and fused sums on any device. A prepared weight is kept beside the
-weight, takes about as much memory again, and is prepared anew when the weight changes.
+`model.prepare()` lays weights out for the device that they are on: in oneDNN's blocked layout on a CPU, with the
+upsampling or the shortcut of a convolution folded into it on any device. The prepared form replaces the weight, so
+that the model is in memory once. The weight stays a parameter of its layer, by name, shape, dtype and device, but it
+holds no values any more: what reads or writes them raises `PreparedError`. So no change of a weight can be missed.
 
-In plain mode (`with plain():`) models compute from the weights themselves and without the kernels of `titok.ops`.
-It is there to check the fast path against.
+- `unprepare()`, and whatever needs the values (`train`, `to`, `state_dict`, `load_state_dict`, `copy.deepcopy`,
+  pickling), gives the original values back, bit for bit.
+- A weight whose memory somebody else holds too (a view, a numpy array, another process) is not prepared, because it
+  could be changed from there. Its layer computes from the weight itself.
+
+In plain mode (`with plain():`) models compute as in training and without the kernels of `titok.ops`. It is there to
+check the fast path against.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import os
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from titok.ops import is_plain, only_plain
+from titok.ops import is_ordinary, is_plain, only_plain
 
-T = TypeVar("T")
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound="PreparableModel")
 
 
 def plain(on: bool = True) -> contextlib.AbstractContextManager[None]:
@@ -47,82 +54,318 @@ def select(engine: str) -> contextlib.AbstractContextManager[None]:
     return plain() if engine == "plain" else contextlib.nullcontext()
 
 
-def uses_prepared_weights() -> bool:
-    """True when gradients are off, plain mode is off, and neither torch.compile nor autocast is active."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_plain():
-        return False
-    return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+# ---------------------------------------------------------------------------------------------------------------
+# One weight
 
 
-class _Kept(NamedTuple):
-    """A prepared value, and the weights that it was prepared from, as far as a change can be told."""
-
-    state: list[Any]  # the key, then `weight_state` of each weight
-    samples: list[tuple[Any, bytes]]  # a strided numpy view of each weight, and the bytes that it showed
-    value: Any
+class PreparedError(RuntimeError):
+    """The values of a prepared weight were read or written."""
 
 
-class PreparedWeight(Generic[T]):
-    """A value that is computed from weights and kept until they change.
+class _Preparation(NamedTuple):
+    """What a prepared parameter has in place of its values."""
 
-    A weight has changed when its address, dtype or version differs, or one of a few of its values. The values are
-    needed because code that averages weights through `.data` leaves address and version as they are.
+    form: Any  # what the layer computes from; weights that were prepared together share it
+    original: Callable[[], Tensor]  # computes the original values, in memory of their own
+    described: Tensor  # on the meta device, with the shape and dtype of the weight
 
-    The object belongs to a module as a plain attribute. It is in no state dict, and a copied or unpickled module
-    starts with an empty one. Threads may call `get` at the same time: each gets a value of the weights and key
-    that it passed.
+
+class PreparedParameter(nn.Parameter):
+    """What the parameter of a layer becomes while it is prepared: it has everything of a parameter but the values.
+
+    A parameter becomes one by `replace_weights`, and an ordinary one again by `give_back`. It stays the same object,
+    so that optimizers keep their reference.
     """
 
-    def __init__(self) -> None:
-        self._kept: _Kept | None = None
+    preparation: (
+        _Preparation | None
+    )  # None once `give_back` is through, in a thread that holds an older view of it
 
-    def get(self, make: Callable[[], T], *weights: Tensor | None, key: object = None) -> T:
-        """The value of `make()`, which is called only if weights or key differ from those of the last call.
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _OF_THE_PARAMETER:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func in _DESCRIBING:
+            described = (arg.preparation.described if _preparation(arg) is not None else arg for arg in args)
+            return func(*described, **(kwargs or {}))
+        raise PreparedError(
+            "this weight is prepared for inference, so its values cannot be read or written: "
+            "call unprepare() of its model first, or train()"
+        )
 
-        Args:
-            make: computes the value from the weights as they are now.
-            weights: what the value depends on; None entries are skipped.
-            key: whatever else the value depends on.
-        """
-        given = [weight for weight in weights if weight is not None]
-        state = [key, *map(weight_state, given)]
-        kept = self._kept  # one read, because another thread may replace it meanwhile
-        if kept is None or kept.state != state or any(view.tobytes() != seen for view, seen in kept.samples):
-            value = make()
-            views = [view for view in map(_strided_view, given) if view is not None]
-            kept = self._kept = _Kept(state, [(view, view.tobytes()) for view in views], value)
-        result: T = kept.value
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(readable(self), self.requires_grad)
+        result: nn.Parameter = memo[id(self)]
         return result
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedWeight[T]:
-        return PreparedWeight()
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(readable(self), self.requires_grad).__reduce_ex__(protocol)
 
-    def __reduce__(self) -> Any:
-        return PreparedWeight, ()
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"PreparedParameter(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
-def weight_state(weight: Tensor) -> tuple[int, torch.dtype, int | None]:
-    """Address, dtype and version: what differs after a weight was replaced, moved, recast or written to.
+def _properties(*names: str, access: str = "__get__") -> set[Any]:
+    return {getattr(getattr(torch.Tensor, name), access) for name in names}
 
-    The version is None for inference tensors, which PyTorch does not count versions of.
+
+# What a prepared parameter still answers: itself, as it has a device and a gradient, or by its description.
+_OF_THE_PARAMETER = (
+    _properties("device", "is_cuda", "is_cpu", "is_meta", "is_leaf", "grad", "grad_fn", "requires_grad")
+    | _properties("grad", "requires_grad", access="__set__")
+    | _properties("grad", access="__delete__")
+    | {torch.Tensor.requires_grad_, torch.Tensor.get_device, torch.Tensor.__hash__}
+)
+_DESCRIBING = _properties("shape", "dtype", "ndim", "layout", "itemsize", "nbytes") | {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.ndimension,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.Tensor.__len__,
+}
+
+
+def replace_weights(
+    weights: Iterable[Tensor], prepare: Callable[[], Any], original: Callable[[Any, int], Tensor] | None = None
+) -> None:
+    """Replaces the values of weights by what is prepared from them.
+
+    Nothing happens where one of the weights is prepared already, or its memory is held by somebody else.
+
+    Args:
+        prepare: computes what is prepared from the weights.
+        original: computes the values of a weight from what was prepared and the weight's index; None keeps the
+            weights beside what was prepared from them.
     """
-    return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
+    weights = list(weights)
+    if not all(map(_is_sole_owner, weights)):
+        return
+    with torch.no_grad():
+        form = prepare()
+    for i, weight in enumerate(weights):
+        values = functools.partial(original, form, i) if original is not None else weight.detach().clone
+        described = torch.empty_like(weight, device="meta")
+        # A thread that reads the weight meanwhile meets either the values, whose memory `readable` keeps alive, or
+        # the complete `PreparedParameter`.
+        weight.preparation = _Preparation(form, values, described)  # type: ignore[attr-defined]
+        weight.__class__ = PreparedParameter
+        with torch._C.DisableTorchFunctionSubclass():
+            weight.data = weight.data.new_empty(0)
 
 
-_SAMPLES_PER_WEIGHT = 16
+def prepared_form(weight: Tensor, x: Tensor) -> Any:
+    """What a layer computes x from, if its weight is prepared and x can be computed from that; otherwise None.
 
-
-def _strided_view(weight: Tensor) -> Any:
-    """A numpy view of about 16 values of a weight.
-
-    None where reading them is not cheap: on another device, or in a weight that is not contiguous.
+    It cannot where a gradient with respect to x is wanted, x is traced, compiled or transformed, plain mode or autocast
+    is on, or x is empty or of another dtype than the weight.
     """
-    if weight.device.type != "cpu" or not weight.is_contiguous() or not weight.numel():
+    preparation = _preparation(weight)
+    if preparation is None or x.dtype != preparation.described.dtype or not x.numel():
         return None
-    same_size_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    step = max(1, weight.numel() // _SAMPLES_PER_WEIGHT)
-    return weight.detach().view(-1).view(same_size_int).numpy()[::step]
+    if not is_ordinary(x) or (x.requires_grad and torch.is_grad_enabled()) or is_plain():
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return None
+    return preparation.form
 
+
+def prepared_with(weight: Tensor) -> Any:
+    """What was prepared from a weight, together with others or alone; None for an ordinary parameter."""
+    preparation = _preparation(weight)
+    return None if preparation is None else preparation.form
+
+
+def _preparation(weight: object) -> _Preparation | None:
+    return weight.preparation if isinstance(weight, PreparedParameter) else None
+
+
+def give_back(weight: Tensor) -> None:
+    """Makes a prepared parameter an ordinary one with its original values; leaves an ordinary one as it is."""
+    preparation = _preparation(weight)
+    if preparation is not None:
+        with torch._C.DisableTorchFunctionSubclass():
+            weight.data = preparation.original()
+        weight.__class__ = nn.Parameter
+        weight.preparation = None  # type: ignore[attr-defined]
+
+
+def own_memory(weight: nn.Parameter) -> None:
+    """Copies the values of a parameter, unless it is prepared and holds none."""
+    if _preparation(weight) is None:
+        weight.data = weight.data.clone()
+
+
+def readable(weight: Tensor) -> Tensor:
+    """The values of a parameter, prepared or not, for a layer that computes from them.
+
+    Gradients reach an ordinary parameter. Where none is wanted, the result is a view that keeps the memory of the
+    weight alive while another thread prepares it.
+    """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
+        return weight
+    while True:  # until no other thread prepares the weight, or gives its values back, between these lines
+        preparation = _preparation(weight)
+        if preparation is not None:
+            return preparation.original()
+        with contextlib.suppress(PreparedError):
+            values = weight.detach()
+            if values.numel() or not weight.numel():
+                return values
+
+
+def _is_sole_owner(weight: Tensor) -> bool:
+    """Whether a parameter is an ordinary one whose memory nobody else can read or write.
+
+    Somebody else may be a view, a numpy array, a state dict, a graph of autograd, another parameter or a process.
+    """
+    if type(weight) is not nn.Parameter or weight.device.type == "meta" or weight.is_inference():
+        return False
+    counts = _reference_counts(weight)
+    return counts is not None and counts == _counts_of_a_sole_owner() and not weight.is_shared()
+
+
+def _reference_counts(weight: Tensor) -> tuple[int, ...] | None:
+    """How often a tensor, its storage and the storage's Python object are held. None: this PyTorch does not count."""
+    try:
+        storage = weight.untyped_storage()
+        held: int = torch._C._storage_Use_Count(storage._cdata)
+        return weight._use_count(), held, sys.getrefcount(storage)  # type: ignore[attr-defined]
+    except AttributeError:
+        return None
+
+
+@functools.cache
+def _counts_of_a_sole_owner() -> tuple[int, ...] | None:
+    return _reference_counts(nn.Parameter(torch.empty(1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A model
+
+
+class PreparableLayer(nn.Module):
+    """A layer that can compute from a prepared form of its weights.
+
+    Attributes:
+        prepared_alone: whether `prepare_weights` needs no other layer, and so may be called while a model is loaded.
+    """
+
+    prepared_alone = False
+
+    def prepare_weights(self) -> None:
+        """Prepares the weights that are not prepared yet, as far as that makes the layer faster where they are."""
+        raise NotImplementedError
+
+
+# Held while a model is prepared or given its weights back. Computing takes no lock.
+_PREPARING = threading.RLock()
+
+
+class PreparableModel(nn.Module):
+    """A model that can be prepared for inference. See the top of this file."""
+
+    _frozen: set[str] | None = None  # the names of the parameters that require gradients when it is not prepared
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the model is prepared for inference."""
+        return self._frozen is not None
+
+    def prepare(self: M) -> M:
+        """Prepares the model for inference and returns it.
+
+        No parameter requires a gradient until the model is given back its weights, by `unprepare` or by anything
+        that needs their values. A prepared model can be prepared again: then weights are prepared that could not be
+        before, because somebody held their memory.
+
+        Raises:
+            RuntimeError: the model is in training mode.
+        """
+        if self.training:
+            raise RuntimeError(
+                "prepare: expected a model in eval mode, got one in training mode: call eval() first"
+            )
+        with _PREPARING:
+            self._frozen = self._frozen or set()
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad:
+                    self._frozen.add(name)
+                    parameter.requires_grad_(False)
+            for module in self.modules():
+                if isinstance(module, PreparableLayer):
+                    module.prepare_weights()
+        return self
+
+    def unprepare(self: M) -> M:
+        """Gives the model its original weights back, bit for bit, and returns it."""
+        with _PREPARING:
+            if self._frozen is not None:
+                for parameter in self.parameters():
+                    give_back(parameter)
+                self._thaw()
+        return self
+
+    def _thaw(self) -> None:
+        for name in self._frozen or ():
+            self.get_parameter(name).requires_grad_(True)
+        self._frozen = None
+
+    # -----------------------------------------------------------------------------------------------------------
+    # What needs the values of the weights, or gradients, gives them back first.
+
+    def train(self: M, mode: bool = True) -> M:
+        """As `nn.Module.train`; training mode needs the original weights."""
+        if mode:
+            self.unprepare()
+        super().train(mode)
+        return self
+
+    def requires_grad_(self: M, requires_grad: bool = True) -> M:
+        """As `nn.Module.requires_grad_`, on the original weights."""
+        self.unprepare()
+        super().requires_grad_(requires_grad)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.state_dict`: tensors that share memory with the original weights."""
+        self.unprepare()
+        return super().state_dict(*args, **kwargs)
+
+    def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
+        self.unprepare()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unprepare()  # before the layers of the model, whose turn comes after this
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Completes a copied or unpickled model. Its parameters are ordinary ones already."""
+        super().__setstate__(state)
+        if self._frozen is not None:
+            self._thaw()
+
+
+def weight_addresses(model: nn.Module) -> tuple[object, ...]:
+    """Where the weights of a model lie, prepared or not: what a CUDA graph has fixed, which reads them when it runs."""
+    tensors: list[Tensor] = []
+    for parameter in model.parameters():
+        form = prepared_with(parameter)
+        tensors += [parameter] if form is None else tree_leaves(form)
+    return tuple((t.data_ptr(), t.dtype) for t in tensors if isinstance(t, Tensor) and not t.is_mkldnn)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# bfloat16 on CPUs
 
 # Values of ONEDNN_MAX_CPU_ISA that forbid oneDNN the instructions for bfloat16.
 _ISA_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
@@ -139,26 +382,3 @@ def bfloat16_is_native() -> bool:
     with contextlib.suppress(OSError):  # PyTorch releases without that function
         return not set(names).isdisjoint(Path("/proc/cpuinfo").read_text().split())
     return False
-
-
-class Float32Copy(Generic[M]):
-    """The float32 copy of one bfloat16 model, for CPUs that only emulate bfloat16.
-
-    There it is faster, and no less exact. The model owns it as a plain attribute: it is in no state dict, and a
-    copied or unpickled model starts without one.
-    """
-
-    def __init__(self) -> None:
-        self._copy: PreparedWeight[M] = PreparedWeight()
-
-    def of(self, model: M) -> M:
-        """The model to compute with: in inference on a CPU that emulates bfloat16 the copy, else `model`."""
-        weight = next(model.parameters())
-        if (
-            weight.dtype != torch.bfloat16
-            or weight.device.type != "cpu"
-            or not uses_prepared_weights()
-            or bfloat16_is_native()
-        ):
-            return model
-        return self._copy.get(lambda: copy.deepcopy(model).float(), *model.parameters())

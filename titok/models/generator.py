@@ -16,7 +16,6 @@ from titok.checkpoints.pretrained import Pretrained
 from titok.checks import check_labels, check_tokens
 from titok.config import GeneratorConfig
 from titok.inference.cuda_graphs import GraphCache
-from titok.inference.prepared import Float32Copy
 from titok.models.layers import Linear
 from titok.models.transformer import PostNormTransformer, UViT, init_weights
 from titok.profiling import ranged
@@ -47,7 +46,6 @@ class MaskGIT(Pretrained):
         init_weights(self, "trunc_normal")
         for table in (self.embedding.weight, self.positions):
             nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04)
-        self.float32_copy: Float32Copy[MaskGIT] = Float32Copy()
         self.graphs = GraphCache()  # captured with this model's weights
 
     @property
@@ -102,8 +100,7 @@ class MaskGIT(Pretrained):
         """What `lm_head` reads, for callers that need logits at some positions only.
 
         The arguments are not checked: `forward` and `sample_tokens` call this behind their own checks. Whether the
-            model is
-        in training mode makes no difference here.
+        model is in training mode makes no difference here.
 
         Args:
             tokens: (B, K) int64, codes or `mask_token`.

@@ -1,8 +1,9 @@
-"""Linear, norm and convolution layers with the parameters of PyTorch's own, computed faster in inference.
+"""Linear, norm and convolution layers with the parameters of PyTorch's own, computed faster once they are prepared.
 
-Where `titok.inference.prepared.uses_prepared_weights` is true, they compute from weights that were laid out or
-folded once. Everywhere else (training, plain mode, torch.compile, autocast) they compute what PyTorch's layers
-compute. docs/performance.md says what that gains.
+An ordinary layer computes from its weights what PyTorch's layer computes. Where the model was prepared for inference
+(`titok.inference.prepared`), it computes from a prepared form of them; docs/performance.md says what that gains. Where
+a prepared layer cannot do so (plain mode, autocast, a gradient with respect to its input), it computes from the
+original weights, which it restores for the call.
 """
 
 from __future__ import annotations
@@ -12,32 +13,39 @@ from torch import Tensor, nn
 
 from titok.checkpoints.quirks import fold_shortcut_of_result, shortcut_of_result
 from titok.inference import onednn
-from titok.inference.folded_upsample import FoldedUpsampleConv, fold_upsample_conv, upsample_conv
-from titok.inference.prepared import PreparedWeight, uses_prepared_weights
+from titok.inference.folded_upsample import (
+    FoldedUpsampleConv,
+    fold_upsample_conv,
+    upsample_conv,
+    upsample_conv_in,
+)
+from titok.inference.prepared import PreparableLayer, prepared_form, prepared_with, readable, replace_weights
+from titok.inference.workspace import Buffers
 from titok.ops import layer_norm
 
 # Number of values in a weight below which calling oneDNN's op costs more than the packed layout saves.
 _MIN_PACKED_SIZE = 1 << 17
 
 
-class Linear(nn.Linear):
+class Linear(nn.Linear, PreparableLayer):
     """nn.Linear, optionally followed by the exact (erf) GELU."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
-        super().__init__(inputs, outputs, bias)
-        self._packed: PreparedWeight[Tensor] = PreparedWeight()
+    prepared_alone = True
+
+    def prepare_weights(self) -> None:
+        weight = self.weight
+        if weight.numel() >= _MIN_PACKED_SIZE and onednn.packs(weight):
+            dtype = weight.dtype
+            replace_weights(
+                [weight], lambda: onednn.pack_linear(weight), lambda packed, _: onednn.unpack(packed, dtype)
+            )
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x (..., inputs) -> (..., outputs), with the GELU of it when `gelu` is set."""
-        if (
-            self.weight.numel() >= _MIN_PACKED_SIZE
-            and uses_prepared_weights()
-            and x.dtype == self.weight.dtype
-            and onednn.available(x)
-        ):
-            packed = self._packed.get(lambda: onednn.pack_linear(self.weight), self.weight)
+        packed = prepared_form(self.weight, x)
+        if packed is not None:
             return onednn.packed_linear(x, packed, self.bias, gelu)
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, readable(self.weight), self.bias)
         return F.gelu(y) if gelu else y
 
 
@@ -49,14 +57,50 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding 1, and a sum with its result that inference fuses into it."""
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution, whose weight may be prepared together with that of a `Conv3x3`."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
-        super().__init__(inputs, outputs, 3, padding=1, bias=bias)
-        self._prepared: PreparedWeight[Tensor] = PreparedWeight()
+        super().__init__(inputs, outputs, 1, bias=bias)
 
-    def forward(self, x: Tensor, add: Tensor | None = None, shortcut: nn.Conv2d | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, O, H, W)"""
+        return F.conv2d(x, readable(self.weight), self.bias)
+
+
+class Conv3x3(nn.Conv2d, PreparableLayer):
+    """A 3x3 convolution with padding 1, and a sum with its result that inference fuses into it.
+
+    Args:
+        takes_shortcut: every call of `forward` passes the same `shortcut`. Then the layer is prepared together with
+            it, by whoever owns both.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, takes_shortcut: bool = False) -> None:
+        super().__init__(inputs, outputs, 3, padding=1, bias=bias)
+        self.takes_shortcut = takes_shortcut
+
+    def prepare_weights(self, shortcut: Conv1x1 | None = None) -> None:
+        """Prepares the weight, or with `shortcut` both weights as the one of a folded convolution."""
+        if self.takes_shortcut and shortcut is None:
+            return
+        weight = self.weight
+        pack = onednn.packs(weight)
+        if shortcut is not None:
+            folds = (weight, shortcut.weight)
+
+            def fold() -> Tensor:
+                folded = fold_shortcut_of_result(weight.detach(), shortcut.weight.detach())
+                return onednn.pack_conv(folded) if pack else folded
+
+            replace_weights(folds, fold)
+        elif pack:
+            dtype = weight.dtype
+            replace_weights(
+                [weight], lambda: onednn.pack_conv(weight), lambda packed, _: onednn.unpack(packed, dtype)
+            )
+
+    def forward(self, x: Tensor, add: Tensor | None = None, shortcut: Conv1x1 | None = None) -> Tensor:
         """y = conv(x); returns y + add, or y + shortcut(y), or y.
 
         Args:
@@ -68,25 +112,28 @@ class Conv3x3(nn.Conv2d):
         Returns:
             (B, O, H, W).
         """
-        prepared = uses_prepared_weights()
-        pack = prepared and x.dtype == self.weight.dtype and onednn.available(x)
-        if not pack and not (prepared and shortcut is not None):
-            y = super().forward(x)
-            if shortcut is not None:
-                return shortcut_of_result(y, shortcut)
-            return y if add is None else y + add
+        prepared = prepared_form(self.weight, x)
+        if prepared is not None and self.is_prepared_with(shortcut):
+            return onednn.conv(x, prepared, self.bias, add)
+        y = F.conv2d(x, readable(self.weight), self.bias, padding=1)
+        if shortcut is not None:
+            return shortcut_of_result(y, shortcut)
+        return y if add is None else y + add
 
-        def prepare() -> Tensor:
-            weight = self.weight.detach()
-            if shortcut is not None:
-                weight = fold_shortcut_of_result(weight, shortcut.weight.detach())
-            return onednn.pack_conv(weight, x) if pack else weight
+    def forward_packed(self, x: Tensor) -> Tensor:
+        """The convolution of x from the packed weight, whose dtype x has."""
+        return onednn.conv(x, prepared_with(self.weight), self.bias)
 
-        sources = (self.weight, None if shortcut is None else shortcut.weight)
-        return onednn.conv(x, self._prepared.get(prepare, *sources, key=pack), self.bias, add)
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """Adds the convolution of x to `total` in its memory, from the packed weight, and returns `total`."""
+        return onednn.add_conv(total, x, prepared_with(self.weight), self.bias)
+
+    def is_prepared_with(self, shortcut: Conv1x1 | None) -> bool:
+        """Whether the prepared weight is that of a folded convolution with `shortcut`; None always fits."""
+        return shortcut is None or prepared_with(shortcut.weight) is prepared_with(self.weight)
 
 
-class UpsampleConv(nn.Conv2d):
+class UpsampleConv(nn.Conv2d, PreparableLayer):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution with padding 1.
 
     Inference computes both as four 2x2 convolutions of the small map: `titok.inference.folded_upsample`.
@@ -94,18 +141,27 @@ class UpsampleConv(nn.Conv2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)
-        self._folded: PreparedWeight[FoldedUpsampleConv] = PreparedWeight()
+
+    def prepare_weights(self) -> None:
+        weight = self.weight
+
+        def fold() -> FoldedUpsampleConv:
+            folded = fold_upsample_conv(weight.detach())
+            if not onednn.packs(weight):
+                return folded
+            return folded._replace(weight=tuple(map(onednn.pack_conv, folded.weight)))
+
+        replace_weights([weight], fold)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, 2H, 2W)"""
-        if not uses_prepared_weights():
-            return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        pack = x.dtype == self.weight.dtype and onednn.available(x)
+        folded = prepared_form(self.weight, x)
+        if folded is not None:
+            return upsample_conv(x, folded._replace(bias=self.bias))
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.conv2d(x, readable(self.weight), self.bias, padding=1)
 
-        def prepare() -> FoldedUpsampleConv:
-            folded = fold_upsample_conv(self.weight.detach(), self.bias)
-            if not pack:
-                return folded
-            return folded._replace(weight=tuple(onednn.pack_conv(w, x) for w in folded.weight))
-
-        return upsample_conv(x, self._folded.get(prepare, self.weight, self.bias, key=pack))
+    def forward_in(self, buffers: Buffers, x: Tensor) -> Tensor:
+        """`forward` from the packed weight in buffers, with the result in the block "map", where x may be."""
+        buffers.exchange("map", "normed")
+        return upsample_conv_in(buffers, x, prepared_with(self.weight)._replace(bias=self.bias))

@@ -16,11 +16,10 @@ from titok.checkpoints.pretrained import Pretrained
 from titok.checkpoints.quirks import reread_latents
 from titok.checks import check_images, check_latents, check_tokens
 from titok.config import TokenizerConfig
-from titok.inference.memory import memory_that_stays
-from titok.inference.prepared import Float32Copy, PreparedWeight, uses_prepared_weights
+from titok.inference.workspace import Workspace
 from titok.models.layers import Linear
 from titok.models.quantizer import DiagonalGaussian, VectorQuantizer
-from titok.models.transformer import FirstLayerInput, Transformer, init_weights
+from titok.models.transformer import Transformer, init_weights
 from titok.models.vqgan import VQGANDecoder
 from titok.ops import code_mixture
 from titok.profiling import ranged
@@ -81,7 +80,6 @@ class Decoder(nn.Module):
         self.patch_positions = nn.Parameter(scale * torch.randn(1 + h * w, vit.width))  # row 0: the class token
         self.latent_positions = nn.Parameter(scale * torch.randn(tokens, vit.width))
         self.trunk = Transformer(vit.width, vit.layers, vit.heads, vit.mlp_ratio * vit.width)
-        self._fixed_input: PreparedWeight[FirstLayerInput] = PreparedWeight()
         self.smooth: nn.Conv2d | None = None
         if config.head == "proxy":
             assert config.proxy is not None  # checked by the configuration
@@ -98,23 +96,16 @@ class Decoder(nn.Module):
     @ranged("decoder")
     def forward(self, latents: Tensor) -> Tensor:
         h, w = self.grid
-        x = self.embed(latents) + self.latent_positions
-        prefix = None
-        if uses_prepared_weights():
-            sources = [self.class_token, self.mask_token, self.patch_positions, *self.trunk.first_layer_weights()]
-            prefix = self._fixed_input.get(lambda: self.trunk.first_layer_input(self._fixed_tokens()), *sources)
-        else:
-            x = torch.cat([self._fixed_tokens().expand(len(x), -1, -1), x], dim=1)
-        x = self.head(self.trunk(x, query_range=(1, 1 + h * w), prefix=prefix))
+        latents = self.embed(latents) + self.latent_positions
+        class_token = self.class_token + self.patch_positions[:1]
+        masks = self.mask_token[0] + self.patch_positions[1:]
+        fixed = torch.cat([class_token, masks])  # (1 + P, D), the same in every image
+        x = torch.cat([fixed.expand(len(latents), -1, -1), latents], dim=1)
+        x = self.head(self.trunk(x, query_range=(1, 1 + h * w)))
         # Both heads order the values of a patch by row r, column s, and then channel or code c.
         side = self.values_per_side
         x = rearrange(x, "b (h w) (r s c) -> b (h r) (w s) c", h=h, w=w, r=side, s=side)
         return x if self.smooth is None else self.smooth(rearrange(x, "b h w c -> b c h w"))
-
-    def _fixed_tokens(self) -> Tensor:
-        """Class token and mask tokens (1, 1 + P, D): in front of the latents, the same in every image."""
-        masks = self.mask_token[0] + self.patch_positions[1:]
-        return torch.cat([self.class_token + self.patch_positions[:1], masks])[None]
 
 
 class TiTok(Pretrained):
@@ -143,7 +134,6 @@ class TiTok(Pretrained):
             size = (config.proxy.codebook_size, config.proxy.code_dim)
             self.pixel_codebook = nn.Parameter(torch.empty(size).uniform_(-1 / size[0], 1 / size[0]))
             self.pixel_decoder = VQGANDecoder(config.proxy)
-        self.float32_copy: Float32Copy[TiTok] = Float32Copy()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,7 +149,6 @@ class TiTok(Pretrained):
     # Images to tokens. Each method checks its images once, in `_encode_checked`.
 
     @ranged("tokenize")
-    @memory_that_stays()
     def encode(self, images: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """Images to tokens.
 
@@ -178,10 +167,9 @@ class TiTok(Pretrained):
         """
         if sample and self.quantizer is not None:
             raise ValueError("sample: expected False, because this tokenizer is vector-quantised")
-        model = self.float32_copy.of(self)
-        latents = model._encode_checked(images)
-        if model.quantizer is not None:
-            return model.quantizer.indices(latents)
+        latents = self._encode_checked(images)
+        if self.quantizer is not None:
+            return self.quantizer.indices(latents)
         posterior = DiagonalGaussian.from_parameters(latents)
         return posterior.sample(generator) if sample else posterior.mean
 
@@ -222,7 +210,6 @@ class TiTok(Pretrained):
     # Tokens to images. `decode` and `decode_logits` check their tokens; what they call does not.
 
     @ranged("detokenize")
-    @memory_that_stays()
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens to images.
 
@@ -237,10 +224,7 @@ class TiTok(Pretrained):
             ValueError: its shape does not fit, an id is outside [0, V), a latent is not finite; or the model has
                 no pixel decoder and ends at proxy logits (`decode_logits`).
         """
-        tokens = self._checked_tokens(tokens)
-        model = self.float32_copy.of(self)
-        images = model.decode_pixels(model.decode_head(tokens))
-        return images if model is self else images.to(self.dtype)
+        return self.decode_pixels(self.decode_head(self._checked_tokens(tokens)))
 
     def decode_logits(self, tokens: Tensor) -> Tensor:
         """Tokens to logits over the proxy codes, (B, codes, h, w).
@@ -253,7 +237,6 @@ class TiTok(Pretrained):
         tokens = self._checked_tokens(tokens)
         return rearrange(self.decode_head(tokens), "b h w c -> b c h w")
 
-    @memory_that_stays()
     def decode_head(self, tokens: Tensor) -> Tensor:
         """Tokens, not checked here, to what `decode_pixels` reads: images, or proxy logits (B, h, w, codes)."""
         latents = tokens if self.quantizer is None else self.quantizer.lookup(tokens)
@@ -263,12 +246,14 @@ class TiTok(Pretrained):
         """Quantised latents (B, K, C), as the bottleneck returns them, to images, not clamped. Differentiable."""
         return self.decode_pixels(self.decoder(latents.to(self.dtype)))
 
-    @memory_that_stays()
-    def decode_pixels(self, prediction: Tensor) -> Tensor:
+    def decode_pixels(self, prediction: Tensor, workspace: Workspace | None = None) -> Tensor:
         """What the decoder's head predicts (images, or proxy logits (B, h, w, codes)) to images, not clamped.
 
         Logits become the expectation of the code vectors under their softmax. Taking the most likely code would
         stop the gradients.
+
+        Args:
+            workspace: holds the feature maps of a prepared model on a CPU; None takes memory for this call alone.
 
         Raises:
             ValueError: the head predicts proxy logits, and the model has no pixel decoder.
@@ -279,7 +264,7 @@ class TiTok(Pretrained):
                     "decode: this tokenizer has no pixel decoder; use decode_logits and a MaskGITVQGAN"
                 )
             vectors = code_mixture(prediction, self.pixel_codebook)
-            prediction = self.pixel_decoder(rearrange(vectors, "b h w c -> b c h w"))
+            prediction = self.pixel_decoder(rearrange(vectors, "b h w c -> b c h w"), workspace)
         return 0.5 * prediction + 0.5 if self.config.signed_pixels else prediction
 
     def _checked_tokens(self, tokens: Tensor) -> Tensor:

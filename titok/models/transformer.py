@@ -13,7 +13,7 @@ sampling from a model that is being trained needs no change of its mode.
 from __future__ import annotations
 
 import itertools
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,6 @@ from torch import Tensor, nn
 
 from titok.models.layers import LayerNorm, Linear
 from titok.ops import add_layer_norm, masked_attention
-
-
-class FirstLayerInput(NamedTuple):
-    """Tokens as the first block of a `Transformer` reads them. Each token's values depend on that token alone."""
-
-    residual: Tensor  # (B, N, D), after the first norm of the stack
-    qkv: Tensor  # (B, N, 3 * D), the packed projection of the first block
-
-    def followed_by(self, other: FirstLayerInput) -> FirstLayerInput:
-        """These tokens (1, N, ...), repeated for each sample, in front of the other tokens (B, N', ...)."""
-        batch = len(other.residual)
-        return FirstLayerInput(
-            *(torch.cat([x.expand(batch, -1, -1), y], dim=1) for x, y in zip(self, other, strict=True))
-        )
 
 
 class Attention(nn.Module):
@@ -132,40 +118,26 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps=eps) for _ in range(layers))
         self.norm_post = LayerNorm(width, eps=eps)
 
-    def forward(self, x: Tensor, query_range: tuple[int, int], prefix: FirstLayerInput | None = None) -> Tensor:
+    def forward(self, x: Tensor, query_range: tuple[int, int]) -> Tensor:
         """The output of the tokens in `query_range`.
 
         The last layer computes those tokens alone, because nothing reads the others. That changes no value.
 
         Args:
             x: (B, N, D).
-            query_range: (start, stop), counted with the tokens of `prefix`.
-            prefix: `first_layer_input` of tokens (1, N', D) that stand in front of x and are the same in every
-                sample.
 
         Returns:
             (B, stop - start, D).
         """
-        given = self.first_layer_input(x)
-        x, qkv = given if prefix is None else prefix.followed_by(given)
         blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
+        x = self.norm_pre(x)
+        qkv = blocks[0].attn.qkv(blocks[0].norm1(x))
         for block, next_block in itertools.pairwise(blocks):
             x, h = block.attend(x, qkv)
             x, h = add_norm(x, block.mlp(h), next_block.norm1)
             qkv = next_block.attn.qkv(h)
         x, h = blocks[-1].attend(x, qkv, query_range)
         return add_norm(x, blocks[-1].mlp(h), self.norm_post)[1]
-
-    def first_layer_input(self, x: Tensor) -> FirstLayerInput:
-        """x (B, N, D) -> what the first block reads of these tokens."""
-        first: Block = self.blocks[0]  # type: ignore[assignment]
-        x = self.norm_pre(x)
-        return FirstLayerInput(x, first.attn.qkv(first.norm1(x)))
-
-    def first_layer_weights(self) -> list[Tensor]:
-        """The parameters that `first_layer_input` depends on."""
-        first: Block = self.blocks[0]  # type: ignore[assignment]
-        return [*self.norm_pre.parameters(), *first.norm1.parameters(), *first.attn.qkv.parameters()]
 
 
 class PostNormTransformer(nn.Module):

@@ -17,8 +17,10 @@ from titok.checkpoints import official
 from titok.checkpoints.pretrained import Pretrained
 from titok.checks import check_images, check_tensor, check_tokens
 from titok.config import VQGANConfig
-from titok.inference.prepared import uses_prepared_weights
-from titok.models.layers import Conv3x3, UpsampleConv
+from titok.inference.folded_upsample import FoldedUpsampleConv
+from titok.inference.prepared import PreparableLayer, prepared_form, prepared_with, readable
+from titok.inference.workspace import Buffers, Workspace
+from titok.models.layers import Conv1x1, Conv3x3, UpsampleConv
 from titok.ops import group_norm_silu, nearest_codebook
 from titok.profiling import ranged
 
@@ -30,12 +32,16 @@ _GROUPS = 32
 _MAX_MAP_BYTES_CPU, _MAX_MAP_BYTES_GPU = 32 << 20, 2 << 30
 
 
-def _norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """silu(norm(x)) in one pass, x (B, C, H, W)."""
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+def _norm_silu(x: Tensor, norm: nn.GroupNorm, out: Tensor | None = None) -> Tensor:
+    """silu(norm(x)) in one pass, x (B, C, H, W), in the memory of `out` if that is given, which may be x.
+
+    x may be float32 where the norm is bfloat16.
+    """
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    return group_norm_silu(x, norm.num_groups, weight, bias, norm.eps, out=out)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(PreparableLayer):
     """Group norm, SiLU and 3x3 convolution, twice, added to the input: (B, inputs, H, W) -> (B, outputs, H, W).
 
     Where the number of channels changes, the input passes a 1x1 convolution before it is added. With
@@ -47,11 +53,20 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.GroupNorm(_GROUPS, inputs, eps=_EPS)
         self.conv1 = Conv3x3(inputs, outputs, bias=False)
         self.norm2 = nn.GroupNorm(_GROUPS, outputs, eps=_EPS)
-        self.conv2 = Conv3x3(outputs, outputs, bias=False)
+        folds = shortcut_of_result and inputs != outputs
+        self.conv2 = Conv3x3(outputs, outputs, bias=False, takes_shortcut=folds)
         self.shortcut_of_result = shortcut_of_result
-        self.nin_shortcut: nn.Conv2d | None = None
+        self.nin_shortcut: Conv1x1 | None = None
         if inputs != outputs:
-            self.nin_shortcut = nn.Conv2d(outputs if shortcut_of_result else inputs, outputs, 1, bias=False)
+            self.nin_shortcut = Conv1x1(outputs if shortcut_of_result else inputs, outputs, bias=False)
+
+    def prepare_weights(self) -> None:
+        if self.nin_shortcut is not None and self.shortcut_of_result:
+            self.conv2.prepare_weights(self.nin_shortcut)
+
+    def is_prepared(self) -> bool:
+        """Whether a shortcut that is folded into the second convolution is that of this block."""
+        return not self.shortcut_of_result or self.conv2.is_prepared_with(self.nin_shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(_norm_silu(x, self.norm1))
@@ -61,6 +76,21 @@ class ResidualBlock(nn.Module):
         if self.shortcut_of_result:
             return self.conv2(h, shortcut=self.nin_shortcut)
         return self.conv2(h, add=self.nin_shortcut(x))
+
+    def forward_in(self, buffers: Buffers, x: Tensor) -> Tensor:
+        """`forward` from packed weights in buffers. x is overwritten, and the result may be in the block "map"."""
+        h = _norm_silu(x, self.norm1, out=buffers.map("normed", x.shape, x.dtype))
+        shape = (x.shape[0], self.conv1.out_channels, *x.shape[2:])
+        hidden = self.conv1.add_to(buffers.map("hidden", shape, x.dtype).zero_(), h)
+        hidden = _norm_silu(hidden, self.norm2, out=hidden)
+        if self.nin_shortcut is None:
+            return self.conv2.add_to(x, hidden)
+        if not self.shortcut_of_result:
+            shortcut = readable(self.nin_shortcut.weight).to(x.dtype)
+            return self.conv2.add_to(F.conv2d(x, shortcut), hidden)
+        # The block that holds x gets another name, because x is not read any more.
+        buffers.exchange("map", "normed")
+        return self.conv2.add_to(buffers.map("map", shape, x.dtype).zero_(), hidden)
 
 
 class Level(nn.Module):
@@ -83,6 +113,12 @@ class Level(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x if self.upsample is None else self.upsample(x)
+
+    def forward_in(self, buffers: Buffers, x: Tensor) -> Tensor:
+        """`forward` from packed weights in buffers. x is overwritten, and the result may be in the block "map"."""
+        for block in self.blocks:
+            x = block.forward_in(buffers, x)  # type: ignore[operator]
+        return x if self.upsample is None else self.upsample.forward_in(buffers, x)
 
 
 def _middle_blocks(width: int, *, shortcut_of_result: bool) -> nn.ModuleList:
@@ -138,13 +174,14 @@ class VQGANDecoder(nn.Module):
         self.conv_out = Conv3x3(widths[0], config.channels, bias=True)
 
     @ranged("pixel decoder")
-    def forward(self, codes: Tensor) -> Tensor:
+    def forward(self, codes: Tensor, workspace: Workspace | None = None) -> Tensor:
+        """Decodes code vectors. `workspace` holds the feature maps on a CPU if the weights are prepared."""
         count = self._images_at_once(codes)
-        if not uses_prepared_weights() or count >= len(codes):
-            return self._decode(codes)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or count >= len(codes):
+            return self._decode(codes, workspace)
         images = codes.new_empty(len(codes), self.channels, *(size * self.factor for size in codes.shape[2:]))
         for some_images, some_codes in zip(images.split(count), codes.split(count), strict=True):
-            some_images.copy_(self._decode(some_codes))
+            some_images.copy_(self._decode(some_codes, workspace))
         return images
 
     def _images_at_once(self, codes: Tensor) -> int:
@@ -154,13 +191,39 @@ class VQGANDecoder(nn.Module):
         limit = _MAX_MAP_BYTES_GPU if codes.device.type == "cuda" else _MAX_MAP_BYTES_CPU
         return max(1, limit // max(1, bytes_per_image))
 
-    def _decode(self, codes: Tensor) -> Tensor:
-        x = self.conv_in(codes.contiguous(memory_format=torch.channels_last))
+    def _decode(self, codes: Tensor, workspace: Workspace | None) -> Tensor:
+        x = codes.contiguous(memory_format=torch.channels_last)
+        if self._is_packed_for(x):
+            with (workspace or Workspace()).borrow() as buffers:
+                dtype = prepared_with(self.conv_in.weight).dtype  # float32 for bfloat16 on some CPUs
+                return self._decode_in(buffers, x.to(dtype)).to(x.dtype)
+        x = self.conv_in(x)
         for block in self.mid:
             x = block(x)
         for level in reversed(self.levels):
             x = level(x)
         return self.conv_out(_norm_silu(x, self.norm_out))
+
+    def _is_packed_for(self, x: Tensor) -> bool:
+        """Whether x can be decoded from weights that oneDNN packed."""
+        for module in self.modules():
+            if isinstance(module, (Conv3x3, UpsampleConv)):
+                prepared = prepared_form(module.weight, x)
+                weight = prepared.weight[0] if isinstance(prepared, FoldedUpsampleConv) else prepared
+                if weight is None or not weight.is_mkldnn:
+                    return False
+            elif isinstance(module, ResidualBlock) and not module.is_prepared():
+                return False
+        return True
+
+    def _decode_in(self, buffers: Buffers, codes: Tensor) -> Tensor:
+        """`_decode` from packed weights in buffers."""
+        x = self.conv_in.forward_packed(codes)
+        for block in self.mid:
+            x = block.forward_in(buffers, x)  # type: ignore[operator]
+        for level in reversed(self.levels):
+            x = level.forward_in(buffers, x)  # type: ignore[operator]
+        return self.conv_out.forward_packed(_norm_silu(x, self.norm_out, out=x))
 
 
 class MaskGITVQGAN(Pretrained):

@@ -8,11 +8,11 @@ from titok.ops.add_layer_norm import add_layer_norm, layer_norm
 from titok.ops.code_mixture import code_mixture
 from titok.ops.core import (
     backends,
+    is_ordinary,
     is_plain,
     last_backend,
     last_backends,
     only_plain,
-    runs_eagerly,
     through_dispatcher,
 )
 from titok.ops.group_norm_silu import group_norm_silu
@@ -27,6 +27,7 @@ __all__ = [
     "backends",
     "code_mixture",
     "group_norm_silu",
+    "is_ordinary",
     "is_plain",
     "last_backend",
     "last_backends",
@@ -38,6 +39,5 @@ __all__ = [
     "only_plain",
     "pack_step_params",
     "quantize",
-    "runs_eagerly",
     "through_dispatcher",
 ]

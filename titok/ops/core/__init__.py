@@ -11,13 +11,13 @@ from titok.ops.core.available import (
     why_not_float32_or_bfloat16,
 )
 from titok.ops.core.mode import (
+    is_ordinary,
     is_plain,
     last_backend,
     last_backends,
     no_autocast,
     note_backend,
     only_plain,
-    runs_eagerly,
     through_dispatcher,
 )
 from titok.ops.core.op import Op, register_composite
@@ -32,6 +32,7 @@ __all__ = [
     "contiguous",
     "extension",
     "interpreting",
+    "is_ordinary",
     "is_plain",
     "last_backend",
     "last_backends",
@@ -39,7 +40,6 @@ __all__ = [
     "note_backend",
     "only_plain",
     "register_composite",
-    "runs_eagerly",
     "through_dispatcher",
     "vjp",
     "why_no_cpp",

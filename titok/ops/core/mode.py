@@ -83,6 +83,16 @@ def are_plain(tensors: Sequence[Any]) -> bool:
     return True
 
 
+def is_ordinary(x: Tensor) -> bool:
+    """Whether x has memory that may be read now: it is no subclass, and nothing compiles, traces or transforms it."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in _PLAIN_TENSORS
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def is_transformed_and_differentiated(tensors: Sequence[Tensor]) -> bool:
     """Whether forward-mode differentiation is on, or a transform of `torch.func` differentiates these tensors."""
     if forward_ad._current_level >= 0:
@@ -95,13 +105,6 @@ def is_transformed_and_differentiated(tensors: Sequence[Tensor]) -> bool:
     ):
         return True
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
-def runs_eagerly(*tensors: Tensor) -> bool:
-    """Whether nothing watches these tensors and no gradient is wanted, so that their memory may be read directly."""
-    if torch.compiler.is_compiling() or not are_plain(tensors) or forward_ad._current_level >= 0:
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

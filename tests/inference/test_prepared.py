@@ -1,0 +1,505 @@
+"""Prepared weights: right results, the original weights back, and no change of a weight that is missed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from titok import GeneratorConfig, MaskGIT, Pipeline, TiTok, TokenizerConfig, ViTConfig, VQGANConfig, engine
+from titok.checkpoints.pretrained import Pretrained
+from titok.inference import onednn, prepared
+from titok.inference.prepared import PreparableModel, PreparedError, PreparedParameter
+from titok.inference.workspace import Buffers, Workspace
+from titok.models.layers import Conv1x1, Conv3x3, Linear, UpsampleConv
+
+needs_onednn = pytest.mark.skipif(not onednn.packs(torch.ones(1)), reason="this PyTorch lacks oneDNN's ops")
+
+
+class Net(PreparableModel):
+    """One layer of each kind that can be prepared, each with its input."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.linear = Linear(384, 512)
+        self.conv = Conv3x3(32, 64, bias=True)
+        self.upsample = UpsampleConv(32)
+        self.folding = Conv3x3(32, 16, bias=False, takes_shortcut=True)
+        self.shortcut = Conv1x1(16, 16, bias=False)
+        self.norm = nn.LayerNorm(4)  # is not prepared
+        self.to(dtype).eval()
+
+    def prepare(self) -> Net:
+        super().prepare()
+        self.folding.prepare_weights(self.shortcut)
+        return self
+
+    def inputs(self) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        dtype = next(self.parameters()).dtype
+        image = torch.randn(2, 32, 6, 7, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        return {"linear": torch.randn(5, 384, dtype=dtype), "conv": image, "upsample": image, "folding": image}
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            "linear": self.linear(inputs["linear"]),
+            "conv": self.conv(inputs["conv"]),
+            "upsample": self.upsample(inputs["upsample"]),
+            "folding": self.folding(inputs["folding"], shortcut=self.shortcut),
+        }
+
+
+def oracle(weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `Net` should return, in float64 from a state dict."""
+    w = {name: weight.detach().double() for name, weight in weights.items()}
+    x = {name: value.detach().double() for name, value in inputs.items()}
+    folding = F.conv2d(x["folding"], w["folding.weight"], padding=1)
+    enlarged = x["upsample"].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return {
+        "linear": x["linear"] @ w["linear.weight"].T + w["linear.bias"],
+        "conv": F.conv2d(x["conv"], w["conv.weight"], w["conv.bias"], padding=1),
+        "upsample": F.conv2d(enlarged, w["upsample.weight"], w["upsample.bias"], padding=1),
+        "folding": folding + F.conv2d(folding, w["shortcut.weight"]),
+    }
+
+
+def net(dtype: torch.dtype = torch.float32) -> tuple[Net, dict[str, Tensor]]:
+    """A model, and a copy of its weights."""
+    torch.manual_seed(0)
+    model = Net(dtype)
+    return model, {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def held(model: nn.Module) -> set[str]:
+    """The names of the prepared weights."""
+    return {name for name, p in model.named_parameters() if isinstance(p, PreparedParameter)}
+
+
+def assert_right(model: Net, weights: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    inputs = model.inputs()
+    want = oracle(weights, inputs)
+    with torch.no_grad():
+        got = model(inputs)
+    for name in want:
+        error = (got[name].double() - want[name]).norm() / want[name].norm()
+        assert error < tolerance, (name, float(error))
+
+
+WEIGHTS = {"linear.weight", "conv.weight", "upsample.weight", "folding.weight", "shortcut.weight"}
+
+
+@needs_onednn
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=str)
+def test_prepared_layers_compute_the_same(dtype: torch.dtype, tolerance: float) -> None:
+    model, weights = net(dtype)
+    assert_right(model, weights, tolerance)
+    assert held(model.prepare()) == WEIGHTS
+    assert_right(model, weights, tolerance)
+    with engine.plain():
+        assert_right(model, weights, tolerance)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_right(model, weights, 2e-2)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda m: m.unprepare(),
+        lambda m: m.train(),
+        lambda m: m.requires_grad_(True),
+        lambda m: nn.Sequential(m).train()[0],
+        lambda m: m.to(memory_format=torch.preserve_format),
+        lambda m: nn.ModuleList([m]).to("cpu")[0],
+        lambda m: copy.deepcopy(m),
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: (m.state_dict(), m)[1],
+        lambda m: (nn.Sequential(m).state_dict(), m)[1],
+    ],
+    ids=[
+        "unprepare",
+        "train",
+        "requires_grad_",
+        "parent.train",
+        "to",
+        "parent.to",
+        "deepcopy",
+        "pickle",
+        "state_dict",
+        "parent.state_dict",
+    ],
+)
+def test_the_original_weights_come_back_bit_for_bit(way: Callable[[Net], Net], dtype: torch.dtype) -> None:
+    model, weights = net(dtype)
+    model.norm.weight.requires_grad_(False)
+    model.prepare()
+    back = way(model)
+    assert not back.prepared
+    assert held(back) == set()
+    assert all(torch.equal(p, weights[name]) for name, p in back.named_parameters())
+    trainable = {name for name, p in back.named_parameters() if p.requires_grad}
+    assert trainable - {"norm.weight"} == set(weights) - {"norm.weight"}
+
+
+def test_loading_replaces_prepared_weights() -> None:
+    for wrap in (lambda m: m, lambda m: nn.ModuleDict({"m": m})):
+        model, weights = net()
+        model.prepare()
+        doubled = {name: 2 * weight for name, weight in weights.items()}
+        target = wrap(model)
+        prefix = "m." if target is not model else ""
+        target.load_state_dict({prefix + name: weight for name, weight in doubled.items()})
+        assert not model.prepared
+        assert_right(model.prepare(), doubled)
+
+
+EDITS: dict[str, Callable[[Net], Any]] = {
+    "in place": lambda m: m.linear.weight.mul_(1.5),
+    "rows through .data": lambda m: m.linear.weight.data[64:90].zero_(),
+    "through .data": lambda m: m.conv.weight.data.mul_(1.5),
+    "average through .data": lambda m: m.conv.weight.data.lerp_(torch.randn(64, 32, 3, 3), 0.01),
+    "replaced data": lambda m: setattr(m.upsample.weight, "data", torch.zeros(32, 32, 3, 3)),
+    "through numpy": lambda m: m.linear.weight.numpy(),
+    "detached": lambda m: m.shortcut.weight.detach().zero_(),
+    "through dlpack": lambda m: np.from_dlpack(m.linear.weight),
+    "storage": lambda m: m.linear.weight.untyped_storage(),
+    "address": lambda m: m.linear.weight.data_ptr(),
+    "copied into": lambda m: m.folding.weight.copy_(torch.zeros(())),
+    "many at once": lambda m: torch._foreach_mul_([m.linear.weight, m.conv.weight], 2.0),
+    "initialised": lambda m: nn.init.zeros_(m.linear.weight),
+    "index": lambda m: m.linear.weight.__setitem__(0, 0.0),
+    "part of the model, loaded": lambda m: m.linear.load_state_dict(
+        {"weight": torch.zeros(512, 384)}, strict=False
+    ),
+    "part of the model, converted": lambda m: m.linear.double(),
+    "part of the model, saved": lambda m: m.linear.state_dict(),
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("edit", EDITS)
+@torch.no_grad()
+def test_a_prepared_weight_cannot_be_read_or_written(edit: str) -> None:
+    model, weights = net()
+    model.prepare()
+    with pytest.raises(RuntimeError, match=r"call unprepare\(\) of its model first, or train\(\)"):
+        EDITS[edit](model)
+    assert_right(model, weights)
+    model.unprepare()
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+@torch.no_grad()
+def test_an_optimizer_cannot_step_on_prepared_weights() -> None:
+    model, _ = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.prepare()
+    with pytest.raises(PreparedError):
+        optimizer.step()
+    model.train()
+    before = model.linear.weight.clone()
+    optimizer.step()
+    assert not torch.equal(model.linear.weight, before)
+    assert_right(model, model.state_dict())
+
+
+@needs_onednn
+def test_prepared_weights_describe_themselves() -> None:
+    model, weights = net(torch.bfloat16)
+    shapes = {
+        name: (p.shape, p.dtype, p.device, p.numel(), p.element_size()) for name, p in model.named_parameters()
+    }
+    model.prepare()
+    assert shapes == {
+        name: (p.shape, p.dtype, p.device, p.numel(), p.element_size()) for name, p in model.named_parameters()
+    }
+    weight = model.linear.weight
+    assert (weight.ndim, len(weight), weight.is_leaf, weight.grad, weight.is_floating_point()) == (
+        2,
+        512,
+        True,
+        None,
+        True,
+    )
+    assert repr(weight) == "PreparedParameter(shape=(512, 384), dtype=torch.bfloat16, device=cpu)"
+    assert list(model.unprepare().state_dict()) == list(weights)
+
+
+HOLDERS: dict[str, Callable[[nn.Parameter], Any]] = {
+    "data": lambda w: w.data,
+    "detached": lambda w: w.detach(),
+    "row": lambda w: w.data[3],
+    "numpy": lambda w: w.detach().numpy(),
+    "dlpack": lambda w: torch.utils.dlpack.to_dlpack(w.detach()),
+    "storage": lambda w: w.untyped_storage(),
+    "graph": lambda w: (w * 2).sum(),
+    "saved for backward": lambda w: torch.nn.functional.linear(torch.randn(2, 384, requires_grad=True), w),
+    "another parameter": lambda w: nn.Parameter(w.data),
+    "another process": lambda w: w.share_memory_(),
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_weight_whose_memory_somebody_holds_is_not_prepared(holder: str) -> None:
+    """It could be changed from there, as this test does."""
+    model, weights = net()
+    other = HOLDERS[holder](model.linear.weight)
+    assert held(model.prepare()) == WEIGHTS - {"linear.weight"}
+    if holder in ("data", "detached", "row", "numpy", "another parameter", "another process"):
+        with torch.no_grad():
+            other[...] = 0
+        weights["linear.weight"] = model.linear.weight.detach().clone()
+        assert (weights["linear.weight"] == 0).any()
+    assert_right(model, weights)
+    del other
+    if holder != "another process":
+        assert held(model.prepare()) == WEIGHTS
+        assert_right(model, weights)
+
+
+@needs_onednn
+def test_what_is_not_prepared_is_read_at_each_call() -> None:
+    model, weights = net()
+    model.prepare()
+    model.linear.bias.data += 1
+    model.upsample.bias.data[3] -= 1
+    weights = weights | {"linear.bias": model.linear.bias.clone(), "upsample.bias": model.upsample.bias.clone()}
+    assert_right(model, weights)
+    model.conv.weight = nn.Parameter(torch.randn(64, 32, 3, 3))  # an ordinary parameter in place of a prepared one
+    model.shortcut.weight = nn.Parameter(torch.randn(16, 16, 1, 1))
+    weights["conv.weight"] = model.conv.weight.detach().clone()
+    weights["shortcut.weight"] = model.shortcut.weight.detach().clone()
+    assert_right(model, weights)
+    assert_right(model.prepare(), weights)
+    assert "conv.weight" in held(model)
+
+
+def test_gradients_with_respect_to_the_input_of_a_prepared_model() -> None:
+    model, _ = net(torch.float64)
+    x = {name: value.requires_grad_() for name, value in model.inputs().items()}
+    wanted = torch.autograd.grad([value.square().sum() for value in model(x).values()], list(x.values()))
+    model.prepare()
+    got = torch.autograd.grad([value.square().sum() for value in model(x).values()], list(x.values()))
+    assert all(torch.allclose(a, b) for a, b in zip(got, wanted, strict=True))
+    with pytest.raises(RuntimeError, match="does not require grad"):  # the weights are frozen
+        sum(value.sum() for value in model(model.inputs()).values()).backward()
+
+
+def test_training_mode_is_refused() -> None:
+    model, _ = net()
+    with pytest.raises(RuntimeError, match="expected a model in eval mode, got one in training mode"):
+        model.train().prepare()
+
+
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model, weights = net()  # PyTorch forbids to replace their data
+        assert_right(model.prepare(), weights)
+        model.linear.weight.neg_()
+        weights["linear.weight"].neg_()
+        assert_right(model, weights)
+
+
+@needs_onednn
+@pytest.mark.slow
+def test_threads_compute_while_another_prepares() -> None:
+    """Readers always see either the weights or their prepared form."""
+    model, weights = net()
+    inputs, stop, errors = model.inputs(), threading.Event(), []
+    want = oracle(weights, inputs)
+
+    def compute() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                try:
+                    got = model(inputs)
+                    worst = max(float((got[k].double() - want[k]).abs().max() / want[k].abs().max()) for k in want)
+                    if not worst < 1e-5:
+                        errors.append(worst)
+                except Exception as error:
+                    errors.append(error)
+
+    threads = [threading.Thread(target=compute) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(200):
+        model.prepare()
+        model.unprepare()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+@needs_onednn
+def test_the_flop_counter_counts_prepared_layers() -> None:
+    model, _ = net()
+    model.prepare()
+    with FlopCounterMode(display=False) as counter:
+        model(model.inputs())
+    pixels, windows = 2 * 6 * 7, 2 * 7 * 8
+    convs = 9 * (32 * 64 + 32 * 16) * pixels + 2 * 4 * 32 * 64 * windows
+    assert counter.get_total_flops() == 2 * (5 * 384 * 512 + convs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole models
+
+VIT = ViTConfig(384, 2, 6, 16)  # wide enough for packed weights
+
+
+def tokenizer() -> TiTok:
+    torch.manual_seed(0)
+    proxy = VQGANConfig(
+        hidden_channels=64, channel_multipliers=(1, 2), blocks_per_level=1, codebook_size=48, code_dim=32
+    )
+    return TiTok(
+        TokenizerConfig(
+            image_size=32, encoder=VIT, decoder=VIT, num_latent_tokens=8, code_dim=12, codebook_size=64, head="proxy",
+            proxy=proxy, pixel_decoder=True,
+        )
+    ).eval()  # fmt: skip
+
+
+def generator() -> MaskGIT:
+    torch.manual_seed(1)
+    return MaskGIT(GeneratorConfig(8, 64, num_classes=10, width=384, layers=2, heads=6, mlp_width=1536)).eval()
+
+
+def test_a_pipeline_prepares_its_models() -> None:
+    coder, model = tokenizer(), generator()
+    want = Pipeline(coder, model, engine="plain")([1, 2])
+    assert not coder.prepared
+    assert not model.prepared
+    pipe = Pipeline(coder, model)
+    assert coder.prepared
+    assert model.prepared
+    assert (pipe([1, 2]).int() - want.int()).abs().max() <= 1
+    model.train()
+    assert not model.prepared
+    assert (pipe([1, 2]).int() - want.int()).abs().max() <= 1
+    assert not model.prepared, "it is in training mode"
+    coder.unprepare().pixel_decoder.conv_out.bias.data += 0.2
+    changed = Pipeline(copy.deepcopy(coder), copy.deepcopy(model), engine="plain")([1, 2])
+    assert (pipe([1, 2]).int() - changed.int()).abs().max() <= 1
+    assert coder.prepared
+    assert (changed.int() - want.int()).abs().max() > 1
+
+
+def test_release() -> None:
+    pipe = Pipeline(tokenizer(), generator())
+    want = pipe([1, 2])
+    assert pipe._workspace._unused
+    pipe.release()
+    assert not pipe._workspace._unused
+    assert torch.equal(pipe([1, 2]), want)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_models_are_prepared_while_they_are_loaded(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than one layer is in memory twice."""
+    model = tokenizer()
+    model.save_pretrained(tmp_path)
+    if suffix == "bin":
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    ordinary: list[set[str]] = []  # large weights of linear layers that hold values, after each preparation
+    replace = prepared.replace_weights
+
+    def counted(*args: Any) -> None:
+        replace(*args)
+        large = [(name, p) for name, p in loading[0].named_parameters() if p.numel() >= 1 << 17 and p.ndim == 2]
+        ordinary.append({name for name, p in large if type(p) is nn.Parameter and not p.is_meta})
+
+    loading: list[Pretrained] = []
+    make = TiTok.__init__
+    monkeypatch.setattr(TiTok, "__init__", lambda self, config: (loading.append(self), make(self, config))[1])
+    monkeypatch.setattr("titok.models.layers.replace_weights", counted)
+    loaded = TiTok.from_pretrained(tmp_path, prepare=True)
+    assert loaded.prepared
+    assert held(loaded) == held(model.prepare())
+    assert len(ordinary) > 20
+    assert all(names == set() for names in ordinary)
+    with torch.no_grad():
+        tokens = torch.arange(16).view(2, 8)
+        assert torch.equal(loaded.decode(tokens), model.decode(tokens))
+    weights = model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+
+
+def test_save_pretrained_leaves_a_model_prepared(tmp_path: Path) -> None:
+    model = tokenizer()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.prepare().save_pretrained(tmp_path)
+    assert model.prepared
+    loaded = TiTok.from_pretrained(tmp_path)
+    assert not loaded.prepared
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# bfloat16 on a CPU without instructions for it
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_no_less_exact_where_it_is_emulated(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native and not onednn._packs_bfloat16():
+        pytest.skip("this CPU has no instructions for bfloat16")
+    monkeypatch.setattr(onednn, "_packs_bfloat16", lambda: native)
+    model, tokens = tokenizer().bfloat16(), torch.arange(24).view(3, 8)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        want, plain = exact.decode(tokens), model.decode(tokens)
+        got = model.prepare().decode(tokens)
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() < 1.1 * (plain - want).norm()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory of feature maps
+
+
+def test_buffers_keep_the_largest_block() -> None:
+    buffers = Buffers()
+    large = buffers.map("a", (1, 8, 5, 4), torch.float32)
+    assert large.is_contiguous(memory_format=torch.channels_last)
+    assert large.shape == (1, 8, 5, 4)
+    assert large.data_ptr() % 64 == 0
+    small = buffers.map("a", (2, 2, 3, 3), torch.bfloat16)
+    assert small.data_ptr() == large.data_ptr()
+    other = buffers.map("b", (1, 1, 1, 1), torch.float32)
+    buffers.exchange("a", "b")
+    assert buffers.map("b", (1, 1, 2, 2), torch.float32).data_ptr() == large.data_ptr()
+    assert buffers.map("a", (1, 1, 1, 1), torch.float32).data_ptr() == other.data_ptr()
+    buffers.exchange("a", "c")
+    assert buffers.map("c", (1, 1, 1, 1), torch.float32).data_ptr() == other.data_ptr()
+
+
+def test_a_workspace_lends_each_caller_buffers_of_its_own() -> None:
+    workspace = Workspace()
+    with workspace.borrow() as one, workspace.borrow() as two:
+        assert one is not two
+    with workspace.borrow() as again:
+        assert again in (one, two)
+    assert copy.deepcopy(workspace)._unused == pickle.loads(pickle.dumps(workspace))._unused == []
+    workspace.release()
+    with workspace.borrow() as new:
+        assert new not in (one, two)
