@@ -158,7 +158,7 @@ def _results(a: Arguments) -> tuple[Tensor]:
 
 def _kept(a: Arguments) -> tuple[Tensor]:
     shape = (a.qkv.shape[0], a.num_heads, a.stop - a.start)
-    return (torch.empty(shape, dtype=_wide_dtype(a.qkv), device=a.qkv.device),)
+    return (a.qkv.new_empty(shape, dtype=_wide_dtype(a.qkv)),)
 
 
 def _backward_results(a: BackwardArguments) -> tuple[Tensor]:
