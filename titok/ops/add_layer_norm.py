@@ -9,18 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_eps, check_tensor
-from titok.ops.core import (
-    Composite,
-    Gradient,
-    Kernel,
-    Op,
-    contiguous,
-    extension,
-    vjp,
-    why_no_cpp,
-    why_no_triton,
-    why_not_float32_or_bfloat16,
-)
+from titok.ops.core.available import extension, why_no_cpp, why_no_triton, why_not_float32_or_bfloat16
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Gradient, Kernel, contiguous, vjp
 
 
 def add_layer_norm(

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_tensor
-from titok.ops.core import Composite, Gradient, Kernel, Op, contiguous, vjp, why_no_triton
+from titok.ops.core.available import why_no_triton
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Gradient, Kernel, contiguous, vjp
 
 
 def code_mixture(logits: Tensor, codebook: Tensor, *, backend: str | None = None) -> Tensor:

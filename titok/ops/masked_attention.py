@@ -18,18 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_tensor
-from titok.ops.core import (
-    Composite,
-    Gradient,
-    Kernel,
-    Op,
+from titok.ops.core.available import (
     extension,
-    vjp,
     why_no_cpp,
     why_no_flash_attn,
     why_no_triton,
     why_not_float32_or_bfloat16,
 )
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Gradient, Kernel, vjp
 
 _SDPA_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _SDPA_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_tensor
-from titok.ops.core import Composite, Kernel, Op, extension, why_no_cpp, why_no_triton
+from titok.ops.core.available import extension, why_no_cpp, why_no_triton
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Kernel
 
 # Scores that the plain path holds at a time: 16 MiB of float32.
 _PLAIN_CHUNK = 1 << 22

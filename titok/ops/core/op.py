@@ -14,7 +14,6 @@ A call takes one of four ways:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
@@ -24,34 +23,17 @@ from torch import Tensor
 from titok import profiling
 from titok.checks import check_tensor
 from titok.ops.core.available import interpreting, why_no_cpp
+from titok.ops.core.flop_counter import register_flop_formula
 from titok.ops.core.mode import (
     DEFAULT,
     are_plain,
     current_mode,
     is_transformed_and_differentiated,
-    no_autocast,
     note_backend,
 )
 from titok.ops.core.parts import Composite, Gradient, Kernel, Outputs
 
 _LIBRARY = torch.library.Library("titok", "DEF")
-
-
-def _register_flop_formula(overload_packet: Any, formula: Callable[..., Any]) -> None:
-    """Tells `FlopCounterMode` how to count an op; does nothing where PyTorch cannot import its counter."""
-    logger = logging.getLogger("torch.utils.flop_counter")
-    logger.addFilter(_is_never_logged)  # the module warns where Triton is missing, but titok imports in silence
-    try:
-        from torch.utils.flop_counter import register_flop_formula
-    except Exception:  # it imports Triton, and a broken installation may raise anything
-        return
-    finally:
-        logger.removeFilter(_is_never_logged)
-    register_flop_formula(overload_packet, get_raw=True)(formula)
-
-
-def _is_never_logged(record: logging.LogRecord) -> bool:
-    return False
 
 
 # How the schema of an op writes the types of its arguments.
@@ -109,7 +91,7 @@ class Op:
         self.check, self._results, self._kept = check, results, kept
         self.backends = {backend.name: backend for backend in backends}
         self.gradient, self._plain_gradient, self._flops = gradient, plain_gradient, flops
-        self._plain = backends[-1]
+        self._plain: Any = backends[-1]
         self._direct = next((b for b in backends if isinstance(b, Kernel) and b.checks_itself), None)
         self._num_results = num_results
         defaults = {field: f"={value}" for field, value in arguments._field_defaults.items()}
@@ -158,8 +140,7 @@ class Op:
         if backend is None and mode is DEFAULT and self._can_offer(tensors[0]):
             if wants_gradient:
                 return self._into(out, self._differentiable(arguments, backend, None))
-            outputs = self._offer(arguments, out)
-            if outputs is not None:
+            if (outputs := self._offer(arguments, out)) is not None:
                 return outputs
         self.check(arguments)
         for t in tensors:
@@ -174,10 +155,8 @@ class Op:
         return self._into(out, self._differentiable(arguments, backend, chosen))
 
     def _differentiable(self, arguments: Any, backend: str | None, chosen: Kernel | Composite | None) -> Outputs:
-        outputs: Outputs = _Differentiable.apply(
-            self, arguments, backend, chosen, *map(arguments.__getitem__, self._tensor_at)
-        )
-        return outputs
+        tensors = [arguments[i] for i in self._tensor_at]
+        return _Differentiable.apply(self, arguments, backend, chosen, *tensors)
 
     def _can_offer(self, first: Tensor) -> bool:
         return self._direct is not None and first.is_cpu and first.numel() > 0 and why_no_cpp() is None
@@ -201,9 +180,9 @@ class Op:
 
     def _outputs(self, chosen: Kernel | Composite, arguments: Any, *, keep: bool) -> Outputs:
         """The results, and with `keep` what the backward pass reads behind them."""
-        note_backend(self.name, chosen.name)
         if isinstance(chosen, Composite):
             return self._compute(chosen, arguments)
+        note_backend(self.name, chosen.name)
         results = self._results(arguments)
         kept = self._kept(arguments) if keep and self._kept is not None else ()
         asked = [t for t in (*results, *kept) if t is not None]
@@ -217,7 +196,8 @@ class Op:
     def _forward(self, arguments: Any, backend: str | None, chosen: Kernel | Composite | None = None) -> Outputs:
         """All outputs for arguments that nobody has checked where `chosen` is None."""
         if chosen is None:
-            if backend is None and not current_mode().plain and self._can_offer(self._first_tensor(arguments)):
+            may_offer = backend is None and not current_mode().plain
+            if may_offer and self._can_offer(self._first_tensor(arguments)):
                 outputs = self._offer(arguments, keep=True)
                 if outputs is not None:
                     return outputs
@@ -225,17 +205,17 @@ class Op:
             chosen = self.choose(backend, arguments)
         return self._outputs(chosen, arguments, keep=True)
 
-    def _compute(self, chosen: Kernel | Composite, arguments: Any) -> Outputs:
-        assert isinstance(chosen, Composite)
+    def _compute(self, chosen: Composite, arguments: Any) -> Outputs:
         note_backend(self.name, chosen.name)
-        if not torch._C._is_any_autocast_enabled():
-            return chosen.compute(arguments)
-        with no_autocast(self._first_tensor(arguments)):
-            return chosen.compute(arguments)
+        if torch._C._is_any_autocast_enabled():
+            device = self._first_tensor(arguments).device.type
+            if torch.amp.is_autocast_available(device):  # the meta device has none
+                with torch.autocast(device, enabled=False):
+                    return chosen.compute(arguments)
+        return chosen.compute(arguments)
 
     def _first_tensor(self, arguments: Any) -> Tensor:
-        tensor: Tensor = next(t for i in self._tensor_at if (t := arguments[i]) is not None)
-        return tensor
+        return next(t for i in self._tensor_at if (t := arguments[i]) is not None)
 
     def _dispatched(self, arguments: tuple[Any, ...], out: Outputs | None, backend: str | None) -> Outputs:
         outputs = self.overload(*arguments, backend)
@@ -312,7 +292,7 @@ class Op:
             lib=_LIBRARY,
         )
         self.overload = getattr(torch.ops.titok, name).default
-        _register_flop_formula(self.overload.overloadpacket, self._count_flops)
+        register_flop_formula(self.overload.overloadpacket, self._count_flops)
 
     def _kernel(self, *given: Any) -> Any:
         """What the dispatcher calls with real tensors, also for those who call `torch.ops.titok.<name>` themselves."""
