@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build quickstart test test-fast lint format kernels gpu bench clean
+.PHONY: help setup build quickstart test test-fast sanitize lint format kernels gpu bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,10 @@ test: $(STAMP)  ## run every test
 
 test-fast: $(STAMP)  ## run the tests that take about a second or less each
 	$(PYTEST) -m 'not slow'
+
+# Options, e.g. make sanitize SANITIZE_OPTIONS='--seconds 120': see python tests/sanitize/run.py --help
+sanitize: $(STAMP)  ## run the C++ ops under sanitizers; 20 minutes (SANITIZE_OPTIONS='--seconds 120' sets a budget)
+	$(BIN)/python tests/sanitize/run.py $(SANITIZE_OPTIONS)
 
 lint: $(STAMP)  ## check with ruff (rules and format) and mypy
 	$(BIN)/ruff check .

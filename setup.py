@@ -59,6 +59,10 @@ EXTRA_ISA_FLAGS = {"masked_attention_simd": _AVX512BF16, "masked_attention_backw
 CUDA_ARCHS = ("80", "90", "100")
 
 
+def find_cxx() -> str:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
+
+
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
@@ -110,8 +114,32 @@ def jobs(build: Path, cxx: str, nvcc: str | None) -> list[Job]:
     return listed
 
 
+def compile_and_link(build: Path, listed: list[Job], linker: list[str], target: Path) -> None:
+    """Compiles into the folder `build` with ninja where it is installed (in parallel, only what changed), else file by
+    file; links all objects into `target`."""
+    build.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    link = [*linker, "-o", str(target), *(str(job.object) for job in listed)]
+    ninja = shutil.which("ninja")
+    if ninja is None:
+        for job in listed:
+            subprocess.run([*job.command, "-c", str(job.source), "-o", str(job.object)], check=True)
+        subprocess.run(link, check=True)
+        return
+    lines = [
+        "rule compile\n  command = $cmd -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "rule link\n  command = $cmd",
+    ]
+    for job in listed:
+        lines.append(f"build {job.object}: compile {job.source}\n  cmd = {' '.join(job.command)}")
+    inputs = " ".join(str(job.object) for job in listed)
+    lines.append(f"build {target}: link {inputs}\n  cmd = {' '.join(link)}")
+    (build / "build.ninja").write_text("\n".join(lines) + "\n")
+    subprocess.run([ninja, "-C", str(build)], check=True)
+
+
 class BuildExtension(build_ext):
-    """Compiles csrc/ with ninja where it is installed (in parallel, only what changed), else file by file."""
+    """Builds `titok._C` from csrc/, or leaves it out and says why."""
 
     def build_extension(self, ext: Extension) -> None:
         mode = os.environ.get("TITOK_BUILD", "auto")
@@ -132,37 +160,19 @@ class BuildExtension(build_ext):
         print(f"titok: built without {what}: {why}", file=sys.stderr, flush=True)
 
     def _compile(self, target: Path, nvcc: str | None) -> None:
-        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
+        cxx = find_cxx()
         # Not `self.build_temp`, which an editable install deletes: ninja compiles only what changed since last time.
         build = ROOT / "build" / f"csrc-{sys.implementation.cache_tag}-{platform.machine()}"
-        build.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        listed = jobs(build, cxx, nvcc)
         # nvcc links where it is used, because it knows where its static runtime is.
         linker = [nvcc, "-shared", "-ccbin", cxx, "-Xcompiler=-fopenmp"] if nvcc else [cxx, "-shared", "-fopenmp"]
-        link = [*linker, "-o", str(target), *(str(job.object) for job in listed)]
-        ninja = shutil.which("ninja")
-        if ninja is None:
-            for job in listed:
-                subprocess.run([*job.command, "-c", str(job.source), "-o", str(job.object)], check=True)
-            subprocess.run(link, check=True)
-            return
-        lines = [
-            "rule compile\n  command = $cmd -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $cmd",
-        ]
-        for job in listed:
-            lines.append(f"build {job.object}: compile {job.source}\n  cmd = {' '.join(job.command)}")
-        inputs = " ".join(str(job.object) for job in listed)
-        lines.append(f"build {target}: link {inputs}\n  cmd = {' '.join(link)}")
-        (build / "build.ninja").write_text("\n".join(lines) + "\n")
-        subprocess.run([ninja, "-C", str(build)], check=True)
+        compile_and_link(build, jobs(build, cxx, nvcc), linker, target)
 
 
-setup(
-    packages=[*find_packages(include=["titok", "titok.*"]), "titok.kernels"],
-    # A top-level module `kernels` would collide with another package.
-    package_dir={"titok": "titok", "titok.kernels": "kernels"},
-    ext_modules=[Extension("titok._C", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildExtension},
-)
+if __name__ == "__main__":  # tests/sanitize/run.py imports this file
+    setup(
+        packages=[*find_packages(include=["titok", "titok.*"]), "titok.kernels"],
+        # A top-level module `kernels` would collide with another package.
+        package_dir={"titok": "titok", "titok.kernels": "kernels"},
+        ext_modules=[Extension("titok._C", sources=[], optional=True)],
+        cmdclass={"build_ext": BuildExtension},
+    )

@@ -1,7 +1,7 @@
 """titok's generation against generation as published, on this machine: `python -m benchmarks.engine --batch 1 4`.
 
 The rival is `benchmarks/baselines/as_published.py` with the same random weights: "native" in the dtype asked for
-and, for bf16, "autocast" with float32 weights. All sides and torch.mm, the ceiling, take turns. A ratio is the
+and, for bf16, "autocast" with float32 weights. All sides and a matrix product, the ceiling, take turns. A ratio is the
 median over the rounds of their ratios, so that a change in the machine's speed affects both of its sides.
 """
 
@@ -115,7 +115,9 @@ def main(argv: list[str] | None = None) -> None:
             lines.sort(key=lambda line: STAGES.index(line[0].split(": ")[1]))
         tables.show(header, lines, f"{tables.describe(row)}, {len(samples['mm'])} rounds")
         mm = measures.own_ceiling(row, "mm")
-        print(f"torch.mm in the same rounds: {mm / 1e9:,.0f} GFLOP/s; medians; samples in {path}")
+        print(
+            f"fastest matrix product in the same rounds: {mm / 1e9:,.0f} GFLOP/s; else medians; samples in {path}"
+        )
 
 
 if __name__ == "__main__":

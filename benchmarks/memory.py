@@ -21,7 +21,7 @@ from benchmarks.harness import tables
 from benchmarks.harness.memory import status_bytes
 from benchmarks.harness.models import Models
 from benchmarks.harness.options import DTYPES, add_out, add_preset, command_parser, start
-from benchmarks.harness.results import Results, Row
+from benchmarks.harness.results import Results
 from benchmarks.harness.sides import class_labels
 from titok import MaskGIT, Pipeline, TiTok
 
@@ -65,19 +65,6 @@ def write_models(preset: str, dtype: torch.dtype, folder: Path) -> int:
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
-def table(row: Row) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: megabytes, and how often the weights fit into what PyTorch alone does not take."""
-    sides, base, weights = row["sides"], row["sides"][TORCH]["loaded"], row["weight_bytes"]
-    header = ["process", "loaded, MB", "peak of loading, MB", "peak of generating, MB", "loaded / weights"]
-    lines = []
-    for name, found in sides.items():
-        columns = [found.get(key) for key in ("loaded", "peak_loading", "peak_generating")]
-        shown = [f"{value / 1e6:,.0f}" if value else "-" for value in columns]
-        share = "-" if name == TORCH else f"{(found['loaded'] - base) / weights:.2f}"
-        lines.append([name, *shown, share])
-    return header, lines
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     dtype = DTYPES[arguments.dtype]
@@ -102,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         }
     case = {"preset": arguments.preset, "dtype": arguments.dtype, "device": "cpu", "batch": arguments.batch}
     row = results.row("memory", case, {}, weight_bytes=int(written.stdout), sides=sides)
-    tables.show(*table(row), f"{arguments.preset}, {arguments.dtype}, batch {arguments.batch}")
+    tables.show(*tables.memory_table(row), f"{arguments.preset}, {arguments.dtype}, batch {arguments.batch}")
     print(f"weights: {row['weight_bytes'] / 1e6:,.0f} MB")
 
 

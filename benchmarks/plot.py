@@ -66,7 +66,7 @@ def newest_sides(rows: Sequence[Row]) -> list[Row]:
 def speed(rows: Sequence[Row], figure: Figure) -> bool:
     """Images per second of every side over its FLOP an image, a panel for each resolution and dtype.
 
-    The dashed line is the speed at which `torch.mm` alone would do the FLOP.
+    The dashed line is the speed at which a large matrix product alone would do the FLOP.
     """
     sides = newest_sides(rows)
     if not sides:
@@ -88,7 +88,7 @@ def speed(rows: Sequence[Row], figure: Figure) -> bool:
 
 
 def ladder(rows: Sequence[Row], figure: Figure) -> bool:
-    """Images per second of each rung, with its share of the rate of `torch.mm` in its dtype."""
+    """Images per second of each rung, with its share of the rate of the matrix product in its dtype."""
     measured = measures.select(rows, "ladder")
     if not measured:
         return False
@@ -102,7 +102,7 @@ def ladder(rows: Sequence[Row], figure: Figure) -> bool:
     bars = axes.barh(names, [m for m, *_ in rates], xerr=errors, color=colours, height=0.6)
     for bar, row, (median, _, high) in zip(bars, rungs, rates, strict=True):
         share = measures.share_of_mm(row, ceilings)
-        of_mm = "" if share is None else f", {share:.0%} of torch.mm"
+        of_mm = "" if share is None else f", {share:.0%} of mm"
         axes.annotate(
             f"  {tables.number(median)}/s{of_mm}",
             (high, bar.get_y() + bar.get_height() / 2),
@@ -231,7 +231,7 @@ def _panels(figure: Figure, rows: Sequence[Row], *keys: str) -> list[tuple[Axes,
 
 
 def _draw_ceiling(axes: Axes, rows: Sequence[Row], shown: Sequence[Row], low: float, high: float) -> None:
-    """Images per second over GFLOP at the median rate that `torch.mm` reached in the runs of `shown`."""
+    """Images per second over GFLOP at the median rate that the matrix product reached in the runs of `shown`."""
     dtype, runs = shown[0]["case"]["dtype"], [row["environment"] for row in shown]
     found = [row for row in measures.select(rows, "ceiling", dtype=dtype) if row["environment"] in runs]
     if not found:
@@ -239,7 +239,7 @@ def _draw_ceiling(axes: Axes, rows: Sequence[Row], shown: Sequence[Row], low: fl
     rate = statistics.median(measures.own_ceiling(row, "mm") for row in found) / 1e9
     axes.plot([low / 2, high * 2], [rate / (low / 2), rate / (high * 2)], "--", color="0.6", linewidth=0.8)
     axes.annotate(
-        "torch.mm",
+        "matrix product",
         (low / 2, rate / (low / 2)),
         xytext=(4, 0),
         textcoords="offset points",

@@ -1,7 +1,7 @@
 """Where the time of a preset goes, and how far each stage is from what the machine can do.
 
 `python -m benchmarks.roofline --preset titok-l-64-512` prints for each stage its FLOP, its least bytes, its floor,
-the time it took, and the ratio of the two. The floor is the longer of FLOP at the rate of torch.mm and of least
+the time it took, and the ratio of the two. The floor is the longer of FLOP at the rate of a matrix product and of least
 bytes at the rate of a copy, both measured in the same run.
 """
 
@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     tables.show(*tables.stage_table(row), tables.describe(row))
     mm, copy = (measures.own_ceiling(row, name) for name in ("mm", "copy"))
     print(
-        f"ceilings: torch.mm {mm / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:,.1f} GB/s (read and written); medians; "
+        f"ceilings, the fastest calls: matrix product {mm / 1e9:,.0f} GFLOP/s, "
+        f"copy {copy / 1e9:,.1f} GB/s (read and written); medians; "
         f"samples in {path}"
     )
 

@@ -57,7 +57,8 @@ def figures(rows: Sequence[Row]) -> Figures:
     """
     on_cpu = [row for row in rows if measures.ran_on_cpu(row)]
     found: Figures = {}
-    for part in (work, speedups, published, ladder, instruction_sets, roofline, ops, dispatcher):
+    parts = (work, speedups, published, ladder, memory, waiting, instruction_sets, roofline, ops, dispatcher)
+    for part in parts:
         found |= part(on_cpu)
     return found
 
@@ -141,8 +142,6 @@ def speedups(rows: Sequence[Row]) -> Figures:
         "b64_rate": number(measures.rate(b64)[0]),
         "b64_fastest": number(measures.fastest(b64)),
     }
-    for name, key in (("titok-l-64-512 eager", "peak_published_l64"), ("titok-l-64-512", "peak_l64")):
-        found[key] = number(measures.latest(rows, "speedup", name=name, dtype="bf16")["peak_bytes"] / 1e9)
     return found | _mm_range(rows)
 
 
@@ -152,7 +151,7 @@ def _machine(row: Row) -> str:
 
 
 def _mm_range(rows: Sequence[Row]) -> Figures:
-    """How far the rate of `torch.mm` in bfloat16 differed between runs without a limit on the instruction set."""
+    """How far the fastest matrix product in bfloat16 differed between runs without a limit on the instruction set."""
     rates = [
         measures.own_ceiling(row, "mm") / 1e9
         for row in rows
@@ -191,6 +190,25 @@ def published(rows: Sequence[Row]) -> Figures:
 def ladder(rows: Sequence[Row]) -> Figures:
     run = measures.latest_run(rows, "ladder", family="titok-l-32")
     return {"ladder_table": tables.with_source(run, tables.ladder_table(run))}
+
+
+def memory(rows: Sequence[Row]) -> Figures:
+    """Memory of whole processes, for both models and dtypes."""
+    blocks = []
+    for preset in ("titok-l-32", "titok-l-64-512"):
+        for dtype in ("fp32", "bf16"):
+            row = measures.latest(rows, "memory", preset=preset, dtype=dtype, batch=1)
+            weights = f"weights {row['weight_bytes'] / 1e6:,.0f} MB"
+            blocks.append(
+                tables.with_source([row], tables.memory_table(row), f"{tables.describe(row)}; {weights}")
+            )
+    return {"memory_tables": "\n\n".join(blocks)}
+
+
+def waiting(rows: Sequence[Row]) -> Figures:
+    """What each way of waiting costs, alone and beside busy processes."""
+    run = measures.latest_run(rows, "waiting")
+    return {"waiting_table": tables.with_source(run, tables.waiting_table(run))}
 
 
 def instruction_sets(rows: Sequence[Row]) -> Figures:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -71,22 +70,22 @@ def achieved_flops(row: Row) -> float:
 
 
 def ceilings(rows: Iterable[Row]) -> dict[str, float]:
-    """ "mm <dtype>" -> FLOP/s of `torch.mm`, "copy <dtype>" -> bytes/s of a copy, from rows of "ceiling"."""
+    """ "mm <dtype>" -> FLOP/s, "copy <dtype>" -> bytes/s, of the fastest call, from rows of "ceiling"."""
     found: dict[str, float] = {}
     for row in rows:
         if row["bench"] == "ceiling":
             for name, work in row["work"].items():
-                found[f"{name} {row['case']['dtype']}"] = work / statistics.median(row["samples_s"][name])
+                found[f"{name} {row['case']['dtype']}"] = work / min(row["samples_s"][name])
     return found
 
 
 def own_ceiling(row: Row, name: str) -> float:
-    """FLOP/s of "mm" or bytes/s of "copy", from a row whose samples include them ("engine", "roofline")."""
-    return float(row["work"][name] / statistics.median(row["samples_s"][name]))
+    """FLOP/s of "mm" or bytes/s of "copy", of the fastest call, from a row that has them ("engine", "roofline")."""
+    return float(row["work"][name] / min(row["samples_s"][name]))
 
 
 def share_of_mm(row: Row, ceiling: dict[str, float]) -> float | None:
-    """FLOP/s of whole images over that of `torch.mm` in the same dtype, or None where that was not measured."""
+    """FLOP/s of whole images over that of the matrix product in the same dtype, or None where that was not measured."""
     mm = ceiling.get(f"mm {row['case']['dtype']}")
     return achieved_flops(row) / mm if mm else None
 
@@ -107,7 +106,7 @@ def engine_ratio(row: Row, name: str) -> tuple[float, float, float] | None:
 def stages(row: Row) -> list[dict[str, Any]]:
     """The stages of a "roofline" row, each with its name, time and floor in seconds, bound, and ratio "gap".
 
-    The floor is the longer of FLOP at the rate of `torch.mm` and of least bytes at the rate of a copy.
+    The floor is the longer of FLOP at the rate of the matrix product and of least bytes at the rate of a copy.
     """
     mm, copy = own_ceiling(row, "mm"), own_ceiling(row, "copy")
     found = []

@@ -68,7 +68,7 @@ def speedup_table(rows: Sequence[Row]) -> Table:
 
 
 def ladder_table(rows: Sequence[Row]) -> Table:
-    """Each rung's images per second, its ratio to the first rung, and its share of `torch.mm` in its dtype."""
+    """Each rung's images per second, its ratio to the first rung, and its share of the matrix product in its dtype."""
     rungs, ceiling = measures.select(rows, "ladder"), measures.ceilings(rows)
     lines = []
     for row in rungs:
@@ -173,6 +173,48 @@ def source(rows: Sequence[Row]) -> str:
             f"commit {commit(about)}; `{about.get('command')}`"
         )
     return "\n".join(seen.values())
+
+
+def memory_table(row: Row) -> Table:
+    """Columns and lines: megabytes, and how often the weights fit into what PyTorch alone does not take."""
+    sides, base, weights = row["sides"], row["sides"]["import torch"]["loaded"], row["weight_bytes"]
+    header = ["process", "loaded, MB", "peak of loading, MB", "peak of generating, MB", "loaded / weights"]
+    lines = []
+    for name, found in sides.items():
+        columns = [found.get(key) for key in ("loaded", "peak_loading", "peak_generating")]
+        shown = [f"{value / 1e6:,.0f}" if value else "-" for value in columns]
+        share = "-" if name == "import torch" else f"{(found['loaded'] - base) / weights:.2f}"
+        lines.append([name, *shown, share])
+    return header, lines
+
+
+def waiting_table(rows: Sequence[Row]) -> Table:
+    """Columns and lines: median seconds by policy, and how much longer the work takes beside busy processes."""
+    policies = list(dict.fromkeys(row["case"]["policy"] for row in rows))
+    header = [
+        "policy",
+        *(
+            f"{work}: {where}"
+            for work in ("training step", "generation")
+            for where in ("alone, ms", "beside, ms", "x")
+        ),
+    ]
+    lines = []
+    for policy in policies:
+        line = [policy]
+        for work in ("training step", "generation"):
+            found = {
+                row["case"]["busy"]: quantiles(row["samples_s"][work])[0] * 1e3
+                for row in rows
+                if row["case"]["policy"] == policy and work in row["samples_s"]
+            }
+            alone, beside = (
+                next((ms for busy, ms in found.items() if bool(busy) == loaded), None) for loaded in (False, True)
+            )
+            line += ["-" if ms is None else f"{ms:,.1f}" for ms in (alone, beside)]
+            line.append(f"{beside / alone:.1f}" if alone and beside else "-")
+        lines.append(line)
+    return header, lines
 
 
 def with_source(rows: Sequence[Row], table: Table, detail: str = "") -> str:

@@ -43,9 +43,10 @@ struct AddLayerNormBackwardArgs {
 
 // Gradients of weight and bias are summed by chunks of rows, whose size depends on the number of rows alone, so
 // that results do not depend on the number of threads. The last chunk may have fewer rows.
-constexpr int64_t add_layer_norm_chunk_rows(int64_t rows) { return rows > 16 * 64 ? (rows + 63) / 64 : 16; }
+// Written without sums, which would overflow for as many rows as a tensor without elements may have.
+constexpr int64_t add_layer_norm_chunk_rows(int64_t rows) { return rows > 16 * 64 ? (rows - 1) / 64 + 1 : 16; }
 constexpr int64_t add_layer_norm_chunks(int64_t rows) {
-  return (rows + add_layer_norm_chunk_rows(rows) - 1) / add_layer_norm_chunk_rows(rows);
+  return rows > 0 ? (rows - 1) / add_layer_norm_chunk_rows(rows) + 1 : 0;
 }
 
 // `total` may be x or residual, and without a residual `normalised` may be x, where the dtypes are equal.

@@ -35,7 +35,9 @@ TITOK_HD typename Lanes<F>::Int exp_weight(F x) {
   p = p * r + 0.166671157f;
   p = p * r + 0.499992281f;
   p = (p * (r * r) + r) + 1.0f;
-  const F scale = bit_cast<F>(Int((bit_cast<Int>(shifted) + (127 + kWeightBits)) << 23));  // 2^(n + 30)
+  // 2^(n + 30). The bits of kRound are subtracted from those of the sum, because a signed shift must not overflow.
+  constexpr int32_t kRoundBits = 0x4B400000;
+  const F scale = bit_cast<F>(Int((bit_cast<Int>(shifted) + (127 + kWeightBits - kRoundBits)) << 23));
   return Lanes<F>::truncate(p * scale + 0.5f);
 }
 

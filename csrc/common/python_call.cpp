@@ -16,15 +16,16 @@ std::string text_of(PyObject* value) {
   return result;
 }
 
-// Whether converting the value to a number runs no Python code, which could change the tensors that were read
-// before. NumPy's scalars are of static types; a type that is written in Python is not.
-bool converts_without_python(PyObject* value) {
+// Whether the value is no bool and converting it to a number runs no Python code, which could change the tensors
+// that were read before. NumPy's scalars are of static types; a type that is written in Python is not.
+bool may_be_converted(PyObject* value) {
+  if (PyBool_Check(value)) return false;
   return PyLong_Check(value) || PyFloat_Check(value) || !PyType_HasFeature(Py_TYPE(value), Py_TPFLAGS_HEAPTYPE);
 }
 
 // A new reference to the value as an int. Throws ArgumentError where it is none.
 PyObject* as_integer(PyObject* value, const char* name) {
-  PyObject* const integer = converts_without_python(value) ? PyNumber_Index(value) : nullptr;
+  PyObject* const integer = may_be_converted(value) ? PyNumber_Index(value) : nullptr;
   if (integer) return integer;
   PyErr_Clear();
   raise_type_error(name, "an integer", Py_TYPE(value)->tp_name);
@@ -87,7 +88,7 @@ uint64_t Call::unsigned_integer(const char* name) {
 
 double Call::number(const char* name) {
   PyObject* const value = object(name);
-  const bool convertible = converts_without_python(value);
+  const bool convertible = may_be_converted(value);
   const double result = convertible ? PyFloat_AsDouble(value) : 0;
   if (convertible && !PyErr_Occurred()) return result;
   PyErr_Clear();

@@ -89,10 +89,11 @@ inline Floats add(Floats a, Floats b) { return a + b; }
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
 // With kStream, writes past the caches, which suits results that are larger than they are. `p` must then be
-// aligned to the vector.
+// aligned to the vector. Sanitizers do not see what such an instruction writes, so that their builds use none.
 template <bool kStream, class Vector>
 inline void write_streamed(void* p, Vector v) {
-#if defined(TITOK_ISA_AVX512)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#elif defined(TITOK_ISA_AVX512)
   if constexpr (kStream) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
 #elif defined(TITOK_ISA_AVX2)
   if constexpr (kStream) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);

@@ -63,7 +63,7 @@ struct Scratch {
     dq = arena.take<float>(width * block);
     dk = arena.take<float>(width * a.tokens);
     dv = arena.take<float>(width * a.tokens);
-    bytes = arena.next - static_cast<char*>(memory);
+    bytes = arena.used;
   }
 };
 

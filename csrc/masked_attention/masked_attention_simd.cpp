@@ -37,7 +37,7 @@ struct Scratch {
     queries = arena.take<uint32_t>(step * kQueryBlock);
     scores = arena.take<uint32_t>(span * kQueryBlock);
     sums = arena.take<float>(width * kQueryBlock);
-    bytes = arena.next - static_cast<char*>(memory);
+    bytes = arena.used;
   }
 };
 

@@ -148,14 +148,15 @@ inline auto with_packing([[maybe_unused]] const MaskedAttentionArgs& a, Visit vi
 #endif
 }
 
-// Hands out a thread's memory in arrays aligned to a cache line. Starting from null it only counts.
+// Hands out a thread's memory in arrays aligned to a cache line. With null for the memory it only counts.
 struct Arena {
-  char* next;
+  char* memory;
+  int64_t used = 0;  // bytes
 
   template <class T>
   T* take(int64_t size) {
-    T* const array = reinterpret_cast<T*>(next);
-    next += round_up(size * sizeof(T), 64);
+    T* const array = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
+    used += round_up(size * sizeof(T), 64);
     return array;
   }
 };

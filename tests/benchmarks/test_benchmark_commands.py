@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import bench_dispatch, engine, roofline, speedup
+from benchmarks import bench_dispatch, engine, memory, roofline, speedup, waiting
 from benchmarks.baselines import dit
 from benchmarks.harness import ceilings, comparison, ladder, measures, rivals, sides, tables
 from benchmarks.harness.models import Models
@@ -87,7 +88,7 @@ def test_engine_against_published(dtype: str, tmp_path: Path, capsys: pytest.Cap
     assert [line[-1] for line in cells][-1] == ""
     assert all(line[-1].endswith(")") for line in cells[:-1])
     assert {len(line) for line in cells} == {len(header)}
-    assert "torch.mm in the same rounds" in capsys.readouterr().out
+    assert "fastest matrix product in the same rounds" in capsys.readouterr().out
     written = tables.all_tables(read([path]))
     assert f"tiny-8, {dtype}, batch 3" in written
     assert "| titok: both decoders |" in written
@@ -236,3 +237,53 @@ def test_dispatched_calls_reach_the_registered_op(op: str) -> None:
 
     assert through_dispatcher(partial(bench_dispatch.dispatched, call))
     assert not through_dispatcher(call)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory and waiting: their sides run in processes of their own, which know no preset of a test
+
+
+@pytest.mark.slow
+def test_memory_of_a_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = memory.write_models("tiny-8", torch.float32, tmp_path)
+    assert weights > 100_000
+    for side in (memory.TORCH, memory.PUBLISHED, memory.OURS):
+        memory.main(
+            ["--side", side, "--folder", str(tmp_path), "--dtype", "fp32", "--device", "cpu", "--batch", "2"]
+        )
+    printed = map(json.loads, capsys.readouterr().out.splitlines())
+    sides = dict(zip(("import torch", "as published", "titok"), printed, strict=True))
+    for name, found in sides.items():
+        assert found["loaded"] > 50e6
+        if name != "import torch":
+            assert found["loaded"] <= found["peak_loading"] <= found["peak_generating"]
+    row = {"sides": sides, "weight_bytes": weights}
+    header, lines = tables.memory_table(row)
+    assert [line[0] for line in lines] == list(sides)
+    assert {len(line) for line in lines} == {len(header)}
+
+
+@pytest.mark.slow
+def test_waiting_times_its_work(capsys: pytest.CaptureFixture[str]) -> None:
+    for work in (waiting.TRAINING, waiting.GENERATION):
+        waiting.main(
+            ["--work", work, "--preset", "tiny-8", "--dtype", "fp32", "--seconds", "0.01", "--device", "cpu"]
+        )
+        samples = json.loads(capsys.readouterr().out)
+        assert len(samples) >= 2
+        assert min(samples) > 0
+    with waiting.busy_processes(1):
+        pass
+
+
+def test_waiting_table() -> None:
+    rows = [
+        {
+            "case": {"policy": policy, "busy": busy},
+            "samples_s": {"training step": [0.01 * (1 + busy)], "generation": [1.0]},
+        }
+        for policy in ("a", "b")
+        for busy in (0, 2)
+    ]
+    _, lines = tables.waiting_table(rows)
+    assert lines == [[policy, "10.0", "30.0", "3.0", "1,000.0", "1,000.0", "1.0"] for policy in "ab"]

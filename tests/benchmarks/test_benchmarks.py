@@ -237,7 +237,9 @@ def test_documented_commands_parse():
     own = [c for c in found if "<" not in c and "[" not in c and not re.search(r"\.bench_(?!models)", c)]
     checked = [command for command in own if parse(command)]
     words = {word for command in checked for word in shlex.split(command, comments=True)}
-    commands = {"engine", "gpu", "plot", "profile", "regression", "report", "roofline", "speedup"}
+    commands = {
+        "engine", "gpu", "memory", "plot", "profile", "regression", "report", "roofline", "speedup", "waiting",
+    }  # fmt: skip
     assert words >= {"nsys", "ncu", *(f"benchmarks.{name}" for name in commands)}
 
 

@@ -400,6 +400,59 @@ def test_a_pipeline_prepares_its_models() -> None:
     assert (changed.int() - want.int()).abs().max() > 1
 
 
+def test_inference_mode_first_and_gradients_later() -> None:
+    coder, model = tokenizer(), generator()
+    with torch.inference_mode():
+        pipe = Pipeline(coder, model)
+        want = pipe([1, 2], seed=5)
+    with torch.no_grad():
+        assert torch.equal(pipe([1, 2], seed=5), want)
+    with torch.inference_mode():
+        coder.unprepare()
+    coder(torch.rand(2, 3, 32, 32))[0].square().mean().backward()
+    assert all(p.grad is not None for p in coder.decoder.parameters())
+    model(torch.zeros(2, 8, dtype=torch.int64)).mean().backward()  # forward with gradients gives the weights back
+    assert model.lm_head.weight.grad is not None
+    assert not model.prepared
+    assert torch.equal(pipe([1, 2], seed=5), want)
+
+
+@pytest.mark.slow
+def test_threads_share_pipelines_and_models() -> None:
+    """One pipeline in several threads, others with the same models, and models that are given their weights back."""
+    coder, model = tokenizer(), generator()
+    learner = generator().train()
+    fast = Pipeline(coder, model)
+    pipes = [fast, fast, Pipeline(coder, model), Pipeline(coder, model, engine="plain"), Pipeline(coder, learner)]
+    want = [pipe([1, 2], seed=5) for pipe in pipes]
+    wrong: list[object] = []
+
+    def run(i: int) -> None:
+        try:
+            for _ in range(10):
+                got = pipes[i]([1, 2], seed=5)
+                if (got.int() - want[i].int()).abs().max() > 1:  # unprepared weights round differently
+                    wrong.append(i)
+        except Exception as error:
+            wrong.append(error)
+
+    def release() -> None:
+        for _ in range(10):
+            fast.release()
+            coder.unprepare()  # the next calls prepare them again
+            model.unprepare()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(pipes))] + [
+        threading.Thread(target=release)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert learner.training
+
+
 def test_release() -> None:
     pipe = Pipeline(tokenizer(), generator())
     want = pipe([1, 2])

@@ -16,6 +16,7 @@ from titok.cli.info import info
 from titok.cli.quickstart import quickstart
 from titok.cli.reconstruct import reconstruct
 from titok.cli.tokens import detokenize, tokenize
+from titok.cli.waiting import set_waiting_policy
 
 app = typer.Typer(
     cls=ErrorGroup,
@@ -52,4 +53,5 @@ def titok(
 
 def main() -> None:
     """Runs the command that `sys.argv` gives, and exits."""
+    set_waiting_policy()
     app()

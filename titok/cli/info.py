@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from titok.cli.waiting import describe_waiting
+
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Show versions, devices, back ends and presets.
@@ -65,7 +67,7 @@ def _devices() -> dict[str, str]:
         kernels = f"kernels for {extension().cpu_isa()}"
     except RuntimeError:
         kernels = "no compiled kernels"
-    devices = {"cpu": f"{torch.get_num_threads()} threads, {kernels}"}
+    devices = {"cpu": f"{torch.get_num_threads()} threads, {kernels}", "waiting": describe_waiting()}
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}"

@@ -106,7 +106,10 @@ class DecodeBatch:
             )
             for step in schedule(sampling)
         ]
-        distinct_labels, label_index = request.labels.unique(return_inverse=True)
+        if torch.compiler.is_compiling():  # how many are distinct cannot be known while tracing
+            distinct_labels, label_index = request.labels, torch.arange(len(request))
+        else:
+            distinct_labels, label_index = request.labels.unique(return_inverse=True)
         return cls(
             tokens=tokens,
             labels=request.labels.to(device),

@@ -36,6 +36,7 @@ class Pipeline:
     Args:
         engine: "fast", or "plain" to compute as the models do in training, without prepared weights, kernels of
             titok and CUDA graphs. "plain" is slower, and is there to check "fast" against.
+        prepare: False leaves the models as they are, for `torch.compile` and for weights that are to be changed.
 
     Raises:
         TypeError: tokenizer or generator is another kind of object.
@@ -43,7 +44,14 @@ class Pipeline:
             decode to pictures; or there is no such engine.
     """
 
-    def __init__(self, tokenizer: TiTok, generator: MaskGIT, *, engine: Literal["fast", "plain"] = "fast") -> None:
+    def __init__(
+        self,
+        tokenizer: TiTok,
+        generator: MaskGIT,
+        *,
+        engine: Literal["fast", "plain"] = "fast",
+        prepare: bool = True,
+    ) -> None:
         select(engine)  # checks the name
         for name, model, kind in (("tokenizer", tokenizer, TiTok), ("generator", generator, MaskGIT)):
             if not isinstance(getattr(model, "_orig_mod", model), kind):  # torch.compile wraps a model
@@ -63,6 +71,7 @@ class Pipeline:
         self.tokenizer, self.generator, self.engine = tokenizer, generator, engine
         self._graphs = GraphCache()  # from labels to pictures
         self._workspace = Workspace()
+        self._prepares = prepare and engine == "fast"
         self._prepare()
         self._stopwatch = Stopwatch(tokenizer.device)
 
@@ -75,19 +84,23 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         engine: Literal["fast", "plain"] = "fast",
+        prepare: bool = True,
     ) -> Pipeline:
         """Both models from folders, files or repository ids. Raises as `TiTok.from_pretrained` and `Pipeline`."""
-        prepare = engine == "fast"
+        at_once = prepare and engine == "fast"
         return cls(
-            TiTok.from_pretrained(tokenizer, dtype=dtype, device=device, prepare=prepare),
-            MaskGIT.from_pretrained(generator, dtype=dtype, device=device, prepare=prepare),
+            TiTok.from_pretrained(tokenizer, dtype=dtype, device=device, prepare=at_once),
+            MaskGIT.from_pretrained(generator, dtype=dtype, device=device, prepare=at_once),
             engine=engine,
+            prepare=prepare,
         )
 
     def _prepare(self) -> None:
-        """Prepares the models that are in eval mode, unless the engine is "plain"."""
+        """Prepares the models that are in eval mode, if the pipeline may."""
+        if not self._prepares or torch.compiler.is_compiling():
+            return
         for model in (self.tokenizer, self.generator):
-            if self.engine == "fast" and isinstance(model, (TiTok, MaskGIT)) and not model.training:
+            if isinstance(model, (TiTok, MaskGIT)) and not model.training:  # no model that torch.compile wraps
                 model.prepare()
 
     def __call__(

@@ -17,9 +17,12 @@ class Stopwatch:
         self._device = device
         self._marks: dict[str, tuple[Any, Any]] = {}  # stage -> its beginning and its end
 
+    def stage(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A context that is timed under `name`; compiled code is not timed."""
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._timed(name)
+
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """A context that is timed under `name`."""
+    def _timed(self, name: str) -> Iterator[None]:
         begin = self._mark()
         yield
         self._marks[name] = (begin, self._mark())

@@ -148,7 +148,7 @@ def replace_weights(
     weights = list(weights)
     if not all(map(_is_sole_owner, weights)):
         return
-    with torch.no_grad():
+    with torch.no_grad(), torch.inference_mode(False):  # what is prepared in inference mode is used outside it too
         form = prepare()
     for i, weight in enumerate(weights):
         values = functools.partial(original, form, i) if original is not None else weight.detach().clone
@@ -184,14 +184,15 @@ def prepared_with(weight: Tensor) -> Any:
 
 
 def _preparation(weight: object) -> _Preparation | None:
-    return weight.preparation if isinstance(weight, PreparedParameter) else None
+    # Not by isinstance, which torch.compile cannot trace for a kind of parameter.
+    return weight.preparation if type(weight) is PreparedParameter else None
 
 
 def give_back(weight: Tensor) -> None:
     """Makes a prepared parameter an ordinary one with its original values; leaves an ordinary one as it is."""
     preparation = _preparation(weight)
     if preparation is not None:
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
             weight.data = preparation.original()
         weight.__class__ = nn.Parameter
         weight.preparation = None  # type: ignore[attr-defined]

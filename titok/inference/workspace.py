@@ -46,8 +46,9 @@ class Buffers:
 
 def _allocate(size: int) -> Tensor:
     """`size` bytes. numpy asks the operating system for large pages, which PyTorch does not."""
-    block = torch.from_numpy(np.empty(size + _ALIGNMENT, np.uint8))
-    return block[-block.data_ptr() % _ALIGNMENT :][:size]
+    with torch.inference_mode(False):  # another call may write to the block outside inference mode
+        block = torch.from_numpy(np.empty(size + _ALIGNMENT, np.uint8))
+        return block[-block.data_ptr() % _ALIGNMENT :][:size]
 
 
 class Workspace:

@@ -71,7 +71,8 @@ class MaskGIT(Pretrained):
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits over the codebook at every position.
 
-        In training mode the "vit" architecture applies the dropout of its configuration.
+        In training mode the "vit" architecture applies the dropout of its configuration. Where gradients are enabled, a
+        prepared model is given its weights back first.
 
         Args:
             tokens: (B, K) of any integer dtype, codes or `mask_token`, on the device of the model.
@@ -84,14 +85,16 @@ class MaskGIT(Pretrained):
             TypeError: an argument is not a tensor of an integer dtype.
             ValueError: a shape does not fit, or an id or class is out of range.
         """
+        if torch.is_grad_enabled() and self.prepared:
+            self.unprepare()
         tokens = check_tokens(tokens, self.config.num_latent_tokens, self.config.codebook_size + 1)
         if labels is None:
-            labels = tokens.new_full((len(tokens),), self.no_class)
+            labels = tokens.new_full((tokens.shape[0],), self.no_class)
         else:
             labels = check_labels(labels, self.config.num_classes)
-            if len(labels) != len(tokens):
+            if labels.shape[0] != tokens.shape[0]:
                 raise ValueError(
-                    f"labels: expected one for each of {len(tokens)} rows of tokens, got {len(labels)}"
+                    f"labels: expected one for each of {tokens.shape[0]} rows of tokens, got {labels.shape[0]}"
                 )
         return self.lm_head(self.features(tokens, labels, dropout=self.config.dropout if self.training else 0.0))
 

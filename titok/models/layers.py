@@ -13,14 +13,8 @@ from torch import Tensor, nn
 
 from titok.checkpoints.quirks import fold_shortcut_of_result, shortcut_of_result
 from titok.inference import onednn
-from titok.inference.folded_upsample import (
-    FoldedUpsampleConv,
-    fold_upsample_conv,
-    upsample_conv,
-    upsample_conv_in,
-)
+from titok.inference.folded_upsample import FoldedUpsampleConv, fold_upsample_conv, upsample_conv
 from titok.inference.prepared import PreparableLayer, prepared_form, prepared_with, readable, replace_weights
-from titok.inference.workspace import Buffers
 from titok.ops import layer_norm
 
 # Number of values in a weight below which calling oneDNN's op costs more than the packed layout saves.
@@ -120,14 +114,6 @@ class Conv3x3(nn.Conv2d, PreparableLayer):
             return shortcut_of_result(y, shortcut)
         return y if add is None else y + add
 
-    def forward_packed(self, x: Tensor) -> Tensor:
-        """The convolution of x from the packed weight, whose dtype x has."""
-        return onednn.conv(x, prepared_with(self.weight), self.bias)
-
-    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
-        """Adds the convolution of x to `total` in its memory, from the packed weight, and returns `total`."""
-        return onednn.add_conv(total, x, prepared_with(self.weight), self.bias)
-
     def is_prepared_with(self, shortcut: Conv1x1 | None) -> bool:
         """Whether the prepared weight is that of a folded convolution with `shortcut`; None always fits."""
         return shortcut is None or prepared_with(shortcut.weight) is prepared_with(self.weight)
@@ -160,8 +146,3 @@ class UpsampleConv(nn.Conv2d, PreparableLayer):
             return upsample_conv(x, folded._replace(bias=self.bias))
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return F.conv2d(x, readable(self.weight), self.bias, padding=1)
-
-    def forward_in(self, buffers: Buffers, x: Tensor) -> Tensor:
-        """`forward` from the packed weight in buffers, with the result in the block "map", where x may be."""
-        buffers.exchange("map", "normed")
-        return upsample_conv_in(buffers, x, prepared_with(self.weight)._replace(bias=self.bias))

@@ -100,7 +100,7 @@ class Decoder(nn.Module):
         class_token = self.class_token + self.patch_positions[:1]
         masks = self.mask_token[0] + self.patch_positions[1:]
         fixed = torch.cat([class_token, masks])  # (1 + P, D), the same in every image
-        x = torch.cat([fixed.expand(len(latents), -1, -1), latents], dim=1)
+        x = torch.cat([fixed.expand(latents.shape[0], -1, -1), latents], dim=1)
         x = self.head(self.trunk(x, query_range=(1, 1 + h * w)))
         # Both heads order the values of a patch by row r, column s, and then channel or code c.
         side = self.values_per_side
@@ -189,10 +189,14 @@ class TiTok(Pretrained):
     def forward(self, images: Tensor) -> tuple[Tensor, Any]:
         """Images to their reconstruction and the bottleneck's result, for training. Raises as `encode`.
 
+        Where gradients are enabled, a prepared model is given its weights back first.
+
         Returns:
             the reconstruction (B, channels, H, W), not clamped, and a `Quantized` (straight-through) or a
             `DiagonalGaussian` (the reconstruction is that of a draw).
         """
+        if torch.is_grad_enabled() and self.prepared:
+            self.unprepare()
         latents = self._encode_checked(images)
         if self.quantizer is not None:
             quantized = self.quantizer(latents)

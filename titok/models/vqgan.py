@@ -7,6 +7,7 @@ channels of a pixel lie together, which is the order in which convolutions, norm
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from titok.checkpoints import official
 from titok.checkpoints.pretrained import Pretrained
 from titok.checks import check_images, check_tensor, check_tokens
 from titok.config import VQGANConfig
-from titok.inference.folded_upsample import FoldedUpsampleConv
-from titok.inference.prepared import PreparableLayer, prepared_form, prepared_with, readable
+from titok.inference import onednn
+from titok.inference.folded_upsample import FoldedUpsampleConv, upsample_conv_in
+from titok.inference.prepared import PreparableLayer, prepared_form, readable
 from titok.inference.workspace import Buffers, Workspace
 from titok.models.layers import Conv1x1, Conv3x3, UpsampleConv
 from titok.ops import group_norm_silu, nearest_codebook
@@ -26,6 +28,10 @@ from titok.profiling import ranged
 
 _EPS = 1e-6
 _GROUPS = 32
+
+# What each convolution of a decoder computes from once it is prepared. Taken all at once, because another thread may
+# give the model its weights back during a call.
+PackedWeights = dict[nn.Module, Any]
 
 # The largest feature map that the decoder computes at once, in bytes. On a CPU 32 MiB, so that it stays in the
 # caches; on a GPU 2 GiB, so that a batch of any size fits into memory.
@@ -64,8 +70,8 @@ class ResidualBlock(PreparableLayer):
         if self.nin_shortcut is not None and self.shortcut_of_result:
             self.conv2.prepare_weights(self.nin_shortcut)
 
-    def is_prepared(self) -> bool:
-        """Whether a shortcut that is folded into the second convolution is that of this block."""
+    def folds_its_shortcut(self) -> bool:
+        """Whether a shortcut that is folded into the second convolution, if any, is that of this block."""
         return not self.shortcut_of_result or self.conv2.is_prepared_with(self.nin_shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,20 +83,20 @@ class ResidualBlock(PreparableLayer):
             return self.conv2(h, shortcut=self.nin_shortcut)
         return self.conv2(h, add=self.nin_shortcut(x))
 
-    def forward_in(self, buffers: Buffers, x: Tensor) -> Tensor:
+    def forward_in(self, buffers: Buffers, packed: PackedWeights, x: Tensor) -> Tensor:
         """`forward` from packed weights in buffers. x is overwritten, and the result may be in the block "map"."""
         h = _norm_silu(x, self.norm1, out=buffers.map("normed", x.shape, x.dtype))
         shape = (x.shape[0], self.conv1.out_channels, *x.shape[2:])
-        hidden = self.conv1.add_to(buffers.map("hidden", shape, x.dtype).zero_(), h)
+        hidden = onednn.add_conv(buffers.map("hidden", shape, x.dtype).zero_(), h, packed[self.conv1], None)
         hidden = _norm_silu(hidden, self.norm2, out=hidden)
         if self.nin_shortcut is None:
-            return self.conv2.add_to(x, hidden)
-        if not self.shortcut_of_result:
-            shortcut = readable(self.nin_shortcut.weight).to(x.dtype)
-            return self.conv2.add_to(F.conv2d(x, shortcut), hidden)
-        # The block that holds x gets another name, because x is not read any more.
-        buffers.exchange("map", "normed")
-        return self.conv2.add_to(buffers.map("map", shape, x.dtype).zero_(), hidden)
+            total = x
+        elif not self.shortcut_of_result:
+            total = F.conv2d(x, readable(self.nin_shortcut.weight).to(x.dtype))
+        else:  # the shortcut is in the packed weight
+            buffers.exchange("map", "normed")  # x is not read any more, and nor is what its block gets now
+            total = buffers.map("map", shape, x.dtype).zero_()
+        return onednn.add_conv(total, hidden, packed[self.conv2], None)
 
 
 class Level(nn.Module):
@@ -114,11 +120,14 @@ class Level(nn.Module):
             x = block(x)
         return x if self.upsample is None else self.upsample(x)
 
-    def forward_in(self, buffers: Buffers, x: Tensor) -> Tensor:
+    def forward_in(self, buffers: Buffers, packed: PackedWeights, x: Tensor) -> Tensor:
         """`forward` from packed weights in buffers. x is overwritten, and the result may be in the block "map"."""
         for block in self.blocks:
-            x = block.forward_in(buffers, x)  # type: ignore[operator]
-        return x if self.upsample is None else self.upsample.forward_in(buffers, x)
+            x = block.forward_in(buffers, packed, x)  # type: ignore[operator]
+        if self.upsample is None:
+            return x
+        buffers.exchange("map", "normed")
+        return upsample_conv_in(buffers, x, packed[self.upsample]._replace(bias=self.upsample.bias))
 
 
 def _middle_blocks(width: int, *, shortcut_of_result: bool) -> nn.ModuleList:
@@ -193,10 +202,10 @@ class VQGANDecoder(nn.Module):
 
     def _decode(self, codes: Tensor, workspace: Workspace | None) -> Tensor:
         x = codes.contiguous(memory_format=torch.channels_last)
-        if self._is_packed_for(x):
+        packed = self._packed_weights(x)
+        if packed is not None:
             with (workspace or Workspace()).borrow() as buffers:
-                dtype = prepared_with(self.conv_in.weight).dtype  # float32 for bfloat16 on some CPUs
-                return self._decode_in(buffers, x.to(dtype)).to(x.dtype)
+                return self._decode_in(buffers, packed, x)
         x = self.conv_in(x)
         for block in self.mid:
             x = block(x)
@@ -204,26 +213,29 @@ class VQGANDecoder(nn.Module):
             x = level(x)
         return self.conv_out(_norm_silu(x, self.norm_out))
 
-    def _is_packed_for(self, x: Tensor) -> bool:
-        """Whether x can be decoded from weights that oneDNN packed."""
+    def _packed_weights(self, x: Tensor) -> PackedWeights | None:
+        """The weights of all convolutions, if oneDNN packed them and x can be decoded from them; otherwise None."""
+        packed: PackedWeights = {}
         for module in self.modules():
-            if isinstance(module, (Conv3x3, UpsampleConv)):
-                prepared = prepared_form(module.weight, x)
-                weight = prepared.weight[0] if isinstance(prepared, FoldedUpsampleConv) else prepared
+            if isinstance(module, Conv3x3 | UpsampleConv):
+                packed[module] = form = prepared_form(module.weight, x)
+                weight = form.weight[0] if isinstance(form, FoldedUpsampleConv) else form
                 if weight is None or not weight.is_mkldnn:
-                    return False
-            elif isinstance(module, ResidualBlock) and not module.is_prepared():
-                return False
-        return True
+                    return None
+            elif isinstance(module, ResidualBlock) and not module.folds_its_shortcut():
+                return None
+        return packed
 
-    def _decode_in(self, buffers: Buffers, codes: Tensor) -> Tensor:
+    def _decode_in(self, buffers: Buffers, packed: PackedWeights, codes: Tensor) -> Tensor:
         """`_decode` from packed weights in buffers."""
-        x = self.conv_in.forward_packed(codes)
+        x = codes.to(packed[self.conv_in].dtype)  # float32 for bfloat16 on some CPUs
+        x = onednn.conv(x, packed[self.conv_in], self.conv_in.bias)
         for block in self.mid:
-            x = block.forward_in(buffers, x)  # type: ignore[operator]
+            x = block.forward_in(buffers, packed, x)  # type: ignore[operator]
         for level in reversed(self.levels):
-            x = level.forward_in(buffers, x)  # type: ignore[operator]
-        return self.conv_out.forward_packed(_norm_silu(x, self.norm_out, out=x))
+            x = level.forward_in(buffers, packed, x)  # type: ignore[operator]
+        x = _norm_silu(x, self.norm_out, out=x)
+        return onednn.conv(x, packed[self.conv_out], self.conv_out.bias).to(codes.dtype)
 
 
 class MaskGITVQGAN(Pretrained):

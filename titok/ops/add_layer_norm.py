@@ -271,14 +271,14 @@ def _for_backward(a: BackwardArguments) -> BackwardArguments:
 def _is_float32_on_cpu(a: AddLayerNormArguments) -> bool:
     """For contiguous float32 rows PyTorch's own gradient is as fast as ours, and its call costs less."""
     x, residual, weight, bias, eps, out_dtype = a
+    if not all(isinstance(t, Tensor) for t in (x, residual, weight, bias)):
+        return False
     if not (x.is_cpu and x.dtype is residual.dtype is weight.dtype is torch.float32 and out_dtype is None):
         return False
     check_eps(eps)
-    fits = (
-        x.shape == residual.shape and weight.shape == bias.shape == x.shape[-1:] and x.ndim > 0 and x.shape[-1] > 0
-    )
-    on_cpu = residual.is_cpu and weight.is_cpu and bias.is_cpu
-    return fits and on_cpu and bias.dtype in FLOAT_DTYPES and x.is_contiguous() and residual.is_contiguous()
+    on_cpu = residual.is_cpu and weight.is_cpu and bias.is_cpu and bias.dtype in FLOAT_DTYPES
+    fits = x.ndim > 0 and x.shape == residual.shape and weight.shape == bias.shape == x.shape[-1:] != (0,)
+    return on_cpu and fits and x.is_contiguous() and residual.is_contiguous()
 
 
 def _is_right(a: LayerNormArguments) -> bool:

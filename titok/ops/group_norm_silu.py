@@ -220,9 +220,13 @@ def _check_backward(a: BackwardArguments) -> None:
         if grad is not None or name == "grad":
             check_tensor(name, grad, shape=a.x.shape, dtypes=FLOAT_DTYPES, device=a.x.device)
     _check_affine(a)
-    for name, statistic in (("mean", a.mean), ("rstd", a.rstd)):
-        shape, dtypes = (a.x.shape[0], a.mean.shape[-1]), (_statistics_dtype(a.x),)
-        check_tensor(name, statistic, shape=shape, dtypes=dtypes, device=a.x.device)
+    batch, channels = a.x.shape[:2]
+    dtypes = (_statistics_dtype(a.x),)
+    check_tensor("mean", a.mean, shape=(batch, "num_groups"), dtypes=dtypes, device=a.x.device)
+    groups = a.mean.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"mean: expected a divisor of x's {channels} channels as its second size, got {groups}")
+    check_tensor("rstd", a.rstd, shape=(batch, groups), dtypes=dtypes, device=a.x.device)
 
 
 def _backward_results(a: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:

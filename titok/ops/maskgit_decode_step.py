@@ -133,7 +133,11 @@ def pack_step_params(
     """
     temperatures = (softmax_temperature, noise_temperature)
     numbers = _step_params(step, steps, num_masked, guidance, *temperatures, confidence, seed, first_sample)
-    return torch.frombuffer(bytearray(_PACKED.pack(*numbers)), dtype=torch.int32)
+    # The layout of `_PACKED`, by operators that torch.compile can trace.
+    words = [numbers.seed, numbers.seed >> 32, numbers.first_sample, numbers.first_sample >> 32, *numbers[2:4]]
+    signed = [((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for word in words]
+    integers = torch.tensor(signed, dtype=torch.int32, device="cpu")
+    return torch.cat([integers, torch.tensor(numbers[4:], dtype=torch.float32, device="cpu").view(torch.int32)])
 
 
 def maskgit_decode_step_packed(
@@ -238,8 +242,10 @@ _READ_FROM_PACKED = StepParams(0, 0, 0, 0, 1.0, 1.0, 0.0, 0.0)
 
 
 def _float32(value: float) -> float:
+    """The nearest float32, ties to even. Arithmetic that torch.compile can trace, which `struct` is not."""
     value = min(max(value, -_FLOAT_MAX), _FLOAT_MAX)
-    return float(struct.unpack("f", struct.pack("f", value))[0])
+    spacing = max(math.frexp(value)[1] - 24, -149)  # exponent of the distance between the float32 around the value
+    return math.ldexp(round(math.ldexp(value, -spacing)), spacing)
 
 
 # ---------------------------------------------------------------------------------------------------------------

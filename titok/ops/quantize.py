@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titok.checks import check_tensor
 from titok.ops.core.mode import last_backend, note_backend
 from titok.ops.core.op import register_composite
 from titok.ops.nearest_codebook import compute_dtype, look_up, nearest_codebook
@@ -60,6 +61,8 @@ def _quantize(
     latents: Tensor, codebook: Tensor, normalize: bool, commitment_cost: float, backend: str | None = None
 ) -> tuple[Tensor, ...]:
     """The members of `Quantized`."""
+    for name, tensor in (("latents", latents), ("codebook", codebook)):
+        check_tensor(name, tensor)
     indices = nearest_codebook(latents.detach(), codebook.detach(), normalize=normalize, backend=backend)
     if not torch.compiler.is_compiling():
         note_backend("quantize", last_backend("nearest_codebook") or "plain")
