@@ -5,6 +5,8 @@ OPS := nearest_codebook masked_attention code_mixture group_norm_silu add_layer_
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two processes of one thread each: most tests compute too little for a second thread to help.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build quickstart test test-fast sanitize lint format kernels gpu bench clean
@@ -28,10 +30,10 @@ quickstart: $(STAMP)  ## train a small TiTok and MaskGIT on real digits and gene
 	$(BIN)/titok quickstart
 
 test: $(STAMP)  ## run every test
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-fast: $(STAMP)  ## run the tests that take about a second or less each
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 # Options, e.g. make sanitize SANITIZE_OPTIONS='--seconds 120': see python tests/sanitize/run.py --help
 sanitize: $(STAMP)  ## run the C++ ops under sanitizers; 20 minutes (SANITIZE_OPTIONS='--seconds 120' sets a budget)

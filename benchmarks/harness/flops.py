@@ -1,7 +1,8 @@
 """What each stage of a model costs, by formula: FLOP and the least bytes moved.
 
 FLOP: matrix products and convolutions count, one multiply-add as 2 FLOP. Norms, softmax and activations count as
-0, as in `torch.utils.flop_counter`. Importing this module teaches that counter the FLOP of titok's ops.
+0, as in `torch.utils.flop_counter`. Importing this module teaches that counter PyTorch's attention on a CPU, which it
+does not know.
 
 Least bytes: each pass reads every weight once. Each product, convolution and attention reads its input once and
 writes its output once. Everything between two of them is taken to be fused into one of them. Nothing stays in a
@@ -12,13 +13,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
-import titok.ops  # noqa: F401  (defines torch.ops.titok)
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
 from titok.generation.schedules import schedule
 
@@ -271,40 +270,13 @@ def dit_pass(
     )
 
 
-# --- titok's ops in torch.utils.flop_counter
+# --- PyTorch's op that its own counter does not know: attention on a CPU
 
 
-def _register_formulas() -> None:
-    titok_ops, aten = torch.ops.titok, torch.ops.aten
-
-    def attend(qkv: Any, mask: Any, heads: int, start: int, stop: int, *_: Any, **__: Any) -> int:
-        return attention(qkv[0], stop - start, qkv[1], qkv[2] // 3).flops
-
-    def attend_backward(grad: Any, qkv: Any, mask: Any, out: Any, lse: Any, *rest: Any, **__: Any) -> int:
-        return attend(qkv, mask, *rest) * 5 // 2  # the scores again, then four products of that size
-
-    def mixture(logits: Any, codebook: Any, *_: Any, **__: Any) -> int:
-        return 2 * prod(logits) * codebook[1]
-
-    def mixture_backward(
-        grad: Any, logits: Any, codebook: Any, out: Any, need_codebook: bool, *_: Any, **__: Any
-    ) -> int:
-        return mixture(logits, codebook) * (1 + need_codebook)
-
-    def nearest(latents: Any, codebook: Any, *_: Any, **__: Any) -> int:
-        return 2 * prod(latents) * codebook[0]
-
-    formulas = {
-        titok_ops.masked_attention: attend,
-        titok_ops.masked_attention_backward: attend_backward,
-        titok_ops.code_mixture: mixture,
-        titok_ops.code_mixture_backward: mixture_backward,
-        titok_ops.nearest_codebook: nearest,
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    }
-    for op, formula in formulas.items():
-        if op not in flop_registry:
-            register_flop_formula(op)(formula)
+def _register_attention_on_cpu() -> None:
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if op not in flop_registry:
+        register_flop_formula(op)(lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v))
 
 
-_register_formulas()
+_register_attention_on_cpu()

@@ -93,6 +93,7 @@ def test_floors(file):
     assert (generator["floor_s"], generator["bound"], generator["gap"]) == (1.0, "memory", 3.0)
 
 
+@pytest.mark.slow
 def test_plots_come_from_the_file_alone(file, tmp_path, capsys):
     everything = ["--plots", *plot.PLOTS, "--out", str(tmp_path / "plots")]
     plot.main([str(file), *everything])

@@ -143,6 +143,7 @@ def test_weights_that_are_not_finite_are_warned_of(folder: Path, model: MaskGIT)
         MaskGIT.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_weights_outlive_their_file(folder: Path, model: MaskGIT) -> None:
     """In a process of its own: reading a mapping of a truncated file ends the process."""
     code = f"""

@@ -257,6 +257,7 @@ def test_thin_pictures_are_resized_and_cropped_as_others(
     assert np.abs(got - want).max() <= 1
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_for_any_picture(tmp_path: Path) -> None:
     """Resized as a whole, these pictures would take from 3 GB to 200 TB."""
     for i, size in enumerate(((1, 4000), (4000, 1), (1, 1_000_000), (1_000_000, 1), (3, 300_000))):

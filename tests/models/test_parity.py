@@ -22,7 +22,7 @@ from titok.data.images import to_uint8
 from titok.generation.schedules import schedule
 from titok.models.quantizer import DiagonalGaussian
 
-DTYPES = [torch.float64, torch.float32]
+DTYPES = [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32]
 TOKENIZERS = ["tokenizer_s_legacy_vq", "tokenizer_s_stage1", "tokenizer_s_pixel_vq", "tokenizer_s_vae"]
 
 

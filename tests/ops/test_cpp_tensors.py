@@ -110,6 +110,7 @@ def test_more_dimensions_than_are_held() -> None:
             cpp._describe_tensor(torch.zeros((1,) * 65), through_attributes)
 
 
+@pytest.mark.slow
 def test_a_torch_without_the_exchange_api() -> None:
     code = """
 import torch

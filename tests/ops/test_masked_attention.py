@@ -94,8 +94,20 @@ SHAPES = [(1, 32), (9, 8), (32, 48), (33, 64), (32, 72), (33, 80), (35, 96), (64
 
 
 @pytest.mark.parametrize(("tokens", "head_dim"), SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS[:-1])
 def test_each_shape(backend, tokens, head_dim):
+    check_shape(backend, tokens, head_dim)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"), [*SHAPES[:4], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[4:])]
+)
+def test_each_shape_in_triton(tokens, head_dim):
+    check_shape("triton", tokens, head_dim)
+
+
+def check_shape(backend, tokens, head_dim):
     qkv, key_mask = make_inputs(2, tokens, 1, head_dim)
     check(backend, qkv[:1], 1)
     check(backend, qkv, 1, key_mask=key_mask, query_range=(tokens // 3, tokens))

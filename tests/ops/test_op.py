@@ -12,7 +12,9 @@ from torch import Tensor
 
 from titok import ops, profiling
 from titok.checks import check_tensor
-from titok.ops.core import Composite, Gradient, Kernel, Op, note_backend
+from titok.ops.core.mode import note_backend
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Gradient, Kernel
 
 
 class Arguments(NamedTuple):

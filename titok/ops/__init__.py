@@ -1,19 +1,13 @@
 """Fused ops of titok, for others to import: each one public function, registered as `torch.ops.titok.<op>`.
 
 Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which faster ones are there and why not.
+Importing this package registers the ops: `torch.export.load` needs that for a program that calls them.
 """
 
 from titok.ops.add_layer_norm import add_layer_norm, layer_norm
 from titok.ops.code_mixture import code_mixture
-from titok.ops.core import (
-    backends,
-    is_ordinary,
-    is_plain,
-    last_backend,
-    last_backends,
-    only_plain,
-    through_dispatcher,
-)
+from titok.ops.core.available import backends
+from titok.ops.core.mode import is_ordinary, is_plain, last_backend, last_backends, only_plain, through_dispatcher
 from titok.ops.group_norm_silu import group_norm_silu
 from titok.ops.masked_attention import masked_attention
 from titok.ops.maskgit_decode_step import maskgit_decode_step, maskgit_decode_step_packed, pack_step_params

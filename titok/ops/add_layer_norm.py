@@ -9,18 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_eps, check_tensor
-from titok.ops.core import (
-    Composite,
-    Gradient,
-    Kernel,
-    Op,
-    contiguous,
-    extension,
-    vjp,
-    why_no_cpp,
-    why_no_triton,
-    why_not_float32_or_bfloat16,
-)
+from titok.ops.core.available import extension, why_no_cpp, why_no_triton, why_not_float32_or_bfloat16
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Gradient, Kernel, contiguous, vjp
 
 
 def add_layer_norm(
@@ -279,10 +270,20 @@ def _for_backward(a: BackwardArguments) -> BackwardArguments:
 
 def _is_float32_on_cpu(a: AddLayerNormArguments) -> bool:
     """For contiguous float32 rows PyTorch's own gradient is as fast as ours, and its call costs less."""
-    if not all(isinstance(t, Tensor) for t in (a.x, a.residual, a.weight)):
-        return False  # the arguments have not been checked yet
-    is_float32 = a.x.dtype is a.residual.dtype is a.weight.dtype is torch.float32 and a.out_dtype is None
-    return a.x.is_cpu and is_float32 and a.x.is_contiguous() and a.residual.is_contiguous()
+    x, residual, weight, bias, eps, out_dtype = a
+    if not all(isinstance(t, Tensor) for t in (x, residual, weight, bias)):
+        return False
+    if not (x.is_cpu and x.dtype is residual.dtype is weight.dtype is torch.float32 and out_dtype is None):
+        return False
+    check_eps(eps)
+    on_cpu = residual.is_cpu and weight.is_cpu and bias.is_cpu and bias.dtype in FLOAT_DTYPES
+    fits = x.ndim > 0 and x.shape == residual.shape and weight.shape == bias.shape == x.shape[-1:] != (0,)
+    return on_cpu and fits and x.is_contiguous() and residual.is_contiguous()
+
+
+def _is_right(a: LayerNormArguments) -> bool:
+    _check_norm(a)
+    return True
 
 
 _BACKWARD = Op(
@@ -336,5 +337,5 @@ _LAYER_NORM = Op(
         arguments=lambda grads, saved, a, needs: (None, *grads, *saved, a.eps),
         gradients=lambda grads, returned: (returned[0], *returned[1]),
     ),
-    plain_gradient=lambda a: True,  # PyTorch's own op
+    plain_gradient=_is_right,  # PyTorch's own op is as fast
 )

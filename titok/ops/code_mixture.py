@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_tensor
-from titok.ops.core import Composite, Gradient, Kernel, Op, contiguous, vjp, why_no_triton
+from titok.ops.core.available import why_no_triton
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Gradient, Kernel, contiguous, vjp
 
 
 def code_mixture(logits: Tensor, codebook: Tensor, *, backend: str | None = None) -> Tensor:
@@ -66,6 +68,10 @@ def _plain(a: Arguments) -> tuple[Tensor]:
 
 def _rows(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
+
+
+def _flops(a: Arguments | BackwardArguments) -> int:
+    return 2 * a.logits.numel() * a.codebook.shape[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -137,6 +143,7 @@ _BACKWARD = Op(
         Kernel("triton", _backward_triton, _why_no_triton, contiguous),
         Composite("plain", _backward_plain),
     ),
+    flops=lambda a: _flops(a) * (1 + a.need_codebook),
 )
 
 _CODE_MIXTURE = Op(
@@ -152,4 +159,5 @@ _CODE_MIXTURE = Op(
         arguments=lambda grads, saved, a, needs: (*grads, *saved, needs[1]),
         gradients=lambda grads, returned: returned,
     ),
+    flops=_flops,
 )

@@ -9,16 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_eps, check_tensor
-from titok.ops.core import (
-    Composite,
-    Gradient,
-    Kernel,
-    Op,
-    extension,
-    why_no_cpp,
-    why_no_triton,
-    why_not_float32_or_bfloat16,
-)
+from titok.ops.core.available import extension, why_no_cpp, why_no_triton, why_not_float32_or_bfloat16
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Gradient, Kernel
 
 
 @overload
@@ -171,18 +164,7 @@ def _triton(a: Arguments, total: Tensor | None, normalised: Tensor, *kept: Tenso
 
     mean, rstd = kept or _kept(a)
     total = a.x if total is None else total
-    kernels.forward(
-        a.x,
-        a.residual,
-        a.num_groups,
-        a.weight,
-        a.bias,
-        a.eps,
-        a.x if total is None else total,
-        normalised,
-        mean,
-        rstd,
-    )
+    kernels.forward(a.x, a.residual, a.num_groups, a.weight, a.bias, a.eps, total, normalised, mean, rstd)
 
 
 def _plain(a: Arguments) -> tuple[Tensor | None, ...]:
@@ -368,10 +350,5 @@ _GROUP_NORM_SILU = Op(
         Kernel("cpp", _cpp, _why_no_cpp, _like_x, checks_itself=True),
         Composite("plain", _plain, differentiable=False),
     ),
-    gradient=Gradient(
-        _BACKWARD,
-        save=_save,
-        arguments=_backward_arguments,
-        gradients=_gradients,
-    ),
+    gradient=Gradient(_BACKWARD, save=_save, arguments=_backward_arguments, gradients=_gradients),
 )

@@ -18,18 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_tensor
-from titok.ops.core import (
-    Composite,
-    Gradient,
-    Kernel,
-    Op,
+from titok.ops.core.available import (
     extension,
-    vjp,
     why_no_cpp,
     why_no_flash_attn,
     why_no_triton,
     why_not_float32_or_bfloat16,
 )
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Gradient, Kernel, vjp
 
 _SDPA_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _SDPA_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -158,7 +155,7 @@ def _results(a: Arguments) -> tuple[Tensor]:
 
 def _kept(a: Arguments) -> tuple[Tensor]:
     shape = (a.qkv.shape[0], a.num_heads, a.stop - a.start)
-    return (torch.empty(shape, dtype=_wide_dtype(a.qkv), device=a.qkv.device),)
+    return (a.qkv.new_empty(shape, dtype=_wide_dtype(a.qkv)),)
 
 
 def _backward_results(a: BackwardArguments) -> tuple[Tensor]:
@@ -248,7 +245,7 @@ def _for_triton(a: Any) -> Any:
 def _triton(a: Arguments, out: Tensor, lse: Tensor | None = None) -> None:
     from titok.kernels import masked_attention as kernels
 
-    kernels.forward(a.qkv, a.key_mask, a.num_heads, a.start, a.scale, out, lse)
+    kernels.forward(a.qkv, a.key_mask, a.num_heads, int(a.start), a.scale, out, lse)
 
 
 def _backward_triton(a: BackwardArguments, dqkv: Tensor) -> None:
@@ -258,7 +255,7 @@ def _backward_triton(a: BackwardArguments, dqkv: Tensor) -> None:
         dqkv.zero_()
         return
     _zero_unused_queries(dqkv, a)
-    kernels.backward(a.grad, a.qkv, a.key_mask, a.out, a.lse, a.num_heads, a.start, a.scale, dqkv)
+    kernels.backward(a.grad, a.qkv, a.key_mask, a.out, a.lse, a.num_heads, int(a.start), a.scale, dqkv)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -394,6 +391,12 @@ def _backward_plain(a: BackwardArguments) -> tuple[Tensor]:
 # The ops
 
 
+def _product_flops(a: Arguments | BackwardArguments) -> int | torch.SymInt:
+    """Of one of the products, such as that of queries and keys over all heads."""
+    batch, tokens, width = a.qkv.shape
+    return 2 * batch * (a.stop - a.start) * tokens * (width // 3)
+
+
 _BACKWARD = Op(
     "masked_attention_backward",
     BackwardArguments,
@@ -407,6 +410,7 @@ _BACKWARD = Op(
         Composite("flash-attn", _backward_flash_attn, _why_no_flash_attn, differentiable=False),
         Composite("plain", _backward_plain, differentiable=False),
     ),
+    flops=lambda a: 5 * _product_flops(a),  # the scores again, and two for each product of the forward pass
 )
 
 _MASKED_ATTENTION = Op(
@@ -430,4 +434,5 @@ _MASKED_ATTENTION = Op(
         arguments=lambda grads, saved, a, needs: (*grads, *saved, *a[2:]),
         gradients=lambda grads, returned: (*returned, None),
     ),
+    flops=lambda a: 2 * _product_flops(a),
 )

@@ -20,8 +20,6 @@ csrc/maskgit_decode/):
 
 Rule "titok" is the official TiTok sampler's ("An Image is Worth 32 Tokens", 2024), rule "maskgit" the one of
 "MaskGIT: Masked Generative Image Transformer" (2022).
-
-This file is longer than 400 lines because the definition above and the docstrings of the arguments fill half of it.
 """
 
 from __future__ import annotations
@@ -34,7 +32,9 @@ import torch
 from torch import Tensor
 
 from titok.checks import check_tensor
-from titok.ops.core import Composite, Kernel, Op, extension, why_no_cpp, why_no_cuda
+from titok.ops.core.available import extension, why_no_cpp, why_no_cuda
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Kernel
 from titok.ops.maskgit_decode_plain import StepParams, StepTensors, decode_plain
 
 CONFIDENCE_RULES = ("titok", "maskgit")
@@ -107,35 +107,12 @@ def maskgit_decode_step(
     counts = num_masked if isinstance(num_masked, Tensor) else None
     if final is None:
         final = step == steps - 1
-    params = _step_params(
-        step=step,
-        steps=steps,
-        num_masked=0 if final or isinstance(num_masked, Tensor) else num_masked,
-        guidance=guidance,
-        softmax_temperature=softmax_temperature,
-        noise_temperature=noise_temperature,
-        confidence=confidence,
-        seed=seed,
-        first_sample=first_sample,
-    )
-    signed_seed = params.seed - (1 << 64) if params.seed >> 63 else params.seed
-    new, scores = _MASKGIT_DECODE_STEP(
-        tokens,
-        cond_logits,
-        uncond_logits,
-        rows,
-        rows if uncond_rows is None else uncond_rows,
-        None if final else counts,
-        None,
-        None,
-        signed_seed,
-        *params[1:],
-        mask_token,
-        confidence,
-        out=None if out is None else (out, None),
-        backend=backend,
-    )
-    return (new, scores) if return_confidence else new
+    count = 0 if final or isinstance(num_masked, Tensor) else num_masked
+    temperatures = (softmax_temperature, noise_temperature)
+    numbers = _step_params(step, steps, count, guidance, *temperatures, confidence, seed, first_sample)
+    uncond_rows = rows if uncond_rows is None else uncond_rows
+    tensors = (tokens, cond_logits, uncond_logits, rows, uncond_rows, None if final else counts, None, None)
+    return _decide(tensors, numbers, mask_token, confidence, out, return_confidence, backend)
 
 
 def pack_step_params(
@@ -154,29 +131,13 @@ def pack_step_params(
 
     Args and errors: as of `maskgit_decode_step`; `num_masked` is 0 in the final step.
     """
-    params = _step_params(
-        step=step,
-        steps=steps,
-        num_masked=num_masked,
-        guidance=guidance,
-        softmax_temperature=softmax_temperature,
-        noise_temperature=noise_temperature,
-        confidence=confidence,
-        seed=seed,
-        first_sample=first_sample,
-    )
+    temperatures = (softmax_temperature, noise_temperature)
+    numbers = _step_params(step, steps, num_masked, guidance, *temperatures, confidence, seed, first_sample)
     # The layout of `_PACKED`, by operators that torch.compile can trace.
-    words = [
-        params.seed,
-        params.seed >> 32,
-        params.first_sample,
-        params.first_sample >> 32,
-        params.step,
-        params.num_masked,
-    ]
+    words = [numbers.seed, numbers.seed >> 32, numbers.first_sample, numbers.first_sample >> 32, *numbers[2:4]]
     signed = [((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for word in words]
     integers = torch.tensor(signed, dtype=torch.int32, device="cpu")
-    return torch.cat([integers, torch.tensor(params[4:], dtype=torch.float32, device="cpu").view(torch.int32)])
+    return torch.cat([integers, torch.tensor(numbers[4:], dtype=torch.float32, device="cpu").view(torch.int32)])
 
 
 def maskgit_decode_step_packed(
@@ -207,20 +168,25 @@ def maskgit_decode_step_packed(
             zeroing of its own. Launches that may run side by side must not share one.
         the others: as of `maskgit_decode_step`.
     """
+    uncond_rows = rows if uncond_rows is None else uncond_rows
+    tensors = (tokens, cond_logits, uncond_logits, rows, uncond_rows, num_masked, params, workspace)
+    return _decide(tensors, _READ_FROM_PACKED, mask_token, confidence, out, return_confidence, backend)
+
+
+def _decide(
+    tensors: tuple[Tensor | None, ...],
+    numbers: StepParams,
+    mask_token: int,
+    confidence: str,
+    out: Tensor | None,
+    return_confidence: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Calls the op. `tensors` are those of `Arguments`, in order; with params among them, `numbers` are not read."""
+    seed = numbers.seed - (1 << 64) if numbers.seed >> 63 else numbers.seed
+    outputs = None if out is None else (out, None)
     new, scores = _MASKGIT_DECODE_STEP(
-        tokens,
-        cond_logits,
-        uncond_logits,
-        rows,
-        rows if uncond_rows is None else uncond_rows,
-        num_masked,
-        params,
-        workspace,
-        *_READ_FROM_PACKED,
-        mask_token,
-        confidence,
-        out=None if out is None else (out, None),
-        backend=backend,
+        *tensors, seed, *numbers[1:], mask_token, confidence, out=outputs, backend=backend
     )
     return (new, scores) if return_confidence else new
 
@@ -230,7 +196,6 @@ def maskgit_decode_step_packed(
 
 
 def _step_params(
-    *,
     step: int,
     steps: int,
     num_masked: int,

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_tensor
-from titok.ops.core import Composite, Kernel, Op, extension, why_no_cpp, why_no_triton
+from titok.ops.core.available import extension, why_no_cpp, why_no_triton
+from titok.ops.core.op import Op
+from titok.ops.core.parts import Composite, Kernel
 
 # Scores that the plain path holds at a time: 16 MiB of float32.
 _PLAIN_CHUNK = 1 << 22
@@ -210,4 +212,5 @@ _NEAREST_CODEBOOK = Op(
         Kernel("cpp", _cpp, _why_no_cpp, _with_dense_rows, checks_itself=True),
         Composite("plain", _plain, differentiable=False),
     ),
+    flops=lambda a: 2 * a.latents.numel() * a.codebook.shape[0],
 )

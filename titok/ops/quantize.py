@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titok.checks import check_tensor
-from titok.ops.core import last_backend, note_backend, register_composite
+from titok.ops.core.mode import last_backend, note_backend
+from titok.ops.core.op import register_composite
 from titok.ops.nearest_codebook import compute_dtype, look_up, nearest_codebook
 from titok.profiling import annotate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -105,14 +105,6 @@ def is_transformed_and_differentiated(tensors: Sequence[Tensor]) -> bool:
     ):
         return True
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
-def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A context in which PyTorch's ops keep the dtypes they are given; next to free outside autocast."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -23,17 +23,18 @@ from torch import Tensor
 from titok import profiling
 from titok.checks import check_tensor
 from titok.ops.core.available import interpreting, why_no_cpp
+from titok.ops.core.flop_counter import register_flop_formula
 from titok.ops.core.mode import (
     DEFAULT,
     are_plain,
     current_mode,
     is_transformed_and_differentiated,
-    no_autocast,
     note_backend,
 )
 from titok.ops.core.parts import Composite, Gradient, Kernel, Outputs
 
 _LIBRARY = torch.library.Library("titok", "DEF")
+
 
 # How the schema of an op writes the types of its arguments.
 _SCHEMA_TYPES: dict[Any, str] = {
@@ -63,7 +64,10 @@ class Op:
         kept: allocates further outputs, which only the backward pass reads.
         num_kept: how many these are.
         gradient: None where the op has none.
-        plain_gradient: whether differentiating plain PyTorch is the fastest way to a gradient for these arguments.
+        plain_gradient: whether differentiating plain PyTorch is the fastest way to a gradient for these arguments. They
+            come unchecked: it raises for wrong ones, or returns False.
+        flops: what `torch.utils.flop_counter` counts for these arguments, by its rules: 2 for each multiply-add of a
+            matrix product, nothing for element-wise work and sums.
     """
 
     def __init__(
@@ -78,15 +82,16 @@ class Op:
         kept: Callable[[Any], Outputs] | None = None,
         num_kept: int = 0,
         gradient: Gradient | None = None,
-        plain_gradient: Callable[[Any], bool] | None = None,
+        plain_gradient: Callable[[Any], bool] = lambda arguments: False,
+        flops: Callable[[Any], int | torch.SymInt] = lambda arguments: 0,
     ) -> None:
         self.name, self.arguments = name, arguments
         types = [_SCHEMA_TYPES[kind] for kind in get_type_hints(arguments).values()]
         self._tensor_at = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
         self.check, self._results, self._kept = check, results, kept
         self.backends = {backend.name: backend for backend in backends}
-        self.gradient, self._plain_gradient = gradient, plain_gradient
-        self._plain = backends[-1]
+        self.gradient, self._plain_gradient, self._flops = gradient, plain_gradient, flops
+        self._plain: Any = backends[-1]
         self._direct = next((b for b in backends if isinstance(b, Kernel) and b.checks_itself), None)
         self._num_results = num_results
         defaults = {field: f"={value}" for field, value in arguments._field_defaults.items()}
@@ -126,29 +131,32 @@ class Op:
             if not all(isinstance(t, Tensor) for t in tensors):
                 self.check(arguments)  # this names the argument that should be a tensor
             return self._dispatched(arguments, out, backend)
-        wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        mode, wants_gradient = current_mode(), torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         # The registered form of an op without a gradient tells whoever differentiates its results that it has none.
-        if current_mode().dispatched or (wants_gradient and self.gradient is None):
+        if mode.dispatched or (wants_gradient and self.gradient is None):
             return self._dispatched(arguments, out, backend)
-        plain_gradient = wants_gradient and self._plain_gradient is not None and self._plain_gradient(arguments)
-        if backend is None and current_mode() is DEFAULT and not plain_gradient and self._can_offer(tensors[0]):
+        if wants_gradient and (backend is None or backend == "auto") and self._plain_gradient(arguments):
+            return self._into(out, self._compute(self._plain, arguments))
+        if backend is None and mode is DEFAULT and self._can_offer(tensors[0]):
             if wants_gradient:
-                return self._into(out, _Differentiable.apply(*arguments, backend, self, None))
-            outputs = self._offer(arguments, out)
-            if outputs is not None:
+                return self._into(out, self._differentiable(arguments, backend, None))
+            if (outputs := self._offer(arguments, out)) is not None:
                 return outputs
         self.check(arguments)
         for t in tensors:
             if not (t.is_cpu or t.is_cuda) or t.is_neg() or t._is_zerotensor():
                 return self._dispatched(arguments, out, backend)
-        automatic = backend is None or backend == "auto"
-        chosen = self._plain if plain_gradient and automatic else self.choose(backend, arguments)
+        chosen = self.choose(backend, arguments)
         if not wants_gradient:
             return self._into(out, self._outputs(chosen, arguments, keep=False))
         self._check_backward(backend)
         if isinstance(chosen, Composite) and chosen.differentiable:
             return self._into(out, self._compute(chosen, arguments))
-        return self._into(out, _Differentiable.apply(*arguments, backend, self, chosen))
+        return self._into(out, self._differentiable(arguments, backend, chosen))
+
+    def _differentiable(self, arguments: Any, backend: str | None, chosen: Kernel | Composite | None) -> Outputs:
+        tensors = [arguments[i] for i in self._tensor_at]
+        return _Differentiable.apply(self, arguments, backend, chosen, *tensors)
 
     def _can_offer(self, first: Tensor) -> bool:
         return self._direct is not None and first.is_cpu and first.numel() > 0 and why_no_cpp() is None
@@ -172,9 +180,9 @@ class Op:
 
     def _outputs(self, chosen: Kernel | Composite, arguments: Any, *, keep: bool) -> Outputs:
         """The results, and with `keep` what the backward pass reads behind them."""
-        note_backend(self.name, chosen.name)
         if isinstance(chosen, Composite):
             return self._compute(chosen, arguments)
+        note_backend(self.name, chosen.name)
         results = self._results(arguments)
         kept = self._kept(arguments) if keep and self._kept is not None else ()
         asked = [t for t in (*results, *kept) if t is not None]
@@ -185,12 +193,11 @@ class Op:
             chosen.launch(chosen.prepare(arguments), *results, *kept)
         return (*results, *kept)
 
-    def _forward(self, split: tuple[Any, str | None], chosen: Kernel | Composite | None = None) -> Outputs:
+    def _forward(self, arguments: Any, backend: str | None, chosen: Kernel | Composite | None = None) -> Outputs:
         """All outputs for arguments that nobody has checked where `chosen` is None."""
-        arguments, backend = split
         if chosen is None:
-            first = next(t for i in self._tensor_at if (t := arguments[i]) is not None)
-            if backend is None and not current_mode().plain and self._can_offer(first):
+            may_offer = backend is None and not current_mode().plain
+            if may_offer and self._can_offer(self._first_tensor(arguments)):
                 outputs = self._offer(arguments, keep=True)
                 if outputs is not None:
                     return outputs
@@ -198,12 +205,17 @@ class Op:
             chosen = self.choose(backend, arguments)
         return self._outputs(chosen, arguments, keep=True)
 
-    def _compute(self, chosen: Kernel | Composite, arguments: Any) -> Outputs:
-        assert isinstance(chosen, Composite)
+    def _compute(self, chosen: Composite, arguments: Any) -> Outputs:
         note_backend(self.name, chosen.name)
-        tensor = next(t for i in self._tensor_at if (t := arguments[i]) is not None)
-        with no_autocast(tensor):
-            return chosen.compute(arguments)
+        if torch._C._is_any_autocast_enabled():
+            device = self._first_tensor(arguments).device.type
+            if torch.amp.is_autocast_available(device):  # the meta device has none
+                with torch.autocast(device, enabled=False):
+                    return chosen.compute(arguments)
+        return chosen.compute(arguments)
+
+    def _first_tensor(self, arguments: Any) -> Tensor:
+        return next(t for i in self._tensor_at if (t := arguments[i]) is not None)
 
     def _dispatched(self, arguments: tuple[Any, ...], out: Outputs | None, backend: str | None) -> Outputs:
         outputs = self.overload(*arguments, backend)
@@ -242,8 +254,10 @@ class Op:
         if requested is None or requested == "auto":
             if current_mode().plain:
                 return self._plain
-            able = (b for b in self.backends.values() if b.why_not(arguments) is None)
-            return next(b for b in able if b.name != "triton" or not interpreting())
+            for backend in self.backends.values():
+                if backend.why_not(arguments) is None and (backend.name != "triton" or not interpreting()):
+                    return backend
+            raise AssertionError("the last back end can always run")
         if requested not in self.backends:
             names = sorted(self.backends)
             raise ValueError(f"backend: expected 'auto' or one of {names} for {self.name}, got {requested!r}")
@@ -273,15 +287,16 @@ class Op:
         torch.library.register_vmap(f"titok::{name}", self._vmap, lib=_LIBRARY)
         torch.library.register_autograd(
             f"titok::{name}",
-            self._gradients if self.gradient is not None else self._no_gradient,
-            setup_context=self._save,
+            self._registered_gradients if self.gradient is not None else self._no_gradient,
+            setup_context=self._setup_context,
             lib=_LIBRARY,
         )
         self.overload = getattr(torch.ops.titok, name).default
+        register_flop_formula(self.overload.overloadpacket, self._count_flops)
 
     def _kernel(self, *given: Any) -> Any:
         """What the dispatcher calls with real tensors, also for those who call `torch.ops.titok.<name>` themselves."""
-        return self._returned(self._forward(self._split(given)))
+        return self._returned(self._forward(*self._split(given)))
 
     def _fake(self, *given: Any) -> Any:
         arguments, _ = self._split(given)
@@ -289,6 +304,9 @@ class Op:
         return self._returned(
             (*self._results(arguments), *(self._kept(arguments) if self._kept is not None else ()))
         )
+
+    def _count_flops(self, *given: Any, out_val: Any = None) -> int | torch.SymInt:
+        return self._flops(self._split(given)[0])
 
     def _split(self, given: tuple[Any, ...]) -> tuple[Any, str | None]:
         """Arguments and `backend`. The dispatcher leaves out arguments behind the last that is not its default."""
@@ -315,34 +333,40 @@ class Op:
 
     # --- autograd, for `autograd.Function` and for the dispatcher alike
 
-    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        outputs = output if isinstance(output, tuple) else (output,)
-        arguments, ctx.backend = self._split(inputs)
-        ctx.dtypes = [None if arguments[i] is None else arguments[i].dtype for i in self._tensor_at]
-        ctx.arguments = self.arguments(*(... if isinstance(a, Tensor) else a for a in arguments))
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        self._save(ctx, *self._split(inputs), output if isinstance(output, tuple) else (output,))
+
+    def _save(self, ctx: Any, arguments: Any, backend: str | None, outputs: Outputs) -> None:
+        without_tensors = list(arguments)
+        for i in self._tensor_at:
+            without_tensors[i] = None if arguments[i] is None else ...
+        ctx.arguments, ctx.backend = self.arguments._make(without_tensors), backend
         ctx.set_materialize_grads(False)
         if self.gradient is None:
             return
         ctx.mark_non_differentiable(*outputs[self._num_results :])
         ctx.save_for_backward(*self.gradient.save(arguments, outputs))
 
-    def _gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradient of every input of the registered op; None for those that have or need none."""
+    def _gradients(self, ctx: Any, needs: Sequence[bool], grads: Outputs) -> list[Tensor | None]:
+        """The gradient of every tensor argument, in any floating dtype; None for those that have or need none."""
         assert self.gradient is not None
-        needs_grad = ctx.needs_input_grad
-        everything: list[Tensor | None] = [None] * len(needs_grad)
         grads = grads[: self._num_results]
         if all(grad is None for grad in grads):
-            return tuple(everything)
+            return [None] * len(needs)
         self._check_backward(ctx.backend)
-        needs = [i < len(needs_grad) and needs_grad[i] for i in self._tensor_at]
         arguments = self.gradient.arguments(grads, ctx.saved_tensors, ctx.arguments, needs)
         returned = () if arguments is None else self.gradient.op(*arguments, backend=ctx.backend)
         found = self.gradient.gradients(grads, returned)
-        for i, grad, need, dtype in zip(self._tensor_at, found, needs, ctx.dtypes, strict=True):
-            if grad is not None and need:
-                everything[i] = grad.to(dtype)
-        return tuple(everything)
+        return [grad if need else None for grad, need in zip(found, needs, strict=True)]
+
+    def _registered_gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of every input of the registered op."""
+        inputs: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        positions = [i for i in self._tensor_at if i < len(inputs)]
+        needs = [ctx.needs_input_grad[i] for i in positions] + [False] * (len(self._tensor_at) - len(positions))
+        for i, grad in zip(positions, self._gradients(ctx, needs, grads), strict=False):
+            inputs[i] = grad
+        return tuple(inputs)
 
     def _no_gradient(self, ctx: Any, *grads: Tensor | None) -> None:
         raise RuntimeError(f"titok::{self.name} is not differentiable: its gradient was asked for")
@@ -352,17 +376,18 @@ class _Differentiable(torch.autograd.Function):
     """An eager call that wants a gradient: the kernels of both directions, without the dispatcher's cost."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Outputs:
-        *inputs, op, chosen = given
+    def forward(
+        ctx: Any, op: Op, arguments: Any, backend: str | None, chosen: Kernel | Composite | None, *tensors: Any
+    ) -> Outputs:
+        """`tensors` are those among the arguments, by which autograd knows them."""
         ctx.op = op
-        outputs: Outputs = op._forward(op._split(tuple(inputs)), chosen)
-        op._save(ctx, tuple(inputs), outputs)
+        outputs = op._forward(arguments, backend, chosen)
+        op._save(ctx, arguments, backend, outputs)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients: tuple[Tensor | None, ...] = ctx.op._gradients(ctx, *grads)
-        return gradients
+        return None, None, None, None, *ctx.op._gradients(ctx, ctx.needs_input_grad[4:], grads)
 
 
 def register_composite(schema: str, function: Callable[..., Any]) -> None:
