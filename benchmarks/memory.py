@@ -50,7 +50,7 @@ def measure(side: str, folder: Path, dtype: torch.dtype, batch: int) -> dict[str
     else:
         tokenizer = TiTok.from_pretrained(folder / "tokenizer", dtype=dtype)  # with its encoder, as in titok
         generator = MaskGIT.from_pretrained(folder / "generator", dtype=dtype)
-        generate = AsPublished(tokenizer, generator)  # type: ignore[assignment]
+        generate = AsPublished(tokenizer, generator, dtype=dtype)  # type: ignore[assignment]
     found = {"loaded": status_bytes("VmRSS"), "peak_loading": status_bytes("VmHWM")}
     generate(class_labels(batch))
     return found | {"peak_generating": status_bytes("VmHWM")}

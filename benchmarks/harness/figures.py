@@ -197,6 +197,8 @@ def memory(rows: Sequence[Row]) -> Figures:
     blocks = []
     for preset in ("titok-l-32", "titok-l-64-512"):
         for dtype in ("fp32", "bf16"):
+            if dtype == "bf16" and not measures.select(rows, "memory", preset=preset, dtype=dtype, batch=1):
+                continue
             row = measures.latest(rows, "memory", preset=preset, dtype=dtype, batch=1)
             weights = f"weights {row['weight_bytes'] / 1e6:,.0f} MB"
             blocks.append(
