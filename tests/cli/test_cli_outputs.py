@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from cli_runner import pixels, refused, titok
 from titok import Pipeline, TiTok
 from titok.cli.app import app
+from titok.training.run import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -253,38 +254,46 @@ def test_grey_sets_are_rgb(models: Path) -> None:
     assert np.array_equal(pixels(Path("alone.png")), pixels(Path("s.png")))
 
 
-DISK_FULL = """
-import resource, signal, sys
-import titok.cli.app as cli
-import torch, safetensors, PIL.Image, titok.models.tokenizer, titok.data.tokens
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then raises an error, as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
-sys.argv = ["titok", *sys.argv[1:]]
-cli.main()
-"""
+TRAINED = "run/training.safetensors"
+TRAIN = ("--width", "64", "--layers", "1", "--batch-size", "2", "--steps", "2")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "file"),
+    ("arguments", "file", "limit"),
     [
-        (("tokenize", "photos", "-t", "tok", "-o", "t.npz"), "t.npz"),
-        (("tokenize", "photos", "-t", "tok", "-o", "t.safetensors"), "t.safetensors"),
-        (("detokenize", "tokens.npz", "-t", "tok", "-o", "new"), "new/a.png"),
-        (("reconstruct", "photos", "-t", "tok", "-o", "r.jpg"), "r.jpg"),
-        (("generate", *MODELS, "-o", "s.png"), "s.png"),
+        (("tokenize", "photos", "-t", "tok", "-o", "t.npz"), "t.npz", 300),
+        (("tokenize", "photos", "-t", "tok", "-o", "t.npz"), "t.npz", 1100),
+        (("tokenize", "photos", "-t", "tok", "-o", "t.safetensors"), "t.safetensors", 300),
+        (("detokenize", "tokens.npz", "-t", "tok", "-o", "new"), "new/a.png", 300),
+        (("reconstruct", "photos", "-t", "tok", "-o", "r.jpg"), "r.jpg", 300),
+        (("reconstruct", "photos", "-t", "tok", "-o", "new"), "new/a.png", 300),
+        (("generate", *MODELS, "-o", "s.png"), "s.png", 300),
+        (("generate", *MODELS, "-o", "s.npz"), "s.npz.parts/settings.json", 300),
+        (("generate", *MODELS, "-o", "s.npz"), "s.npz.parts/000000000000-000000000016.u8", 3000),
+        (("generate", *MODELS, "-o", "s.npz"), "s.npz", 18_600),
+        (("generate", *MODELS, "-o", "s.npz"), "s.npz", 18_900),
+        (("train", "tokenizer", "photos/cats/old", "-o", "run", "--image-size", "16", *TRAIN), TRAINED, 10_000),
+        (("train", "generator", "photos/cats/old", "-t", "tok", "-o", "run", *TRAIN), TRAINED, 10_000),
     ],
 )
-def test_a_file_that_cannot_be_completed_is_named(arguments: tuple[str, ...], file: str) -> None:
+def test_a_file_that_cannot_be_completed_is_named(arguments: tuple[str, ...], file: str, limit: int) -> None:
+    """A limit of the size of files takes the place of a full disk: Python ignores the signal, and writing fails."""
     before = contents()
-    run = subprocess.run(
-        [sys.executable, "-c", DISK_FULL, *arguments], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 2, run.stderr
-    errors = [line for line in run.stderr.splitlines() if not line.startswith("note: ")]
-    assert len(errors) == 1, run.stderr
-    assert errors[0].startswith(f"error: {file}: cannot be written (")
-    assert contents() == before
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 2, result.output
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith(f"error: {file}: "), errors
+    assert "File too large" in errors[0]
+    left = {name: content for name, content in contents().items() if ".parts/" not in name}
+    assert left == before
+    assert not list(Path.cwd().rglob(".titok-*"))
+    titok(*arguments)
 
 
 def test_training_shows_no_progress_bar_where_stderr_is_no_terminal() -> None:
@@ -293,3 +302,38 @@ def test_training_shows_no_progress_bar_where_stderr_is_no_terminal() -> None:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "generator"])
+def test_training_locks_its_folder_before_it_reads_a_picture(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads(*_: Any) -> None:
+        with pytest.raises(ValueError, match="run: another training run is at work here"):
+            RunFolder("run", resume=False)
+        raise ValueError("checked")
+
+    monkeypatch.setattr("titok.data.folders.ImageFolder.find_unreadable", reads)
+    options = ["-t", "tok"] if command == "generator" else []
+    arguments = ["train", command, "photos/cats/old", *options, "-o", "run"]
+    assert refused(*arguments) == "checked"
+    monkeypatch.setattr("titok.data.folders.ImageFolder.find_unreadable", lambda *_: pytest.fail("read"))
+    with RunFolder("run", resume=False):
+        assert refused(*arguments) == "run: another training run is at work here"
+    Path("run").mkdir()
+    Path("run/training.safetensors").touch()
+    assert refused(*arguments).startswith(
+        "run: a training run is here already: resume it, or choose another folder"
+    )
+    Path("run/training.safetensors").rename("run/model.safetensors")
+    assert refused(*arguments).startswith("run/model.safetensors: exists already, and no training run is there")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the extra 'quickstart'")
+def test_two_quickstarts_in_one_folder() -> None:
+    """The second one does not remove the checkpoint of the first one, which is at work."""
+    Path("run/tokenizer").mkdir(parents=True)
+    Path("run/tokenizer/training.safetensors").touch()
+    with RunFolder("run/tokenizer", resume=True):
+        assert refused("quickstart", "-o", "run") == "run/tokenizer: another training run is at work here"
+    assert Path("run/tokenizer/training.safetensors").exists()

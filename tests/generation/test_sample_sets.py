@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 from titok import Pipeline, SamplingConfig, TiTok
+from titok.checkpoints import writing
 from titok.generation import sample_sets
 from titok.generation.sample_sets import generate_set
 
@@ -43,7 +46,7 @@ def _one_thread() -> Iterator[None]:
 def flushed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A list of what would be flushed, in place of flushing: waiting for the disk would take most of the time."""
     paths: list[Path] = []
-    monkeypatch.setattr(sample_sets, "_flush", paths.append)
+    monkeypatch.setattr(writing, "flush", paths.append)
     return paths
 
 
@@ -309,15 +312,73 @@ def test_bad_input_leaves_nothing(pipe: Pipeline, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_disk_stops_the_run(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path) -> None:
-        if path.name.startswith("000000000004"):
-            raise OSError("No space left on device")
+@pytest.mark.parametrize(
+    ("fails", "named"), [(1, "settings.json"), (3, "000000000004-000000000008.u8"), (5, "a.npz")]
+)
+def test_a_full_disk_stops_the_run_with_the_name_of_the_file(
+    fails: int, named: str, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[Path] = []
 
-    monkeypatch.setattr(sample_sets, "_flush", full)
-    with pytest.raises(OSError, match="No space left"):
-        generate_set(pipe, tmp_path / "a.npz", LABELS, batch_size=4)
+    def full(path: Path) -> None:
+        files.extend([path] if path.is_file() else [])
+        if len(files) == fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    generate_set(pipe, tmp_path / "reference.npz", LABELS, batch_size=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "flush", full)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+            generate_set(pipe, tmp_path / "a.npz", LABELS, batch_size=4)
+    assert Path(caught.value.filename).name == named
     assert not (tmp_path / "a.npz").exists()
+    assert not list(tmp_path.rglob(".titok-*"))
+    generate_set(pipe, tmp_path / "a.npz", LABELS, batch_size=4)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "reference.npz").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second disk")
+@pytest.mark.parametrize("linked", ["a.npz", "a.npz.parts"])
+def test_output_and_parts_on_two_disks(linked: str, pipe: Pipeline, tmp_path: Path) -> None:
+    generate_set(pipe, tmp_path / "reference.npz", LABELS, batch_size=4)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert os.stat(other).st_dev != tmp_path.stat().st_dev
+        target, link = Path(other, "target"), tmp_path / linked
+        if linked == "a.npz.parts":
+            target.mkdir()
+        link.symlink_to(target)
+        assert stopped(3, pipe, tmp_path / "a.npz")
+        generate_set(pipe, tmp_path / "a.npz", LABELS, batch_size=4)
+        assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "reference.npz").read_bytes()
+        assert link.is_symlink(), "a link of the user stays"
+        assert os.listdir(other) == ["target"]
+
+
+def test_a_process_that_outlives_its_run_is_waited_for(pipe: Pipeline, tmp_path: Path) -> None:
+    path, parts = tmp_path / "a.npz", tmp_path / "a.npz.parts"
+    assert stopped(3, pipe, path)
+    survivor = sample_sets._Parts(path, (16, 24, 3), len(LABELS))
+    survivor.share()
+    second = sample_sets._Parts(path, (16, 24, 3), len(LABELS))
+    second.share()
+    second.close()
+    with pytest.raises(ValueError, match=f"{parts}: another process is at work here"):
+        generate_set(pipe, path, LABELS, batch_size=4)
+    survivor.close()
+    generate_set(pipe, path, LABELS, batch_size=4)
+
+
+def test_what_killed_runs_left_is_removed(pipe: Pipeline, tmp_path: Path) -> None:
+    """The temporary files of a run that still works stay."""
+    path, parts = tmp_path / "a.npz", tmp_path / "a.npz.parts"
+    assert stopped(3, pipe, path)
+    for folder in (tmp_path, parts):
+        (folder / ".titok-0123456789abcdef").mkdir()
+        (folder / ".titok-0123456789abcdef" / "file.u8").touch()
+    with writing.atomic_path(tmp_path / "other.npz") as in_use:
+        in_use.write_text("content")
+        generate_set(pipe, path, LABELS, batch_size=4)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.npz", "other.npz"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_training import generator_training, pictures, tokenizer_training, train_one
 
-from titok import TiTok
 from titok.data.folders import ImageFolder
-from titok.training import train_generator, train_tokenizer
-from titok.training.run import CHECKPOINT, Run
+from titok.training import fingerprint, train_generator, train_tokenizer
+from titok.training.run import CHECKPOINT, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,15 +105,118 @@ def test_a_folder_of_pictures_is_known_by_its_files(tmp_path: Path) -> None:
         train(folder)
 
 
+def folder_of_pictures(folder: Path, count: int) -> Path:
+    (folder / "a").mkdir(parents=True)
+    for number in range(count):
+        Image.new("L", (16, 16), 10 * number).save(folder / "a" / f"{number:02}.bmp")
+    return folder
+
+
+def change_one_byte(path: Path) -> None:
+    """Changes the last byte of a file, and neither its size nor its modification time."""
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_of_a_large_set_a_sample_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of_pictures(tmp_path / "photos", 20)
+    size = (folder / "a" / "00.bmp").stat().st_size
+    monkeypatch.setattr(fingerprint, "MAX_HASHED_BYTES", 15 * size)
+    monkeypatch.setattr(fingerprint, "SAMPLED_FILES", 10)
+    sampled = fingerprint._sampled([size] * 20)
+    assert len(sampled) == 10
+    uneven = [9 * size] + [size] * 19
+    assert sum(uneven[number] for number in fingerprint._sampled(uneven)) <= 15 * size
+
+    def hashes() -> dict[str, str]:
+        return fingerprint.of_images(ImageFolder(folder, (16, 16), 1))
+
+    first = hashes()
+    read = []
+    with monkeypatch.context() as patch:
+        read_bytes = Path.read_bytes
+        patch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+        assert hashes() == first
+    assert sorted(int(path.stem) for path in read) == sorted(sampled)
+    for number in range(20):
+        path = folder / "a" / f"{number:02}.bmp"
+        content, status = path.read_bytes(), path.stat()
+        change_one_byte(path)
+        assert (hashes() == first) == (number not in sampled)
+        path.write_bytes(content)
+        assert hashes()["pictures"] == first["pictures"], "the content is as it was, the time is not"
+        assert hashes()["times"] != first["times"]
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert hashes() == first
+    path.write_bytes(path.read_bytes() + b"x")
+    assert hashes()["pictures"] != first["pictures"], "the size of every file counts"
+    path.rename(path.with_name("99.bmp"))
+    assert hashes()["pictures"] != first["pictures"], "the name of every file counts"
+
+
+def test_a_copy_of_a_large_set_is_compared_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of_pictures(tmp_path / "photos", 20)
+    monkeypatch.setattr(fingerprint, "MAX_HASHED_BYTES", 10_000)
+    monkeypatch.setattr(fingerprint, "SAMPLED_FILES", 5)
+
+    def train(folder: Path, *, resume: bool = True) -> None:
+        images = ImageFolder(folder, (16, 16), 1)
+        train_tokenizer(images, tokenizer_training(), tmp_path / "t", resume=resume, progress=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(folder, resume=False)
+        train(folder)
+        train(folder.rename(tmp_path / "moved"))  # keeps its times
+    copy = Path(shutil.copytree(tmp_path / "moved", tmp_path / "copy", copy_function=shutil.copyfile))
+    with pytest.warns(
+        UserWarning, match="the pictures have other modification times than when the run was started"
+    ):
+        train(copy)
+    changed = sorted(fingerprint._sampled([path.stat().st_size for path in sorted(copy.rglob("*.bmp"))]))[2]
+    change_one_byte(copy / "a" / f"{changed:02}.bmp")
+    with pytest.raises(ValueError, match="the pictures are not those"):
+        train(copy)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_two_runs_in_one_folder(resume: bool, tmp_path: Path) -> None:
     """The second one is refused from the first moment, before there is any file."""
-    first = Run(TiTok(tokenizer_training().model), tokenizer_training(), tmp_path, resume=False, data={})
-    with pytest.raises(ValueError, match=f"{tmp_path}: another training run is at work here"):
-        train_one("tokenizer", tmp_path, resume=resume)
-    assert not list(tmp_path.iterdir())
-    first.close()
+    with RunFolder(tmp_path, resume=False):
+        with pytest.raises(ValueError, match=f"{tmp_path}: another training run is at work here"):
+            train_one("tokenizer", tmp_path, resume=resume)
+        assert not list(tmp_path.iterdir())
     train_one("tokenizer", tmp_path, resume=resume)
+
+
+def test_a_folder_that_received_nothing_goes_again(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "a" / "b", resume=True) as folder:
+        assert folder.path.is_dir()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    with RunFolder(tmp_path / "mine", resume=False):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".titok-0123456789abcdef").mkdir()
+    (tmp_path / ".titok-0123456789abcdef" / "file.safetensors").touch()
+    train_one("tokenizer", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", CHECKPOINT]
+
+
+def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
+    train_one("tokenizer", tmp_path)
+    path = tmp_path / CHECKPOINT
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=f"{CHECKPOINT}: not a readable training checkpoint: its tensors are not"):
+        train_one("tokenizer", tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from titok.training import (
     train_generator,
     train_tokenizer,
 )
-from titok.training.run import CHECKPOINT, Run, read_run_info
+from titok.training.run import CHECKPOINT, Run, RunFolder, read_run_info
 from titok.training.tokenizer import TokenizerLoop, augment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,7 +160,8 @@ def test_killed_run_leaves_a_loadable_state(tmp_path: Path) -> None:
     about = read_run_info(tmp_path / CHECKPOINT)
     assert about["step"] >= 1
     config = TokenizerTraining.from_dict(about["config"])
-    run = Run(TiTok(TOKENIZER), config, tmp_path, resume=True, data={"images": 20})
+    with RunFolder(tmp_path, resume=True) as folder:
+        run = Run(TiTok(TOKENIZER), config, folder, data={"images": 20})
     assert run.step == about["step"]
     assert TiTok.from_pretrained(tmp_path).config == TOKENIZER
 
@@ -222,8 +223,8 @@ def test_vae_trains(tmp_path: Path) -> None:
 
 def _loop(tmp_path: Path, **changes: object) -> TokenizerLoop:
     config = tokenizer_training(**changes)
-    run = Run(TiTok(config.model), config, tmp_path, resume=False, data={})
-    return TokenizerLoop(run, config)
+    with RunFolder(tmp_path, resume=False) as folder:
+        return TokenizerLoop(Run(TiTok(config.model), config, folder, data={}), config)
 
 
 def test_codes_start_from_the_first_batch(tmp_path: Path) -> None:

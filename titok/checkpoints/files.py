@@ -1,7 +1,7 @@
 """Files of checkpoints: finding them on disk or on the Hugging Face hub, reading and writing them.
 
-No function here unpickles code. Every file is written under a temporary name in its folder and renamed when it is
-complete, so a reader never sees half a file.
+No function here unpickles code. Every file is written by `titok.checkpoints.writing.atomic_path`, so that a reader
+never sees half a file.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
-import secrets
-import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from titok.checkpoints.writing import atomic_path
+
 # In the order in which they are looked for. An index lists the files, the shards, that hold the tensors.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -30,43 +29,6 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 MAX_JSON_BYTES = 16 << 20  # config.json and indices take some kB; a larger file would only fill the memory
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path`, made where it is missing, to write to instead of `path`.
-
-    When the block ends, the temporary file replaces `path`; when the block raises, the temporary file is removed
-    and `path` stays as it was. A new file gets the permissions that the process's umask gives, and a file that is
-    replaced passes on its own. Where `path` is a symbolic link, the link stays and its target is replaced.
-
-    Raises:
-        OSError: the file cannot be written, for example because the disk is full; the error names `path`.
-    """
-    named, path = Path(path), Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The name of `path` is left out, because a name of the greatest length could not become longer.
-    temporary = path.with_name(f".titok-{secrets.token_hex(8)}{path.suffix[:20]}")
-    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-    try:
-        # The kernel applies the umask. A file that only its owner may read is never readable by others.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode & 0o666))
-        if mode is None:
-            mode = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
-        # Set at the end, because safetensors replaces the temporary file by one with other permissions.
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename in (None, str(temporary), temporary) and error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(named)) from error
-        raise
-    except safetensors.SafetensorError as error:  # has the number of the system's error in its text only
-        if number := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(named)) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_safetensors(
@@ -125,7 +87,7 @@ def safetensors_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (safetensors.SafetensorError, OSError, MemoryError, RuntimeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -197,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a readable JSON file ({first_line(error)})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
@@ -260,7 +222,7 @@ def _download(repo: str, revision: str | None) -> tuple[Path, Path]:
         if isinstance(error, LocalEntryNotFoundError):
             reason = "it is not in the local cache, and the hub is switched off or cannot be reached"
         else:
-            reason = _first_line(error)
+            reason = first_line(error)
         message = f"{repo}: no such file or folder, and no such repository to download ({reason})"
         raise FileNotFoundError(message) from error
     if not_cached:
@@ -270,5 +232,6 @@ def _download(repo: str, revision: str | None) -> tuple[Path, Path]:
     raise FileNotFoundError(f"{repo}: the repository holds neither of {', '.join(WEIGHT_FILES)}")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters of it; the error's kind where it has no message."""
+    return f"{str(error).strip().partition(chr(10))[0] or type(error).__name__:.300}"

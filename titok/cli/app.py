@@ -5,12 +5,14 @@ Modules of this folder import PyTorch inside functions only, so that `titok --he
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import Annotated
 
 import typer
 
 from titok.cli import train
-from titok.cli.errors import ErrorGroup
+from titok.cli.errors import ErrorGroup, note
 from titok.cli.generate import generate
 from titok.cli.info import info
 from titok.cli.quickstart import quickstart
@@ -42,7 +44,8 @@ def titok(
     titok tokenize photos -t runs/tokenizer -o tokens.npz          pictures to tokens
     titok generate -t runs/tokenizer -g runs/generator --num 16    classes to pictures
 
-    Every command has its own --help. Wrong input ends with one line on stderr and exit code 2.
+    Every command has its own --help. Wrong input ends with one line on stderr and exit code 2. After Ctrl-C or SIGTERM
+    a line says how to go on, and the exit code is 130 or 143.
     """
     if version:
         from titok import __version__
@@ -54,4 +57,8 @@ def titok(
 def main() -> None:
     """Runs the command that `sys.argv` gives, and exits."""
     set_waiting_policy()
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before the command began
+        note("interrupted")
+        sys.exit(128 + signal.SIGINT)

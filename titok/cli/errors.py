@@ -1,30 +1,120 @@
-"""How commands report: results on stdout, notes and errors on stderr, exit codes."""
+"""How commands report: results on stdout, notes and errors on stderr, exit codes, and what a signal does."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
+
+REPORTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)  # without a traceback
+# How a command goes on after a signal, by its name.
+AFTER_A_SIGNAL = {
+    "train": "the same command with --resume goes on",
+    "quickstart": "the same command with --resume goes on",
+    "generate": "the same command goes on with a .npz, and starts a .png anew",
+    "tokenize": "the same command starts anew",
+    "detokenize": "the same command with --overwrite starts anew",
+    "reconstruct": "the same command with --overwrite starts anew",
+}
+
+
+class Interrupted(BaseException):
+    """The process received a signal that asks it to end. The first argument is its number."""
 
 
 class ErrorGroup(TyperGroup):
     """A group of commands that reports wrong input in one line on stderr and exit code 2, without a traceback.
 
-    `--debug` lets the exception through. Ctrl-C ends with exit code 130.
+    `--debug` lets the exception through. Warnings are one line, too. Ctrl-C and SIGTERM end a command with a line that
+    says how to go on, and the exit code 128 + the number of the signal: 130 and 143.
     """
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            note("interrupted: no file is half-written")
-            raise typer.Exit(130) from None
-        except (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-            if ctx.params["debug"] or isinstance(error, BrokenPipeError):
+        with _signals_raise() as received, warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except typer.Exit:
                 raise
-            note(f"error: {error}")
-            raise typer.Exit(2) from None
+            except (KeyboardInterrupt, Interrupted):
+                self._end_by_signal(ctx, received[0] if received else signal.SIGINT)
+            except Exception as error:
+                if received:  # C code may turn what the handler raises into an error of its own
+                    self._end_by_signal(ctx, received[0])
+                if ctx.params["debug"] or isinstance(error, BrokenPipeError) or not isinstance(error, REPORTED):
+                    raise
+                note(f"error: {_in_words(error)}")
+                raise typer.Exit(2) from None
+
+    def _end_by_signal(self, ctx: Any, number: int) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":  # one line from all processes that torchrun started
+            way = AFTER_A_SIGNAL.get(ctx.invoked_subcommand)
+            note("interrupted" if way is None else f"interrupted: no file is half-written; {way}")
+        raise typer.Exit(128 + number) from None
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[list[int]]:
+    """Within, SIGINT and SIGTERM raise `Interrupted`. Where the host has set a handler, it stays.
+
+    Yields:
+        the numbers of the signals that were received.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only that thread may set a handler
+        yield received
+        return
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        raise Interrupted(number)
+
+    def send_again(unraisable: sys.UnraisableHookArgs) -> None:
+        """Python drops what is raised within `__del__`. Such a signal is sent again, a little later."""
+        if isinstance(unraisable.exc_value, Interrupted):
+            threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.args[0])).start()
+        else:
+            former_hook(unraisable)
+
+    former_hook = sys.unraisablehook
+    defaults: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    replaced = [number for number, default in defaults.items() if signal.getsignal(number) == default]
+    sys.unraisablehook = send_again
+    for number in replaced:
+        signal.signal(number, interrupt)
+    try:
+        yield received
+    finally:
+        for number in replaced:
+            signal.signal(number, defaults[number])
+        sys.unraisablehook = former_hook
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Takes the place of `warnings.showwarning`."""
+    note(f"WARNING: {message}")
+
+
+def _in_words(error: Exception) -> str:
+    """The message of an error; "path: reason" for an error of the system, without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def note(text: str) -> None:

@@ -111,12 +111,12 @@ def generate(
     check_files([path for path in outputs if not _was_stopped(path)], overwrite=overwrite)
     check_files([_parts(path) / "lock" for path in npz_files], overwrite=True)
     rule, size = parse_rounding(rounding), parse_auto_batch_size(batch_size)
-    import numpy as np
     import torch
 
     from titok import Pipeline
     from titok.checks import check_labels
     from titok.data.images import grid, write_image
+    from titok.data.npz import read_arrays
     from titok.generation.processes import process_group
     from titok.generation.sample_sets import generate_set
 
@@ -158,7 +158,9 @@ def generate(
         return
     if png_files:
         if npz_files:
-            pictures = torch.from_numpy(np.load(npz_files[0])["arr_0"][..., : decoder.config.channels])
+            pictures = torch.from_numpy(
+                read_arrays(npz_files[0], ["arr_0"])["arr_0"][..., : decoder.config.channels]
+            )
         else:
             pictures = torch.stack(list(pipe.generate_many(classes, **settings)))
         for path in png_files:
@@ -172,7 +174,10 @@ def _was_stopped(path: Path) -> bool:
 
     Such a run may have been stopped after the file was in place.
     """
-    return path.suffix.lower() == ".npz" and _parts(path).is_dir()
+    parts = _parts(path)
+    if path.suffix.lower() != ".npz" or not parts.is_dir():
+        return False
+    return not parts.is_symlink() or any(parts.iterdir())  # a link of the user stays when its run is finished
 
 
 def _parts(path: Path) -> Path:

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from titok.checkpoints.writing import remove_abandoned
+
 # Suffixes of files. A folder of such a name is taken for a mistake, unless it exists.
 FILE_SUFFIXES = (".npz", ".safetensors", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf")
 
@@ -60,7 +62,7 @@ def check_apart(output: Path, inputs: Iterable[Path | str]) -> None:
 
 
 def check_files(files: Sequence[Path], inputs: Iterable[Path] = (), *, overwrite: bool) -> None:
-    """Checks the files that a command is going to write.
+    """Checks the files that a command is going to write, and removes what killed commands left in their folders.
 
     Args:
         inputs: the files that the command reads.
@@ -73,6 +75,10 @@ def check_files(files: Sequence[Path], inputs: Iterable[Path] = (), *, overwrite
     for file in files:
         _check_name(file)
     for folder in {_existing_ancestor(file) for file in files}:
+        _check_writable(folder)
+        remove_abandoned(folder)
+    # The file behind a link is replaced, in its own folder.
+    for folder in {_existing_ancestor(Path(os.path.realpath(file))) for file in files if file.is_symlink()}:
         _check_writable(folder)
     existing = [file for file in files if os.path.lexists(file)]
     if not existing:

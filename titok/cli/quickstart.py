@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from titok.cli.outputs import check_output
+from titok.cli.outputs import check_files, check_output
 
 
 def quickstart(
@@ -29,6 +29,11 @@ def quickstart(
     titok quickstart -o runs/seed1 --seed 1
     """
     check_output(output)
+    files = ("reconstructions.png", "samples.png", "metrics.json", "report.html")
+    models = [f"{name}/model.safetensors" for name in ("tokenizer", "generator")]
+    check_files([output / name for name in (*files, *models)], overwrite=True)
+    from titok.generation.processes import check_one_process
     from titok.quickstart.run import run
 
+    check_one_process()
     run(output, seed, resume=resume)

@@ -1,6 +1,7 @@
 """`titok train`: a tokenizer or a generator from scratch, on a folder of pictures.
 
-Every picture is read once before training starts, so that a damaged one is found then. The defaults describe small
+The output folder is locked first. Every picture is read once before training starts, so that a damaged one is found
+then. The defaults describe small
 models for small pictures, trained as the quickstart trains its models.
 `titok.training` has settings that these commands do not offer.
 """
@@ -23,7 +24,9 @@ from titok.cli.options import (
     TokenizerOption,
     select_device,
 )
-from titok.cli.outputs import check_apart, check_output
+from titok.cli.outputs import check_apart, check_files, check_output
+
+RUN_FILES = ("training.safetensors", "model.safetensors", "config.json")  # the first is the checkpoint of the run
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -78,11 +81,11 @@ def tokenizer(
     titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32
     titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32 --resume
     """
-    check_output(output)
-    check_apart(output, [images])
+    _check_run_folder(output, [images])
     heads = _num_heads(width)
     from titok import TokenizerConfig, ViTConfig
     from titok.training import TokenizerTraining, train_tokenizer
+    from titok.training.run import RunFolder
 
     transformer = ViTConfig(width, layers, heads, patch_size)
     model = TokenizerConfig(
@@ -107,10 +110,11 @@ def tokenizer(
         random_flip=flip,
     )
     how = preprocessing(ignore_orientation, ignore_transparency)
-    pictures = image_folder(images, model.image_size, model.channels, how, skip_unreadable=skip_unreadable)
-    progress = sys.stderr.isatty()
-    train_tokenizer(pictures, training, output, resume=resume, progress=progress, device=select_device(device))
-    figures = _last_figures(output)
+    torch_device, progress = select_device(device), sys.stderr.isatty()
+    with RunFolder(output, resume=resume) as folder:
+        pictures = image_folder(images, model.image_size, model.channels, how, skip_unreadable=skip_unreadable)
+        train_tokenizer(pictures, training, folder, progress=progress, device=torch_device)
+        figures = _last_figures(output)
     say(f"{output}: a tokenizer of {len(pictures)} pictures, {tokens} tokens each, {figures}")
 
 
@@ -137,47 +141,67 @@ def generator(
     \b
     titok train generator photos -t runs/tokenizer -o runs/generator
     """
-    check_output(output)
-    check_apart(output, [images, tokenizer])
+    _check_run_folder(output, [images, tokenizer])
     heads = _num_heads(width)
     from titok import GeneratorConfig, SamplingConfig
     from titok.checkpoints.files import write_json
     from titok.training import GeneratorTraining, tokenize_images, train_generator
+    from titok.training.run import RunFolder
 
-    model = load_tokenizer(tokenizer, device, "float32")
-    how = preprocessing(ignore_orientation, ignore_transparency)
-    size, channels = model.config.image_size, model.config.channels
-    pictures = image_folder(images, size, channels, how, skip_unreadable=skip_unreadable)
-    config = GeneratorConfig(
-        num_latent_tokens=model.config.num_latent_tokens,
-        codebook_size=model.config.codebook_size,
-        num_classes=len(pictures.classes),
-        width=width,
-        layers=layers,
-        heads=heads,
-        mlp_width=4 * width,
-        sampling=SamplingConfig(
-            guidance_scale=0.0,
-            guidance_schedule="constant",
-            temperature=4.5,
-            softmax_annealing=False,
-            confidence="maskgit",
-        ),
-    )
-    training = GeneratorTraining(
-        model=config,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        final_learning_rate=learning_rate / 50,
-        warmup_steps=steps // 20,
-        seed=seed,
-    )
-    rows = tokenize_images(model, pictures, flip=flip)
-    progress = sys.stderr.isatty()
-    train_generator(rows, pictures.labels, training, output, resume=resume, progress=progress, device=model.device)
-    write_json(output / "classes.json", pictures.classes)
-    say(f"{output}: a generator of {len(pictures.classes)} classes, {_last_figures(output)}")
+    how, progress = preprocessing(ignore_orientation, ignore_transparency), sys.stderr.isatty()
+    with RunFolder(output, resume=resume) as folder:
+        model = load_tokenizer(tokenizer, device, "float32")
+        size, channels = model.config.image_size, model.config.channels
+        pictures = image_folder(images, size, channels, how, skip_unreadable=skip_unreadable)
+        config = GeneratorConfig(
+            num_latent_tokens=model.config.num_latent_tokens,
+            codebook_size=model.config.codebook_size,
+            num_classes=len(pictures.classes),
+            width=width,
+            layers=layers,
+            heads=heads,
+            mlp_width=4 * width,
+            sampling=SamplingConfig(
+                guidance_scale=0.0,
+                guidance_schedule="constant",
+                temperature=4.5,
+                softmax_annealing=False,
+                confidence="maskgit",
+            ),
+        )
+        training = GeneratorTraining(
+            model=config,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            final_learning_rate=learning_rate / 50,
+            warmup_steps=steps // 20,
+            seed=seed,
+        )
+        rows = tokenize_images(model, pictures, flip=flip)
+        train_generator(rows, pictures.labels, training, folder, progress=progress, device=model.device)
+        write_json(output / "classes.json", pictures.classes)
+        figures = _last_figures(output)
+    say(f"{output}: a generator of {len(pictures.classes)} classes, {figures}")
+
+
+def _check_run_folder(output: Path, inputs: list[Path | str]) -> None:
+    """Checks that a run may write into the folder `output`, which must be apart from `inputs`.
+
+    Raises:
+        ValueError, OSError: it may not, or `output` holds a model of which no run is there.
+    """
+    check_output(output)
+    check_apart(output, inputs)
+    check_files([output / name for name in RUN_FILES], overwrite=True)
+    models = [output / name for name in RUN_FILES[1:] if (output / name).exists()]
+    if models and not (output / RUN_FILES[0]).exists():
+        raise ValueError(
+            f"{models[0]}: exists already, and no training run is there: remove it, or choose another folder"
+        )
+    from titok.generation.processes import check_one_process
+
+    check_one_process()
 
 
 def _last_figures(folder: Path) -> str:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from titok.checkpoints.files import atomic_path
+from titok.checkpoints.writing import atomic_path
 from titok.checks import check_tensor
 from titok.config import Rounding, as_integer
 

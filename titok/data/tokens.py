@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,13 +18,16 @@ import safetensors
 import torch
 from torch import Tensor
 
-from titok.checkpoints.files import atomic_path, write_safetensors
+from titok.checkpoints.files import first_line, write_safetensors
+from titok.checkpoints.writing import atomic_path
 from titok.checks import check_latents, check_tokens
+from titok.data.npz import read_arrays
 
 if TYPE_CHECKING:
     from titok.models.tokenizer import TiTok
 
 SUFFIXES = (".npz", ".safetensors")
+ARRAYS = ("tokens", "latents", "signature")
 
 
 class TokenFile(NamedTuple):
@@ -138,34 +140,27 @@ def _check_contents(tokens: Tensor, names: Sequence[str], tokenizer: TiTok) -> N
 
 def _read_npz(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The arrays of the file by name, and the names of the pictures; no names where the file has none."""
+    arrays = read_arrays(path, (*ARRAYS, "names"))
+    names = arrays.pop("names", np.empty(0, dtype=np.str_))
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise ValueError(f"{path}: names: expected a list of texts, got {names.dtype} of shape {names.shape}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {
-                key: torch.from_numpy(_in_native_order(file[key]))
-                for key in ("tokens", "latents", "signature")
-                if key in file
-            }
-            names = [str(name) for name in file["names"]] if "names" in file else []
-        return arrays, names
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable .npz file ({error})") from error
-
-
-def _in_native_order(array: np.ndarray) -> np.ndarray:
-    """The array in the byte order of this machine, which PyTorch requires."""
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+        return {key: torch.from_numpy(array) for key, array in arrays.items()}, names.tolist()
+    except TypeError as error:  # a dtype that PyTorch does not have
+        raise ValueError(f"{path}: not a readable .npz file ({first_line(error)})") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """As `_read_npz`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
-            names = [str(name) for name in json.loads((file.metadata() or {}).get("names", "[]"))]
-        return arrays, names
+            # Copied, because these tensors stay mapped: truncating the file would kill the process.
+            arrays = {key: file.get_tensor(key).clone() for key in ARRAYS if key in file.keys()}  # noqa: SIM118
+            names = json.loads((file.metadata() or {}).get("names", "[]"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable .safetensors file ({error})") from error
+    except Exception as error:  # safetensors and PyTorch each raise their own kinds on damaged files
+        raise ValueError(f"{path}: not a readable .safetensors file ({first_line(error)})") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: names: expected a list of texts")
+    return arrays, names

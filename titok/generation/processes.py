@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 MEETING_SECONDS = 300.0  # in which all processes must have started
 # Later, one process may wait for another for hours. It does not wait forever: the launcher ends all processes when
@@ -62,13 +66,76 @@ def _as_number(name: str, text: str) -> int:
     return int(text)
 
 
+def check_one_process() -> None:
+    """Raises `ValueError` where a launcher has started several processes of a command that is made for one."""
+    world_size = _as_number("WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {world_size}, but this command runs in one process: start it without torchrun, or unset "
+            "WORLD_SIZE and RANK"
+        )
+
+
+def is_distributed() -> bool:
+    """Whether this process belongs to a group of `torch.distributed`."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def wait_for_all() -> None:
+    """Returns when all processes of the group, if there is one, have called this. A signal is handled meanwhile.
+
+    Raises:
+        ConnectionError: another process has ended.
+    """
+    if not is_distributed():
+        return
+    with _clear_about_lost_processes():
+        barrier = dist.barrier(async_op=True)
+        # In short waits, because Python handles no signal within one.
+        while not barrier.is_completed():
+            time.sleep(0.02)
+        barrier.wait()
+
+
+def in_first_process(work: Callable[[], T]) -> T:
+    """Calls `work` in the first process of the group; all processes return its result or raise its error.
+
+    Raises:
+        ConnectionError: another process has ended.
+    """
+    if not is_distributed():
+        return work()
+    outcome: list[Any] = [None, None]  # result and error
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    wait_for_all()  # `work` may take long, and `broadcast_object_list` handles no signal
+    with _clear_about_lost_processes():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def _clear_about_lost_processes() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            "another process of this run has ended before the work was done: give the same command again to go on"
+        ) from error
+
+
 def _meet(rank: int, world_size: int, seconds: float) -> dist.Store:
     """The store of the group, once all processes have connected to it."""
     deadline = time.monotonic() + seconds
     late = f"the {world_size} processes that WORLD_SIZE announces did not all start within {seconds:g} s"
     advice = "start the command through torchrun, or unset WORLD_SIZE and RANK for one process"
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds)))
+        store = _connected_store(seconds)
         store.set(f"titok/{rank}", "here")
         names = [f"titok/{other}" for other in range(world_size)]
         # In short waits, because Ctrl-C has no effect within one.
@@ -79,3 +146,23 @@ def _meet(rank: int, world_size: int, seconds: float) -> dist.Store:
     except RuntimeError as error:  # of the store: no connection, or its first process has ended
         raise TimeoutError(f"{late}: {advice}") from error
     return store
+
+
+def _connected_store(seconds: float) -> dist.Store:
+    """The store of the group. The connection is made by a thread, because a signal has no effect on it."""
+    outcome: list[Any] = []
+
+    def connect() -> None:
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds)))
+            outcome.append(store)
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]

@@ -1,26 +1,25 @@
 """Writes many generated pictures into one .npz, by one process or several; a run that was killed can go on later.
 
-Beside the output lies the folder `<output>.parts`. It holds the settings of the run, and each finished batch as a
-file, a part, that is named by the samples in it and ends with a checksum. A part gets its name only when all of it
-is on the disk. Parts that are damaged all the same are removed and generated again. When no sample is missing, the
-first process joins the parts into the output, reads it once to verify it, and removes the folder.
+Beside the output lies the folder `<output>.parts`, which may be a link to another disk. It holds the settings of the
+run, and each finished batch as a file, a part, that is named by the samples in it and ends with a checksum. A part
+gets its name only when all of it is on the disk. Parts that are damaged all the same are removed and generated again.
+When no sample is missing, the first process joins the parts into the output, reads it once to verify it, and removes
+the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
 import re
-import stat
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +27,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titok.checkpoints.files import read_json
+from titok.checkpoints.writing import atomic_path, lock, remove_abandoned
 from titok.config import Rounding, SamplingConfig
 from titok.generation.batches import BatchSize, check_batch_size
 from titok.generation.pipeline import Pipeline
+from titok.generation.processes import in_first_process, is_distributed, wait_for_all
 from titok.generation.request import GenerationRequest
 
-T = TypeVar("T")
+CHECKSUM_BYTES = 32  # of SHA-256, at the end of a part
 
 
 def generate_set(
@@ -68,21 +69,24 @@ def generate_set(
         TypeError, ValueError: as `Pipeline.generate_many`.
         ValueError: what is done already has other settings or weights (the message names one), or another run is
             writing this file.
+        ConnectionError: another process of the group has ended.
+        OSError: a file cannot be written, for example because the disk is full; the message names it.
     """
     request = GenerationRequest.checked(
         pipe.generator.config, labels, seed=seed, first_sample=first_sample, sampling=sampling, rounding=rounding
     )
     batch_size = check_batch_size(batch_size)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
     tokenizer = pipe.tokenizer.config
     parts = _Parts(Path(path), (*tokenizer.image_size, 3), len(request))
     with contextlib.closing(parts):
-        missing = _in_first_process(lambda: parts.claim(_settings(pipe, request)))
+        missing = in_first_process(lambda: parts.claim(_settings(pipe, request)))
+        if rank > 0:
+            parts.share()
         ranges = _share(missing, rank, world, 1 if batch_size == "auto" else batch_size)
         _generate_parts(pipe, request, ranges, parts, batch_size, progress if rank == 0 else False)
-        if _distributed():
-            dist.barrier()
-        _in_first_process(lambda: parts.join(request.labels))
+        wait_for_all()
+        in_first_process(lambda: parts.join(request.labels))
 
 
 def _settings(pipe: Pipeline, request: GenerationRequest) -> dict[str, Any]:
@@ -150,8 +154,10 @@ class _Part(NamedTuple):
 class _Parts:
     """The folder of parts. A part `<start>-<stop>.u8` is uint8 (stop - start, H, W, 3), then its checksum.
 
-    Parts may overlap, where a process outlived its launcher beside a run with another batch size. Their samples are
-    equal, up to the rounding that `Pipeline.generate_many` describes.
+    The first process of a run holds the lock on the file `lock`, and each other process a shared lock on the folder. A
+    run starts only where neither is held: a process may outlive the first one by the time that its share takes. On a
+    file system without locks such a process may leave parts that overlap with others. Their samples are equal, up to
+    the rounding that `Pipeline.generate_many` describes.
 
     Args:
         output: path of the .npz.
@@ -165,29 +171,36 @@ class _Parts:
         self._lock: int | None = None
 
     def claim(self, settings: dict[str, Any]) -> np.ndarray:
-        """Locks the folder for this process and records the settings.
+        """Locks the folder for this run, whose first process this is, and records the settings.
 
         Returns:
             the sorted numbers of the samples that are still to be generated.
 
         Raises:
-            ValueError: another process holds the lock, or there are parts of other settings.
+            ValueError: another process holds a lock, or there are parts of other settings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
         try:
-            # The system releases this lock when the process ends, however it ends.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            (self.folder / "lock").touch()
+            self._lock = lock(self.folder / "lock")
+            os.close(lock(self.folder))
+        except (BlockingIOError, FileNotFoundError):  # the other run may just remove the file
             raise ValueError(f"{self.folder}: another process is at work here") from None
+        remove_abandoned(self.folder)
+        remove_abandoned(os.path.dirname(os.path.realpath(self.output)))
         file = self.folder / "settings.json"
         if not file.exists():
             self._clear()  # what a run left that was killed after its output was in place
         elif self._parts() and (before := read_json(file)) != settings:
-            name = next(name for name in {**settings, **before} if settings.get(name) != before.get(name))
+            missing_name = object()  # None may be a value
+            name = next(
+                name
+                for name in {**settings, **before}
+                if settings.get(name, missing_name) != before.get(name, missing_name)
+            )
             raise ValueError(
-                f"{self.folder}: expected {name} {before.get(name)}, as in the run that was stopped here, got "
-                f"{settings.get(name)}: run that to its end, or delete the folder"
+                f"{self.folder}: expected {_printable(name)} {_printable(before.get(name))}, as in the run that was "
+                f"stopped here, got {_printable(settings.get(name))}: run that to its end, or delete the folder"
             )
         _write(file, json.dumps(settings, indent=2).encode())
         missing = np.ones(self.count, dtype=bool)
@@ -197,6 +210,17 @@ class _Parts:
             else:
                 missing[part.start : part.stop] = False
         return np.flatnonzero(missing)
+
+    def share(self) -> None:
+        """Takes the lock of a process that is not the first one of its run.
+
+        Raises:
+            ValueError: a process of another run holds a lock, because the first one of this run has ended.
+        """
+        try:
+            self._lock = lock(self.folder, shared=True)
+        except (BlockingIOError, FileNotFoundError):
+            raise ValueError(f"{self.folder}: another process is at work here") from None
 
     def write(self, start: int, pictures: Tensor) -> None:
         """Writes a batch (B, H, W, 3) whose first sample is `start`."""
@@ -210,7 +234,17 @@ class _Parts:
         Raises:
             ValueError: samples are missing, or a file is damaged; all parts stay.
         """
-        joined = self.folder / "joined.npz"
+        with atomic_path(self.output, durable=True) as joined:
+            self._join(joined, labels)
+        # The settings go first: parts without settings are those of a finished run, which `claim` deletes.
+        (self.folder / "settings.json").unlink()
+        self._clear()
+        (self.folder / "lock").unlink()
+        with contextlib.suppress(OSError):  # somebody else's file is in the folder
+            self.folder.rmdir()
+
+    def _join(self, joined: Path, labels: Tensor) -> None:
+        """Writes all parts and the labels into the file `joined`, and verifies it."""
         with zipfile.ZipFile(joined, "w") as archive:
             # `ZipInfo` sets no time of day, so that equal pictures give equal files.
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
@@ -231,21 +265,9 @@ class _Parts:
                     raise ValueError(f"{self.folder}: expected {self.count} samples, got {end}")
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
                 np.lib.format.write_array(file, labels.numpy())
-        _flush(joined)
         with zipfile.ZipFile(joined) as archive:
             if archive.testzip() is not None:
-                raise ValueError(f"{joined}: its content is not what was written: start the run again")
-        target = Path(os.path.realpath(self.output))  # a symbolic link stays, and so do the mode bits
-        if target.exists():
-            joined.chmod(stat.S_IMODE(target.stat().st_mode))
-        os.replace(joined, target)
-        _flush(target.parent)
-        # The settings go first: parts without settings are those of a finished run, which `claim` deletes.
-        (self.folder / "settings.json").unlink()
-        self._clear()
-        (self.folder / "lock").unlink()
-        with contextlib.suppress(OSError):  # somebody else's file is in the folder
-            self.folder.rmdir()
+                raise ValueError(f"{self.output}: its content is not what was written: start the run again")
 
     def close(self) -> None:
         """Releases the lock."""
@@ -262,13 +284,16 @@ class _Parts:
 
     def _read(self, part: _Part) -> memoryview | None:
         """The pictures of a part as bytes. None where its size or its content is not what was written."""
+        size = (part.stop - part.start) * math.prod(self.shape)
+        if part.path.stat().st_size != size + CHECKSUM_BYTES:
+            return None
         content = memoryview(part.path.read_bytes())
-        pictures = content[: (part.stop - part.start) * math.prod(self.shape)]
-        return pictures if content[len(pictures) :] == _checksum(part.start, part.stop, pictures) else None
+        pictures = content[:size]
+        return pictures if content[size:] == _checksum(part.start, part.stop, pictures) else None
 
     def _clear(self) -> None:
-        for path in [*(part.path for part in self._parts()), *self.folder.glob("*.unfinished")]:
-            path.unlink()
+        for part in self._parts():
+            part.path.unlink()
 
 
 def _checksum(start: int, stop: int, pictures: bytes | memoryview) -> bytes:
@@ -280,21 +305,14 @@ def _checksum(start: int, stop: int, pictures: bytes | memoryview) -> bytes:
 
 def _write(path: Path, *pieces: Any) -> None:
     """Writes a file that gets its name only when all of it is on the disk."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("wb") as file:
+    with atomic_path(path, durable=True) as temporary, temporary.open("wb") as file:
         for piece in pieces:
             file.write(piece)
-    _flush(unfinished)
-    os.replace(unfinished, path)
 
 
-def _flush(path: Path) -> None:
-    """Returns when a file, or the list of names in a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _printable(value: Any) -> str:
+    """A value of damaged settings as at most 100 characters on one line."""
+    return f"{value!s:.100}".encode("unicode_escape").decode()
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -304,23 +322,3 @@ def _fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _in_first_process(work: Callable[[], T]) -> T:
-    """Calls `work` in the first process of the group; all processes return its result or raise its error."""
-    if not _distributed():
-        return work()
-    outcome: list[Any] = [None, None]  # result and error
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from titok.checkpoints.files import atomic_path
+from titok.checkpoints.writing import atomic_path
 from titok.data.images import to_uint8
 from titok.quickstart.metrics import REQUIREMENTS
 
@@ -53,8 +53,10 @@ def picture_rows(
 
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Writes a PNG file; an existing file is replaced once the new one is complete."""
+    encoded = io.BytesIO()  # written by us, because Pillow's encoders do not all report a full disk
+    picture.save(encoded, format="PNG", optimize=True)
     with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG", optimize=True)
+        temporary.write_bytes(encoded.getbuffer())
 
 
 def reconstruction_rows(images: Tensor, reconstructions: Tensor, labels: Tensor) -> list[tuple[str, Tensor]]:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 
 from titok.checkpoints.files import write_json
+from titok.checkpoints.writing import remove_abandoned
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig
 from titok.data.digits import Digits, load_digits
 from titok.generation.pipeline import Pipeline
-from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
 from titok.quickstart.metrics import REQUIREMENTS, measure
 from titok.quickstart.report import picture_rows, reconstruction_rows, save_picture, write_report
@@ -29,7 +29,7 @@ from titok.training import (
     train_generator,
     train_tokenizer,
 )
-from titok.training.run import CHECKPOINT, read_run_info
+from titok.training.run import CHECKPOINT, RunFolder, read_run_info
 
 _TRANSFORMER = ViTConfig(width=128, layers=3, heads=4, patch_size=8)
 TOKENIZER = TokenizerConfig(
@@ -129,6 +129,8 @@ def run(
 
     Raises:
         ModuleNotFoundError: scikit-learn or matplotlib is not installed; the message says what to install.
+        ValueError: another run is at work in `out_dir`, or `resume` is True and `out_dir` holds a run with other
+            settings.
     """
     packages = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}  # by the name of the module
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
@@ -136,53 +138,44 @@ def run(
         raise ModuleNotFoundError(f"the quickstart needs {' and '.join(missing)}: pip install 'titok[quickstart]'")
     folder = Path(out_dir)
     wall_start, cpu_start = time.perf_counter(), time.process_time()
-    if not resume:
-        for name in ("tokenizer", "generator"):
-            (folder / name / CHECKPOINT).unlink(missing_ok=True)
-    digits = load_digits()
-    tokenizer, generator = _train(
-        digits,
-        tokenizer_training(tokenizer_steps, seed),
-        generator_training(generator_steps, seed),
-        folder,
-        progress=progress,
-    )
-    labels = torch.arange(10).repeat_interleave(samples_per_class)
-    samples = Pipeline(tokenizer, generator)(labels, seed=seed).permute(0, 3, 1, 2).float() / 255
-    figures = measure(tokenizer, digits, samples, labels)
-    metrics = {
-        "seed": seed,
-        "metrics": figures,
-        "bars": {r.key: {"at_least" if r.at_least else "at_most": r.value} for r in REQUIREMENTS},
-        "all_bars_reached": all(r.met_by(figures[r.key]) for r in REQUIREMENTS),
-        "wall_seconds": round(time.perf_counter() - wall_start, 1),
-        "cpu_seconds": round(time.process_time() - cpu_start, 1),
-        "steps": {"tokenizer": tokenizer_steps, "generator": generator_steps},
-        "samples": len(labels),
-    }
-    _write_results(folder, digits, tokenizer, samples, metrics)
+    with (
+        RunFolder(folder / "tokenizer", resume=True) as tokenizer_folder,
+        RunFolder(folder / "generator", resume=True) as generator_folder,
+    ):
+        remove_abandoned(folder)
+        if not resume:
+            tokenizer_folder.checkpoint.unlink(missing_ok=True)
+            generator_folder.checkpoint.unlink(missing_ok=True)
+        digits = load_digits()
+        tokenizer = train_tokenizer(
+            digits.train_images, tokenizer_training(tokenizer_steps, seed), tokenizer_folder, progress=progress
+        )
+        shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+        tokens = tokenize_images(tokenizer, digits.train_images, shifts=shifts)
+        generator = train_generator(
+            tokens,
+            digits.train_labels,
+            generator_training(generator_steps, seed),
+            generator_folder,
+            progress=progress,
+        )
+        labels = torch.arange(10).repeat_interleave(samples_per_class)
+        samples = Pipeline(tokenizer, generator)(labels, seed=seed).permute(0, 3, 1, 2).float() / 255
+        figures = measure(tokenizer, digits, samples, labels)
+        metrics = {
+            "seed": seed,
+            "metrics": figures,
+            "bars": {r.key: {"at_least" if r.at_least else "at_most": r.value} for r in REQUIREMENTS},
+            "all_bars_reached": all(r.met_by(figures[r.key]) for r in REQUIREMENTS),
+            "wall_seconds": round(time.perf_counter() - wall_start, 1),
+            "cpu_seconds": round(time.process_time() - cpu_start, 1),
+            "steps": {"tokenizer": tokenizer_steps, "generator": generator_steps},
+            "samples": len(labels),
+        }
+        _write_results(folder, digits, tokenizer, samples, metrics)
     if progress:
         _print_results(folder, metrics)
     return metrics
-
-
-def _train(
-    digits: Digits,
-    tokenizer_config: TokenizerTraining,
-    generator_config: GeneratorTraining,
-    folder: Path,
-    *,
-    progress: bool,
-) -> tuple[TiTok, MaskGIT]:
-    tokenizer = train_tokenizer(
-        digits.train_images, tokenizer_config, folder / "tokenizer", resume=True, progress=progress
-    )
-    shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    tokens = tokenize_images(tokenizer, digits.train_images, shifts=shifts)
-    generator = train_generator(
-        tokens, digits.train_labels, generator_config, folder / "generator", resume=True, progress=progress
-    )
-    return tokenizer, generator
 
 
 @torch.no_grad()

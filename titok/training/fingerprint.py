@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+MAX_HASHED_BYTES = 1 << 30  # of the contents of files: some seconds of reading
+SAMPLED_FILES = 4096  # of a larger set. A change of 1 file in 1,000 is then found with a probability of 98%.
 
 
 def of_tensor(tensor: Tensor) -> str:
@@ -18,20 +23,49 @@ def of_tensor(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def of_images(images: Any) -> str | None:
-    """A hash of a tensor of images, or of the names and contents of the files at `images.paths`.
+def of_images(images: Any) -> dict[str, str]:
+    """Hashes of a tensor of images, or of the files at `images.paths`, as entries of a run's data.
 
-    Names count from the folder that all files share, so a folder may be moved. None for other objects that return
-    images by index, because two readings of one index may differ.
+    "pictures" is a hash of the tensor, or of the names, sizes and contents of the files. Names count from the folder
+    that all files share, so a folder may be moved.
+
+    Files of more than `MAX_HASHED_BYTES` in all would take long to read: those of ImageNet, 140 GB, an hour from a
+    disk with 40 MB/s. Of such a set, "pictures" is a hash of all names and sizes, and of the contents of
+    `SAMPLED_FILES` files, which a seeded generator draws, up to `MAX_HASHED_BYTES`. "times" is a hash of all
+    modification times. Where "times" is as it was, no file has been written since. Where it differs, as it does for a
+    copy, the names, the sizes and the drawn contents decide, and `Run` warns that it relied on them.
+
+    Other objects that return images by index have no hashes, because two readings of one index may differ.
     """
     if isinstance(images, Tensor):
-        return of_tensor(images)
+        return {"pictures": of_tensor(images)}
     paths = getattr(images, "paths", None)
-    if not paths:
-        return None
+    return _of_files(paths) if paths else {}
+
+
+def _of_files(paths: Sequence[Path]) -> dict[str, str]:
     shared = os.path.commonpath([os.path.dirname(path) for path in paths])
-    digest = hashlib.sha256()
-    for path in paths:
-        content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        digest.update(f"{os.path.relpath(path, shared)!r} {content}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    status = [os.stat(path) for path in paths]
+    sampled = _sampled([entry.st_size for entry in status])
+    digest, times = hashlib.sha256(), hashlib.sha256()
+    for number, (path, entry) in enumerate(zip(paths, status, strict=True)):
+        content = hashlib.sha256(Path(path).read_bytes()).hexdigest() if number in sampled else ""
+        name = os.path.relpath(path, shared)
+        digest.update(f"{name!r} {entry.st_size} {content}\n".encode(errors="surrogateescape"))
+        times.update(f"{entry.st_mtime_ns}\n".encode())
+    hashes = {"pictures": digest.hexdigest()}
+    return hashes if len(sampled) == len(paths) else {**hashes, "times": times.hexdigest()}
+
+
+def _sampled(sizes: Sequence[int]) -> set[int]:
+    """The numbers of the files whose contents are hashed, of files of these sizes in bytes."""
+    if sum(sizes) <= MAX_HASHED_BYTES:
+        return set(range(len(sizes)))
+    drawn = random.Random(0).sample(range(len(sizes)), min(SAMPLED_FILES, len(sizes)))
+    sampled: set[int] = set()
+    total = 0
+    for number in drawn:
+        if total + sizes[number] <= MAX_HASHED_BYTES:
+            total += sizes[number]
+            sampled.add(number)
+    return sampled

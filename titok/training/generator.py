@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +16,7 @@ from titok.models.tokenizer import TiTok
 from titok.training import fingerprint
 from titok.training.config import GeneratorTraining
 from titok.training.masking import drop_classes, masked_token_loss, random_mask
-from titok.training.run import Run, seed_of, shuffled_batches
+from titok.training.run import PathLike, Run, RunFolder, open_folder, seed_of, shuffled_batches
 
 
 @torch.no_grad()
@@ -66,7 +64,7 @@ def train_generator(
     tokens: Tensor,
     labels: Tensor,
     config: GeneratorTraining,
-    out_dir: str | os.PathLike[str],
+    out_dir: PathLike | RunFolder,
     *,
     resume: bool = False,
     progress: bool = True,
@@ -98,30 +96,29 @@ def train_generator(
         raise ValueError(
             f"labels: expected one for each of {len(tokens)} samples, at least one, got {len(labels)}"
         )
-    hashes = {"tokens": fingerprint.of_tensor(flat), "labels": fingerprint.of_tensor(labels)}
-    flat, labels = flat.to(device), labels.repeat_interleave(copies).to(device)
+    with open_folder(out_dir, resume=resume) as folder:
+        data = {"tokens": fingerprint.of_tensor(flat), "labels": fingerprint.of_tensor(labels)}
+        flat, labels = flat.to(device), labels.repeat_interleave(copies).to(device)
+        # Random numbers are drawn on the CPU, whatever default device the host has set.
+        with torch.random.fork_rng([]), torch.device("cpu"):
+            torch.manual_seed(seed_of(config.seed))
+            model = MaskGIT(config.model).to(device=device, dtype=torch.float32)
+        run = Run(model, config, folder, data={"samples": len(flat), **data})
 
-    # Random numbers are drawn on the CPU, whatever default device the host has set.
-    with torch.random.fork_rng([]), torch.device("cpu"):
-        torch.manual_seed(seed_of(config.seed))
-        model = MaskGIT(config.model).to(device=device, dtype=torch.float32)
-    run = Run(model, config, out_dir, resume=resume, data={"samples": len(flat), **hashes})
+        def losses(indices: Tensor) -> dict[str, Tensor]:
+            uniform = torch.rand(len(indices), length + 2, dtype=torch.float32, device="cpu").to(device)
+            targets, classes = flat[indices.to(device)], labels[indices.to(device)]
+            classes = drop_classes(classes, model.no_class, uniform[:, 0], config.class_dropout)
+            mask = random_mask(uniform[:, 1], uniform[:, 2:])
+            logits = model(targets.masked_fill(mask, model.mask_token), classes)
+            loss, accuracy = masked_token_loss(
+                logits.float(),
+                targets,
+                mask,
+                label_smoothing=config.label_smoothing,
+                unmasked_weight=config.unmasked_weight,
+            )
+            return {"loss": loss, "accuracy": accuracy}
 
-    def losses(indices: Tensor) -> dict[str, Tensor]:
-        uniform = torch.rand(len(indices), length + 2, dtype=torch.float32, device="cpu").to(device)
-        targets, classes = flat[indices.to(device)], labels[indices.to(device)]
-        classes = drop_classes(classes, model.no_class, uniform[:, 0], config.class_dropout)
-        mask = random_mask(uniform[:, 1], uniform[:, 2:])
-        logits = model(targets.masked_fill(mask, model.mask_token), classes)
-        loss, accuracy = masked_token_loss(
-            logits.float(),
-            targets,
-            mask,
-            label_smoothing=config.label_smoothing,
-            unmasked_weight=config.unmasked_weight,
-        )
-        return {"loss": loss, "accuracy": accuracy}
-
-    with contextlib.closing(run):
         order = shuffled_batches(len(flat), config.batch_size, config.seed, run.step)
         return run.train(order, losses, name="generator", progress=progress)

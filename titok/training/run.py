@@ -7,12 +7,13 @@ resumed gives the same weights, bit for bit, as one that was not.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import itertools
 import json
 import math
 import os
-import weakref
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -25,24 +26,33 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titok.checkpoints.files import read_weights, write_safetensors
+from titok.checkpoints.writing import lock, remove_abandoned
 from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
 from titok.profiling import annotate, each
 from titok.training.config import TrainingConfig
 from titok.training.optim import learning_rate, make_optimizer
 
+PathLike = str | os.PathLike[str]
 M = TypeVar("M", TiTok, MaskGIT)
 Batch = TypeVar("Batch")
 
 CHECKPOINT = "training.safetensors"
-# Settings that may differ between a run and its resumption, because the trained weights do not depend on them.
-KEYS_THAT_MAY_CHANGE = ("checkpoint_every", "log_every")
+# Settings, and an entry of `Run.data`, that may differ between a run and its resumption, because the trained weights do
+# not depend on them.
+KEYS_THAT_MAY_CHANGE = ("checkpoint_every", "log_every", "times")
 # Entries of `Run.data` that are hashes, and what an error says where they differ.
 WORDS_FOR_HASHES = {
     "pictures": "the pictures are not those that the run was started with (other files, contents or names)",
     "tokens": "the tokens are not those that the run was started with (other pictures, or another tokenizer)",
     "labels": "the labels are not those that the run was started with",
 }
+
+
+OTHER_TIMES = (
+    "the pictures have other modification times than when the run was started, as copies have. Their names and sizes "
+    "and the contents of those that were compared are the same, so the run goes on"
+)
 
 
 def seed_of(*numbers: int) -> int:
@@ -71,14 +81,71 @@ def shuffled_batches(count: int, batch_size: int, seed: int, first_step: int = 0
         yield torch.cat(indices)
 
 
+class RunFolder:
+    """The folder of a run, locked until `close` is called or the process ends; a context manager.
+
+    A folder that this object made is removed at the end, if it is empty then.
+
+    Attributes:
+        path: of the folder.
+
+    Raises:
+        FileExistsError: the folder holds a run and `resume` is False.
+        ValueError: another run is at work in the folder.
+    """
+
+    def __init__(self, path: PathLike, *, resume: bool) -> None:
+        self.path = Path(path)
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self._lock: int | None = None
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = lock(self.path)
+        except (BlockingIOError, FileNotFoundError):  # the other run may just remove its folder
+            raise ValueError(f"{self.path}: another training run is at work here") from None
+        remove_abandoned(self.path)
+        if self.checkpoint.exists() and not resume:
+            self.close()
+            raise FileExistsError(
+                f"{self.path}: a training run is here already: resume it, or choose another folder"
+            )
+
+    @property
+    def checkpoint(self) -> Path:
+        """The path of the run's checkpoint."""
+        return self.path / CHECKPOINT
+
+    def close(self) -> None:
+        """Unlocks the folder."""
+        if self._lock is None:
+            return
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        os.close(self._lock)
+        self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_folder(folder: PathLike | RunFolder, *, resume: bool) -> contextlib.AbstractContextManager[RunFolder]:
+    """The folder of a run as a context manager: `RunFolder(folder)`, or one that its owner closes, as it is."""
+    if isinstance(folder, RunFolder):
+        return contextlib.nullcontext(folder)
+    return RunFolder(folder, resume=resume)
+
+
 class Run(Generic[M]):
     """The state of a training run: model, optimizer, number of steps and history. It is saved in `folder`.
 
     Args:
         model: in the state in which training starts.
         config: settings of the run.
-        folder: made where it is missing; holds the checkpoint and the model.
-        resume: True continues the run in `folder`, if there is one.
+        folder: holds the checkpoint, from which the run continues if there is one, and the model.
         data: what identifies the data, such as {"images": 1000}, to refuse a resumption with other data. The keys of
             `WORDS_FOR_HASHES` stand for hashes.
 
@@ -87,46 +154,20 @@ class Run(Generic[M]):
         history: one dict for every `log_every` steps, with "step" and the figures of the loop.
         extra: further tensors that the loop keeps in its checkpoints, by name.
 
-    The folder is locked until `close` is called, or the process ends.
-
     Raises:
-        FileExistsError: `folder` holds a run and `resume` is False.
-        ValueError: another process trains in `folder`; or the run in `folder` has another configuration, model or
-            data, or its file is damaged.
+        ValueError: the run in `folder` has another configuration, model or data, or its file is damaged.
     """
 
-    def __init__(
-        self,
-        model: M,
-        config: TrainingConfig,
-        folder: str | os.PathLike[str],
-        *,
-        resume: bool,
-        data: dict[str, Any],
-    ) -> None:
+    def __init__(self, model: M, config: TrainingConfig, folder: RunFolder, *, data: dict[str, Any]) -> None:
         self.model: M = model
-        self.config, self.folder, self.data = config, Path(folder), data
+        self.config, self.folder, self.data = config, folder.path, data
         self.optimizer = make_optimizer(model, config)
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.extra: dict[str, Tensor] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._release: Callable[[], object] = weakref.finalize(self, os.close, _locked(self.folder))
-        try:
-            if (self.folder / CHECKPOINT).exists():
-                if not resume:
-                    raise FileExistsError(
-                        f"{self.folder}: a training run is here already: resume it, or remove {CHECKPOINT}"
-                    )
-                self.load()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Unlocks the folder."""
-        self._release()
+        if folder.checkpoint.exists():
+            self.load()
 
     def save(self) -> None:
         """Writes the checkpoint, then the model with `save_pretrained`.
@@ -137,7 +178,14 @@ class Run(Generic[M]):
         tensors |= {f"extra/{name}": value for name, value in self.extra.items()}
         for parameter, state in self.optimizer.state.items():
             tensors |= {f"optimizer/{self.names[parameter]}/{key}": value for key, value in state.items()}
-        info = {"step": self.step, "config": self.config.to_dict(), "data": self.data, "history": self.history}
+        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
+        info = {
+            "step": self.step,
+            "config": self.config.to_dict(),
+            "data": self.data,
+            "history": self.history,
+            "checksum": _checksum(tensors),
+        }
         write_safetensors(self.folder / CHECKPOINT, tensors, metadata={"training": json.dumps(info)})
         self.model.save_pretrained(self.folder)
 
@@ -154,6 +202,15 @@ class Run(Generic[M]):
         given = json.loads(json.dumps({"config": self.config.to_dict(), "data": self.data}))
         for part in ("config", "data"):
             _check_unchanged(path, part, saved=info[part], given=given[part])
+        if not 0 < info["step"] <= self.config.steps:
+            raise ValueError(
+                f"{path}: not a readable training checkpoint: step: expected an int in [1, {self.config.steps}], "
+                f"got {info['step']}"
+            )
+        if info["checksum"] != _checksum(tensors):
+            raise ValueError(
+                f"{path}: not a readable training checkpoint: its tensors are not those that were written"
+            )
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "extra": {}}
         for name, value in tensors.items():
             kind, _, rest = name.partition("/")
@@ -164,14 +221,27 @@ class Run(Generic[M]):
             raise ValueError(
                 f"{path}: not a readable training checkpoint: its weights are of another model"
             ) from error
+        self._load_optimizer(path, groups["optimizer"])
         device = next(iter(self.names)).device
-        parameters = {name: parameter for parameter, name in self.names.items()}
-        for key, value in groups["optimizer"].items():
-            name, _, entry = key.rpartition("/")
-            if name in parameters:
-                self.optimizer.state[parameters[name]][entry] = value.to(device)
         self.extra = {name: value.to(device) for name, value in groups["extra"].items()}
         self.step, self.history = info["step"], info["history"]
+        if info["data"].get("times") != given["data"].get("times"):
+            warnings.warn(f"{path}: {OTHER_TIMES}", stacklevel=2)
+
+    def _load_optimizer(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Sets the state of AdamW: of each parameter, the number of its steps and two averages, or none of them."""
+        for parameter, name in self.names.items():
+            shapes = {"step": torch.Size([]), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            state = {key: tensors.pop(f"{name}/{key}") for key in shapes if f"{name}/{key}" in tensors}
+            for key, value in state.items():
+                if len(state) != len(shapes) or value.shape != shapes[key] or value.dtype != torch.float32:
+                    raise ValueError(
+                        f"{path}: not a readable training checkpoint: the optimizer's state of {name} is of another "
+                        "kind"
+                    )
+                self.optimizer.state[parameter][key] = value.to(parameter.device)
+        if tensors:
+            raise ValueError(f"{path}: not a readable training checkpoint: its optimizer is of another model")
 
     def train(
         self,
@@ -267,30 +337,28 @@ def _check_unchanged(path: Path, part: str, *, saved: dict[str, Any], given: dic
             if key in saved and key in given and saved[key] != given[key]:
                 changed.append(WORDS_FOR_HASHES[key])
         elif saved.get(key) != given.get(key):
-            changed.append(f"{key} was {saved.get(key)!r}, is {given.get(key)!r}")
+            changed.append(f"{_shortened(key)} was {_shortened(saved.get(key))}, is {_shortened(given.get(key))}")
     if changed:
-        raise ValueError(f"{path}: cannot be resumed with another {part}: {'; '.join(changed)}")
+        raise ValueError(f"{path}: cannot be resumed with another {part}: {'; '.join(changed[:10])}")
 
 
-def _locked(folder: Path) -> int:
-    """A handle of a folder that no other process holds; the system unlocks the folder when the handle is closed.
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    """A checksum of the names, shapes, dtypes and values of tensors on the CPU, about as fast as a disk writes them."""
+    checksum = 0
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
+        checksum = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, checksum)
+    return checksum
 
-    Raises:
-        ValueError: another run holds it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"{folder}: another training run is at work here") from None
-    except OSError:
-        pass  # a file system without locks
-    return handle
+
+def _shortened(value: Any) -> str:
+    """A value from a checkpoint as text on one line, of about 300 characters at most."""
+    text = value if isinstance(value, str) else repr(value)
+    return f"{text[:300]}..." if len(text) > 300 else text.encode("unicode_escape").decode()
 
 
 def read_run_info(path: Path) -> dict[str, Any]:
-    """The "step", "config", "data" and "history" of the run that wrote a checkpoint.
+    """The "step", "config", "data", "history" and "checksum" of the run that wrote a checkpoint.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -300,9 +368,12 @@ def read_run_info(path: Path) -> dict[str, Any]:
             info = json.loads(file.metadata()["training"])
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable training checkpoint") from error
-    types = {"step": int, "config": dict, "data": dict, "history": list}
-    if not isinstance(info, dict) or not all(isinstance(info.get(key), kind) for key, kind in types.items()):
+    types = {"step": int, "config": dict, "data": dict, "history": list, "checksum": int}
+    if not isinstance(info, dict) or not all(type(info.get(key)) is kind for key, kind in types.items()):
         raise ValueError(f"{path}: not a readable training checkpoint: expected {', '.join(types)}")
+    for entry in info["history"]:
+        if not isinstance(entry, dict) or not all(type(figure) in (int, float) for figure in entry.values()):
+            raise ValueError(f"{path}: not a readable training checkpoint: history: expected figures by name")
     return info
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,13 +11,13 @@ from titok.data.folders import Images, read_batches
 from titok.models.tokenizer import TiTok
 from titok.training import fingerprint
 from titok.training.config import TokenizerTraining
-from titok.training.run import Run, seed_of, shuffled_batches
+from titok.training.run import PathLike, Run, RunFolder, open_folder, seed_of, shuffled_batches
 
 
 def train_tokenizer(
     images: Images | Tensor,
     config: TokenizerTraining,
-    out_dir: str | os.PathLike[str],
+    out_dir: PathLike | RunFolder,
     *,
     resume: bool = False,
     progress: bool = True,
@@ -32,8 +29,10 @@ def train_tokenizer(
         images: with values in [0, 1]: a tensor (n, C, H, W), or an object that has a length and returns images
             (C, H, W) by index, such as `titok.data.folders.ImageFolder`.
         config: settings of the model and of the run.
-        out_dir: of the model and of `training.safetensors`, the checkpoint of the run.
-        resume: True continues from the checkpoint in `out_dir`, or starts where there is none.
+        out_dir: of the model and of `training.safetensors`, the checkpoint of the run. It is locked meanwhile. A
+            `RunFolder` is locked already, so that what is done before the training belongs to the run as well.
+        resume: True continues from the checkpoint in `out_dir`, or starts where there is none. A `RunFolder` has been
+            asked for this already.
         progress: True shows a progress bar with the loss, the PSNR of the batch in dB and the number of codes in
             use.
         device: of the training.
@@ -49,20 +48,18 @@ def train_tokenizer(
     """
     if len(images) == 0:
         raise ValueError("images: expected at least one, got none")
-    # Random numbers are drawn on the CPU, whatever default device the host has set.
-    with torch.random.fork_rng([]), torch.device("cpu"):
-        torch.manual_seed(seed_of(config.seed))
-        model = TiTok(config.model)
-        if config.position_std is not None:
-            for name, parameter in model.named_parameters():
-                if name.endswith(("_positions", "_token", "_tokens")):
-                    torch.nn.init.normal_(parameter, std=config.position_std)
-        model.to(device=device, dtype=torch.float32)
-    data: dict[str, object] = {"images": len(images)}
-    if (pictures := fingerprint.of_images(images)) is not None:
-        data["pictures"] = pictures
-    run = Run(model, config, out_dir, resume=resume, data=data)
-    with contextlib.closing(run):
+    with open_folder(out_dir, resume=resume) as folder:
+        # Random numbers are drawn on the CPU, whatever default device the host has set.
+        with torch.random.fork_rng([]), torch.device("cpu"):
+            torch.manual_seed(seed_of(config.seed))
+            model = TiTok(config.model)
+            if config.position_std is not None:
+                for name, parameter in model.named_parameters():
+                    if name.endswith(("_positions", "_token", "_tokens")):
+                        torch.nn.init.normal_(parameter, std=config.position_std)
+            model.to(device=device, dtype=torch.float32)
+        data = {"images": len(images), **fingerprint.of_images(images)}
+        run = Run(model, config, folder, data=data)
         loop = TokenizerLoop(run, config)
         batches = read_batches(images, shuffled_batches(len(images), config.batch_size, config.seed, run.step))
         after = loop.restart_codes if model.quantizer is not None else None
@@ -84,8 +81,12 @@ class TokenizerLoop:
     def __init__(self, run: Run[TiTok], config: TokenizerTraining) -> None:
         self.run, self.config, self.model = run, config, run.model
         self.latents = torch.empty(0, device="cpu")
-        size = config.model.codebook_size
-        self.used = run.extra.setdefault("used", torch.zeros(size, dtype=torch.bool, device=self.model.device))
+        unused = torch.zeros(config.model.codebook_size, dtype=torch.bool, device=self.model.device)
+        self.used = run.extra.setdefault("used", unused)
+        if self.used.shape != unused.shape or self.used.dtype != unused.dtype:
+            raise ValueError(
+                f"{run.folder}: not a readable training checkpoint: its codes in use are no {unused.dtype}"
+            )
 
     def losses(self, images: Tensor) -> dict[str, Tensor]:
         """The figures of a batch of images (B, C, H, W) in [0, 1]: "loss", "psnr" in dB, and "codes" in use."""
