@@ -21,6 +21,7 @@ def test_a_setting_of_the_user_stays() -> None:
     assert empty == {"OMP_WAIT_POLICY": "passive"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["-m", "titok", "--version"], ["-m", "benchmarks.waiting", "--help"]], ids=str
 )
@@ -46,6 +47,7 @@ def test_programs_set_it_before_they_load_pytorch(command: list[str]) -> None:
     assert "policy None" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_library_sets_nothing() -> None:
     program = (
         "import os; before = dict(os.environ); import torch, titok, titok.ops, titok.engine; titok.Pipeline;"

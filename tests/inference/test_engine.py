@@ -153,6 +153,7 @@ def test_the_decoder_takes_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     assert sizes == [3, 2, 1, 0]
 
 
+@pytest.mark.slow
 def test_one_graph_ends_in_pictures() -> None:
     """Without a GPU the buffers are tested uncaptured."""
     pipe = Pipeline(tokenizer(), generator())

