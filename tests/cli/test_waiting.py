@@ -18,7 +18,7 @@ def test_a_setting_of_the_user_stays() -> None:
         assert environment == {name: "7"}
     empty: dict[str, str] = {}
     set_waiting_policy(empty)
-    assert empty == {"OMP_WAIT_POLICY": "passive"}
+    assert empty == {"GOMP_SPINCOUNT": "1000"}
 
 
 @pytest.mark.slow
@@ -30,7 +30,7 @@ def test_programs_set_it_before_they_load_pytorch(command: list[str]) -> None:
         "import sys, os, runpy\n"
         "class Hook:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'torch': print('policy', os.environ.get('OMP_WAIT_POLICY'), file=sys.stderr)\n"
+        "        if name == 'torch': print('policy', os.environ.get('GOMP_SPINCOUNT'), file=sys.stderr)\n"
         "sys.meta_path.insert(0, Hook())\n"
         f"sys.argv = {['program', *command[2:]]!r}\n"
         f"runpy.run_module({command[1]!r}, run_name='__main__')\n"
@@ -43,7 +43,7 @@ def test_programs_set_it_before_they_load_pytorch(command: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
     )
-    assert "policy passive" in done.stderr, done.stderr
+    assert "policy 1000" in done.stderr, done.stderr
     assert "policy None" not in done.stderr
 
 

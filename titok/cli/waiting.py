@@ -15,7 +15,9 @@ VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # each of th
 
 
 def set_waiting_policy(environment: MutableMapping[str, str] | None = None) -> None:
-    """Makes threads that wait yield their core, unless the environment says how they wait.
+    """Makes GNU OpenMP's threads yield their core soon when they wait, unless the environment says how they wait.
+
+    PyTorch's packages for Linux carry GNU OpenMP; other OpenMP libraries ignore the setting.
 
     To be called by a program before it imports PyTorch. A library must not call it.
 
@@ -24,7 +26,7 @@ def set_waiting_policy(environment: MutableMapping[str, str] | None = None) -> N
     """
     environment = os.environ if environment is None else environment
     if not any(variable in environment for variable in VARIABLES):
-        environment["OMP_WAIT_POLICY"] = "passive"
+        environment["GOMP_SPINCOUNT"] = "1000"  # turns of the loop; 300,000 by default
 
 
 def describe_waiting() -> str:
