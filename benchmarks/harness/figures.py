@@ -193,7 +193,7 @@ def ladder(rows: Sequence[Row]) -> Figures:
 
 
 def memory(rows: Sequence[Row]) -> Figures:
-    """Memory of whole processes, for both models and dtypes."""
+    """Memory of whole processes in float32, and in bfloat16 where that was measured."""
     blocks = []
     for preset in ("titok-l-32", "titok-l-64-512"):
         for dtype in ("fp32", "bf16"):

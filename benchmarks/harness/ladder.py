@@ -94,6 +94,6 @@ def rungs(preset: str, dtype: torch.dtype, models: Callable[..., Models]) -> dic
 
     return table | {
         "fused ops": lambda: fused_ops("fused ops", models(preset, dtype)),
-        "fused decode": lambda: models(preset, dtype).ours_unprepared("fused decode"),
+        "fused decode": lambda: models(preset, dtype).ours("fused decode", prepare=False),
         "prepared weights: titok": lambda: models(preset, dtype).ours("prepared weights: titok"),
     }

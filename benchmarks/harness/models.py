@@ -126,10 +126,10 @@ class Models:
         """Copies of the models that are prepared for inference. Other sides share the weights of the originals."""
         return copy.deepcopy(self.tokenizer).prepare(), copy.deepcopy(self.generator).prepare()
 
-    def ours(self, name: str) -> Side:
-        """As titok computes it."""
-        tokenizer, generator = self.prepared
-        pipe = Pipeline(tokenizer, generator)
+    def ours(self, name: str, *, prepare: bool = True) -> Side:
+        """As titok computes it, with or without prepared weights."""
+        tokenizer, generator = self.prepared if prepare else (self.tokenizer, self.generator)
+        pipe = Pipeline(tokenizer, generator, prepare=prepare)
 
         def sample(
             labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None
@@ -149,30 +149,8 @@ class Models:
             torch.no_grad()(lambda tokens: to_uint8(tokenizer.decode(tokens))),
             torch.no_grad()(tokenizer.decode_logits),
             flops.generate(generator.config).plus(flops.decoder(tokenizer.config)),
-            may_fold=True,
+            may_fold=prepare,
             counted=without_graph if generator.device.type == "cuda" else None,
-        )
-
-    def ours_unprepared(self, name: str) -> Side:
-        """As titok computes it without prepared weights."""
-        tokenizer, generator = self.tokenizer, self.generator
-
-        def sample(
-            labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None
-        ) -> Tensor:
-            return sample_tokens(generator, labels, sampling, init_tokens=start)
-
-        @torch.no_grad()
-        def decode(tokens: Tensor) -> Tensor:
-            return to_uint8(tokenizer.decode(tokens))
-
-        return self.side(
-            name,
-            lambda labels: decode(sample(labels)),
-            sample,
-            decode,
-            torch.no_grad()(tokenizer.decode_logits),
-            flops.generate(generator.config).plus(flops.decoder(tokenizer.config)),
         )
 
 

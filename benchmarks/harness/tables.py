@@ -167,7 +167,8 @@ def source(rows: Sequence[Row]) -> str:
     seen = {}
     for row in rows:
         about = row["environment"]
-        machine = about.get("gpu") or f"{about.get('cpu')}, {about.get('threads')} threads"
+        cpu = f"{about.get('cpu')}, {about.get('threads')} threads, {about.get('cpu_capability')}"
+        machine = about.get("gpu") or cpu
         seen[about.get("time")] = (
             f"{machine}; torch {about.get('torch')}; {str(about.get('time'))[:10]}; "
             f"commit {commit(about)}; `{about.get('command')}`"

@@ -13,49 +13,28 @@ import torch
 from torch import Tensor
 
 from titok import (
-    GeneratorConfig,
     MaskGIT,
     Pipeline,
     SamplingConfig,
     TiTok,
-    TokenizerConfig,
-    ViTConfig,
-    VQGANConfig,
     sample_tokens,
 )
 from titok.inference.prepared import PreparedError
+from wide_models import wide_generator, wide_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-VIT = ViTConfig(384, 1, 6, 16)  # wide enough for packed weights
+SAMPLING = SamplingConfig(steps=3)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TiTok:
-    torch.manual_seed(0)
-    proxy = VQGANConfig(
-        hidden_channels=32, channel_multipliers=(1, 2), blocks_per_level=1, codebook_size=48, code_dim=16
-    )
-    return TiTok(
-        TokenizerConfig(
-            image_size=32, encoder=VIT, decoder=VIT, num_latent_tokens=8, code_dim=12, codebook_size=64, head="proxy",
-            proxy=proxy, pixel_decoder=True,
-        )
-    ).eval()  # fmt: skip
-
-
-def make_generator(architecture: Literal["vit", "uvit"]) -> MaskGIT:
-    torch.manual_seed(1)
-    config = GeneratorConfig(
-        8, 64, num_classes=10, width=384, layers=2, heads=6, mlp_width=1536, architecture=architecture,
-        sampling=SamplingConfig(steps=3),
-    )  # fmt: skip
-    return MaskGIT(config).eval()
+    return wide_tokenizer(layers=1)
 
 
 @pytest.fixture(scope="module")
 def generator() -> MaskGIT:
-    return make_generator("vit")
+    return wide_generator(sampling=SAMPLING)
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -74,7 +53,7 @@ def test_encode_and_decode(tokenizer: TiTok) -> None:
 
 @pytest.mark.parametrize("architecture", ["vit", "uvit"])
 def test_sampling(architecture: Literal["vit", "uvit"]) -> None:
-    generator = make_generator(architecture)
+    generator = wide_generator(architecture=architecture, sampling=SAMPLING)
     tokens, labels = torch.randint(64, (3, 8)), torch.tensor([1, 4, 4])
     assert torch.allclose(compiled(generator, tokens, labels), generator(tokens, labels), atol=1e-5)
     got = compiled(

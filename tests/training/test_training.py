@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -133,6 +134,18 @@ def test_history_has_the_figures_of_the_progress_bar(tmp_path: Path) -> None:
     assert {"step", "loss", "psnr", "codes"} == set(history[0])
     train_one("generator", tmp_path / "g")
     assert set(read_run_info(tmp_path / "g" / CHECKPOINT)["history"][0]) == {"step", "loss", "accuracy"}
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_progress_bar_is_for_terminals(
+    is_terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr("sys.stderr", stderr)
+    train_tokenizer(pictures(), tokenizer_training(), tmp_path)
+    assert ("12/12" in stderr.getvalue()) == is_terminal
+    assert is_terminal or stderr.getvalue() == ""
 
 
 @pytest.mark.slow

@@ -50,15 +50,12 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU, in memory that does not depend on the file any more.
 
     Args:
-        path: of a .safetensors file, of an index of shards (.index.json), or of a pickled state dict.
+        path: of a .safetensors file, or of a pickled state dict.
 
     Raises:
-        FileNotFoundError: a shard is missing.
         ValueError: the file is damaged, no file of weights, or a pickle that holds anything but dense tensors.
     """
     path = Path(path)
-    if path.name.endswith(".index.json"):
-        return _read_shards(path)
     check_weights_file(path)
     if path.suffix == ".safetensors":
         with safetensors_errors(path):
@@ -136,20 +133,6 @@ def read_shard_names(index: Path) -> dict[str, str]:
             expected = "a .safetensors or .bin file of the same folder"
             raise ValueError(f"{index}: weight_map: expected {expected}, got {name!r:.60}")
     return weight_map
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    weight_map = read_shard_names(index)
-    weights: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
-        shard = index.with_name(name)
-        if not shard.is_file():
-            raise FileNotFoundError(f"{index}: the shard {name:.60} is missing")
-        tensors = read_weights(shard)
-        if tensors.keys() != {tensor for tensor, file in weight_map.items() if file == name}:
-            raise ValueError(f"{shard}: its tensors are not those that {index.name} lists")
-        weights |= tensors
-    return weights
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ models for small pictures, trained as the quickstart trains its models.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -110,10 +109,10 @@ def tokenizer(
         random_flip=flip,
     )
     how = preprocessing(ignore_orientation, ignore_transparency)
-    torch_device, progress = select_device(device), sys.stderr.isatty()
+    torch_device = select_device(device)
     with RunFolder(output, resume=resume) as folder:
         pictures = image_folder(images, model.image_size, model.channels, how, skip_unreadable=skip_unreadable)
-        train_tokenizer(pictures, training, folder, progress=progress, device=torch_device)
+        train_tokenizer(pictures, training, folder, device=torch_device)
         figures = _last_figures(output)
     say(f"{output}: a tokenizer of {len(pictures)} pictures, {tokens} tokens each, {figures}")
 
@@ -148,7 +147,7 @@ def generator(
     from titok.training import GeneratorTraining, tokenize_images, train_generator
     from titok.training.run import RunFolder
 
-    how, progress = preprocessing(ignore_orientation, ignore_transparency), sys.stderr.isatty()
+    how = preprocessing(ignore_orientation, ignore_transparency)
     with RunFolder(output, resume=resume) as folder:
         model = load_tokenizer(tokenizer, device, "float32")
         size, channels = model.config.image_size, model.config.channels
@@ -179,7 +178,7 @@ def generator(
             seed=seed,
         )
         rows = tokenize_images(model, pictures, flip=flip)
-        train_generator(rows, pictures.labels, training, folder, progress=progress, device=model.device)
+        train_generator(rows, pictures.labels, training, folder, device=model.device)
         write_json(output / "classes.json", pictures.classes)
         figures = _last_figures(output)
     say(f"{output}: a generator of {len(pictures.classes)} classes, {figures}")

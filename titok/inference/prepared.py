@@ -77,22 +77,25 @@ class PreparedParameter(nn.Parameter):
     so that optimizers keep their reference.
     """
 
-    preparation: (
-        _Preparation | None
-    )  # None once `give_back` is through, in a thread that holds an older view of it
+    # None where another thread has given the values back since this one looked at the type.
+    preparation: _Preparation | None
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _OF_THE_PARAMETER:
+        kwargs = kwargs or {}
+        freezes = func in _GRADIENT_SWITCHES and not (
+            args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+        )
+        if freezes or func in _OF_THE_PARAMETER:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
         if func in _DESCRIBING:
             described = (arg.preparation.described if _preparation(arg) is not None else arg for arg in args)
-            return func(*described, **(kwargs or {}))
+            return func(*described, **kwargs)
         raise PreparedError(
-            "this weight is prepared for inference, so its values cannot be read or written: "
+            "this weight is prepared for inference, so its values cannot be read or written and it has no gradient: "
             "call unprepare() of its model first, or train()"
         )
 
@@ -116,10 +119,12 @@ def _properties(*names: str, access: str = "__get__") -> set[Any]:
 # What a prepared parameter still answers: itself, as it has a device and a gradient, or by its description.
 _OF_THE_PARAMETER = (
     _properties("device", "is_cuda", "is_cpu", "is_meta", "is_leaf", "grad", "grad_fn", "requires_grad")
-    | _properties("grad", "requires_grad", access="__set__")
+    | _properties("grad", access="__set__")
     | _properties("grad", access="__delete__")
-    | {torch.Tensor.requires_grad_, torch.Tensor.get_device, torch.Tensor.__hash__}
+    | {torch.Tensor.get_device, torch.Tensor.__hash__}
 )
+# These may switch gradients off, but not on: none would reach a prepared weight.
+_GRADIENT_SWITCHES = _properties("requires_grad", access="__set__") | {torch.Tensor.requires_grad_}
 _DESCRIBING = _properties("shape", "dtype", "ndim", "layout", "itemsize", "nbytes") | {
     torch.Tensor.size,
     torch.Tensor.dim,
@@ -315,8 +320,9 @@ class PreparableModel(nn.Module):
         return self
 
     def _thaw(self) -> None:
-        for name in self._frozen or ():
-            self.get_parameter(name).requires_grad_(True)
+        for name, parameter in self.named_parameters():
+            if self._frozen is not None and name in self._frozen:
+                parameter.requires_grad_(True)
         self._frozen = None
 
     # -----------------------------------------------------------------------------------------------------------

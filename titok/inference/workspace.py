@@ -1,8 +1,7 @@
 """Memory for feature maps that its owner keeps, so that no call has to ask the operating system for it.
 
 A block of memory that is new from the operating system has to be filled with zeros first, page by page. The C library
-returns blocks as large as the feature maps of a pixel decoder after each use, and that work is about a tenth of the
-decoder's time.
+returns blocks as large as the feature maps of a pixel decoder after each use, so that this would happen in every call.
 """
 
 from __future__ import annotations

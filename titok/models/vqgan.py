@@ -94,7 +94,8 @@ class ResidualBlock(PreparableLayer):
         elif not self.shortcut_of_result:
             total = F.conv2d(x, readable(self.nin_shortcut.weight).to(x.dtype))
         else:  # the shortcut is in the packed weight
-            buffers.exchange("map", "normed")  # x is not read any more, and nor is what its block gets now
+            # The result goes where h is, which is not read any more. x may lie in "map", which is free from here on.
+            buffers.exchange("map", "normed")
             total = buffers.map("map", shape, x.dtype).zero_()
         return onednn.add_conv(total, hidden, packed[self.conv2], None)
 
@@ -126,7 +127,7 @@ class Level(nn.Module):
             x = block.forward_in(buffers, packed, x)  # type: ignore[operator]
         if self.upsample is None:
             return x
-        buffers.exchange("map", "normed")
+        buffers.exchange("map", "normed")  # the result is written to "map", where x may lie
         return upsample_conv_in(buffers, x, packed[self.upsample]._replace(bias=self.upsample.bias))
 
 

@@ -120,7 +120,7 @@ def run(
             `reconstructions.png`, `samples.png`, `metrics.json` and `report.html`.
         seed: of both training runs and of the samples.
         resume: True continues a run that was stopped. False trains models again that are in `out_dir` already.
-        progress: True shows progress bars, and prints the figures and the names of the files.
+        progress: True shows progress bars on a terminal, and prints the figures and the names of the files.
         tokenizer_steps, generator_steps: optimizer steps of the two training runs.
         samples_per_class: number of generated digits, for each class, that the figures are computed on.
 

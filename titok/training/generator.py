@@ -77,8 +77,8 @@ def train_generator(
         labels: (n,) classes, of any integer dtype.
         config: settings of the model and of the run.
         out_dir, resume, device: as `train_tokenizer` takes them.
-        progress: True shows a progress bar with the loss and the share of masked tokens that are predicted
-            correctly.
+        progress: True shows, on a terminal, a progress bar with the loss and the share of masked tokens that are
+            predicted correctly.
 
     Returns:
         the model, in eval mode.

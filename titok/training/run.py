@@ -261,7 +261,7 @@ class Run(Generic[M]):
             compute: returns the figures of a batch, tensors of shape (). "loss" is minimised; the others are only
                 shown.
             name: in front of the progress bar.
-            progress: True shows a progress bar on stderr.
+            progress: True shows a progress bar on stderr, if that is a terminal.
             after_step: called after each optimizer step.
 
         Raises:
@@ -272,7 +272,8 @@ class Run(Generic[M]):
         if self.step == config.steps:  # the run may have been stopped between the two files of its last save
             self.model.save_pretrained(self.folder)
         self.model.train()
-        bar = tqdm(total=config.steps, initial=self.step, desc=name, unit="step", disable=not progress, leave=True)
+        hide = None if progress else True  # None hides it where stderr is no terminal
+        bar = tqdm(total=config.steps, initial=self.step, desc=name, unit="step", disable=hide, leave=True)
         if self.history:
             bar.set_postfix(_formatted(self.history[-1]), refresh=False)
         with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):

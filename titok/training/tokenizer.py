@@ -33,8 +33,8 @@ def train_tokenizer(
             `RunFolder` is locked already, so that what is done before the training belongs to the run as well.
         resume: True continues from the checkpoint in `out_dir`, or starts where there is none. A `RunFolder` has been
             asked for this already.
-        progress: True shows a progress bar with the loss, the PSNR of the batch in dB and the number of codes in
-            use.
+        progress: True shows, on a terminal, a progress bar with the loss, the PSNR of the batch in dB and the number
+            of codes in use.
         device: of the training.
 
     Returns:

@@ -84,10 +84,12 @@ def are_plain(tensors: Sequence[Any]) -> bool:
 
 
 def is_ordinary(x: Tensor) -> bool:
-    """Whether x has memory that may be read now: it is no subclass, and nothing compiles, traces or transforms it."""
+    """Whether x has memory that may be read now, and that alone: it is no subclass, nothing compiles, traces or
+    transforms it, and no forward-mode derivative is on."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN_TENSORS
+        and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )
