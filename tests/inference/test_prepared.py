@@ -29,9 +29,9 @@ class Net(PreparableModel):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.linear = Linear(384, 512)
-        self.conv = Conv3x3(32, 64, bias=True)
-        self.upsample = UpsampleConv(32)
-        self.folding = Conv3x3(32, 16, bias=False, takes_shortcut=True)
+        self.conv = Conv3x3(32, 64, bias=True, size=(8, 8))
+        self.upsample = UpsampleConv(32, size=(8, 8))
+        self.folding = Conv3x3(32, 16, bias=False, size=(8, 8), takes_shortcut=True)
         self.shortcut = Conv1x1(16, 16, bias=False)
         self.norm = nn.LayerNorm(4)  # is not prepared
         self.to(dtype).eval()

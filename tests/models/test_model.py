@@ -194,7 +194,7 @@ def test_corrected_shortcut_leads_around_the_block() -> None:
     """With a second convolution of zeros the corrected block returns its shortcut, and the official one 0."""
     x = torch.randn(1, 32, 4, 4)
     for shortcut_of_result, passes_input in ((False, True), (True, False)):
-        block = ResidualBlock(32, 64, shortcut_of_result=shortcut_of_result)
+        block = ResidualBlock(32, 64, size=(8, 8), shortcut_of_result=shortcut_of_result)
         torch.nn.init.zeros_(block.conv2.weight)
         assert bool(block(x).abs().sum() > 0) is passes_input
 

@@ -59,10 +59,16 @@ def pack_linear(weight: Tensor) -> Tensor:
     return packed
 
 
-def pack_conv(weight: Tensor) -> Tensor:
-    """weight (O, C, k, k) -> the same in the layout that the convolutions below read fastest."""
+def pack_conv(weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """weight (O, C, k, k) -> the same in the layout that the convolutions below read fastest.
+
+    Args:
+        size: height and width of the maps that will be convolved, because oneDNN has several layouts and chooses one
+            by them. Maps of another size are convolved as well, but oneDNN may have to lay the weight out again in
+            each call, which can take longer than the convolution.
+    """
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # PyTorch's type stub lacks some of its arguments
-    packed: Tensor = reorder(_to_pack(weight).to_mkldnn(), *_GEOMETRY)
+    packed: Tensor = reorder(_to_pack(weight).to_mkldnn(), *_GEOMETRY, [1, weight.shape[1], *size])
     return packed
 
 

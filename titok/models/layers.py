@@ -66,13 +66,16 @@ class Conv3x3(nn.Conv2d, PreparableLayer):
     """A 3x3 convolution with padding 1, and a sum with its result that inference fuses into it.
 
     Args:
+        size: height and width of the maps that the layer is prepared for; it convolves maps of any size.
         takes_shortcut: every call of `forward` passes the same `shortcut`. Then the layer is prepared together with
             it, by whoever owns both.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, takes_shortcut: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool, size: tuple[int, int], takes_shortcut: bool = False
+    ) -> None:
         super().__init__(inputs, outputs, 3, padding=1, bias=bias)
-        self.takes_shortcut = takes_shortcut
+        self.size, self.takes_shortcut = size, takes_shortcut
 
     def prepare_weights(self, shortcut: Conv1x1 | None = None) -> None:
         """Prepares the weight, or with `shortcut` both weights as the one of a folded convolution."""
@@ -85,13 +88,15 @@ class Conv3x3(nn.Conv2d, PreparableLayer):
 
             def fold() -> Tensor:
                 folded = fold_shortcut_of_result(weight.detach(), shortcut.weight.detach())
-                return onednn.pack_conv(folded) if pack else folded
+                return onednn.pack_conv(folded, self.size) if pack else folded
 
             replace_weights(folds, fold)
         elif pack:
             dtype = weight.dtype
             replace_weights(
-                [weight], lambda: onednn.pack_conv(weight), lambda packed, _: onednn.unpack(packed, dtype)
+                [weight],
+                lambda: onednn.pack_conv(weight, self.size),
+                lambda packed, _: onednn.unpack(packed, dtype),
             )
 
     def forward(self, x: Tensor, add: Tensor | None = None, shortcut: Conv1x1 | None = None) -> Tensor:
@@ -123,10 +128,14 @@ class UpsampleConv(nn.Conv2d, PreparableLayer):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution with padding 1.
 
     Inference computes both as four 2x2 convolutions of the small map: `titok.inference.folded_upsample`.
+
+    Args:
+        size: height and width of the small maps that the layer is prepared for; it takes maps of any size.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, size: tuple[int, int]) -> None:
         super().__init__(channels, channels, 3, padding=1)
+        self.size = size
 
     def prepare_weights(self) -> None:
         weight = self.weight
@@ -135,7 +144,7 @@ class UpsampleConv(nn.Conv2d, PreparableLayer):
             folded = fold_upsample_conv(weight.detach())
             if not onednn.packs(weight):
                 return folded
-            return folded._replace(weight=tuple(map(onednn.pack_conv, folded.weight)))
+            return folded._replace(weight=tuple(onednn.pack_conv(row, self.size) for row in folded.weight))
 
         replace_weights([weight], fold)
 

@@ -133,7 +133,8 @@ class TiTok(Pretrained):
             assert config.proxy is not None  # checked by the configuration
             size = (config.proxy.codebook_size, config.proxy.code_dim)
             self.pixel_codebook = nn.Parameter(torch.empty(size).uniform_(-1 / size[0], 1 / size[0]))
-            self.pixel_decoder = VQGANDecoder(config.proxy)
+            height, width = (pixels // config.proxy.factor for pixels in config.image_size)
+            self.pixel_decoder = VQGANDecoder(config.proxy, (height, width))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -33,6 +33,9 @@ _GROUPS = 32
 # give the model its weights back during a call.
 PackedWeights = dict[nn.Module, Any]
 
+# Height and width of the codes of the published model's 256x256 images.
+CODE_SIZE = (16, 16)
+
 # The largest feature map that the decoder computes at once, in bytes. On a CPU 32 MiB, so that it stays in the
 # caches; on a GPU 2 GiB, so that a batch of any size fits into memory.
 _MAX_MAP_BYTES_CPU, _MAX_MAP_BYTES_GPU = 32 << 20, 2 << 30
@@ -52,15 +55,18 @@ class ResidualBlock(PreparableLayer):
 
     Where the number of channels changes, the input passes a 1x1 convolution before it is added. With
     `shortcut_of_result` that convolution reads another tensor, see `titok.checkpoints.quirks`.
+
+    Args:
+        size: height and width of the maps that the block is prepared for.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, shortcut_of_result: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, *, size: tuple[int, int], shortcut_of_result: bool) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(_GROUPS, inputs, eps=_EPS)
-        self.conv1 = Conv3x3(inputs, outputs, bias=False)
+        self.conv1 = Conv3x3(inputs, outputs, bias=False, size=size)
         self.norm2 = nn.GroupNorm(_GROUPS, outputs, eps=_EPS)
         folds = shortcut_of_result and inputs != outputs
-        self.conv2 = Conv3x3(outputs, outputs, bias=False, takes_shortcut=folds)
+        self.conv2 = Conv3x3(outputs, outputs, bias=False, size=size, takes_shortcut=folds)
         self.shortcut_of_result = shortcut_of_result
         self.nin_shortcut: Conv1x1 | None = None
         if inputs != outputs:
@@ -105,15 +111,18 @@ class Level(nn.Module):
 
     Args:
         widths: channels in front of the first block, then after each block.
+        size: height and width of the maps that the level is prepared for.
     """
 
-    def __init__(self, widths: list[int], *, upsample: bool, shortcut_of_result: bool) -> None:
+    def __init__(
+        self, widths: list[int], *, size: tuple[int, int], upsample: bool, shortcut_of_result: bool
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResidualBlock(before, after, shortcut_of_result=shortcut_of_result)
+            ResidualBlock(before, after, size=size, shortcut_of_result=shortcut_of_result)
             for before, after in itertools.pairwise(widths)
         )
-        self.upsample = UpsampleConv(widths[-1]) if upsample else None
+        self.upsample = UpsampleConv(widths[-1], size=size) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C', H, W), or (B, C', 2H, 2W) with `upsample`."""
@@ -131,24 +140,35 @@ class Level(nn.Module):
         return upsample_conv_in(buffers, x, packed[self.upsample]._replace(bias=self.upsample.bias))
 
 
-def _middle_blocks(width: int, *, shortcut_of_result: bool) -> nn.ModuleList:
+def _middle_blocks(width: int, *, size: tuple[int, int], shortcut_of_result: bool) -> nn.ModuleList:
     """The two residual blocks of the coarsest resolution."""
-    return nn.ModuleList(ResidualBlock(width, width, shortcut_of_result=shortcut_of_result) for _ in range(2))
+    quirk = {"shortcut_of_result": shortcut_of_result}
+    return nn.ModuleList(ResidualBlock(width, width, size=size, **quirk) for _ in range(2))
+
+
+def _sizes(code_size: tuple[int, int], levels: int) -> list[tuple[int, int]]:
+    """Height and width of the maps of each level, from fine to coarse, where the coarsest is `code_size`."""
+    return [(code_size[0] << i, code_size[1] << i) for i in reversed(range(levels))]
 
 
 class VQGANEncoder(nn.Module):
-    """Images (B, channels, H, W) -> features (B, code_dim, H/factor, W/factor)."""
+    """Images (B, channels, H, W) -> features (B, code_dim, H/factor, W/factor).
 
-    def __init__(self, config: VQGANConfig) -> None:
+    Args:
+        code_size: height and width of the map of features that the encoder is prepared for.
+    """
+
+    def __init__(self, config: VQGANConfig, code_size: tuple[int, int] = CODE_SIZE) -> None:
         super().__init__()
+        sizes = _sizes(code_size, len(config.channel_multipliers))
         quirk = {"shortcut_of_result": config.shortcut_of_result}
         widths = [config.hidden_channels * m for m in config.channel_multipliers]
-        self.conv_in = Conv3x3(config.channels, config.hidden_channels, bias=False)
+        self.conv_in = Conv3x3(config.channels, config.hidden_channels, bias=False, size=sizes[0])
         self.levels = nn.ModuleList(
-            Level([before] + [width] * config.blocks_per_level, upsample=False, **quirk)
-            for before, width in zip([config.hidden_channels, *widths[:-1]], widths, strict=True)
+            Level([before] + [width] * config.blocks_per_level, size=size, upsample=False, **quirk)
+            for before, width, size in zip([config.hidden_channels, *widths[:-1]], widths, sizes, strict=True)
         )
-        self.mid = _middle_blocks(widths[-1], **quirk)
+        self.mid = _middle_blocks(widths[-1], size=code_size, **quirk)
         self.norm_out = nn.GroupNorm(_GROUPS, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
 
@@ -165,23 +185,28 @@ class VQGANEncoder(nn.Module):
 
 
 class VQGANDecoder(nn.Module):
-    """Code vectors (B, code_dim, h, w) -> images (B, channels, h * factor, w * factor), not clamped."""
+    """Code vectors (B, code_dim, h, w) -> images (B, channels, h * factor, w * factor), not clamped.
 
-    def __init__(self, config: VQGANConfig) -> None:
+    Args:
+        code_size: the (h, w) that the decoder is prepared for.
+    """
+
+    def __init__(self, config: VQGANConfig, code_size: tuple[int, int] = CODE_SIZE) -> None:
         super().__init__()
+        sizes = _sizes(code_size, len(config.channel_multipliers))
         quirk = {"shortcut_of_result": config.shortcut_of_result}
         widths = [config.hidden_channels * m for m in config.channel_multipliers]
         self.factor, self.channels, self.finest_width = config.factor, config.channels, widths[0]
-        self.conv_in = Conv3x3(config.code_dim, widths[-1], bias=True)
-        self.mid = _middle_blocks(widths[-1], **quirk)
+        self.conv_in = Conv3x3(config.code_dim, widths[-1], bias=True, size=code_size)
+        self.mid = _middle_blocks(widths[-1], size=code_size, **quirk)
         # Stored from the finest level to the coarsest, as in the official weights, and computed in the opposite
         # order.
         self.levels = nn.ModuleList(
-            Level([before] + [width] * config.blocks_per_level, upsample=i > 0, **quirk)
+            Level([before] + [width] * config.blocks_per_level, size=sizes[i], upsample=i > 0, **quirk)
             for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
         self.norm_out = nn.GroupNorm(_GROUPS, widths[0], eps=_EPS)
-        self.conv_out = Conv3x3(widths[0], config.channels, bias=True)
+        self.conv_out = Conv3x3(widths[0], config.channels, bias=True, size=sizes[0])
 
     @ranged("pixel decoder")
     def forward(self, codes: Tensor, workspace: Workspace | None = None) -> Tensor:
