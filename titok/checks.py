@@ -9,6 +9,7 @@ condition is asserted on the device, so a violation surfaces later, as CUDA's de
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,48 @@ def check_tensor(
             raise ValueError(f"{name}: expected shape ({sizes}), got {tuple(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Checks a bool of Python, and returns it.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if value is not True and value is not False:
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
+def check_int(name: str, value: Any) -> int:
+    """Checks an integer of Python, NumPy or PyTorch, and returns it as an int (or as the SymInt that it is).
+
+    Raises:
+        TypeError: anything else, a bool or a float too.
+    """
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    integer = as_integer(value)
+    if integer is None:
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return integer
+
+
+def check_number(name: str, value: Any) -> float:
+    """Checks a real number of Python or NumPy, which may be infinite or NaN, and returns it as a float.
+
+    Raises:
+        TypeError: anything else, a bool too.
+        ValueError: an integer too large for a float.
+    """
+    if type(value) is float:
+        return value
+    if type(value) is not int and (is_bool(value) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a finite number, got one too large for a float") from None
 
 
 def check_eps(eps: Any) -> None:
@@ -173,7 +216,7 @@ def check_integer(name: str, value: Any, bits: int) -> int:
     Raises:
         ValueError: anything else, a bool or a float too.
     """
-    integer = as_integer(value)
+    integer = value if type(value) is int else as_integer(value)
     if integer is None or not 0 <= integer < 1 << bits:
         raise ValueError(f"{name}: expected an int in [0, 2^{bits}), got {value!r}")
     return integer

@@ -39,6 +39,14 @@ constexpr NamedDType kDTypes[] = {
 };
 constexpr int kNamedDTypes = sizeof(kDTypes) / sizeof(kDTypes[0]);
 
+// Bytes of an element; 1 for a type that has no name here.
+uintptr_t element_bytes(DType dtype) {
+  for (const NamedDType& known : kDTypes) {
+    if (known.dtype == dtype) return known.bits / 8;
+  }
+  return 1;
+}
+
 // What is looked up in torch once. The references are kept until the process ends.
 struct Torch {
   PyTypeObject* tensor;
@@ -211,6 +219,11 @@ TensorArg read_tensor(PyObject* value, const char* name, TensorReader reader) {
   }
   if (!tensor.data && tensor.numel() > 0) {
     raise_value_error(name, "a strided tensor whose elements lie in memory", "one without storage");
+  }
+  const uintptr_t bytes = element_bytes(tensor.dtype), misplaced = reinterpret_cast<uintptr_t>(tensor.data) % bytes;
+  if (misplaced != 0 && tensor.numel() > 0) {
+    raise_value_error(name, "an address that is a multiple of the " + std::to_string(bytes) + " bytes of an element",
+                      "one that is " + std::to_string(misplaced) + " bytes above a multiple");
   }
   if (ask(*torch, torch->is_neg, value, name).get() == Py_True) {
     raise_value_error(name, "values as they lie in memory", "a negated view (see torch.Tensor.resolve_neg)");

@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from titok.checks import check_tokens
-from titok.config import SamplingConfig
+from titok.checks import check_bool, check_tokens
+from titok.config import GeneratorConfig, SamplingConfig
 from titok.generation.captured import decode_captured, is_captured
 from titok.generation.decode_loop import DecodeBatch, StepResult, decode
 from titok.generation.request import GenerationRequest
@@ -97,7 +97,10 @@ def sample_tokens(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or value; it is named.
     """
-    config = generator.config
+    config = getattr(generator, "config", None)
+    if not isinstance(config, GeneratorConfig):  # what torch.compile makes of a generator has its attributes
+        raise TypeError(f"generator: expected a MaskGIT, got {type(generator).__name__}")
+    check_bool("trace", trace)
     request = GenerationRequest.checked(config, labels, seed=seed, first_sample=first_sample, sampling=sampling)
     if init_tokens is not None:
         init_tokens = check_tokens(

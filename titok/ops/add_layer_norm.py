@@ -282,7 +282,7 @@ def _is_float32_on_cpu(a: AddLayerNormArguments) -> bool:
 
 
 def _is_right(a: LayerNormArguments) -> bool:
-    _check_norm(a)
+    _LAYER_NORM.check(a)
     return True
 
 

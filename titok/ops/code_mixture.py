@@ -10,7 +10,7 @@ from torch import Tensor
 from titok.checks import FLOAT_DTYPES, check_tensor
 from titok.ops.core.available import why_no_triton
 from titok.ops.core.op import Op
-from titok.ops.core.parts import Composite, Gradient, Kernel, contiguous, vjp
+from titok.ops.core.parts import Composite, Gradient, Kernel, contiguous, product, vjp
 
 
 def code_mixture(logits: Tensor, codebook: Tensor, *, backend: str | None = None) -> Tensor:
@@ -63,7 +63,9 @@ def _triton(a: Arguments, mixture: Tensor) -> None:
 
 def _plain(a: Arguments) -> tuple[Tensor]:
     # torch.softmax accumulates in float32 by itself.
-    return (torch.softmax(a.logits.contiguous(), -1) @ a.codebook.to(a.logits.dtype),)
+    probabilities = torch.softmax(a.logits.contiguous(), -1)
+    mixture = product(_rows(probabilities), a.codebook.to(a.logits.dtype))
+    return (mixture.view(*a.logits.shape[:-1], a.codebook.shape[1]),)
 
 
 def _rows(x: Tensor) -> Tensor:

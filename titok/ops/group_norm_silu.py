@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.checks import FLOAT_DTYPES, check_eps, check_tensor
+from titok.checks import FLOAT_DTYPES, check_eps, check_int, check_tensor
 from titok.ops.core.available import extension, why_no_cpp, why_no_triton, why_not_float32_or_bfloat16
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Gradient, Kernel
@@ -88,6 +88,7 @@ def group_norm_silu(
 
     Source: Wu and He, "Group Normalization", ECCV 2018, eq. 1-3; the residual block of MaskGIT's VQGAN.
     """
+    num_groups = check_int("num_groups", num_groups)
     outputs: Any = out
     if residual is None and out is not None:
         outputs = (None, out)
@@ -114,8 +115,6 @@ class Arguments(NamedTuple):
 def _check(a: Arguments) -> None:
     check_tensor("x", a.x, shape=("B", "C", "H", "W"), dtypes=FLOAT_DTYPES)
     channels = a.x.shape[1]
-    if not isinstance(a.num_groups, int) or isinstance(a.num_groups, bool):
-        raise TypeError(f"num_groups: expected an int, got {type(a.num_groups).__name__}")
     if a.num_groups < 1 or channels < 1 or channels % a.num_groups:
         raise ValueError(f"num_groups: expected a divisor of x's {channels} channels, got {a.num_groups}")
     _check_affine(a)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.checks import FLOAT_DTYPES, check_tensor
+from titok.checks import FLOAT_DTYPES, check_int, check_number, check_tensor
 from titok.ops.core.available import (
     extension,
     why_no_cpp,
@@ -26,7 +26,7 @@ from titok.ops.core.available import (
     why_not_float32_or_bfloat16,
 )
 from titok.ops.core.op import Op
-from titok.ops.core.parts import Composite, Gradient, Kernel, vjp
+from titok.ops.core.parts import Composite, Gradient, Kernel, product, vjp
 
 _SDPA_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _SDPA_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -65,20 +65,21 @@ def masked_attention(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
         RuntimeError: the back end asked for cannot run here.
     """
+    num_heads = check_int("num_heads", num_heads)
     if query_range is None:
         start, stop = 0, qkv.shape[1] if isinstance(qkv, Tensor) and qkv.ndim == 3 else 0
     else:
         start, stop = _checked_range(query_range)
     if scale is None:
         scale = _default_scale(qkv, num_heads)
-    elif isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale: expected a float, got {type(scale).__name__}")
-    return _MASKED_ATTENTION(qkv, key_mask, num_heads, start, stop, float(scale), backend=backend)[0]
+    else:
+        scale = check_number("scale", scale)
+    return _MASKED_ATTENTION(qkv, key_mask, num_heads, start, stop, scale, backend=backend)[0]
 
 
-def _default_scale(qkv: Any, num_heads: Any) -> float:
+def _default_scale(qkv: Any, num_heads: int) -> float:
     """D ** -0.5; 1 for arguments that the op's check is going to refuse."""
-    if not isinstance(qkv, Tensor) or not isinstance(num_heads, int) or num_heads < 1:
+    if not isinstance(qkv, Tensor) or num_heads < 1:
         return 1.0
     head_dim = qkv.shape[-1] // (3 * num_heads) if qkv.ndim else 0
     return head_dim**-0.5 if head_dim else 1.0
@@ -86,12 +87,9 @@ def _default_scale(qkv: Any, num_heads: Any) -> float:
 
 def _checked_range(query_range: Any) -> tuple[int, int]:
     if not isinstance(query_range, tuple | list) or len(query_range) != 2:
-        raise TypeError(f"query_range: expected a pair (start, stop), got {query_range!r}")
+        raise TypeError(f"query_range: expected a pair (start, stop), got {query_range!r:.60}")
     start, stop = query_range
-    for i in (start, stop):
-        if isinstance(i, bool) or not isinstance(i, int | torch.SymInt):
-            raise TypeError(f"query_range: expected two ints, got {query_range!r}")
-    return start, stop
+    return check_int("query_range", start), check_int("query_range", stop)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -121,8 +119,6 @@ class BackwardArguments(NamedTuple):
 
 def _check(a: Arguments | BackwardArguments) -> None:
     check_tensor("qkv", a.qkv, shape=("B", "N", "3*H*D"), dtypes=FLOAT_DTYPES)
-    if isinstance(a.num_heads, bool) or not isinstance(a.num_heads, int):
-        raise TypeError(f"num_heads: expected an int, got {type(a.num_heads).__name__}")
     batch, tokens, width = a.qkv.shape
     if a.num_heads < 1 or width == 0 or width % (3 * a.num_heads):
         raise ValueError(f"qkv: expected a last dimension of 3 * {a.num_heads} heads * D, got {width}")
@@ -367,13 +363,13 @@ def _samples_at_once(a: Arguments | BackwardArguments) -> int:
 
 def _attend(qkv: Tensor, key_mask: Tensor | None, a: Arguments | BackwardArguments) -> tuple[Tensor, Tensor]:
     q, k, v = _heads(qkv.to(_wide_dtype(qkv)), a)
-    scores = q @ k.mT * a.scale
+    scores = product(q, k.mT) * a.scale
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], -math.inf)
     probabilities = scores.softmax(-1)
     if key_mask is not None:
         probabilities = probabilities.masked_fill(~key_mask.any(1)[:, None, None, None], 0)
-    out = (probabilities @ v).transpose(1, 2).flatten(2).to(qkv.dtype)
+    out = product(probabilities, v).transpose(1, 2).flatten(2).to(qkv.dtype)
     return out, scores.detach().logsumexp(-1) * _LOG2_E
 
 

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titok.checks import check_tensor
+from titok.checks import check_bool, check_int, check_integer, check_number, check_tensor
 from titok.ops.core.available import extension, why_no_cpp, why_no_cuda
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Kernel
@@ -106,14 +106,19 @@ def maskgit_decode_step(
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
-    counts = num_masked if isinstance(num_masked, Tensor) else None
-    if final is None:
-        final = step == steps - 1
-    count = 0 if final or isinstance(num_masked, Tensor) else num_masked
+    step, steps = check_int("step", step), check_int("steps", steps)
+    final = step == steps - 1 if final is None else check_bool("final", final)
+    if isinstance(num_masked, Tensor):
+        check_tensor("num_masked", num_masked, dtypes=(torch.int64,))
+        counts, count = num_masked, 0
+    else:
+        counts, count = None, check_int("num_masked", num_masked)
+    if final:
+        counts, count = None, 0
     temperatures = (softmax_temperature, noise_temperature)
     numbers = _step_params(step, steps, count, guidance, *temperatures, confidence, seed, first_sample)
     uncond_rows = rows if uncond_rows is None else uncond_rows
-    tensors = (tokens, cond_logits, uncond_logits, rows, uncond_rows, None if final else counts, None, None)
+    tensors = (tokens, cond_logits, uncond_logits, rows, uncond_rows, counts, None, None)
     return _decide(tensors, numbers, mask_token, confidence, out, return_confidence, backend)
 
 
@@ -169,7 +174,11 @@ def maskgit_decode_step_packed(
         workspace: int32 (B,) zeros, which the step leaves zero; used on a GPU, where it spares a captured graph the
             zeroing of its own. Launches that may run side by side must not share one.
         the others: as of `maskgit_decode_step`.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
+    check_tensor("params", params)
     uncond_rows = rows if uncond_rows is None else uncond_rows
     tensors = (tokens, cond_logits, uncond_logits, rows, uncond_rows, num_masked, params, workspace)
     return _decide(tensors, _READ_FROM_PACKED, mask_token, confidence, out, return_confidence, backend)
@@ -185,6 +194,8 @@ def _decide(
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Calls the op. `tensors` are those of `Arguments`, in order; with params among them, `numbers` are not read."""
+    mask_token = check_int("mask_token", mask_token)
+    check_bool("return_confidence", return_confidence)
     seed = numbers.seed - (1 << 64) if numbers.seed >> 63 else numbers.seed
     outputs = None if out is None else (out, None)
     new, scores = _MASKGIT_DECODE_STEP(
@@ -209,6 +220,12 @@ def _step_params(
     first_sample: int,
 ) -> StepParams:
     """Checks a step's numbers and rounds them to float32."""
+    step, steps, num_masked = check_int("step", step), check_int("steps", steps), check_int("num_masked", num_masked)
+    seed, first_sample = check_integer("seed", seed, 64), check_integer("first_sample", first_sample, 63)
+    guidance = check_number("guidance", guidance)
+    softmax_temperature = check_number("softmax_temperature", softmax_temperature)
+    noise_temperature = check_number("noise_temperature", noise_temperature)
+    _check_rule(confidence)
     if not 0 <= step < steps:
         raise ValueError(f"step: expected 0 <= step < steps = {steps}, got {step}")
     if steps > 1 << 32:
@@ -221,10 +238,6 @@ def _step_params(
         raise ValueError(f"softmax_temperature: expected a finite value > 0, got {softmax_temperature}")
     if not 0 <= noise_temperature < math.inf:
         raise ValueError(f"noise_temperature: expected a finite value >= 0, got {noise_temperature}")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed: expected an int in [0, 2^64), got {seed}")
-    if not 0 <= first_sample < 1 << 63:
-        raise ValueError(f"first_sample: expected an int in [0, 2^63), got {first_sample}")
     noise = _float32(noise_temperature)
     draw_scale = _float32(1.0 / noise) if noise > 0.0 else 0.0
     return StepParams(
@@ -308,15 +321,20 @@ def _check(a: Arguments) -> None:
         check_tensor("num_masked", a.counts, shape=(batch,), dtypes=(torch.int64,), device=device)
     if a.params is not None:
         check_tensor("params", a.params, shape=(_PACKED_WORDS,), dtypes=(torch.int32,), device=device)
-    if a.workspace is not None:
-        check_tensor("workspace", a.workspace, shape=(batch,), dtypes=(torch.int32,), device=device)
+    _check_workspace(a)
     _check_rule(a.confidence)
-    if 0 <= a.mask_token < codes:
-        raise ValueError(f"mask_token: expected an id outside [0, {codes}), got {a.mask_token}")
+    if 0 <= a.mask_token < codes or not -(1 << 63) <= a.mask_token < 1 << 63:
+        raise ValueError(f"mask_token: expected an id of 64 bits outside [0, {codes}), got {a.mask_token}")
+
+
+def _check_workspace(a: Arguments) -> None:
+    if a.workspace is not None:
+        device = a.tokens.device
+        check_tensor("workspace", a.workspace, shape=(len(a.tokens),), dtypes=(torch.int32,), device=device)
 
 
 def _check_rule(confidence: str) -> None:
-    if confidence not in CONFIDENCE_RULES:
+    if not isinstance(confidence, str) or confidence not in CONFIDENCE_RULES:
         raise ValueError(f"confidence: expected one of {CONFIDENCE_RULES}, got {confidence!r}")
 
 
@@ -356,6 +374,7 @@ def _contiguous_indices(a: Arguments) -> Arguments:
 
 def _cpp(a: Arguments, new: Tensor, confidences: Tensor) -> None:
     _check_rule(a.confidence)
+    _check_workspace(a)  # the kernel needs none
     is_maskgit = a.confidence == "maskgit"
     found_bad_value = extension().maskgit_decode_step(
         *a[:7], a.numbers(), a.mask_token, is_maskgit, new, confidences, torch.get_num_threads()

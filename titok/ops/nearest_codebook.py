@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.checks import FLOAT_DTYPES, check_tensor
+from titok.checks import FLOAT_DTYPES, check_bool, check_tensor
 from titok.ops.core.available import extension, why_no_cpp, why_no_triton
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Kernel
+
+MAX_CODES = (1 << 31) - 1025  # the kernels count codes, and the padding behind the last one, in 32 bits
 
 # Scores that the plain path holds at a time: 16 MiB of float32.
 _PLAIN_CHUNK = 1 << 22
@@ -61,7 +63,7 @@ def nearest_codebook(
 
     Args:
         latents: (..., C), floating point, any strides.
-        codebook: (V, C), floating point, V and C at least 1.
+        codebook: (V, C), floating point, V and C at least 1, V at most 2^31 - 1025.
         normalize: divide latents and rows by their l2 norms first, norms below 1e-12 counting as 1e-12
             (a NaN is still a NaN: the two rules above are about the values before).
         return_quantized: also return the chosen rows, divided by their norms under `normalize`.
@@ -77,6 +79,7 @@ def nearest_codebook(
         ValueError: shapes or devices do not fit together, or `backend` is not one of this op.
         RuntimeError: the named back end cannot run here.
     """
+    check_bool("return_quantized", return_quantized)
     (indices,) = _NEAREST_CODEBOOK(
         latents, codebook, normalize, out=None if out is None else (out,), backend=backend
     )
@@ -103,8 +106,9 @@ class Arguments(NamedTuple):
 def _check(a: Arguments) -> None:
     check_tensor("codebook", a.codebook, shape=("V", "C"), dtypes=FLOAT_DTYPES)
     rows, width = a.codebook.shape
-    if rows < 1 or width < 1:
-        raise ValueError(f"codebook: expected shape (V, C) with V, C >= 1, got {tuple(a.codebook.shape)}")
+    if rows < 1 or width < 1 or rows > MAX_CODES:
+        shape = tuple(a.codebook.shape)
+        raise ValueError(f"codebook: expected shape (V, C) with 1 <= V <= {MAX_CODES} and C >= 1, got {shape}")
     check_tensor("latents", a.latents, shape=("...", width), dtypes=FLOAT_DTYPES, device=a.codebook.device)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.checks import check_tensor
+from titok.checks import check_bool, check_number, check_tensor
 from titok.ops.core.mode import last_backend, note_backend
 from titok.ops.core.op import register_composite
 from titok.ops.nearest_codebook import compute_dtype, look_up, nearest_codebook
@@ -49,6 +49,8 @@ def quantize(
     Raises:
         TypeError, ValueError, RuntimeError: as `nearest_codebook`; ValueError also for a negative cost.
     """
+    commitment_cost = check_number("commitment_cost", commitment_cost)
+    check_bool("normalize", normalize)
     if not commitment_cost >= 0:
         raise ValueError(f"commitment_cost: expected a number >= 0, got {commitment_cost!r}")
     if torch.compiler.is_compiling():

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from titok.checks import check_bool
+
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -47,8 +49,12 @@ def _switched(**changes: bool) -> Iterator[None]:
 
 @contextmanager
 def only_plain(on: bool = True) -> Iterator[None]:
-    """Within, an op that is asked for no back end by name runs plain PyTorch; for this thread or task alone."""
-    with _switched(plain=on):
+    """Within, an op that is asked for no back end by name runs plain PyTorch; for this thread or task alone.
+
+    Raises:
+        TypeError: `on` is no bool.
+    """
+    with _switched(plain=check_bool("on", on)):
         yield
 
 
@@ -85,7 +91,13 @@ def are_plain(tensors: Sequence[Any]) -> bool:
 
 def is_ordinary(x: Tensor) -> bool:
     """Whether x has memory that may be read now, and that alone: it is no subclass, nothing compiles, traces or
-    transforms it, and no forward-mode derivative is on."""
+    transforms it, and no forward-mode derivative is on.
+
+    Raises:
+        TypeError: x is no tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN_TENSORS
@@ -129,7 +141,13 @@ def note_backend(op: str, backend: str) -> None:
 
 
 def last_backend(op: str) -> str | None:
-    """The back end that the latest call of `op` in this thread ran on; None before the first call."""
+    """The back end that the latest call of `op` in this thread ran on; None before the first call.
+
+    Raises:
+        TypeError: `op` is no str.
+    """
+    if not isinstance(op, str):
+        raise TypeError(f"op: expected a str, got {type(op).__name__}")
     return _LAST.by_op.get(op)
 
 

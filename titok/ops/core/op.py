@@ -24,6 +24,7 @@ from titok import profiling
 from titok.checks import check_tensor
 from titok.ops.core.available import interpreting, why_no_cpp
 from titok.ops.core.flop_counter import register_flop_formula
+from titok.ops.core.kinds import SCHEMA_TYPES, check_kind, is_of_kind
 from titok.ops.core.mode import (
     DEFAULT,
     are_plain,
@@ -31,21 +32,9 @@ from titok.ops.core.mode import (
     is_transformed_and_differentiated,
     note_backend,
 )
-from titok.ops.core.parts import Composite, Gradient, Kernel, Outputs
+from titok.ops.core.parts import Composite, Gradient, Kernel, Outputs, aligned, without_autocast
 
 _LIBRARY = torch.library.Library("titok", "DEF")
-
-# How the schema of an op writes the types of its arguments.
-_SCHEMA_TYPES: dict[Any, str] = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    bool: "bool",
-    int: "int",
-    int | torch.SymInt: "SymInt",
-    float: "float",
-    str: "str",
-    torch.dtype | None: "ScalarType?",
-}
 
 
 class Op:
@@ -53,10 +42,10 @@ class Op:
 
     Args:
         name: the op is registered as `torch.ops.titok.<name>`.
-        arguments: a NamedTuple of the arguments, with the types of `_SCHEMA_TYPES`, from which the schema is made.
+        arguments: a NamedTuple of the arguments, with the types of `SCHEMA_TYPES`, from which the schema is made.
             Every op has `backend` behind them. The functions below are called with one such tuple.
         num_results: how many tensors the op returns.
-        check: looks at every argument; raises `TypeError` or `ValueError`.
+        check: looks at every argument, whose types are right; raises `TypeError` or `ValueError`.
         results: allocates what the op returns. None stands for a result that these arguments do not ask for; the
             registered op returns an empty tensor in its place.
         backends: fastest first; the last is a `Composite` called "plain".
@@ -85,9 +74,10 @@ class Op:
         flops: Callable[[Any], int | torch.SymInt] = lambda arguments: 0,
     ) -> None:
         self.name, self.arguments = name, arguments
-        types = [_SCHEMA_TYPES[kind] for kind in get_type_hints(arguments).values()]
+        types = [SCHEMA_TYPES[kind] for kind in get_type_hints(arguments).values()]
         self._tensor_at = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
-        self.check, self._results, self._kept = check, results, kept
+        self._kinds = list(enumerate(zip(arguments._fields, types, strict=True)))
+        self._check, self._results, self._kept = check, results, kept
         self.backends = {backend.name: backend for backend in backends}
         self.gradient, self._plain_gradient, self._flops = gradient, plain_gradient, flops
         self._plain: Any = backends[-1]
@@ -120,6 +110,8 @@ class Op:
         return self._run(self.arguments(*arguments), out, backend)
 
     def _run(self, arguments: Any, out: Outputs | None, backend: str | None) -> Outputs:
+        if backend is not None:
+            check_kind("backend", "str?", backend)
         tensors = [t for i in self._tensor_at if (t := arguments[i]) is not None]
         if not tensors:
             self.check(arguments)
@@ -127,8 +119,6 @@ class Op:
             self.check(arguments)
             return self._into(out, self._compute(self._plain, arguments))
         if not are_plain(tensors):
-            if not all(isinstance(t, Tensor) for t in tensors):
-                self.check(arguments)  # this names the argument that should be a tensor
             return self._dispatched(arguments, out, backend)
         mode = current_mode()
         wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -190,7 +180,7 @@ class Op:
             for tensor in asked[1:]:
                 tensor.zero_()  # sums and means over nothing
         else:
-            chosen.launch(chosen.prepare(arguments), *results, *kept)
+            chosen.launch(aligned(chosen.prepare(arguments)), *results, *kept)
         return (*results, *kept)
 
     def _forward(self, arguments: Any, backend: str | None, chosen: Kernel | Composite | None = None) -> Outputs:
@@ -207,17 +197,15 @@ class Op:
 
     def _compute(self, chosen: Composite, arguments: Any) -> Outputs:
         note_backend(self.name, chosen.name)
-        if torch._C._is_any_autocast_enabled():
-            device = self._first_tensor(arguments).device.type
-            if torch.amp.is_autocast_available(device):  # the meta device has none
-                with torch.autocast(device, enabled=False):
-                    return chosen.compute(arguments)
-        return chosen.compute(arguments)
+        with without_autocast(self._first_tensor(arguments)):
+            return chosen.compute(arguments)
 
     def _first_tensor(self, arguments: Any) -> Tensor:
         return next(t for i in self._tensor_at if (t := arguments[i]) is not None)
 
-    def _dispatched(self, arguments: tuple[Any, ...], out: Outputs | None, backend: str | None) -> Outputs:
+    def _dispatched(self, arguments: Any, out: Outputs | None, backend: str | None) -> Outputs:
+        if not torch.compiler.is_compiling():
+            self._check_kinds(arguments)
         outputs = self.overload(*arguments, backend)
         return self._into(out, outputs if isinstance(outputs, tuple) else (outputs,))
 
@@ -238,7 +226,21 @@ class Op:
             target.copy_(result)
         return tuple(result if target is None else target for target, result in zip(out, results, strict=True))
 
-    # --- the choice of a back end
+    # --- checks and the choice of a back end
+
+    def check(self, arguments: Any) -> None:
+        """Raises `TypeError` or `ValueError` for arguments that are wrong, by the public function's names for them."""
+        for i, (name, kind) in self._kinds:
+            if i not in self._tensor_at:
+                check_kind(name, kind, arguments[i])
+        self._check(arguments)
+
+    def _check_kinds(self, arguments: Any) -> None:
+        """Raises for values of types that the schema does not take, before PyTorch's dispatcher does in other words."""
+        for i, (name, kind) in self._kinds:
+            if not is_of_kind(kind, arguments[i]):
+                self.check(arguments)
+                check_kind(name, kind, arguments[i])
 
     def choose(self, requested: str | None, arguments: Any) -> Kernel | Composite:
         """The back end that is to run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,72 @@ class Gradient:
 def contiguous(arguments: Any) -> Any:
     """The arguments with contiguous tensors."""
     return arguments._make(a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def aligned(arguments: Any) -> Any:
+    """The arguments with a copy of each CPU tensor whose address is no multiple of the bytes of an element.
+
+    `torch.frombuffer` and NumPy arrays make such tensors; C++ must not read them.
+    """
+    misplaced = {
+        name: a.clone()
+        for name, a in arguments._asdict().items()
+        if isinstance(a, Tensor) and a.is_cpu and a.data_ptr() % a.itemsize
+    }
+    return arguments._replace(**misplaced) if misplaced else arguments
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Within, autocast is off for the device of a tensor."""
+    if torch._C._is_any_autocast_enabled():
+        device = tensor.device.type
+        if torch.amp.is_autocast_available(device):  # the meta device has none
+            return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for matrices, or for stacks of them (..., M, K) and (..., K, N) with the same leading sizes.
+
+    Where autocast is on while PyTorch differentiates a product of its own, it converts the factors of the gradients to
+    16 bits. It does not in this one.
+    """
+    if a.ndim == 2:
+        return _Product.apply(a, b)
+    stacked: Tensor = _Product.apply(a.flatten(0, -3), b.flatten(0, -3))
+    return stacked.unflatten(0, a.shape[:-2])
+
+
+class _Product(torch.autograd.Function):
+    """The product of two matrices, or of each pair of two stacks of matrices, differentiated by this very function."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b) if a.ndim == 2 else torch.bmm(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        needs_a, needs_b = ctx.needs_input_grad
+        with without_autocast(grad):
+            return (
+                _Product.apply(grad, b.mT) if needs_a else None,
+                _Product.apply(a.mT, grad) if needs_b else None,
+            )
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_a: Tensor, tangent_b: Tensor) -> Tensor:
+        a, b = ctx.saved_tensors
+        with without_autocast(a):
+            first: Tensor = _Product.apply(tangent_a, b)
+            return first + _Product.apply(a, tangent_b)
 
 
 def vjp(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
