@@ -407,3 +407,17 @@ def test_rows_beyond_32_bits_on_a_gpu() -> None:
     latents[-1] = codebook[2]
     latents[-2] = codebook[1]
     assert nearest_codebook(latents, codebook)[-2:].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("more", [0, 1 << 31, 1 << 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_more_codes_than_kernels_count(name: str | None, dtype: torch.dtype, more: int) -> None:
+    """Codebooks of one row in memory, with more codes than 32 bits count."""
+    latents, codebook = torch.zeros(2, 3, dtype=dtype), torch.zeros(1, 3, dtype=dtype)
+    codebook = codebook.expand((1 << 31) - 1024 + more, 3)
+    message = r"^codebook: expected shape \(V, C\) with 1 <= V <= 2147482623 and C >= 1, got \("
+    with pytest.raises(ValueError, match=message):
+        nearest_codebook(latents, codebook, backend=name)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.titok.nearest_codebook(latents, codebook, False, name)

@@ -214,7 +214,10 @@ def cuda_kernel_on_host(draw: Draw, kernel: Callable[..., tuple[Tensor, Tensor]]
     case = _case(draw, codes, 5)
     draw.note(threads=threads, rounds=rounds)
     numbers = case["numbers"]
-    tensors = tuple(draw.tensor(n, case[n], ("gap",)) if case[n] is not None else None for n in ("cond", "uncond"))
+    tensors = tuple(
+        draw.tensor(n, case[n], ("gap",), aligned=True) if case[n] is not None else None
+        for n in ("cond", "uncond")
+    )
     case["cond"], case["uncond"] = tensors
     case["keep"] = torch.full((len(case["tokens"]),), numbers["num_masked"])
     if case["tokens"].numel() == 0:

@@ -89,8 +89,18 @@ class Draw:
             x[self.bits(*x.shape, probability=probability)] = value
         return x
 
-    def tensor(self, name: str, values: Tensor, layouts: Sequence[str] = (), *, gradient: bool = False) -> Tensor:
+    def tensor(
+        self,
+        name: str,
+        values: Tensor,
+        layouts: Sequence[str] = (),
+        *,
+        gradient: bool = False,
+        aligned: bool = False,
+    ) -> Tensor:
         """The values in memory of a random layout, between other values where the layout has gaps.
+
+        Without `aligned`, one in twenty tensors begins at an address that is no multiple of the bytes of an element.
 
         Args:
             layouts: those to choose from beside "contiguous" and "offset": "gap" (rows lie apart), "step" (so do
@@ -98,8 +108,11 @@ class Draw:
                 first values everywhere), "channels last".
         """
         layout = self.pick("contiguous", "offset", *layouts)
+        if not aligned and values.numel() > 0 and self.chance(0.05):
+            layout = "unaligned"
         x = _LAYOUTS[layout](self, values)
-        self.note(**{name: f"{str(x.dtype)[6:]}{tuple(x.shape)} strides {x.stride()} at {x.storage_offset()}"})
+        where = f"strides {x.stride()} at {x.storage_offset()} of {layout} memory"
+        self.note(**{name: f"{str(x.dtype)[6:]}{tuple(x.shape)} {where}"})
         self._inputs.append((name, x, x.clone()))
         return x.requires_grad_() if gradient else x
 
@@ -198,9 +211,21 @@ def _channels_last(draw: Draw, values: Tensor) -> Tensor:
     return flat[start:].view(batch, height, width, channels).permute(0, 3, 1, 2).copy_(values)
 
 
+def _unaligned(draw: Draw, values: Tensor) -> Tensor:
+    count, offset = values.numel(), draw.random.randrange(1, max(values.itemsize, 2))
+    memory = bytearray((count + 1) * values.itemsize)
+    x = torch.frombuffer(memory, dtype=values.dtype, count=count, offset=offset)
+    dense = (
+        values.contiguous()
+        if values.ndim != 4 or draw.chance(0.5)
+        else values.to(memory_format=torch.channels_last)
+    )
+    return x.as_strided(dense.shape, dense.stride()).copy_(dense)
+
+
 _LAYOUTS = {
     "contiguous": _contiguous, "offset": _offset, "gap": _gap, "step": _step, "permuted": _permuted,
-    "expanded": _expanded, "channels last": _channels_last,
+    "expanded": _expanded, "channels last": _channels_last, "unaligned": _unaligned,
 }  # fmt: skip
 
 

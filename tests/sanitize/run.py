@@ -33,7 +33,7 @@ THREAD = [*COMMON, "-fsanitize=thread"]
 PYTHON_SOURCES = {"module.cpp", "binding.cpp", "python_call.cpp", "python_tensor.cpp", "tensor.cpp"}
 CPP_TESTS = [
     "test_cpp_boundary.py", "test_cpp_tensors.py", "test_masked_attention_cpp.py", "test_maskgit_decode_cuda_host.py",
-    "test_raw_ops.py",
+    "test_raw_ops.py", "test_unaligned.py",
 ]  # fmt: skip
 # Of these the tests with "cpp" in their name or parameters.
 OP_TESTS = [

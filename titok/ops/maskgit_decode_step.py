@@ -220,7 +220,11 @@ def _step_params(
     first_sample: int,
 ) -> StepParams:
     """Checks a step's numbers and rounds them to float32."""
-    step, steps, num_masked = check_int("step", step), check_int("steps", steps), check_int("num_masked", num_masked)
+    step, steps, num_masked = (
+        check_int("step", step),
+        check_int("steps", steps),
+        check_int("num_masked", num_masked),
+    )
     seed, first_sample = check_integer("seed", seed, 64), check_integer("first_sample", first_sample, 63)
     guidance = check_number("guidance", guidance)
     softmax_temperature = check_number("softmax_temperature", softmax_temperature)
