@@ -215,11 +215,8 @@ def _unaligned(draw: Draw, values: Tensor) -> Tensor:
     count, offset = values.numel(), draw.random.randrange(1, max(values.itemsize, 2))
     memory = bytearray((count + 1) * values.itemsize)
     x = torch.frombuffer(memory, dtype=values.dtype, count=count, offset=offset)
-    dense = (
-        values.contiguous()
-        if values.ndim != 4 or draw.chance(0.5)
-        else values.to(memory_format=torch.channels_last)
-    )
+    channels_last = values.ndim == 4 and draw.chance(0.5)
+    dense = values.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return x.as_strided(dense.shape, dense.stride()).copy_(dense)
 
 

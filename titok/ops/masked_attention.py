@@ -70,10 +70,7 @@ def masked_attention(
         start, stop = 0, qkv.shape[1] if isinstance(qkv, Tensor) and qkv.ndim == 3 else 0
     else:
         start, stop = _checked_range(query_range)
-    if scale is None:
-        scale = _default_scale(qkv, num_heads)
-    else:
-        scale = check_number("scale", scale)
+    scale = _default_scale(qkv, num_heads) if scale is None else check_number("scale", scale)
     return _MASKED_ATTENTION(qkv, key_mask, num_heads, start, stop, scale, backend=backend)[0]
 
 

@@ -45,7 +45,7 @@ class Op:
         arguments: a NamedTuple of the arguments, with the types of `SCHEMA_TYPES`, from which the schema is made.
             Every op has `backend` behind them. The functions below are called with one such tuple.
         num_results: how many tensors the op returns.
-        check: looks at every argument, whose types are right; raises `TypeError` or `ValueError`.
+        check: looks at tensors, and at values whose types are right; raises `TypeError` or `ValueError`.
         results: allocates what the op returns. None stands for a result that these arguments do not ask for; the
             registered op returns an empty tensor in its place.
         backends: fastest first; the last is a `Composite` called "plain".
@@ -75,7 +75,7 @@ class Op:
     ) -> None:
         self.name, self.arguments = name, arguments
         types = [SCHEMA_TYPES[kind] for kind in get_type_hints(arguments).values()]
-        self._tensor_at = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
+        self._tensor_at = [i for i, kind in enumerate(types) if kind.startswith("Tensor")]
         self._kinds = list(enumerate(zip(arguments._fields, types, strict=True)))
         self._check, self._results, self._kept = check, results, kept
         self.backends = {backend.name: backend for backend in backends}
@@ -215,8 +215,7 @@ class Op:
         if out is None:
             return results
         if not isinstance(out, tuple | list) or len(out) != len(results):
-            wanted = "a pair of tensors" if len(results) == 2 else f"{len(results)} tensors"
-            raise TypeError(f"out: expected {wanted}, got {type(out).__name__}")
+            raise TypeError(f"out: expected a pair of tensors, got {type(out).__name__}")
         names_one = sum(target is not None for target in out) == 1
         for i, (target, result) in enumerate(zip(out, results, strict=True)):
             if result is None or target is None:
@@ -229,17 +228,17 @@ class Op:
     # --- checks and the choice of a back end
 
     def check(self, arguments: Any) -> None:
-        """Raises `TypeError` or `ValueError` for arguments that are wrong, by the public function's names for them."""
+        """Raises `TypeError` or `ValueError` for arguments that are wrong."""
         for i, (name, kind) in self._kinds:
             if i not in self._tensor_at:
                 check_kind(name, kind, arguments[i])
         self._check(arguments)
 
     def _check_kinds(self, arguments: Any) -> None:
-        """Raises for values of types that the schema does not take, before PyTorch's dispatcher does in other words."""
+        """Raises `TypeError` for values of types that the schema does not take. PyTorch's own error says less."""
         for i, (name, kind) in self._kinds:
             if not is_of_kind(kind, arguments[i]):
-                self.check(arguments)
+                self.check(arguments)  # it has the public function's name for a tensor
                 check_kind(name, kind, arguments[i])
 
     def choose(self, requested: str | None, arguments: Any) -> Kernel | Composite:
