@@ -99,7 +99,7 @@ def check_number(name: str, value: Any) -> float:
     if type(value) is float:
         return value
     if type(value) is not int and (is_bool(value) or not isinstance(value, numbers.Real)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
     try:
         return float(value)
     except OverflowError:

@@ -416,7 +416,7 @@ def test_more_codes_than_kernels_count(name: str | None, dtype: torch.dtype, mor
     """Codebooks of one row in memory, with more codes than 32 bits count."""
     latents, codebook = torch.zeros(2, 3, dtype=dtype), torch.zeros(1, 3, dtype=dtype)
     codebook = codebook.expand((1 << 31) - 1024 + more, 3)
-    message = r"^codebook: expected shape \(V, C\) with 1 <= V <= 2147482623 and C >= 1, got \("
+    message = r"^codebook: expected at most 2147482623 rows, got [0-9]+$"
     with pytest.raises(ValueError, match=message):
         nearest_codebook(latents, codebook, backend=name)
     with pytest.raises(ValueError, match=message):

@@ -85,8 +85,10 @@ def _default_scale(qkv: Any, num_heads: int) -> float:
 def _checked_range(query_range: Any) -> tuple[int, int]:
     if not isinstance(query_range, tuple | list) or len(query_range) != 2:
         raise TypeError(f"query_range: expected a pair (start, stop), got {query_range!r:.60}")
-    start, stop = query_range
-    return check_int("query_range", start), check_int("query_range", stop)
+    try:
+        return check_int("query_range", query_range[0]), check_int("query_range", query_range[1])
+    except TypeError:
+        raise TypeError(f"query_range: expected two ints, got {query_range!r:.60}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------

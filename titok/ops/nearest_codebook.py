@@ -106,9 +106,10 @@ class Arguments(NamedTuple):
 def _check(a: Arguments) -> None:
     check_tensor("codebook", a.codebook, shape=("V", "C"), dtypes=FLOAT_DTYPES)
     rows, width = a.codebook.shape
-    if rows < 1 or width < 1 or rows > MAX_CODES:
-        shape = tuple(a.codebook.shape)
-        raise ValueError(f"codebook: expected shape (V, C) with 1 <= V <= {MAX_CODES} and C >= 1, got {shape}")
+    if rows < 1 or width < 1:
+        raise ValueError(f"codebook: expected shape (V, C) with V, C >= 1, got {tuple(a.codebook.shape)}")
+    if rows > MAX_CODES:
+        raise ValueError(f"codebook: expected at most {MAX_CODES} rows, got {rows}")
     check_tensor("latents", a.latents, shape=("...", width), dtypes=FLOAT_DTYPES, device=a.codebook.device)
 
 

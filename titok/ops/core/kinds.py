@@ -36,7 +36,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: isinstance(value, bool), "a bool"),
     "int": (_is_int, "an int"),
     "SymInt": (_is_int, "an int"),
-    "float": (_is_float, "a number"),
+    "float": (_is_float, "a float"),
     "str": (lambda value: isinstance(value, str), "a str"),
     "str?": (lambda value: value is None or isinstance(value, str), "a str or None"),
     "ScalarType?": (lambda value: value is None or isinstance(value, torch.dtype), "a torch.dtype or None"),
