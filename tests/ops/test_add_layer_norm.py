@@ -261,6 +261,7 @@ def test_opcheck(backend: str) -> None:
         torch.library.opcheck(backward, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(backend: str) -> None:
     def block(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

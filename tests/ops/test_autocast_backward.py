@@ -13,8 +13,8 @@ from torch import Tensor
 from op_calls import CALLS
 from titok import ops
 
-# Of each op the back ends that compute gradients on a CPU; Triton's interpreter is one of them.
-CPU = {
+# Of each op the back ends that compute gradients on a CPU, for "triton" in its interpreter.
+BACKENDS = {
     "add_layer_norm": (None, "auto", "plain", "cpp", "triton"),
     "layer_norm": (None, "auto", "plain", "cpp"),
     "group_norm_silu": (None, "auto", "plain", "triton"),
@@ -23,7 +23,11 @@ CPU = {
     "quantize": (None, "plain"),
     "code_mixture": (None, "auto", "plain", "triton"),
 }
-EVERY = [(name, backend) for name, backends in CPU.items() for backend in backends]
+EVERY = [
+    pytest.param(name, backend, marks=pytest.mark.slow if backend == "triton" else [])
+    for name, backends in BACKENDS.items()
+    for backend in backends
+]
 
 
 def loss_and_leaves(name: str, backend: str | None, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -61,7 +65,7 @@ def test_gradients(name: str, backend: str | None, dispatched: bool, dtype: torc
     assert same(*found)
 
 
-@pytest.mark.parametrize("name", [name for name in CPU if name != "group_norm_silu"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "group_norm_silu"])
 def test_plain_mode_and_gradients_of_gradients(name: str) -> None:
     found = []
     for inside in (False, True):
@@ -74,6 +78,7 @@ def test_plain_mode_and_gradients_of_gradients(name: str) -> None:
     assert same(*found)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_plain_attention_is_taken_in_every_way() -> None:
     """What stands for matrix products in the plain path works with transforms and forward mode as these do."""
     qkv = torch.randn(2, 5, 24, dtype=torch.float64)

@@ -376,6 +376,7 @@ def test_nothing_to_do(backend: str) -> None:
     assert torch.equal(run(known, torch.zeros(0, 4), rows=rows, **arguments)[0], known)  # no logits at all
 
 
+@pytest.mark.slow
 def test_opcheck_and_compile() -> None:
     tokens, cond, uncond = torch.tensor([[7, 2, 7]]), torch.randn(1, 3, 7), torch.randn(1, 3, 7)
     numbers = (-5, 3, 1, 1, 2.0, 1.0, 1.0, 1.0, 7, "titok", "auto")

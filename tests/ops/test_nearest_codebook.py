@@ -243,6 +243,7 @@ def test_reduced_matmul_precision_changes_nothing() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("shape", [(7, 12), (2, 3, 12), (0, 12)])
 def test_opcheck(shape: tuple[int, ...], normalize: bool) -> None:
@@ -255,6 +256,7 @@ def test_opcheck(shape: tuple[int, ...], normalize: bool) -> None:
     )
 
 
+@pytest.mark.slow
 def test_compile_and_export() -> None:
     class Model(torch.nn.Module):
         def forward(self, z: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
