@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titok.models.quantizer import VectorQuantizer
 from titok.processes import broadcast, reduce_max
+from titok.training.objective import widened
 from titok.training.order import seed_of
 
 
@@ -43,7 +44,7 @@ class CodeRestarts:
             latents: (..., C) of the first micro-batch of this process.
         """
         if self.every:
-            self._latents = latents.detach().float().flatten(0, -2)
+            self._latents = widened(latents.detach()).flatten(0, -2)
             self._replace(torch.ones_like(self.used), 0)
 
     def observe(self, latents: Tensor, counts: Tensor, step: int) -> None:
@@ -57,7 +58,7 @@ class CodeRestarts:
         self.used |= counts > 0
         if self.every and step != self._step:  # the first micro-batch of the step
             self._step = step
-            self._latents = latents.detach().float().flatten(0, -2)
+            self._latents = widened(latents.detach()).flatten(0, -2)
 
     def after_step(self, steps_done: int) -> None:
         """Replaces unused codes every `every` steps, and forgets which were used."""

@@ -17,7 +17,7 @@ from titok.training import fingerprint
 from titok.training.config import GeneratorTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.masking import drop_classes, masked_token_loss, random_mask
-from titok.training.objective import Losses, Objective
+from titok.training.objective import Losses, Objective, widened
 from titok.training.order import seed_of
 from titok.training.run import Run
 
@@ -133,7 +133,7 @@ class GeneratorObjective(Objective[MaskGIT]):
         mask = random_mask(uniform[:, 1], uniform[:, 2:])
         logits = self.model(targets.masked_fill(mask, self.model.mask_token), classes)
         loss, accuracy = masked_token_loss(
-            logits.float(),
+            widened(logits),
             targets,
             mask,
             label_smoothing=config.label_smoothing,

@@ -63,14 +63,18 @@ class Objective(nn.Module, Generic[M]):
     def before_saving(self) -> None:
         """Called before each checkpoint, in every process: makes `state` the same everywhere."""
 
+    def shared_figures(self) -> dict[str, Tensor]:
+        """Figures of shape () of what all processes did, called in every process before figures are written."""
+        return {}
+
     def picture(self) -> Tensor | None:
         """A picture of what the model does now, (C, H, W) in [0, 1], or None."""
         return None
 
 
-def gradient_free(figures: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Figures without gradients."""
-    return {name: value.detach() for name, value in figures.items()}
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or as it is in float64: losses are not computed in 16 bits."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def unregistered(module: nn.Module) -> tuple[nn.Module]:

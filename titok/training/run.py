@@ -341,6 +341,7 @@ class _Log:
         logs = last or run.step % config.log_every == 0
         if not logs and run.step % config.checkpoint_every and not self._makes_picture():
             return
+        figures = {**figures, **run.objective.shared_figures()}
         values = torch.stack([torch.as_tensor(v).detach().double().cpu() for v in figures.values()])
         means = dict(zip(figures, mean_of_all(values).tolist(), strict=True))
         if not math.isfinite(means["loss"]):

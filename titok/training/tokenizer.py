@@ -13,7 +13,7 @@ from titok.training import fingerprint
 from titok.training.code_restarts import CodeRestarts
 from titok.training.config import TokenizerTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
-from titok.training.objective import Losses, Objective
+from titok.training.objective import Losses, Objective, widened
 from titok.training.order import seed_of
 from titok.training.run import Run
 
@@ -88,7 +88,7 @@ class TokenizerObjective(Objective[TiTok]):
             self.state["used"] = self.restarts.used
 
     def forward(self, batch: Tensor, step: int) -> Losses:
-        """The losses of images (B, C, H, W) in [0, 1]; the figures are "psnr" in dB and "codes" in use."""
+        """The losses of images (B, C, H, W) in [0, 1]; the figure is the "psnr" in dB."""
         config, model = self.config, self.model
         images = augment(batch.to(model.device), config)
         figures = {}
@@ -101,8 +101,7 @@ class TokenizerObjective(Objective[TiTok]):
             assert self.restarts is not None
             self.restarts.observe(latents, quantized.counts, step)
             reconstruction, bottleneck = model.decode_latents(quantized.quantized), quantized.loss
-            figures["codes"] = self.restarts.used.sum()
-        error = F.mse_loss(reconstruction.float(), images.float())
+        error = F.mse_loss(widened(reconstruction), widened(images))
         figures["psnr"] = -10 * error.detach().log10()
         return Losses(
             config.reconstruction_weight * error + bottleneck, figures, (images, reconstruction.detach())
@@ -119,6 +118,13 @@ class TokenizerObjective(Objective[TiTok]):
         """Replaces codes that no latent uses, where it is time."""
         if self.restarts is not None:
             self.restarts.after_step(steps_done)
+
+    def shared_figures(self) -> dict[str, Tensor]:
+        """The number of "codes" in use since the last restart."""
+        if self.restarts is None:
+            return {}
+        self.restarts.merge()
+        return {"codes": self.restarts.used.sum()}
 
     def before_saving(self) -> None:
         """Makes the codes in use the same in every process."""
