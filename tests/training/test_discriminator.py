@@ -77,9 +77,7 @@ def test_step_of_the_generator_is_the_official_one(
 ) -> None:
     case = Case("discriminator")
     fake = case["in.fake"].double().requires_grad_()
-    loss, figures = generator_loss(
-        fake, case["in.real"].double(), step=step, discriminator=official64, **STAGE_2
-    )
+    loss, figures = generator_loss(fake, case["in.real"].double(), step=step, discriminator=official64, **STAGE_2)
     case.assert_float64(f"f64.generator.{when}.total_loss", loss.detach())
     case.assert_float64(f"f64.generator.{when}.reconstruction_loss", figures["reconstruction"])
     case.assert_float64(f"f64.generator.{when}.gan_loss", figures["adversarial"])
@@ -156,7 +154,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"images: expected shape \(B, 3, H, W\), got \(1, 1, 8, 8\)"):
         small()(torch.zeros(1, 1, 8, 8))
     images = torch.rand(1, 3, 8, 8)
-    with pytest.raises(ValueError, match="perceptual: expected a callable for perceptual_weight 0.1, got None"):
+    with pytest.raises(ValueError, match=r"perceptual: expected a callable for perceptual_weight 0\.1, got None"):
         generator_loss(images, images, step=0)
     with pytest.raises(ValueError, match="discriminator: expected a module from step 5 on, got None"):
         generator_loss(images, images, step=5, adversarial_start=5, perceptual_weight=0)
@@ -185,7 +183,9 @@ def test_loss_of_the_generator_is_the_weighted_sum_of_its_terms() -> None:
     assert set(figures) == {"loss", "reconstruction", "perceptual", "bottleneck", "adversarial"}
     assert not any(figure.requires_grad for figure in figures.values())
     got = torch.autograd.grad(loss, (reconstruction, bottleneck))
-    torch.testing.assert_close(got, torch.autograd.grad(want, (reconstruction, bottleneck)), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        got, torch.autograd.grad(want, (reconstruction, bottleneck)), rtol=1e-10, atol=1e-14
+    )
 
 
 def test_terms_with_weight_zero_are_not_computed() -> None:

@@ -82,9 +82,7 @@ def test_proxy_code_loss_by_definition() -> None:
     loss.backward()
     probabilities = logits.detach().exp()
     probabilities /= probabilities.sum(dim=-1, keepdim=True)
-    chosen = [
-        probabilities[b, i, j, codes[b, i, j]].log() for b in range(2) for i in range(3) for j in range(5)
-    ]
+    chosen = [probabilities[b, i, j, codes[b, i, j]].log() for b in range(2) for i in range(3) for j in range(5)]
     assert loss.item() == pytest.approx(-sum(chosen).item() / 30, rel=1e-12)
     one_hot = torch.zeros_like(probabilities).scatter_(-1, codes[..., None], 1.0)
     torch.testing.assert_close(logits.grad, (probabilities - one_hot) / 30, rtol=1e-10, atol=1e-16)
@@ -145,7 +143,9 @@ def test_gradients() -> None:
     assert gradcheck(lambda logits: proxy_code_loss(logits, codes), random(2, 2, 3, 5))
     assert gradcheck(lambda x: reconstruction_loss(x, target), random(2, 3, 4, 4))
     assert gradcheck(lambda x: reconstruction_loss(x, target, "l1"), random(2, 3, 4, 4))
-    assert gradcheck(lambda mean, logvar: kl_loss(DiagonalGaussian(mean, logvar)), (random(2, 3, 2), random(2, 3, 2)))
+    assert gradcheck(
+        lambda mean, logvar: kl_loss(DiagonalGaussian(mean, logvar)), (random(2, 3, 2), random(2, 3, 2))
+    )
     assert gradcheck(hinge_discriminator_loss, (random(2, 1, 3, 3), random(2, 1, 3, 3)))
     assert gradcheck(generator_adversarial_loss, random(2, 1, 3, 3))
     assert gradcheck(

@@ -63,11 +63,10 @@ class EMA:
         self.updates += 1
         averages = list(self.averages.values())
         parameters = [
-            p.detach().to(average.dtype)
-            for p, average in zip(self._parameters.values(), averages, strict=True)
+            p.detach().to(average.dtype) for p, average in zip(self._parameters.values(), averages, strict=True)
         ]
         if self.updates == 1:
-            torch._foreach_copy_(averages, parameters)
+            _copy(averages, parameters)
         else:
             torch._foreach_lerp_(averages, parameters, 1 - ema_decay(self.updates, self.decay))
 
@@ -118,7 +117,8 @@ class EMA:
             average.copy_(state[f"averages.{name}"])
 
 
+@torch.no_grad()
 def _copy(to: list[Tensor], values: list[Tensor]) -> None:
     """Copies each tensor of `values` into the one of `to` at the same place."""
-    if to:  # PyTorch refuses empty lists
-        torch._foreach_copy_(to, values)
+    for tensor, value in zip(to, values, strict=True):
+        tensor.copy_(value)

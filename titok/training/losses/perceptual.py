@@ -206,7 +206,7 @@ def convnext_small_distance(weights: PathLike | None = None) -> LogitsDistance:
     state = _state(weights, models.ConvNeXt_Small_Weights.IMAGENET1K_V1)
     with torch.device("meta"):  # random weights would only be overwritten
         network = models.convnext_small()
-    _load(network, state, weights)
+    _load(network, state, weights, "ConvNeXt-S")
     return LogitsDistance(network)
 
 
@@ -231,7 +231,7 @@ def lpips_distance(weights: PathLike | None = None) -> LPIPSDistance:
     with torch.device("meta"):  # random weights would only be overwritten
         layers = models.vgg16().features[: max(_LPIPS_LAYERS) + 1]
     prefix = "features."
-    _load(layers, {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}, weights)
+    _load(layers, {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}, weights, "VGG-16")
     return LPIPSDistance(
         layers,
         {n: channel_weights[f"lin{i}.model.1.weight"].float().flatten() for i, n in enumerate(_LPIPS_LAYERS)},
@@ -305,10 +305,10 @@ def _state(path: PathLike | None, published: Any) -> dict[str, Tensor]:
     )
 
 
-def _load(network: nn.Module, state: dict[str, Tensor], path: PathLike | None) -> None:
+def _load(network: nn.Module, state: dict[str, Tensor], path: PathLike | None, kind: str) -> None:
     """Gives a network the weights `state`, in float32. Raises `ValueError` where they do not fit."""
     try:
         network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path}: not the weights of {type(network).__name__}: {reason}") from error
+        raise ValueError(f"{path}: not the weights of {kind}: {reason}") from error

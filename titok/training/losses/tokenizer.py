@@ -63,7 +63,9 @@ def generator_loss(
         terms.append(("reconstruction", reconstruction_weight, error))
         if perceptual_weight:
             if perceptual is None:
-                raise ValueError(f"perceptual: expected a callable for perceptual_weight {perceptual_weight}, got None")
+                raise ValueError(
+                    f"perceptual: expected a callable for perceptual_weight {perceptual_weight}, got None"
+                )
             terms.append(("perceptual", perceptual_weight, perceptual(reconstruction, images)))
         if bottleneck is not None and bottleneck_weight:
             terms.append(("bottleneck", bottleneck_weight, bottleneck))
