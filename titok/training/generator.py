@@ -15,8 +15,11 @@ from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
 from titok.training import fingerprint
 from titok.training.config import GeneratorTraining
+from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.masking import drop_classes, masked_token_loss, random_mask
-from titok.training.run import PathLike, Run, RunFolder, open_folder, seed_of, shuffled_batches
+from titok.training.objective import Losses, Objective
+from titok.training.order import seed_of
+from titok.training.run import Run
 
 
 @torch.no_grad()
@@ -103,22 +106,37 @@ def train_generator(
         with torch.random.fork_rng([]), torch.device("cpu"):
             torch.manual_seed(seed_of(config.seed))
             model = MaskGIT(config.model).to(device=device, dtype=torch.float32)
-        run = Run(model, config, folder, data={"samples": len(flat), **data})
+        objective = GeneratorObjective(model, config, flat, labels)
+        run = Run(objective, config, folder, data={"samples": len(flat), **data})
+        return run.train(run.batches(len(flat)), name="generator", progress=progress)
 
-        def losses(indices: Tensor) -> dict[str, Tensor]:
-            uniform = torch.rand(len(indices), length + 2, dtype=torch.float32, device="cpu").to(device)
-            targets, classes = flat[indices.to(device)], labels[indices.to(device)]
-            classes = drop_classes(classes, model.no_class, uniform[:, 0], config.class_dropout)
-            mask = random_mask(uniform[:, 1], uniform[:, 2:])
-            logits = model(targets.masked_fill(mask, model.mask_token), classes)
-            loss, accuracy = masked_token_loss(
-                logits.float(),
-                targets,
-                mask,
-                label_smoothing=config.label_smoothing,
-                unmasked_weight=config.unmasked_weight,
-            )
-            return {"loss": loss, "accuracy": accuracy}
 
-        order = shuffled_batches(len(flat), config.batch_size, config.seed, run.step)
-        return run.train(order, losses, name="generator", progress=progress)
+class GeneratorObjective(Objective[MaskGIT]):
+    """The masked-token loss of a batch, which is given by the indices of its samples.
+
+    Args:
+        tokens: (n, K) int64, on the device of the model.
+        labels: (n,) int64, on the device of the model.
+    """
+
+    def __init__(self, model: MaskGIT, config: GeneratorTraining, tokens: Tensor, labels: Tensor) -> None:
+        super().__init__(model)
+        self.config, self.tokens, self.labels = config, tokens, labels
+
+    def forward(self, batch: Tensor, step: int) -> Losses:
+        """The loss of the samples with the indices `batch` (B,) int64; the figure is the "accuracy"."""
+        config, device = self.config, self.tokens.device
+        length = self.tokens.shape[1]
+        uniform = torch.rand(len(batch), length + 2, dtype=torch.float32, device="cpu").to(device)
+        targets, classes = self.tokens[batch.to(device)], self.labels[batch.to(device)]
+        classes = drop_classes(classes, self.model.no_class, uniform[:, 0], config.class_dropout)
+        mask = random_mask(uniform[:, 1], uniform[:, 2:])
+        logits = self.model(targets.masked_fill(mask, self.model.mask_token), classes)
+        loss, accuracy = masked_token_loss(
+            logits.float(),
+            targets,
+            mask,
+            label_smoothing=config.label_smoothing,
+            unmasked_weight=config.unmasked_weight,
+        )
+        return Losses(loss, {"accuracy": accuracy})

@@ -10,8 +10,12 @@ from titok.data.augment import shift_images
 from titok.data.folders import Images, read_batches
 from titok.models.tokenizer import TiTok
 from titok.training import fingerprint
+from titok.training.code_restarts import CodeRestarts
 from titok.training.config import TokenizerTraining
-from titok.training.run import PathLike, Run, RunFolder, open_folder, seed_of, shuffled_batches
+from titok.training.folder import PathLike, RunFolder, open_folder
+from titok.training.objective import Losses, Objective
+from titok.training.order import seed_of
+from titok.training.run import Run
 
 
 def train_tokenizer(
@@ -59,82 +63,67 @@ def train_tokenizer(
                         torch.nn.init.normal_(parameter, std=config.position_std)
             model.to(device=device, dtype=torch.float32)
         data = {"images": len(images), **fingerprint.of_images(images)}
-        run = Run(model, config, folder, data=data)
-        loop = TokenizerLoop(run, config)
-        batches = read_batches(images, shuffled_batches(len(images), config.batch_size, config.seed, run.step))
-        after = loop.restart_codes if model.quantizer is not None else None
-        return run.train(batches, loop.losses, name="tokenizer", progress=progress, after_step=after)
+        run = Run(TokenizerObjective(model, config), config, folder, data=data)
+        return run.train(read_batches(images, run.batches(len(images))), name="tokenizer", progress=progress)
 
 
-class TokenizerLoop:
-    """The losses of a batch, and the replacement of codes that no latent uses.
-
-    Codes start as latents of the first batch. Later, codes that were not used for `restart_every` steps become
-    random latents of the batch. Otherwise almost all latents would use the same few codes until the end, because
-    gradients reach only codes that are used.
+class TokenizerObjective(Objective[TiTok]):
+    """The losses of a batch of images, and the replacement of codes that no latent uses.
 
     Attributes:
-        latents: (n, code_dim) float32, those of the latest batch.
-        used: (V,) bool, codes that some latent used since the last replacement.
+        restarts: of the codes of a vector quantizer; None for a VAE.
     """
 
-    def __init__(self, run: Run[TiTok], config: TokenizerTraining) -> None:
-        self.run, self.config, self.model = run, config, run.model
-        self.latents = torch.empty(0, device="cpu")
-        unused = torch.zeros(config.model.codebook_size, dtype=torch.bool, device=self.model.device)
-        self.used = run.extra.setdefault("used", unused)
-        if self.used.shape != unused.shape or self.used.dtype != unused.dtype:
-            raise ValueError(
-                f"{run.folder}: not a readable training checkpoint: its codes in use are no {unused.dtype}"
+    def __init__(self, model: TiTok, config: TokenizerTraining) -> None:
+        super().__init__(model)
+        self.config = config
+        self.restarts: CodeRestarts | None = None
+        if model.quantizer is not None:
+            self.restarts = CodeRestarts(
+                model.quantizer,
+                every=config.restart_every,
+                until=config.restart_until * config.steps,
+                seed=config.seed,
             )
+            self.state["used"] = self.restarts.used
 
-    def losses(self, images: Tensor) -> dict[str, Tensor]:
-        """The figures of a batch of images (B, C, H, W) in [0, 1]: "loss", "psnr" in dB, and "codes" in use."""
+    def forward(self, batch: Tensor, step: int) -> Losses:
+        """The losses of images (B, C, H, W) in [0, 1]; the figures are "psnr" in dB and "codes" in use."""
         config, model = self.config, self.model
-        images = augment(images.to(model.device), config)
+        images = augment(batch.to(model.device), config)
         figures = {}
         if model.quantizer is None:
             reconstruction, posterior = model(images)
             bottleneck = config.kl_weight * posterior.kl().mean()
         else:
             latents = model.encode_latents(images)
-            self.latents = latents.detach().float().flatten(0, 1)
-            if self.run.step == 0:
-                self._replace(torch.ones_like(self.used))
             quantized = model.quantizer(latents)
-            self.used |= quantized.counts > 0
+            assert self.restarts is not None
+            self.restarts.observe(latents, quantized.counts, step)
             reconstruction, bottleneck = model.decode_latents(quantized.quantized), quantized.loss
-            figures["codes"] = self.used.sum()
+            figures["codes"] = self.restarts.used.sum()
         error = F.mse_loss(reconstruction.float(), images.float())
-        psnr = -10 * error.detach().log10()
-        return {"loss": config.reconstruction_weight * error + bottleneck, "psnr": psnr, **figures}
-
-    def restart_codes(self) -> None:
-        """Replaces unused codes every `restart_every` steps.
-
-        It is called after an optimizer step, before `run.step` counts that step.
-        """
-        steps_done, config = self.run.step + 1, self.config
-        if steps_done % config.restart_every:
-            return
-        if steps_done <= config.restart_until * config.steps:
-            self._replace(~self.used)
-        self.used.zero_()
+        figures["psnr"] = -10 * error.detach().log10()
+        return Losses(
+            config.reconstruction_weight * error + bottleneck, figures, (images, reconstruction.detach())
+        )
 
     @torch.no_grad()
-    def _replace(self, codes: Tensor) -> None:
-        """Replaces the codes that are true in `codes` (V,) by random latents of the batch.
+    def start(self, batch: Tensor) -> None:
+        """Makes the codes latents of the first micro-batch."""
+        if self.restarts is not None:
+            images = augment(batch.to(self.model.device), self.config)
+            self.restarts.start(self.model.encode_latents(images))
 
-        No latent is taken twice unless there are fewer latents than codes to replace.
-        """
-        quantizer = self.model.quantizer
-        assert quantizer is not None
-        order = torch.randperm(len(self.latents), device="cpu").to(codes.device)
-        replaced = codes.nonzero()[:, 0]
-        latents = self.latents[order[torch.arange(len(replaced), device=codes.device) % len(order)]]
-        if quantizer.l2_normalize:
-            latents = F.normalize(latents, dim=-1)
-        quantizer.codebook[replaced] = latents.to(quantizer.codebook.dtype)
+    def after_step(self, steps_done: int) -> None:
+        """Replaces codes that no latent uses, where it is time."""
+        if self.restarts is not None:
+            self.restarts.after_step(steps_done)
+
+    def before_saving(self) -> None:
+        """Makes the codes in use the same in every process."""
+        if self.restarts is not None:
+            self.restarts.merge()
 
 
 def augment(images: Tensor, config: TokenizerTraining) -> Tensor:
