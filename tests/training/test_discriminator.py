@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import gradcheck
 
 from golden import Case, recipe_state
 from titok.training.discriminator import BlurDownsample, PatchDiscriminator
@@ -186,6 +187,26 @@ def test_loss_of_the_generator_is_the_weighted_sum_of_its_terms() -> None:
     torch.testing.assert_close(
         got, torch.autograd.grad(want, (reconstruction, bottleneck)), rtol=1e-10, atol=1e-14
     )
+
+
+def test_gradients() -> None:
+    discriminator = small().double()
+    images = torch.rand(1, 3, 6, 6, dtype=torch.float64)
+    reconstruction = torch.rand_like(images).requires_grad_()
+    averages = LeCamAverages().double()
+    averages.update(torch.tensor(100.0), torch.tensor(-100.0))
+
+    def of_reconstruction(x: Tensor) -> Tensor:
+        return generator_loss(x, images, step=20_000, discriminator=discriminator, perceptual_weight=0)[0]
+
+    def of_weight(weight: Tensor) -> Tensor:
+        def logits(x: Tensor) -> Tensor:
+            return torch.func.functional_call(discriminator, {"blocks.0.2.weight": weight}, x)
+
+        return discriminator_loss(logits, reconstruction, images, averages, lecam_weight=0.5)[0]
+
+    assert gradcheck(of_reconstruction, reconstruction)
+    assert gradcheck(of_weight, discriminator.blocks[0][2].weight)
 
 
 def test_terms_with_weight_zero_are_not_computed() -> None:

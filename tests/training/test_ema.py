@@ -183,8 +183,10 @@ def test_wrong_states_and_calls_are_refused() -> None:
     ema = EMA(Parameters(x=torch.zeros(2)))
     with pytest.raises(ValueError, match=r"got differences in \['averages.x', 'averages.y'\]"):
         ema.load_state_dict({"updates": torch.tensor(1), "averages.y": torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"averages.x.*expected shape \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"averages.x.*expected float32 \(2,\), got float32 \(3,\)"):
         ema.load_state_dict({"updates": torch.tensor(1), "averages.x": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"updates.*expected int64 \(\), got float32 \(\)"):
+        ema.load_state_dict({"updates": torch.tensor(1.0), "averages.x": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\), got 1.5"):
         EMA(Parameters(x=torch.zeros(2)), decay=1.5)
     with ema.swapped():

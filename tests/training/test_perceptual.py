@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -132,7 +133,7 @@ def test_lpips_has_a_gradient_where_all_features_are_zero() -> None:
 @pytest.mark.parametrize("make", [lambda: LogitsDistance(network(6).double(), 6), small_lpips])
 def test_gradients_reach_the_first_argument_alone(make) -> None:
     distance = make()
-    images, target = pair(7)
+    images, target = pair(6, batch=1)
     loss = distance(images, target)
     loss.backward()
     assert images.grad is not None
@@ -250,6 +251,16 @@ def test_a_torchvision_for_another_torch_is_named(monkeypatch: pytest.MonkeyPatc
         ImportError, match=r"cannot import torchvision \(operator.*\): install the build that belongs"
     ):
         convnext_small_distance()
+
+
+@pytest.mark.slow
+def test_the_losses_are_imported_without_torchvision_and_lpips() -> None:
+    code = (
+        "import sys, titok.training, titok.training.losses; "
+        "print([name for name in ('torchvision', 'lpips') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "[]\n", "")
 
 
 # ---------------------------------------------------------------------------------------------------------------

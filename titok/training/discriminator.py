@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +14,8 @@ _SLOPE = 0.1  # of the leaky ReLUs
 class BlurDownsample(nn.Module):
     """A 4x4 binomial blur with stride 2: (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)).
 
-    The image is surrounded by zeros. Where their number is odd, the larger half is at the bottom or right.
+    The image is surrounded by one row or column of zeros on each side. Where its height or width is odd, there are two
+    at the bottom or at the right.
     """
 
     kernel: Tensor
@@ -27,16 +26,10 @@ class BlurDownsample(nn.Module):
         self.register_buffer("kernel", torch.outer(row, row)[None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        down, right = _zeros(height), _zeros(width)
-        x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
-        channels = x.shape[1]
-        return F.conv2d(x, self.kernel.expand(channels, -1, -1, -1), stride=2, groups=channels)
-
-
-def _zeros(size: int) -> int:
-    """How many zeros a dimension of `size` needs so that a 4-wide window with stride 2 fits ceil(size / 2) times."""
-    return max(2 * (math.ceil(size / 2) - 1) + 4 - size, 0)
+        channels, height, width = x.shape[1:]
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, width % 2, 0, height % 2))
+        return F.conv2d(x, self.kernel.expand(channels, -1, -1, -1), stride=2, padding=1, groups=channels)
 
 
 class PatchDiscriminator(nn.Module):

@@ -23,14 +23,16 @@ class EMA:
 
     Frozen parameters and buffers have no averages: during `swapped` the model keeps its own. A parameter that several
     modules share has one average. Averages lie on the devices of the parameters. They are float32 where the parameters
-    are narrower, because a decay near 1 would have no effect in half precision.
+    are narrower, because half precision would round away what an update with a decay near 1 adds. With `fully_shard`,
+    each process averages its own shards.
 
     Attributes:
         updates: number of updates so far.
         averages: by the name of the parameter.
 
     Args:
-        model: the module itself, without a wrapper such as `DistributedDataParallel`, so that names are its own.
+        model: on the device that it is trained on. The module itself, without a wrapper such as
+            `DistributedDataParallel`, so that the names are its own.
         decay: in [0, 1), the largest share of the averages that an update keeps, see `ema_decay`.
 
     Raises:
@@ -92,7 +94,7 @@ class EMA:
             self._is_swapped = False
 
     def state_dict(self) -> dict[str, Tensor]:
-        """ "updates" () int64, and "averages.NAME" for each average. The averages are not copied."""
+        """The number of updates as "updates", () int64, and each average as "averages.NAME". None is copied."""
         averages = {f"averages.{name}": average for name, average in self.averages.items()}
         return {"updates": torch.tensor(self.updates, device="cpu"), **averages}
 
@@ -101,17 +103,18 @@ class EMA:
         """Takes over what `state_dict` returned. The values are copied.
 
         Raises:
-            ValueError: `state` has other names or shapes than `state_dict`.
+            ValueError: `state` has other names, shapes or dtypes than `state_dict`. Nothing was taken over then.
         """
         own = self.state_dict()
         if state.keys() != own.keys():
             names = sorted(state.keys() ^ own.keys())
             raise ValueError(f"state: expected the names of `state_dict`, got differences in {names[:3]}")
         for name, tensor in own.items():
-            if state[name].shape != tensor.shape:
-                raise ValueError(
-                    f"state[{name!r}]: expected shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}"
-                )
+            expected, got = (
+                f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (tensor, state[name])
+            )
+            if got != expected:
+                raise ValueError(f"state[{name!r}]: expected {expected}, got {got}")
         self.updates = int(state["updates"])
         for name, average in self.averages.items():
             average.copy_(state[f"averages.{name}"])

@@ -4,8 +4,10 @@ The published second stage compares the class logits of ConvNeXt-S. LPIPS (Zhang
 VGG-16. torchvision and lpips are imported when such a loss is made; the extra `titok[train]` installs them.
 
 A distance maps images (B, 3, H, W) and targets of the same shape, both in [0, 1] or slightly outside, to a tensor of
-shape (). Gradients reach its first argument alone. The classes here are no `nn.Module`, so that a module that holds
-one has neither its parameters nor its buffers: they are not trained, saved or wrapped. `to` moves them to a device.
+shape (). Gradients reach its first argument alone.
+
+The classes are not derived from `nn.Module`. A module that has one of them as an attribute therefore does not own its
+weights: they are neither trained nor saved, and `module.to` does not move them. Their own method `to` does.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class LogitsDistance:
         self.to(*_placement(network))
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> LogitsDistance:
-        """Moves the network in place, and returns this object."""
+        """Moves the network to a device and a dtype, in place, and returns this object."""
         self._mean, self._std = (_channels(v, device, dtype) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
         if isinstance(self.network, nn.Module):
             self.network.to(device, dtype)
@@ -100,7 +102,7 @@ class LPIPSDistance:
         self.to(*_placement(layers))
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> LPIPSDistance:
-        """Moves the weights in place, and returns this object."""
+        """Moves the weights to a device and a dtype, in place, and returns this object."""
         self.layers.to(device, dtype)
         self.channel_weights = {n: weights.to(device, dtype) for n, weights in self.channel_weights.items()}
         self._shift, self._scale = (_channels(v, device, dtype) for v in (_LPIPS_SHIFT, _LPIPS_SCALE))
@@ -180,7 +182,7 @@ class PerceptualLoss:
         return cls(terms)
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> PerceptualLoss:
-        """Moves the networks of all distances that have a method `to`, in place, and returns this object."""
+        """Calls `to` of all distances that have such a method, and returns this object."""
         for _, distance in self.terms:
             if hasattr(distance, "to"):
                 distance.to(device, dtype)

@@ -1,4 +1,4 @@
-"""The loss of stage 1: the decoder predicts the codes of a 2D tokenizer (TiTok, section 3.3: proxy codes)."""
+"""The loss of stage 1 of TiTok's training (Yu et al. 2024): the decoder predicts the codes of a 2D tokenizer."""
 
 from __future__ import annotations
 
