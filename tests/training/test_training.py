@@ -30,8 +30,9 @@ from titok.training.checkpoint import read_run_info
 from titok.training.folder import CHECKPOINT, METRICS, RunFolder
 from titok.training.metrics import SPEED, read_metrics
 from titok.training.objective import Losses
+from titok.training.reconstruction import augment
 from titok.training.run import Run
-from titok.training.tokenizer import TokenizerObjective, augment
+from titok.training.tokenizer import TokenizerObjective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,7 +146,7 @@ def test_history_has_the_figures_of_the_progress_bar(tmp_path: Path) -> None:
     history = read_metrics(tmp_path / "t")
     assert [row["step"] for row in history] == [4, 8, 12]
     shared = {"step", "loss", "learning_rate", "gradient_norm", *SPEED}
-    assert shared | {"psnr", "codes"} == set(history[0])
+    assert shared | {"psnr", "codes", "reconstruction", "bottleneck"} == set(history[0])
     train_one("generator", tmp_path / "g")
     assert shared | {"accuracy"} == set(read_metrics(tmp_path / "g")[0])
 

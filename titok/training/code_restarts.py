@@ -13,7 +13,7 @@ from torch import Tensor
 
 from titok.models.quantizer import VectorQuantizer
 from titok.processes import broadcast, reduce_max
-from titok.training.objective import widened
+from titok.training.losses.precision import float32_or_wider
 from titok.training.order import seed_of
 
 
@@ -44,7 +44,7 @@ class CodeRestarts:
             latents: (..., C) of the first micro-batch of this process.
         """
         if self.every:
-            self._latents = widened(latents.detach()).flatten(0, -2)
+            self._latents = float32_or_wider(latents.detach()).flatten(0, -2)
             self._replace(torch.ones_like(self.used), 0)
 
     def observe(self, latents: Tensor, counts: Tensor, step: int) -> None:
@@ -58,7 +58,7 @@ class CodeRestarts:
         self.used |= counts > 0
         if self.every and step != self._step:  # the first micro-batch of the step
             self._step = step
-            self._latents = widened(latents.detach()).flatten(0, -2)
+            self._latents = float32_or_wider(latents.detach()).flatten(0, -2)
 
     def after_step(self, steps_done: int) -> None:
         """Replaces unused codes every `every` steps, and forgets which were used."""
@@ -68,6 +68,11 @@ class CodeRestarts:
         if steps_done <= self.until:
             self._replace(~self.used, steps_done)
         self.used.zero_()
+
+    def figures(self) -> dict[str, Tensor]:
+        """The number of "codes" in use since the last replacement, in all processes."""
+        self.merge()
+        return {"codes": self.used.sum()}
 
     def merge(self) -> None:
         """Makes `used` say what the latents of all processes used."""

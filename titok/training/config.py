@@ -1,16 +1,16 @@
-"""Settings of a training run: one frozen dataclass for each of the two loops, which contains the model's own."""
+"""Settings of a training run: one frozen dataclass for each recipe, which contains the settings of the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from titok.config import Config, GeneratorConfig, TokenizerConfig, as_number
+from titok.config import Config, GeneratorConfig, TokenizerConfig, VQGANConfig, as_number
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
-    """What both loops share.
+    """What all recipes share.
 
     Attributes:
         steps: optimizer steps of the whole run, which also set the length of the learning-rate schedule.
@@ -86,22 +86,170 @@ class TrainingConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTraining(TrainingConfig):
-    """Single-stage training of a tokenizer with a "pixels" head.
+class ReconstructionTraining(TrainingConfig):
+    """What the recipes share in which a model learns to reconstruct images: the terms of the loss, and a discriminator.
 
-    The loss is the mean squared error of the pixels, plus the loss of the bottleneck.
+    The loss is a weighted sum: reconstruction, perceptual distance, adversarial term and bottleneck, see
+    `titok.training.losses.generator_loss`. A term with weight 0 is not computed.
 
     Attributes:
-        model: of the tokenizer.
-        reconstruction_weight: of the mean squared error. The loss of a quantizer has weight 1, and at weight 1 the
-            squared error would be too small beside it.
-        kl_weight: of the KL divergence of a VAE, in nats per latent token.
-        restart_every: in steps. A code that no latent chose for so long is replaced by a random latent of the
-            batch.
-        restart_until: the share of the run, in [0, 1], after which codes are no longer replaced.
+        reconstruction_kind: "l2" is the mean squared error, "l1" the mean absolute one.
+        reconstruction_weight, perceptual_weight, adversarial_weight: of the terms.
+        perceptual: the perceptual distance, a name of `titok.training.losses.PerceptualLoss.from_name`, such as
+            "convnext_s" or "lpips-convnext_s-1.0-0.1". The caller may pass another distance instead.
+        adversarial_start: the first step in which the discriminator is trained and gives the adversarial term.
+        lecam_weight: of the discriminator's regularisation (LeCam).
+        discriminator_warmup_steps: of the discriminator's learning rate, from its own first step.
+        discriminator_width, discriminator_stages, discriminator_grid: of `titok.training.discriminator`.
         random_shift: in pixels. Each training image is moved by a random number of pixels up to this one, both
             down and right; the pixels at its edge are repeated.
         random_flip: True mirrors each training image left to right with probability 1/2.
+    """
+
+    reconstruction_kind: Literal["l2", "l1"] = "l2"
+    reconstruction_weight: float = 1.0
+    perceptual: str = "convnext_s"
+    perceptual_weight: float = 0.1
+    adversarial_weight: float = 0.01
+    adversarial_start: int = 20_000
+    lecam_weight: float = 0.001
+    discriminator_warmup_steps: int = 5_000
+    discriminator_width: int = 128
+    discriminator_stages: int = 3
+    discriminator_grid: int = 16
+    random_shift: int = 0
+    random_flip: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("reconstruction_kind", ("l2", "l1"))
+        weights = ("reconstruction_weight", "perceptual_weight", "adversarial_weight", "lecam_weight")
+        self._check_number(*weights)
+        self._check("perceptual", isinstance(self.perceptual, str), "a str")
+        self._check_counts("discriminator_width", "discriminator_stages", "discriminator_grid")
+        for name in ("adversarial_start", "discriminator_warmup_steps"):
+            self._check_integer(name, 0, "an int >= 0")
+        self._check_integer("random_shift", 0, "an int >= 0")
+        self._check_flags("random_flip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANTraining(ReconstructionTraining):
+    """Training of a MaskGIT-VQGAN, the 2D tokenizer whose codes are the targets of the first stage of TiTok.
+
+    The settings of the published model are not known; the losses are those of TiTok's second stage.
+
+    Attributes:
+        model: of the 2D tokenizer.
+        image_size: side of the training images in pixels.
+        commitment_cost: of the vector quantizer.
+        restart_every, restart_until: as in `TokenizerTraining`.
+    """
+
+    model: VQGANConfig
+    image_size: int = 256
+    steps: int = 500_000
+    batch_size: int = 256
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 5_000
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    ema_decay: float = 0.999
+    commitment_cost: float = 0.25
+    restart_every: int = 25
+    restart_until: float = 0.7
+
+    def __post_init__(self) -> None:
+        self._check_nested("model", VQGANConfig)
+        super().__post_init__()
+        self._check_counts("image_size")
+        factor = self.model.factor
+        self._check("image_size", self.image_size % factor == 0, f"a multiple of {factor}")
+        self._check_number("commitment_cost")
+        self._check_integer("restart_every", 0, "an int >= 0")
+        self._check_unit("restart_until")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyTraining(TrainingConfig):
+    """Stage 1 of TiTok: the decoder predicts the codes that a MaskGIT-VQGAN gives to the image.
+
+    The loss is the cross-entropy of the codes plus the loss of TiTok's own quantizer. The defaults are the published
+    numbers.
+
+    Attributes:
+        model: of a tokenizer with the head "proxy" and without a pixel decoder.
+        restart_every, restart_until: as in `TokenizerTraining`; the published training restarts no codes.
+        random_shift, random_flip: as in `ReconstructionTraining`.
+    """
+
+    model: TokenizerConfig
+    steps: int = 1_000_000
+    batch_size: int = 256
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 10_000
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-4
+    ema_decay: float = 0.999
+    restart_every: int = 0
+    restart_until: float = 0.7
+    random_shift: int = 0
+    random_flip: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_nested("model", TokenizerConfig)
+        super().__post_init__()
+        fits = self.model.head == "proxy" and not self.model.pixel_decoder
+        self._check("model", fits, "a tokenizer with head 'proxy' and without a pixel decoder")
+        self._check_integer("restart_every", 0, "an int >= 0")
+        self._check_unit("restart_until")
+        self._check_integer("random_shift", 0, "an int >= 0")
+        self._check_flags("random_flip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderTraining(ReconstructionTraining):
+    """Stage 2 of TiTok: its decoder and the pixel decoder of the MaskGIT-VQGAN learn to reconstruct images together.
+
+    Encoder, latent tokens and codebook stay as they are, and in eval mode. The defaults are the published numbers.
+
+    Attributes:
+        model: of a tokenizer with a pixel decoder.
+    """
+
+    model: TokenizerConfig
+    steps: int = 500_000
+    batch_size: int = 256
+    learning_rate: float = 1e-4
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 5_000
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        self._check_nested("model", TokenizerConfig)
+        super().__post_init__()
+        self._check("model", self.model.pixel_decoder, "a tokenizer with a pixel decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining(ReconstructionTraining):
+    """Single-stage training of a tokenizer with a "pixels" head.
+
+    The defaults suit a small model, and have neither a perceptual distance nor a discriminator.
+    `titok.training.presets` has the published numbers.
+
+    Attributes:
+        model: of the tokenizer.
+        reconstruction_weight: the loss of a quantizer has weight 1, and at weight 1 the squared error would be too
+            small beside it.
+        kl_weight: of the KL divergence of a VAE, in nats per image.
+        restart_every: in steps. A code that no latent chose for so long is replaced by a random latent of the
+            batch. 0 replaces none.
+        restart_until: the share of the run, in [0, 1], after which codes are no longer replaced.
         position_std: standard deviation that learned tokens and positions start with. None keeps the one of
             `TiTok(config)`, width^-0.5, with which a small model learns positions slowly.
     """
@@ -115,10 +263,12 @@ class TokenizerTraining(TrainingConfig):
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-4
     reconstruction_weight: float = 10.0
+    perceptual: str = ""
+    perceptual_weight: float = 0.0
+    adversarial_weight: float = 0.0
     kl_weight: float = 1e-6
     restart_every: int = 25
     restart_until: float = 0.7
-    random_shift: int = 0
     random_flip: bool = False
     position_std: float | None = None
 
@@ -126,14 +276,12 @@ class TokenizerTraining(TrainingConfig):
         self._check_nested("model", TokenizerConfig)
         super().__post_init__()
         self._check("model", self.model.head == "pixels", "a tokenizer with head 'pixels' (single-stage)")
-        self._check_number("reconstruction_weight", "kl_weight")
-        self._check_counts("restart_every")
+        self._check_number("kl_weight")
+        self._check_integer("restart_every", 0, "an int >= 0")
         self._check_unit("restart_until")
         if self.position_std is not None:
             std = as_number(self.position_std)
             self._set_if("position_std", std, std is not None and std > 0, "None or a finite number > 0")
-        self._check_integer("random_shift", 0, "an int >= 0")
-        self._check_flags("random_flip")
 
 
 @dataclass(frozen=True, kw_only=True)

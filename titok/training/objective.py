@@ -5,16 +5,20 @@ A module, because PyTorch averages gradients over processes only for what one ca
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from titok.models.generator import MaskGIT
-from titok.models.tokenizer import TiTok
-from titok.models.vqgan import MaskGITVQGAN
+from titok.checkpoints.pretrained import Pretrained
+from titok.models.transformer import Stack
+from titok.models.vqgan import VQGANDecoder, VQGANEncoder
+from titok.training import fingerprint
+from titok.training.order import seed_of
 
-M = TypeVar("M", TiTok, MaskGIT, MaskGITVQGAN)
+M = TypeVar("M", bound=Pretrained)
 
 
 class Losses(NamedTuple):
@@ -72,16 +76,50 @@ class Objective(nn.Module, Generic[M]):
         return None
 
 
-def widened(x: Tensor) -> Tensor:
-    """x in float32, or as it is in float64: losses are not computed in 16 bits."""
-    return x if x.dtype == torch.float64 else x.float()
+@contextlib.contextmanager
+def switched_trunks(model: nn.Module, *, compiled: bool, checkpointed: bool) -> Iterator[None]:
+    """A context in which the transformers and convolutional networks of a model are compiled, or save memory.
+
+    Args:
+        compiled: compile them with torch.compile.
+        checkpointed: let transformers compute the activations of each block again in the backward pass.
+    """
+    trunks = [m for m in model.modules() if isinstance(m, (Stack, VQGANEncoder, VQGANDecoder))]
+    for trunk in trunks:
+        if compiled:
+            trunk.compile()
+        if checkpointed and isinstance(trunk, Stack):
+            trunk.checkpoint_activations = True
+    try:
+        yield
+    finally:
+        for trunk in trunks:
+            if compiled:
+                trunk._compiled_call_impl = None  # what `compile` sets; PyTorch has no public way back
+            if checkpointed and isinstance(trunk, Stack):
+                del trunk.checkpoint_activations
 
 
-def unregistered(module: nn.Module) -> tuple[nn.Module]:
-    """A module in a tuple, which another module may have as an attribute without owning its parameters."""
-    return (module,)
+@contextlib.contextmanager
+def drawing_weights(seed: int) -> Iterator[None]:
+    """A context in which the initial weights of models are drawn: from the seed of the run, on the CPU."""
+    with torch.random.fork_rng([]), torch.device("cpu"):  # whatever default device the host has set
+        torch.manual_seed(seed_of(seed))
+        yield
 
 
-def freeze(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module on `device`, in eval mode, without gradients for its parameters."""
-    return module.to(device).eval().requires_grad_(False)
+def load_initial(model: nn.Module, initial: nn.Module | None) -> dict[str, str]:
+    """Copies the weights of `initial`, if any, into `model`. Returns their hash, as an entry of a run's data.
+
+    Raises:
+        ValueError: the models have different parameters.
+    """
+    if initial is None:
+        return {}
+    weights = initial.state_dict()
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        message = "expected a model with the configuration that is trained, got one with other parameters"
+        raise ValueError(f"initial: {message}") from error
+    return {"initial": fingerprint.of_weights(weights)}

@@ -28,7 +28,7 @@ from titok.training.config import TrainingConfig
 from titok.training.ema import EMA
 from titok.training.folder import RAW, RunFolder
 from titok.training.metrics import SPEED, Metrics, Tracker
-from titok.training.objective import Losses, M, Objective
+from titok.training.objective import Losses, M, Objective, switched_trunks
 from titok.training.optim import learning_rate, make_optimizer
 from titok.training.order import micro_batches, seed_of, shuffled_batches
 from titok.training.pictures import save_png
@@ -277,7 +277,14 @@ class Run(Generic[M]):
         hide = None if progress and self.rank == 0 else True  # None hides it where stderr is no terminal
         bar = tqdm(total=config.steps, initial=self.step, desc=name, unit="step", disable=hide, leave=True)
         devices = [device] if device.type == "cuda" else []
-        with bar, contextlib.ExitStack() as stack, torch.random.fork_rng(devices), _tf32(config.precision):
+        trunks = switched_trunks(self.model, compiled=config.compile, checkpointed=config.checkpoint_activations)
+        with (
+            bar,
+            contextlib.ExitStack() as stack,
+            torch.random.fork_rng(devices),
+            _tf32(config.precision),
+            trunks,
+        ):
             log = _Log(self, bar, trackers if self.rank == 0 else ())
             stack.callback(log.close)
             self.objective.train()
