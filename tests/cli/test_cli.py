@@ -67,6 +67,7 @@ def test_every_command_is_tested_for_its_help() -> None:
     assert sorted(leaves(find_command([]), [])) == sorted(COMMANDS)
 
 
+@pytest.mark.slow
 def test_version_and_help_do_without_torch() -> None:
     """Loading PyTorch takes seconds, and `titok --help` should answer at once."""
     code = "import sys, titok.cli.app as cli; sys.argv[0] = 'titok'; import atexit; "
@@ -151,6 +152,7 @@ def classes(photos: Path) -> Path:
     return Path("classes")
 
 
+@pytest.mark.slow
 def test_train_both_and_generate(classes: Path) -> None:
     tokenizer = ("train", "tokenizer", classes, *SMALL, "--image-size", 16, "--tokens", 4, "--codebook-size", 16)
     assert titok(*tokenizer)[-1].startswith("runs/tokenizer: a tokenizer of 4 pictures, 4 tokens each")

@@ -198,6 +198,7 @@ def test_a_fast_pipeline_beside_a_plain_one_stays_fast(tiny_tokenizer: Make, tin
     assert (plain_modes, fast_modes) == ([True], [False])
 
 
+@pytest.mark.slow
 def test_compiled_models_make_a_pipeline(tiny_tokenizer: Make, tiny_generator: Make) -> None:
     tokenizer, generator = (
         torch.compile(model, backend="eager") for model in (tiny_tokenizer(), tiny_generator())

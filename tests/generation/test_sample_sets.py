@@ -117,6 +117,7 @@ def stopped(step: int, pipe: Pipeline, path: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_at_any_step_goes_on(pipe: Pipeline, tmp_path: Path) -> None:
     generate_set(pipe, tmp_path / "reference.npz", LABELS, batch_size=4)
     want = (tmp_path / "reference.npz").read_bytes()

@@ -105,6 +105,7 @@ def test_pictures_are_those_of_the_plain_path(
         assert relative(got, plain.double()) < tolerance
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_the_plain_path() -> None:
     model, coder = generator(), tokenizer()
     labels, images = [1, 3, 3, 9], torch.rand(2, 3, 64, 96)
@@ -172,6 +173,7 @@ def test_one_graph_ends_in_pictures() -> None:
 # Which implementation runs
 
 
+@pytest.mark.slow
 def test_the_plain_engine_runs_plain_pytorch() -> None:
     pipe = Pipeline(tokenizer(), generator(), engine="plain")
     pipe([1])
@@ -179,6 +181,7 @@ def test_the_plain_engine_runs_plain_pytorch() -> None:
     assert {name: last_backends()[name] for name in used} == dict.fromkeys(used, "plain")
 
 
+@pytest.mark.slow
 def test_stats() -> None:
     pipe = Pipeline(tokenizer(), generator())
     assert pipe.stats()["seconds"] == {}

@@ -32,6 +32,7 @@ with torch.inference_mode(), torch.backends.mkldnn.verbose(torch.backends.mkldnn
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not onednn.packs(torch.empty(1)), reason="this PyTorch does not pack weights")
 @pytest.mark.parametrize("size", [(2, 2), (4, 8), (16, 16)])
 def test_a_prepared_pixel_decoder_reads_its_weights_as_they_are(size: tuple[int, int]) -> None:

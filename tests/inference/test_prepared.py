@@ -299,6 +299,7 @@ def test_gradients_with_respect_to_the_input_of_a_prepared_model() -> None:
         sum(value.sum() for value in model(model.inputs()).values()).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own use of it
 def test_forward_mode_derivatives_of_a_prepared_model() -> None:
     model, _ = net()

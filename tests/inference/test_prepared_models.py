@@ -25,6 +25,7 @@ def held(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if isinstance(p, PreparedParameter)}
 
 
+@pytest.mark.slow
 def test_a_pipeline_prepares_its_models() -> None:
     coder, model = wide_tokenizer(), wide_generator()
     want = Pipeline(coder, model, engine="plain")([1, 2])
@@ -45,6 +46,7 @@ def test_a_pipeline_prepares_its_models() -> None:
     assert (changed.int() - want.int()).abs().max() > 1
 
 
+@pytest.mark.slow
 def test_inference_mode_first_and_gradients_later() -> None:
     coder, model = wide_tokenizer(), wide_generator()
     with torch.inference_mode():
@@ -98,6 +100,7 @@ def test_threads_share_pipelines_and_models() -> None:
     assert learner.training
 
 
+@pytest.mark.slow
 def test_release() -> None:
     pipe = Pipeline(wide_tokenizer(), wide_generator())
     want = pipe([1, 2])
@@ -155,6 +158,7 @@ def test_save_pretrained_leaves_a_model_prepared(tmp_path: Path) -> None:
 # bfloat16 on a CPU without instructions for it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_is_no_less_exact_where_it_is_emulated(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if native and not onednn._packs_bfloat16():

@@ -26,7 +26,7 @@ DTYPES = [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32]
 TOKENIZERS = [
     pytest.param("tokenizer_s_legacy_vq", marks=pytest.mark.slow),
     "tokenizer_s_stage1",
-    "tokenizer_s_pixel_vq",
+    pytest.param("tokenizer_s_pixel_vq", marks=pytest.mark.slow),
     "tokenizer_s_vae",
 ]
 
@@ -95,6 +95,7 @@ def test_tokenizer(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
             assert (levels != 0).float().mean() <= 0.002
 
 
+@pytest.mark.slow
 def test_vae_sample_is_mean_plus_std_times_noise(tmp_path: Path) -> None:
     case = Case("tokenizer_s_vae")
     model = TiTok.from_pretrained(write_official(tmp_path, case.name, case.entry["config"]))
