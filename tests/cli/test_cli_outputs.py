@@ -208,6 +208,7 @@ def test_a_name_is_a_file_and_a_folder() -> None:
     assert sorted(os.listdir("pairs")) == ["a.jpg.png", "a.png"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_found_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TiTok, "encode", lambda *_: pytest.fail("the work began"))
     monkeypatch.setattr(Pipeline, "generate", lambda *_: pytest.fail("the work began"))

@@ -118,6 +118,7 @@ def arrays(path: str = "a.npz") -> tuple[np.ndarray, list[int]]:
         return file["arr_0"].astype(int), file["arr_1"].tolist()
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing_and_runs_can_be_cut(models: Path) -> None:
     generate(models, "--num", 7, "-o", "a.npz")
     whole, labels = arrays()
@@ -217,6 +218,7 @@ def test_generate_refuses_a_pair_that_does_not_fit(models: Path) -> None:
         assert refused("generate", "-t", models / tokenizer, "-g", models / "generator").startswith(message)
 
 
+@pytest.mark.slow
 def test_generate_goes_on_where_it_failed(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     decode = TiTok.decode_head

@@ -161,6 +161,7 @@ def write_tokens(path: str, **arrays: np.ndarray) -> None:
         save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["t.npz", "t.safetensors"])
 def test_tokens_made_elsewhere(path: str, models: Path) -> None:
     tokens = np.array([[0, 1, 2, 15], [3, 3, 3, 3]])
@@ -214,6 +215,7 @@ def test_tokens_of_other_dtypes_are_refused(dtype: str, models: Path) -> None:
         write_token_file("u.npz", torch.from_numpy(tokens), ["a", "b"], model)
 
 
+@pytest.mark.slow
 def test_damaged_token_files(models: Path, photos: Path) -> None:
     model = models / "tokenizer"
     for path in ("t.npz", "t.safetensors"):

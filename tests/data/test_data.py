@@ -108,6 +108,7 @@ def test_shift_moves_each_image_by_its_own_pixels() -> None:
         assert np.array_equal(got[b].numpy(), want)
 
 
+@pytest.mark.slow
 def test_digits_are_split_by_class() -> None:
     pytest.importorskip("sklearn")
     digits = load_digits()

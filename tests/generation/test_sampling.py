@@ -101,7 +101,7 @@ def test_init_tokens_that_are_all_masked_are_no_init_tokens(generator: MaskGIT) 
         assert (trace.tokens == V).sum(-1)[:, 0].tolist() == [16, 14, 13, 12, 10, 9, 7, 5, 0]
 
 
-@pytest.mark.parametrize("steps", [3, 8, 24])
+@pytest.mark.parametrize("steps", [3, 8, pytest.param(24, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_sample_with_init_tokens_depends_on_its_own_alone(generator: MaskGIT, rule: Any, steps: int) -> None:
     """Whatever is known of the other samples of the batch, from nothing to everything."""

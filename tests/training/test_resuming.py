@@ -47,6 +47,7 @@ def killed_before(change: int, train: Callable[[], Any]) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("tokenizer", marks=pytest.mark.slow), "generator"])
 def test_a_run_that_dies_before_any_file_goes_on(kind: str, tmp_path: Path) -> None:
     """Three saves write three files each: the checkpoint, the weights of the model, its config.json."""
