@@ -184,6 +184,7 @@ def test_only_the_last_rung_prepares_weights() -> None:
     assert not models.tokenizer.prepared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds_a_call", "tried"),
     [

@@ -23,7 +23,12 @@ def close(formula: int, count: int) -> bool:
     return abs(formula - count) <= 0.02 * count
 
 
-@pytest.mark.parametrize("name", TOKENIZER_PRESETS)
+FAST = ("titok-s-128", "titok-b-128-512")  # of each image size one
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(p, marks=[] if p in FAST else pytest.mark.slow) for p in TOKENIZER_PRESETS]
+)
 def test_tokenizer_presets(name):
     config = TokenizerConfig.preset(name)
     with torch.device("meta"):

@@ -19,6 +19,7 @@ def test_document_is_what_the_command_writes() -> None:
     assert report.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_check_finds_an_edited_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "performance.md"
     monkeypatch.setattr(report, "DOCUMENT", copy)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def _inputs(models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.Monk
     Path("tok").symlink_to(models / "tokenizer")
     Path("gen").symlink_to(models / "generator")
     titok("tokenize", "photos", "-t", "tok", "-o", "tokens.npz")
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_raises() -> Iterator[None]:
+    """Ctrl-C has Python's handler, also where a shell has started the tests in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def files() -> dict[str, bytes]:

@@ -109,6 +109,7 @@ def test_opcheck(backend: str, dtype: torch.dtype, code_dtype: torch.dtype) -> N
         torch.library.opcheck(torch.ops.titok.code_mixture_backward.default, (*tensors, *needs[1:], backend))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(backend: str) -> None:
     def step(logits: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,7 @@ def changed(value: Any) -> Any:
     return unaligned(value) if isinstance(value, Tensor) else value
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", OPS)
 def test_results_are_those_of_aligned_tensors(name: str, way: str, dtype: torch.dtype) -> None:
