@@ -32,15 +32,17 @@ def masked_attention(draw: Draw) -> None:
     backend = draw.pick(None, None, None, "auto", "cpp", "sdpa", "plain")
     if backend == "cpp" and dtype not in (F32, BF16):
         backend = None
-    if not gradient and draw.chance(
-        0.15
-    ):  # hidden tokens must be finite, but for "cpp", which alone takes infinities
+    layouts = ["gap", "step", "permuted", "expanded"]
+    if not gradient and draw.chance(0.15):
+        # Hidden tokens must be finite, but for "cpp", which alone takes infinities. In an expanded qkv, the visible
+        # tokens of one sample would be hidden ones of another.
+        layouts.remove("expanded")
         visible = torch.ones(batch, tokens, dtype=torch.bool) if mask is None or backend == "cpp" else mask
         for value in (torch.nan, torch.inf, -torch.inf) if backend == "cpp" else (torch.nan,):
             hit = draw.bits(*values.shape, probability=0.003) & visible[..., None]
             values = values.masked_fill(hit, value)
     arguments: dict[str, Any] = {
-        "qkv": draw.tensor("qkv", values, ("gap", "step", "permuted", "expanded"), gradient=gradient),
+        "qkv": draw.tensor("qkv", values, layouts, gradient=gradient),
         "num_heads": heads,
         "scale": draw.pick(None, None, 0.5, -0.2, 0.0, 1),
     }
