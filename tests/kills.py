@@ -5,7 +5,7 @@
 
 Every trial starts a command, kills it with SIGKILL or another signal once or several times, each time after a random
 share of the time that the command takes, and then lets it end. All files must then be, byte for byte, those of a run
-that was never killed, and there must be no other file. Commands are forked from this process, which computes nothing
+that was never killed, but for the speed in metrics.jsonl, and there must be no other file. Commands are forked from this process, which computes nothing
 itself and has imported what they need: importing takes many times as long as the commands, so that most kills would hit
 the imports.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 import os
 import random
 import shutil
@@ -45,6 +46,7 @@ from titok.training import (
     train_generator,
     train_tokenizer,
 )
+from titok.training.metrics import SPEED
 
 MODELS = ["-t", "../inputs/tokenizer", "-g", "../inputs/generator"]
 TOKENIZE = ["tokenize", "../inputs/photos", "-t", "../inputs/tokenizer", "--batch-size", "4", "--overwrite"]
@@ -339,9 +341,16 @@ class Trials:
 
 def _files(folder: Path) -> dict[str, bytes]:
     """The contents of all files below a folder; of a folder without files, b""."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")
-    }
+    return {str(path.relative_to(folder)): _content(path) for path in folder.rglob("*")}
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    if path.name != "metrics.jsonl":
+        return path.read_bytes()
+    entries = map(json.loads, path.read_text().splitlines())
+    return json.dumps([{key: value for key, value in e.items() if key not in SPEED} for e in entries]).encode()
 
 
 def main() -> None:
