@@ -5,9 +5,9 @@
 
 Every trial starts a command, kills it with SIGKILL or another signal once or several times, each time after a random
 share of the time that the command takes, and then lets it end. All files must then be, byte for byte, those of a run
-that was never killed, but for the speed in metrics.jsonl, and there must be no other file. Commands are forked from this process, which computes nothing
-itself and has imported what they need: importing takes many times as long as the commands, so that most kills would hit
-the imports.
+that was never killed, but for the speed in metrics.jsonl, and there must be no other file. Commands are forked from
+this process, which computes nothing itself and has imported what they need: importing takes many times as long as the
+commands, so that most kills would hit the imports.
 """
 
 from __future__ import annotations
