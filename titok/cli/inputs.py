@@ -62,21 +62,23 @@ def image_folder(
 ) -> ImageFolder:
     """The pictures to train on. Every one is read once, so that a damaged one does not end the training later.
 
-    What is left out is said on stderr.
+    What is left out is said on stderr. Of several processes that train together, the first reads the pictures.
 
     Raises:
         ValueError: a picture cannot be read and `skip_unreadable` is False, or none can be read.
     """
     from titok.data.folders import ImageFolder
+    from titok.processes import in_first_process, own_part
 
     pictures = ImageFolder(source, size, channels, preprocessing=how)
-    if text := pictures.found.describe_left_out():
+    first = own_part()[0] == 0
+    if first and (text := pictures.found.describe_left_out()):
         note(f"note: {source}: {text}")
-    problems = pictures.find_unreadable()
+    problems = in_first_process(pictures.find_unreadable)
     if problems and not skip_unreadable:
         others = f" (and {len(problems) - 1} other pictures)" if len(problems) > 1 else ""
         raise ValueError(f"{next(iter(problems.values()))}{others}; --skip-unreadable leaves such pictures out")
-    for problem in problems.values():
+    for problem in problems.values() if first else ():
         note(problem)
     pictures.remove(problems)
     return pictures

@@ -16,7 +16,7 @@ from titok.training import fingerprint
 from titok.training.config import DecoderTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.metrics import Tracker
-from titok.training.objective import drawing_weights
+from titok.training.objective import data_of, drawing_weights
 from titok.training.proxy import check_proxy
 from titok.training.reconstruction import Perceptual, ReconstructionObjective, make_adversary
 from titok.training.run import Run
@@ -83,7 +83,7 @@ def train_decoder(
         with drawing_weights(config.seed):
             model = join_stages(first, proxy, config.model)
             adversary = make_adversary(config, config.model.channels, device)
-        data = {"images": len(images), **fingerprint.of_images(images)}
+        data = data_of(images)
         data["initial"] = fingerprint.of_weights(model.state_dict())
         model.to(device=device, dtype=torch.float32)
         objective = DecoderObjective(model, config, perceptual=perceptual, adversary=adversary, held_out=held_out)

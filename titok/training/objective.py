@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from titok.checkpoints.pretrained import Pretrained
 from titok.models.transformer import Stack
 from titok.models.vqgan import VQGANDecoder, VQGANEncoder
+from titok.processes import in_first_process
 from titok.training import fingerprint
 from titok.training.order import seed_of
 
@@ -98,6 +99,17 @@ def switched_trunks(model: nn.Module, *, compiled: bool, checkpointed: bool) -> 
                 trunk._compiled_call_impl = None  # what `compile` sets; PyTorch has no public way back
             if checkpointed and isinstance(trunk, Stack):
                 del trunk.checkpoint_activations
+
+
+def data_of(images: Any) -> dict[str, Any]:
+    """What identifies a set of images: their number and hashes, which the first process computes.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if len(images) == 0:
+        raise ValueError("images: expected at least one, got none")
+    return {"images": len(images), **in_first_process(lambda: fingerprint.of_images(images))}
 
 
 @contextlib.contextmanager

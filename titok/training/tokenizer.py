@@ -10,13 +10,12 @@ from torch import Tensor
 
 from titok.data.folders import Images, read_batches
 from titok.models.tokenizer import TiTok
-from titok.training import fingerprint
 from titok.training.code_restarts import CodeRestarts
 from titok.training.config import TokenizerTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.losses import kl_loss
 from titok.training.metrics import Tracker
-from titok.training.objective import drawing_weights, load_initial
+from titok.training.objective import data_of, drawing_weights, load_initial
 from titok.training.reconstruction import Perceptual, ReconstructionObjective, augment, make_adversary
 from titok.training.run import Run
 
@@ -79,7 +78,7 @@ def train_tokenizer(
         objective = TokenizerObjective(
             model, config, perceptual=perceptual, adversary=adversary, held_out=held_out
         )
-        data = {"images": len(images), **fingerprint.of_images(images), **started}
+        data = {**data_of(images), **started}
         run = Run(objective, config, folder, data=data, adversary=adversary)
         batches = read_batches(images, run.batches(len(images)))
         return run.train(batches, name="tokenizer", progress=progress, trackers=trackers)

@@ -12,12 +12,11 @@ from torch import Tensor
 from titok.data.folders import Images, read_batches
 from titok.models.quantizer import VectorQuantizer
 from titok.models.vqgan import MaskGITVQGAN
-from titok.training import fingerprint
 from titok.training.code_restarts import CodeRestarts
 from titok.training.config import VQGANTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.metrics import Tracker
-from titok.training.objective import drawing_weights, load_initial
+from titok.training.objective import data_of, drawing_weights, load_initial
 from titok.training.reconstruction import Perceptual, ReconstructionObjective, augment, make_adversary
 from titok.training.run import Run
 
@@ -53,7 +52,7 @@ def train_vqgan(
         with drawing_weights(config.seed):
             model = MaskGITVQGAN(config.model)
             adversary = make_adversary(config, config.model.channels, device)
-        data = {"images": len(images), **fingerprint.of_images(images), **load_initial(model, initial)}
+        data = {**data_of(images), **load_initial(model, initial)}
         model.to(device=device, dtype=torch.float32)
         objective = VQGANObjective(model, config, perceptual=perceptual, adversary=adversary, held_out=held_out)
         run = Run(objective, config, folder, data=data, adversary=adversary)
