@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from titok.checks import check_tensor
-from titok.ops.core.available import extension, why_no_cpp, why_no_cuda
+from titok.ops.core.available import extension, why_no_cpp, why_no_cuda, why_too_old
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Kernel
 from titok.ops.maskgit_decode_plain import StepParams, StepTensors, decode_plain
@@ -191,6 +191,11 @@ def _decide(
         *tensors, seed, *numbers[1:], mask_token, confidence, out=outputs, backend=backend
     )
     return (new, scores) if return_confidence else new
+
+
+def why_no_captured_step(device: torch.device) -> str | None:
+    """Whether this op cannot be captured in a CUDA graph on a GPU. Plain PyTorch waits for the GPU in every call."""
+    return why_no_cuda() or why_too_old(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
