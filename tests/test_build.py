@@ -100,9 +100,7 @@ def test_without_a_good_nvcc_the_cuda_half_alone_is_left_out(
         assert part in line
 
 
-def test_a_failing_compiler_leaves_out_the_extension(
-    build: Build, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_compiler_leaves_out_the_extension(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     assert build(None, cpp_fails=True) == [False]
     assert "titok: built without titok._C: the build failed" in capsys.readouterr().err
 
