@@ -44,7 +44,7 @@ class Recorder(TorchDispatchMode):
     """What the GPUs are asked to do.
 
     Attributes:
-        device_ops: the names of all ops and launches that give a GPU work, in order.
+        device_ops: the names of all ops and launches that give a GPU work.
         host_copies: how many copies from the host to a GPU there were.
         findings: what must not happen, with the lines of titok that it comes from.
         backends: the back end of each op of titok that ran, by op.
@@ -64,9 +64,8 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite):
-            with (
-                self
-            ):  # an op that PyTorch makes of others, which it did not do before because titok's op called it
+            # An op that PyTorch makes of others. It did so before it came here, unless an op of titok called it.
+            with self:
                 return func._op_dk(composite, *args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if any(t.is_cuda for t in given):
