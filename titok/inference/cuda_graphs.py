@@ -130,8 +130,8 @@ class GraphCache:
             with torch.cuda.stream(memory.stream):
                 compute()  # kernels may be compiled and tuned on first use, which cannot be captured
                 graph = torch.cuda.CUDAGraph()
-                options: Any = {"stream": memory.stream, "capture_error_mode": "thread_local"}
-                with _CAPTURING, torch.cuda.graph(graph, memory.pool.id, **options):
+                options: Any = {"pool": memory.pool.id, "stream": memory.stream}
+                with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
                     result = compute()
         finally:
             current.wait_stream(memory.stream)
