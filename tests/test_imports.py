@@ -38,7 +38,7 @@ LEVELS = {
     "kernels": 0,
 }
 # Modules that every wing may import; they import nothing but each other.
-LEAVES = {"config", "checks", "profiling"}
+LEAVES = {"config", "checks", "processes", "profiling"}
 MOST_LAYERS = 8
 
 

@@ -23,7 +23,7 @@ from titok.data.tokens import read_tokens, write_tokens
 from titok.generation import sample_sets
 from titok.generation.sample_sets import generate_set
 from titok.training import GeneratorTraining, TokenizerTraining, run, train_generator, train_tokenizer
-from titok.training.run import CHECKPOINT, RunFolder
+from titok.training.folder import CHECKPOINT, RunFolder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 VIT = ViTConfig(16, 1, 2, 8)

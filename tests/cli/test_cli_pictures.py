@@ -204,7 +204,7 @@ def test_generate_refuses(arguments: tuple[Any, ...], message: str, models: Path
 
 
 def test_several_processes_write_a_set_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("titok.generation.processes.process_group", lambda: contextlib.nullcontext((1, 2)))
+    monkeypatch.setattr("titok.processes.process_group", lambda: contextlib.nullcontext((1, 2)))
     message = "--output: expected a .npz, because several processes generate, got none"
     assert refused("generate", "-t", models / "tokenizer", "-g", models / "generator", "-o", "a.png") == message
 

@@ -22,7 +22,7 @@ from titok.quickstart.metrics import (
     share_of_copies,
     within_class_distance,
 )
-from titok.training.run import CHECKPOINT
+from titok.training.folder import CHECKPOINT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_extra = pytest.mark.skipif(

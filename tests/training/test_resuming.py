@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_training import generator_training, pictures, tokenizer_training, train_one
+from test_training import content, generator_training, pictures, tokenizer_training, train_one
 
 from titok.data.folders import ImageFolder
 from titok.training import fingerprint, train_generator, train_tokenizer
-from titok.training.run import CHECKPOINT, RunFolder
+from titok.training.folder import CHECKPOINT, METRICS, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,12 +51,12 @@ def killed_before(change: int, train: Callable[[], Any]) -> bool:
 def test_a_run_that_dies_before_any_file_goes_on(kind: str, tmp_path: Path) -> None:
     """Three saves write three files each: the checkpoint, the weights of the model, its config.json."""
     train_one(kind, tmp_path / "whole")
-    want = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    want = content(tmp_path / "whole")
     for change in range(9):
         out = tmp_path / str(change)
         assert killed_before(change, lambda out=out: train_one(kind, out))  # type: ignore[misc]
         train_one(kind, out, resume=True)
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == want, change
+        assert content(out) == want, change
     assert not killed_before(9, lambda: train_one(kind, tmp_path / "9"))
 
 
@@ -204,7 +204,12 @@ def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".titok-0123456789abcdef").mkdir()
     (tmp_path / ".titok-0123456789abcdef" / "file.safetensors").touch()
     train_one("tokenizer", tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", CHECKPOINT]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        METRICS,
+        "model.safetensors",
+        CHECKPOINT,
+    ]
 
 
 def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
@@ -222,8 +227,8 @@ def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "info",
     [
-        None, [], {}, {"step": "3", "config": {}, "data": {}, "history": []},
-        {"step": 3, "config": None, "data": {}, "history": []},
+        None, [], {}, {"step": "3", "config": {}, "data": {}, "checksum": 0},
+        {"step": 3, "config": None, "data": {}, "checksum": 0},
     ],
 )  # fmt: skip
 def test_damaged_information_is_named(info: Any, tmp_path: Path) -> None:

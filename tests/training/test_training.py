@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,13 @@ from titok.training import (
     train_generator,
     train_tokenizer,
 )
-from titok.training.run import CHECKPOINT, Run, RunFolder, read_run_info
-from titok.training.tokenizer import TokenizerLoop, augment
+from titok.training.checkpoint import read_run_info
+from titok.training.folder import CHECKPOINT, METRICS, RunFolder
+from titok.training.metrics import SPEED, read_metrics
+from titok.training.objective import Losses
+from titok.training.reconstruction import augment
+from titok.training.run import Run
+from titok.training.tokenizer import TokenizerObjective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,6 +70,14 @@ def train_one(kind: str, out: Path, **kwargs: object) -> torch.nn.Module:
     tokens = torch.randint(0, 16, (20, 4), generator=torch.Generator().manual_seed(0))
     labels = torch.arange(20) % 3
     return train_generator(tokens, labels, generator_training(**changes), out, progress=False, **kwargs)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """The content of each file of a run, without what says how fast it was."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != METRICS]
+    files: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    entries = read_metrics(folder)
+    return {**files, METRICS: [{key: entry[key] for key in entry if key not in SPEED} for entry in entries]}
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -121,19 +135,20 @@ def test_the_folder_holds_the_model_and_resuming_a_finished_run_changes_nothing(
     trained = train_one(kind, tmp_path)
     assert not trained.training
     assert same_weights(trained, model.from_pretrained(tmp_path))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert sorted(before) == ["config.json", "model.safetensors", CHECKPOINT]
+    before = content(tmp_path)
+    assert sorted(before) == ["config.json", METRICS, "model.safetensors", CHECKPOINT]
     assert same_weights(trained, train_one(kind, tmp_path, resume=True))
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == content(tmp_path)
 
 
 def test_history_has_the_figures_of_the_progress_bar(tmp_path: Path) -> None:
     train_one("tokenizer", tmp_path / "t")
-    history = read_run_info(tmp_path / "t" / CHECKPOINT)["history"]
+    history = read_metrics(tmp_path / "t")
     assert [row["step"] for row in history] == [4, 8, 12]
-    assert {"step", "loss", "psnr", "codes"} == set(history[0])
+    shared = {"step", "loss", "learning_rate", "gradient_norm", *SPEED}
+    assert shared | {"psnr", "codes", "reconstruction", "bottleneck"} == set(history[0])
     train_one("generator", tmp_path / "g")
-    assert set(read_run_info(tmp_path / "g" / CHECKPOINT)["history"][0]) == {"step", "loss", "accuracy"}
+    assert shared | {"accuracy"} == set(read_metrics(tmp_path / "g")[0])
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
@@ -174,7 +189,7 @@ def test_killed_run_leaves_a_loadable_state(tmp_path: Path) -> None:
     assert about["step"] >= 1
     config = TokenizerTraining.from_dict(about["config"])
     with RunFolder(tmp_path, resume=True) as folder:
-        run = Run(TiTok(TOKENIZER), config, folder, data={"images": 20})
+        run = Run(TokenizerObjective(TiTok(TOKENIZER), config), config, folder, data={"images": 20})
     assert run.step == about["step"]
     assert TiTok.from_pretrained(tmp_path).config == TOKENIZER
 
@@ -186,7 +201,7 @@ def test_tokenizer_learns(tmp_path: Path) -> None:
         image[0, : 2 * i + 2] = 1
     changes = {"steps": 120, "warmup_steps": 10, "random_shift": 0, "random_flip": False, "learning_rate": 5e-3}
     train_tokenizer(images, tokenizer_training(**changes), tmp_path, progress=False)
-    history = read_run_info(tmp_path / CHECKPOINT)["history"]
+    history = read_metrics(tmp_path)
     assert history[-1]["psnr"] > history[0]["psnr"] + 6
 
 
@@ -207,7 +222,7 @@ def test_bfloat16_keeps_weights_and_optimizer_in_float32(kind: str, tmp_path: Pa
     assert not same_weights(full, half)
     state = read_weights(tmp_path / "half" / CHECKPOINT)
     assert {v.dtype for name, v in state.items() if name.startswith("optimizer/")} == {torch.float32}
-    histories = [read_run_info(tmp_path / name / CHECKPOINT)["history"] for name in ("full", "half")]
+    histories = [read_metrics(tmp_path / name) for name in ("full", "half")]
     assert histories[0][0]["loss"] == pytest.approx(histories[1][0]["loss"], rel=0.1)
 
 
@@ -234,50 +249,47 @@ def test_vae_trains(tmp_path: Path) -> None:
     assert kl < 0.5 * free
 
 
-def _loop(tmp_path: Path, **changes: object) -> TokenizerLoop:
+def _objective(**changes: object) -> TokenizerObjective:
     config = tokenizer_training(**changes)
-    with RunFolder(tmp_path, resume=False) as folder:
-        return TokenizerLoop(Run(TiTok(config.model), config, folder, data={}), config)
+    return TokenizerObjective(TiTok(config.model), config)
 
 
-def test_codes_start_from_the_first_batch(tmp_path: Path) -> None:
-    loop = _loop(tmp_path, random_shift=0, random_flip=False)
-    figures = loop.losses(pictures())
-    latents = torch.nn.functional.normalize(loop.model.encode_latents(pictures()), dim=-1).flatten(0, 1)
-    codes = loop.model.quantizer.codebook
+def test_codes_start_from_the_first_batch() -> None:
+    objective = _objective(random_shift=0, random_flip=False)
+    objective.start(pictures())
+    objective(pictures(), 0)
+    latents = torch.nn.functional.normalize(objective.model.encode_latents(pictures()), dim=-1).flatten(0, 1)
+    codes = objective.model.quantizer.codebook
     # Every code is one of the normalized latents, and no latent is taken twice.
     nearest = torch.cdist(codes.double(), latents.double()).min(dim=1)
     assert nearest.values.max() < 1e-6
     assert len(nearest.indices.unique()) == 16
-    assert figures["codes"] > 8
+    assert objective.shared_figures()["codes"] > 8
 
 
-def test_unused_codes_are_restarted_and_used_ones_stay(tmp_path: Path) -> None:
-    loop = _loop(tmp_path)
-    loop.losses(pictures())
-    codes = loop.model.quantizer.codebook
+def test_unused_codes_are_restarted_and_used_ones_stay() -> None:
+    objective = _objective(random_shift=0, random_flip=False)
+    restarts, codes = objective.restarts, objective.model.quantizer.codebook
+    objective(pictures(), 1)
     codes.data.copy_(torch.nn.functional.normalize(torch.randn(16, 4), dim=-1))
     before = codes.detach().clone()
-    loop.used[:] = torch.arange(16) < 10
-    loop.run.step = 1  # two steps are done, and codes are replaced after three
-    loop.restart_codes()
+    restarts.used[:] = torch.arange(16) < 10
+    objective.after_step(2)  # codes are replaced after three
     assert torch.equal(codes, before)
-    loop.run.step = 2
-    loop.restart_codes()
+    objective.after_step(3)
     assert torch.equal(codes[:10], before[:10])
-    latents = torch.nn.functional.normalize(loop.latents, dim=-1)
+    latents = torch.nn.functional.normalize(objective.model.encode_latents(pictures()), dim=-1).flatten(0, 1)
     assert torch.cdist(codes[10:].double(), latents.double()).min(dim=1).values.max() < 1e-6
-    assert not loop.used.any()
+    assert not restarts.used.any()
 
 
-def test_codes_are_left_alone_late_in_the_run(tmp_path: Path) -> None:
-    loop = _loop(tmp_path, steps=12, restart_until=0.7)
-    loop.losses(pictures())
-    before = loop.model.quantizer.codebook.detach().clone()
-    loop.used.zero_()
-    loop.run.step = 8  # nine of twelve steps are done, which is 75%
-    loop.restart_codes()
-    assert torch.equal(loop.model.quantizer.codebook, before)
+def test_codes_are_left_alone_late_in_the_run() -> None:
+    objective = _objective(steps=12, restart_until=0.7)
+    objective(pictures(), 8)
+    before = objective.model.quantizer.codebook.detach().clone()
+    objective.restarts.used.zero_()
+    objective.after_step(9)  # 75% of the steps
+    assert torch.equal(objective.model.quantizer.codebook, before)
 
 
 def test_fewer_latents_than_codes(tmp_path: Path) -> None:
@@ -339,11 +351,13 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_diverged_run_keeps_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = TokenizerLoop.losses
-    monkeypatch.setattr(
-        TokenizerLoop, "losses",
-        lambda self, images: {k: v * (torch.nan if self.run.step >= 7 else 1) for k, v in losses(self, images).items()},
-    )  # fmt: skip
+    forward = TokenizerObjective.forward
+
+    def diverging(self: TokenizerObjective, batch: torch.Tensor, step: int) -> Losses:
+        losses = forward(self, batch, step)
+        return losses._replace(loss=losses.loss * (torch.nan if step >= 7 else 1))
+
+    monkeypatch.setattr(TokenizerObjective, "forward", diverging)
     with pytest.raises(FloatingPointError, match="step 8"):
         train_one("tokenizer", tmp_path)
     assert read_run_info(tmp_path / CHECKPOINT)["step"] == 5

@@ -11,7 +11,7 @@ from golden import Case
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ViTConfig
 from titok.training.masking import drop_classes, masked_token_loss, num_masked, random_mask
 from titok.training.optim import decayed_parameters, learning_rate
-from titok.training.run import seed_of, shuffled_batches
+from titok.training.order import seed_of, shuffled_batches
 
 VARIANTS = {
     "mlm": {},

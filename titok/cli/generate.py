@@ -117,8 +117,8 @@ def generate(
     from titok.checks import check_labels
     from titok.data.images import grid, write_image
     from titok.data.npz import read_arrays
-    from titok.generation.processes import process_group
     from titok.generation.sample_sets import generate_set
+    from titok.processes import process_group
 
     decoder = load_tokenizer(tokenizer, device, dtype)
     pipe = Pipeline(decoder, load_generator(generator, device, dtype))

@@ -32,7 +32,7 @@ def quickstart(
     files = ("reconstructions.png", "samples.png", "metrics.json", "report.html")
     models = [f"{name}/model.safetensors" for name in ("tokenizer", "generator")]
     check_files([output / name for name in (*files, *models)], overwrite=True)
-    from titok.generation.processes import check_one_process
+    from titok.processes import check_one_process
     from titok.quickstart.run import run
 
     check_one_process()

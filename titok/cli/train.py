@@ -84,7 +84,7 @@ def tokenizer(
     heads = _num_heads(width)
     from titok import TokenizerConfig, ViTConfig
     from titok.training import TokenizerTraining, train_tokenizer
-    from titok.training.run import RunFolder
+    from titok.training.folder import RunFolder
 
     transformer = ViTConfig(width, layers, heads, patch_size)
     model = TokenizerConfig(
@@ -145,7 +145,7 @@ def generator(
     from titok import GeneratorConfig, SamplingConfig
     from titok.checkpoints.files import write_json
     from titok.training import GeneratorTraining, tokenize_images, train_generator
-    from titok.training.run import RunFolder
+    from titok.training.folder import RunFolder
 
     how = preprocessing(ignore_orientation, ignore_transparency)
     with RunFolder(output, resume=resume) as folder:
@@ -198,16 +198,16 @@ def _check_run_folder(output: Path, inputs: list[Path | str]) -> None:
         raise ValueError(
             f"{models[0]}: exists already, and no training run is there: remove it, or choose another folder"
         )
-    from titok.generation.processes import check_one_process
+    from titok.processes import check_one_process
 
     check_one_process()
 
 
 def _last_figures(folder: Path) -> str:
-    """The last entry of the training history in `folder`, as text."""
-    from titok.training.run import CHECKPOINT, read_run_info
+    """The last entry of `metrics.jsonl` in `folder`, as text."""
+    from titok.training.metrics import SPEED, read_metrics
 
-    history = read_run_info(folder / CHECKPOINT)["history"]
-    if not history:
+    entries = read_metrics(folder)
+    if not entries:
         return "no figures yet"
-    return ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items())
+    return ", ".join(f"{name} {value:.4g}" for name, value in entries[-1].items() if name not in SPEED)

@@ -31,8 +31,8 @@ from titok.checkpoints.writing import atomic_path, lock, remove_abandoned
 from titok.config import Rounding, SamplingConfig
 from titok.generation.batches import BatchSize, check_batch_size
 from titok.generation.pipeline import Pipeline
-from titok.generation.processes import in_first_process, is_distributed, wait_for_all
 from titok.generation.request import GenerationRequest
+from titok.processes import in_first_process, is_distributed, wait_for_all
 
 CHECKSUM_BYTES = 32  # of SHA-256, at the end of a part
 

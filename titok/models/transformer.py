@@ -12,16 +12,21 @@ sampling from a model that is being trained needs no change of its mode.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from titok.models.layers import LayerNorm, Linear
 from titok.ops import add_layer_norm, masked_attention
+
+T = TypeVar("T")
 
 
 class Attention(nn.Module):
@@ -109,7 +114,25 @@ def add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, T
     return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
 
 
-class Transformer(nn.Module):
+class Stack(nn.Module):
+    """What the stacks of blocks share.
+
+    Attributes:
+        checkpoint_activations: True keeps only the inputs of each block for the backward pass, which computes the
+            block again.
+    """
+
+    checkpoint_activations = False
+
+    def run_block(self, block: Callable[..., T], *inputs: Tensor) -> T:
+        """block(*inputs), whose activations are computed again in the backward pass if that is asked for."""
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return block(*inputs)
+        result: T = checkpoint(block, *inputs, use_reentrant=False)
+        return result
+
+
+class Transformer(Stack):
     """A norm, pre-norm blocks, a norm: the stack in the tokenizer's encoder and decoder."""
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-5) -> None:
@@ -133,14 +156,19 @@ class Transformer(nn.Module):
         x = self.norm_pre(x)
         qkv = blocks[0].attn.qkv(blocks[0].norm1(x))
         for block, next_block in itertools.pairwise(blocks):
-            x, h = block.attend(x, qkv)
-            x, h = add_norm(x, block.mlp(h), next_block.norm1)
-            qkv = next_block.attn.qkv(h)
+            x, qkv = self.run_block(functools.partial(_block_and_next_qkv, block, next_block), x, qkv)
         x, h = blocks[-1].attend(x, qkv, query_range)
         return add_norm(x, blocks[-1].mlp(h), self.norm_post)[1]
 
 
-class PostNormTransformer(nn.Module):
+def _block_and_next_qkv(block: Block, next_block: Block, x: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of a pre-norm block, from its input and the packed projection of it, and the next one's projection."""
+    x, h = block.attend(x, qkv)
+    x, h = add_norm(x, block.mlp(h), next_block.norm1)
+    return x, next_block.attn.qkv(h)
+
+
+class PostNormTransformer(Stack):
     """A norm, then post-norm blocks, as in BERT (Devlin et al. 2019): the official generators called "ViT"."""
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-12) -> None:
@@ -152,11 +180,11 @@ class PostNormTransformer(nn.Module):
         """x (B, N, D) -> (B, N, D). `dropout` acts after the first norm and in every block (`Block.post_norm`)."""
         x = F.dropout(self.norm(x), dropout)
         for block in self.blocks:
-            x = block.post_norm(x, dropout=dropout)  # type: ignore[operator]
+            x = self.run_block(functools.partial(block.post_norm, dropout=dropout), x)  # type: ignore[arg-type, operator, misc]
         return x
 
 
-class UViT(nn.Module):
+class UViT(Stack):
     """U-ViT (Bao et al. 2023): pre-norm blocks in two halves around one more, then a norm.
 
     Each block of the second half first reads the output of its mirror image in the first half, by a linear layer
@@ -179,11 +207,11 @@ class UViT(nn.Module):
         """x (B, N, D) -> (B, N, D)"""
         outputs = []
         for block in self.in_blocks:
-            x = block(x)
+            x = self.run_block(block, x)
             outputs.append(x)
-        x = self.mid_block(x)
+        x = self.run_block(self.mid_block, x)
         for block, skip in zip(self.out_blocks, self.skips, strict=True):
-            x = block(skip(torch.cat([x, outputs.pop()], dim=-1)))
+            x = self.run_block(block, skip(torch.cat([x, outputs.pop()], dim=-1)))
         return self.norm(x)
 
 

@@ -74,7 +74,7 @@ def curves(histories: dict[str, list[dict[str, float]]]) -> str:
     """The figures of each run over its steps, as an SVG element.
 
     Args:
-        histories: of the runs, by the name of the run, as `titok.training.run.Run.history`.
+        histories: of the runs, by the name of the run, as `titok.training.metrics.read_metrics` returns them.
     """
     from matplotlib.figure import Figure
 
@@ -84,13 +84,13 @@ def curves(histories: dict[str, list[dict[str, float]]]) -> str:
         "codes": "codes in use",
         "accuracy": "masked tokens correct",
     }
-    panels = [(run, key) for run, rows in histories.items() if rows for key in rows[0] if key != "step"]
+    panels = [(run, key) for run, rows in histories.items() if rows for key in titles if key in rows[0]]
     figure = Figure(figsize=(2.5 * len(panels), 2.1), layout="constrained")
     for axes, (run, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         steps, values = zip(*[(row["step"], row[key]) for row in histories[run]], strict=True)
         axes.plot(steps, values, color="#c9d4ee", linewidth=0.8)
         axes.plot(steps, _smoothed(list(values)), color=_ACCENT, linewidth=1.6)
-        axes.set_title(f"{run}: {titles.get(key, key)}", fontsize=8, color=_INK, loc="left")
+        axes.set_title(f"{run}: {titles[key]}", fontsize=8, color=_INK, loc="left")
         axes.tick_params(labelsize=7, colors=_MUTED, length=2)
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)

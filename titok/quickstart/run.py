@@ -29,7 +29,8 @@ from titok.training import (
     train_generator,
     train_tokenizer,
 )
-from titok.training.run import CHECKPOINT, RunFolder, read_run_info
+from titok.training.folder import RunFolder
+from titok.training.metrics import read_metrics
 
 _TRANSFORMER = ViTConfig(width=128, layers=3, heads=4, patch_size=8)
 TOKENIZER = TokenizerConfig(
@@ -190,7 +191,7 @@ def _write_results(
     ten_of_each = samples.unflatten(0, (10, -1))[:, :10]
     rows = [(str(digit), images) for digit, images in enumerate(ten_of_each)]
     save_picture(folder / "samples.png", picture_rows(rows, font_size=40))
-    histories = {name: read_run_info(folder / name / CHECKPOINT)["history"] for name in ("tokenizer", "generator")}
+    histories = {name: read_metrics(folder / name) for name in ("tokenizer", "generator")}
     figures, counts = metrics["metrics"], metrics["steps"]
     texts = {
         "tokens": TOKENIZER.num_latent_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ def of_tensor(tensor: Tensor) -> str:
     """A hash of shape, dtype and values."""
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def of_weights(weights: Mapping[str, Tensor]) -> str:
+    """A hash of the names, shapes, dtypes and values of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {of_tensor(tensor)}\n".encode())
     return digest.hexdigest()
 
 

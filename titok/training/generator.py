@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,15 +13,21 @@ from titok.data.augment import shift_images
 from titok.data.folders import Images, read_batches
 from titok.models.generator import MaskGIT
 from titok.models.tokenizer import TiTok
+from titok.models.vqgan import MaskGITVQGAN
 from titok.training import fingerprint
 from titok.training.config import GeneratorTraining
+from titok.training.folder import PathLike, RunFolder, open_folder
+from titok.training.losses.precision import float32_or_wider
 from titok.training.masking import drop_classes, masked_token_loss, random_mask
-from titok.training.run import PathLike, Run, RunFolder, open_folder, seed_of, shuffled_batches
+from titok.training.metrics import Tracker
+from titok.training.objective import Losses, Objective, drawing_weights, load_initial
+from titok.training.pictures import rows_of_images
+from titok.training.run import Run
 
 
 @torch.no_grad()
 def tokenize_images(
-    tokenizer: TiTok,
+    tokenizer: TiTok | MaskGITVQGAN,
     images: Images | Tensor,
     *,
     batch_size: int = 64,
@@ -31,7 +37,7 @@ def tokenize_images(
     """The tokens of all images and of augmented copies of them, (n, copies, K) int64 on the CPU.
 
     Args:
-        tokenizer: with a vector quantizer.
+        tokenizer: with a vector quantizer. The codes of a MaskGIT-VQGAN become a sequence row by row.
         images: as `train_tokenizer` takes them.
         batch_size: images that are read and encoded at a time.
         flip: True adds copies that are mirrored left to right.
@@ -43,17 +49,17 @@ def tokenize_images(
     size = as_integer(batch_size)
     if size is None or size < 1:
         raise ValueError(f"batch_size: expected an int >= 1, got {batch_size!r}")
-    if tokenizer.quantizer is None:
+    if isinstance(tokenizer, TiTok) and tokenizer.quantizer is None:
         raise ValueError("tokenizer: expected a vector-quantised one, got a VAE: MaskGIT generates codes")
     rows = []
     for batch in read_batches(images, torch.arange(len(images), device="cpu").split(size)):
-        batch = batch.to(tokenizer.device)
+        batch = batch.to(next(tokenizer.parameters()).device)
         copies = []
         for mirrored in (batch, batch.flip(-1)) if flip else (batch,):
             for down, right in shifts:
                 offsets = (torch.full((len(batch),), pixels, device=batch.device) for pixels in (down, right))
                 moved = shift_images(mirrored, *offsets)
-                copies.append(tokenizer.encode(moved).cpu())
+                copies.append(tokenizer.encode(moved).flatten(1).cpu())
         rows.append(torch.stack(copies, dim=1))
     if not rows:
         raise ValueError("images: expected at least one, got none")
@@ -66,17 +72,22 @@ def train_generator(
     config: GeneratorTraining,
     out_dir: PathLike | RunFolder,
     *,
+    initial: MaskGIT | None = None,
+    samples: Callable[[MaskGIT], Tensor] | None = None,
     resume: bool = False,
     progress: bool = True,
+    trackers: Sequence[Tracker] = (),
     device: str | torch.device = "cpu",
 ) -> MaskGIT:
-    """Trains a generator from scratch, and saves it in `out_dir` with `MaskGIT.save_pretrained`.
+    """Trains a generator, and saves it in `out_dir` with `MaskGIT.save_pretrained`.
 
     Args:
         tokens: (n, K) of any integer dtype, or (n, copies, K). A copy counts as a sample of its own.
         labels: (n,) classes, of any integer dtype.
         config: settings of the model and of the run.
-        out_dir, resume, device: as `train_tokenizer` takes them.
+        out_dir, initial, resume, trackers, device: as `train_tokenizer` takes them.
+        samples: generates images (rows, columns, C, H, W) in [0, 1] with the model, of which pictures are made every
+            `picture_every` steps; None makes none.
         progress: True shows, on a terminal, a progress bar with the loss and the share of masked tokens that are
             predicted correctly.
 
@@ -99,26 +110,54 @@ def train_generator(
     with open_folder(out_dir, resume=resume) as folder:
         data = {"tokens": fingerprint.of_tensor(flat), "labels": fingerprint.of_tensor(labels)}
         flat, labels = flat.to(device), labels.repeat_interleave(copies).to(device)
-        # Random numbers are drawn on the CPU, whatever default device the host has set.
-        with torch.random.fork_rng([]), torch.device("cpu"):
-            torch.manual_seed(seed_of(config.seed))
-            model = MaskGIT(config.model).to(device=device, dtype=torch.float32)
-        run = Run(model, config, folder, data={"samples": len(flat), **data})
+        with drawing_weights(config.seed):
+            model = MaskGIT(config.model)
+        data |= load_initial(model, initial)
+        model.to(device=device, dtype=torch.float32)
+        objective = GeneratorObjective(model, config, flat, labels, samples=samples)
+        run = Run(objective, config, folder, data={"samples": len(flat), **data})
+        return run.train(run.batches(len(flat)), name="generator", progress=progress, trackers=trackers)
 
-        def losses(indices: Tensor) -> dict[str, Tensor]:
-            uniform = torch.rand(len(indices), length + 2, dtype=torch.float32, device="cpu").to(device)
-            targets, classes = flat[indices.to(device)], labels[indices.to(device)]
-            classes = drop_classes(classes, model.no_class, uniform[:, 0], config.class_dropout)
-            mask = random_mask(uniform[:, 1], uniform[:, 2:])
-            logits = model(targets.masked_fill(mask, model.mask_token), classes)
-            loss, accuracy = masked_token_loss(
-                logits.float(),
-                targets,
-                mask,
-                label_smoothing=config.label_smoothing,
-                unmasked_weight=config.unmasked_weight,
-            )
-            return {"loss": loss, "accuracy": accuracy}
 
-        order = shuffled_batches(len(flat), config.batch_size, config.seed, run.step)
-        return run.train(order, losses, name="generator", progress=progress)
+class GeneratorObjective(Objective[MaskGIT]):
+    """The masked-token loss of a batch, which is given by the indices of its samples.
+
+    Args:
+        tokens: (n, K) int64, on the device of the model.
+        labels: (n,) int64, on the device of the model.
+        samples: as `train_generator` takes it.
+    """
+
+    def __init__(
+        self,
+        model: MaskGIT,
+        config: GeneratorTraining,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        samples: Callable[[MaskGIT], Tensor] | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.config, self.tokens, self.labels, self._samples = config, tokens, labels, samples
+
+    def forward(self, batch: Tensor, step: int) -> Losses:
+        """The loss of the samples with the indices `batch` (B,) int64; the figure is the "accuracy"."""
+        config, device = self.config, self.tokens.device
+        length = self.tokens.shape[1]
+        uniform = torch.rand(len(batch), length + 2, dtype=torch.float32, device="cpu").to(device)
+        targets, classes = self.tokens[batch.to(device)], self.labels[batch.to(device)]
+        classes = drop_classes(classes, self.model.no_class, uniform[:, 0], config.class_dropout)
+        mask = random_mask(uniform[:, 1], uniform[:, 2:])
+        logits = self.model(targets.masked_fill(mask, self.model.mask_token), classes)
+        loss, accuracy = masked_token_loss(
+            float32_or_wider(logits),
+            targets,
+            mask,
+            label_smoothing=config.label_smoothing,
+            unmasked_weight=config.unmasked_weight,
+        )
+        return Losses(loss, {"accuracy": accuracy})
+
+    def picture(self) -> Tensor | None:
+        """Samples of the model, in rows."""
+        return None if self._samples is None else rows_of_images(*self._samples(self.model))

@@ -1,4 +1,4 @@
-"""The optimizer of both loops, AdamW with weight decay on matrices only, and its learning-rate schedule."""
+"""The optimizer of every recipe, AdamW with weight decay on matrices only, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -37,13 +37,12 @@ def decayed_parameters(model: nn.Module) -> set[str]:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of `model`, in two groups: with and without weight decay."""
+    """AdamW over the parameters of `model` that require gradients, in two groups: with and without weight decay."""
     decayed = decayed_parameters(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
-        {
-            "params": [p for name, p in model.named_parameters() if name in decayed],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for name, p in model.named_parameters() if name not in decayed], "weight_decay": 0.0},
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)

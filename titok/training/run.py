@@ -1,382 +1,425 @@
-"""What both training loops share: the state of a run, its checkpoint file, and the steps with their progress bar.
+"""The training loop of every recipe: steps, several processes, averages of the weights, checkpoints and figures.
 
-The random numbers of a step come from a generator seeded with (seed, step), and the order of the data from one
-seeded with (seed, epoch). A checkpoint therefore needs no state of a generator, and a run that was killed and
-resumed gives the same weights, bit for bit, as one that was not.
+The random numbers of a micro-batch come from a generator seeded with (seed, step, number of the micro-batch), and the
+order of the data from one seeded with (seed, epoch). A checkpoint therefore needs no state of a generator, and a run
+that was killed and resumed gives the same weights, bit for bit, as one that was not. So does a run of several
+processes and a run of one, where the gradients of two micro-batches are added, which is the same in either order; with
+more, the order of summation differs, and results agree up to rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
-import os
-import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Generic
 
-import numpy as np
-import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from titok.checkpoints.files import read_weights, write_safetensors
-from titok.checkpoints.writing import lock, remove_abandoned
-from titok.models.generator import MaskGIT
-from titok.models.tokenizer import TiTok
+from titok.processes import in_first_process, is_distributed, mean_of_all, own_part
 from titok.profiling import annotate, each
+from titok.training import checkpoint
 from titok.training.config import TrainingConfig
+from titok.training.ema import EMA
+from titok.training.folder import RAW, RunFolder
+from titok.training.metrics import SPEED, Metrics, Tracker
+from titok.training.objective import Losses, M, Objective, switched_trunks
 from titok.training.optim import learning_rate, make_optimizer
+from titok.training.order import micro_batches, seed_of, shuffled_batches
+from titok.training.pictures import save_png
 
-PathLike = str | os.PathLike[str]
-M = TypeVar("M", TiTok, MaskGIT)
-Batch = TypeVar("Batch")
-
-CHECKPOINT = "training.safetensors"
-# Settings, and an entry of `Run.data`, that may differ between a run and its resumption, because the trained weights do
-# not depend on them.
-KEYS_THAT_MAY_CHANGE = ("checkpoint_every", "log_every", "times")
-# Entries of `Run.data` that are hashes, and what an error says where they differ.
-WORDS_FOR_HASHES = {
-    "pictures": "the pictures are not those that the run was started with (other files, contents or names)",
-    "tokens": "the tokens are not those that the run was started with (other pictures, or another tokenizer)",
-    "labels": "the labels are not those that the run was started with",
-}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-OTHER_TIMES = (
-    "the pictures have other modification times than when the run was started, as copies have. Their names and sizes "
-    "and the contents of those that were compared are the same, so the run goes on"
-)
+class Optimized:
+    """A network, the objective by which it is trained, and its optimizer.
 
-
-def seed_of(*numbers: int) -> int:
-    """One seed in [0, 2^63), made of several numbers. Seeds of similar numbers are unrelated."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
-
-
-def shuffled_batches(count: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
-    """Yields the indices of the samples in each step from `first_step` on, (batch_size,) int64, without an end.
-
-    Each epoch is a random permutation of all `count` samples. A batch may contain the end of one epoch and the
-    start of the next.
+    Args:
+        network: whose parameters are trained, those that require a gradient.
+        objective: a module that contains it and returns `Losses`.
+        first_step: of the run, in which its training starts, and from which its learning rate is counted.
+        warmup_steps: of its learning rate.
     """
 
-    @lru_cache(maxsize=2)  # a step rarely needs more than the epoch of the step before
-    def order_of(epoch: int) -> Tensor:
-        return torch.randperm(
-            count, generator=torch.Generator("cpu").manual_seed(seed_of(seed, 1, epoch)), device="cpu"
-        )
-
-    for step in itertools.count(first_step):
-        # In all epochs, one after the other.
-        positions = torch.arange(step * batch_size, (step + 1) * batch_size, device="cpu")
-        epochs = positions // count
-        indices = [order_of(int(epoch))[positions[epochs == epoch] % count] for epoch in epochs.unique()]
-        yield torch.cat(indices)
-
-
-class RunFolder:
-    """The folder of a run, locked until `close` is called or the process ends; a context manager.
-
-    A folder that this object made is removed at the end, if it is empty then.
-
-    Attributes:
-        path: of the folder.
-
-    Raises:
-        FileExistsError: the folder holds a run and `resume` is False.
-        ValueError: another run is at work in the folder.
-    """
-
-    def __init__(self, path: PathLike, *, resume: bool) -> None:
-        self.path = Path(path)
-        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self._lock: int | None = None
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock = lock(self.path)
-        except (BlockingIOError, FileNotFoundError):  # the other run may just remove its folder
-            raise ValueError(f"{self.path}: another training run is at work here") from None
-        remove_abandoned(self.path)
-        if self.checkpoint.exists() and not resume:
-            self.close()
-            raise FileExistsError(
-                f"{self.path}: a training run is here already: resume it, or choose another folder"
-            )
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: nn.Module,
+        config: TrainingConfig,
+        *,
+        first_step: int,
+        warmup_steps: int,
+    ) -> None:
+        self.network, self.objective, self.config = network, objective, config
+        self.first_step, self.warmup_steps = first_step, warmup_steps
+        self.names: dict[Tensor, str] = {p: name for name, p in network.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(network, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.called: nn.Module = objective
+        if is_distributed():
+            self.called = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     @property
-    def checkpoint(self) -> Path:
-        """The path of the run's checkpoint."""
-        return self.path / CHECKPOINT
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(iter(self.names)).device
 
-    def close(self) -> None:
-        """Unlocks the folder."""
-        if self._lock is None:
-            return
-        for folder in self._made:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
-        os.close(self._lock)
-        self._lock = None
+    def learning_rate(self, step: int) -> float:
+        """The learning rate in step `step` of the run."""
+        config = self.config
+        return learning_rate(
+            step - self.first_step,
+            base=config.learning_rate,
+            final=config.final_learning_rate,
+            warmup=self.warmup_steps,
+            total=config.steps - self.first_step,
+        )
 
-    def __enter__(self) -> RunFolder:
-        return self
+    def optimize(self, inputs: Sequence[tuple[Tensor, ...]], step: int) -> tuple[list[Losses], dict[str, float]]:
+        """One optimizer step on the micro-batches of this process.
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        Returns:
+            the losses of each micro-batch, and the learning rate and the norm of the gradients.
+        """
+        config = self.config
+        rank, world_size = own_part()
+        results = []
+        self.optimizer.zero_grad()
+        for number, arguments in enumerate(inputs):
+            torch.manual_seed(seed_of(config.seed, 0, step, rank + number * world_size))
+            with self._averages_gradients(number + 1 == len(inputs)):
+                with annotate("forward"), self._autocast():
+                    losses: Losses = self.called(*arguments, step)
+                with annotate("backward"):
+                    self.scaler.scale(losses.loss / len(inputs)).backward()
+            results.append(losses._replace(loss=losses.loss.detach()))
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm)
+        rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with annotate("optimizer"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return results, {"learning_rate": rate, "gradient_norm": norm}  # type: ignore[dict-item]
 
+    def _averages_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """The context of a micro-batch: after the last one, the gradients are averaged over the processes."""
+        if isinstance(self.called, DistributedDataParallel) and not last:
+            return self.called.no_sync()
+        return contextlib.nullcontext()
 
-def open_folder(folder: PathLike | RunFolder, *, resume: bool) -> contextlib.AbstractContextManager[RunFolder]:
-    """The folder of a run as a context manager: `RunFolder(folder)`, or one that its owner closes, as it is."""
-    if isinstance(folder, RunFolder):
-        return contextlib.nullcontext(folder)
-    return RunFolder(folder, resume=resume)
+    def _autocast(self) -> torch.autocast:
+        dtype = DTYPES.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
 
 class Run(Generic[M]):
-    """The state of a training run: model, optimizer, number of steps and history. It is saved in `folder`.
+    """The state of a training run. It is saved in a folder.
 
     Args:
-        model: in the state in which training starts.
+        objective: with the model in the state in which training starts.
         config: settings of the run.
         folder: holds the checkpoint, from which the run continues if there is one, and the model.
         data: what identifies the data, such as {"images": 1000}, to refuse a resumption with other data. The keys of
-            `WORDS_FOR_HASHES` stand for hashes.
+            `titok.training.checkpoint.WORDS_FOR_HASHES` stand for hashes.
+        adversary: the objective of a discriminator, which takes what `Losses.compared` has and the step. It has the
+            attributes `discriminator`, `first_step` and `warmup_steps`, and `state` as an `Objective`.
 
     Attributes:
         step: number of optimizer steps that are done.
-        history: one dict for every `log_every` steps, with "step" and the figures of the loop.
-        extra: further tensors that the loop keeps in its checkpoints, by name.
 
     Raises:
-        ValueError: the run in `folder` has another configuration, model or data, or its file is damaged.
+        ValueError: the run in `folder` has another configuration, model or data, or its file is damaged; or the number
+            of processes does not divide the number of micro-batches.
     """
 
-    def __init__(self, model: M, config: TrainingConfig, folder: RunFolder, *, data: dict[str, Any]) -> None:
-        self.model: M = model
-        self.config, self.folder, self.data = config, folder.path, data
-        self.optimizer = make_optimizer(model, config)
-        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    def __init__(
+        self,
+        objective: Objective[M],
+        config: TrainingConfig,
+        folder: RunFolder,
+        *,
+        data: dict[str, Any],
+        adversary: Any = None,
+    ) -> None:
+        self.rank, self.world_size = own_part()
+        if config.micro_batches % self.world_size:
+            raise ValueError(
+                f"micro_batch_size: expected a number of micro-batches that {self.world_size} processes can share "
+                f"equally, got {config.micro_batches} (batch_size {config.batch_size}, micro_batch_size "
+                f"{config.micro_batch_size})"
+            )
+        self.objective: Objective[M] = objective
+        self.model: M = objective.model
+        self.config, self.data = config, data
+        self.folder, self.adversary = folder.path, adversary
         self.step = 0
-        self.history: list[dict[str, float]] = []
-        self.extra: dict[str, Tensor] = {}
+        objective.train()
+        self.parts = {"": Optimized(self.model, objective, config, first_step=0, warmup_steps=config.warmup_steps)}
+        if adversary is not None:
+            self.parts["discriminator_"] = Optimized(
+                adversary.discriminator,
+                adversary,
+                config,
+                first_step=adversary.first_step,
+                warmup_steps=adversary.warmup_steps,
+            )
+        self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
         if folder.checkpoint.exists():
-            self.load()
+            self._load()
+
+    def batches(self, count: int) -> Iterator[Tensor]:
+        """The indices of the samples that this process computes, (micro_batch_size,) for each micro-batch to come."""
+        config = self.config
+        order = shuffled_batches(count, config.batch_size, config.seed, self.step)
+        return micro_batches(order, config.batch_size // config.micro_batches, self.rank, self.world_size)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Checkpoints
 
     def save(self) -> None:
-        """Writes the checkpoint, then the model with `save_pretrained`.
+        """Writes the checkpoint, then the model. Called by every process, of which the first writes.
 
         If the process is killed meanwhile, each of the files is either the one from before or complete.
         """
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"extra/{name}": value for name, value in self.extra.items()}
-        for parameter, state in self.optimizer.state.items():
-            tensors |= {f"optimizer/{self.names[parameter]}/{key}": value for key, value in state.items()}
-        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
-        info = {
-            "step": self.step,
-            "config": self.config.to_dict(),
-            "data": self.data,
-            "history": self.history,
-            "checksum": _checksum(tensors),
-        }
-        write_safetensors(self.folder / CHECKPOINT, tensors, metadata={"training": json.dumps(info)})
-        self.model.save_pretrained(self.folder)
+        self.objective.before_saving()
+        in_first_process(self._write)
 
-    def load(self) -> None:
-        """Sets the state to that of the checkpoint in `folder`.
+    def _write(self) -> None:
+        parts = {"model": self.model.state_dict(), "extra": dict(self.objective.state)}
+        if self.ema is not None:
+            parts["averages"] = self.ema.state_dict()
+        if self.adversary is not None:
+            parts["discriminator"] = self.adversary.discriminator.state_dict()
+            parts["extra"] |= {f"discriminator/{name}": value for name, value in self.adversary.state.items()}
+        for prefix, part in self.parts.items():
+            parts[f"{prefix}optimizer"] = checkpoint.optimizer_tensors(part.optimizer, part.names)
+            if part.scaler.is_enabled():
+                scale = part.scaler.state_dict()
+                parts["extra"] |= {
+                    f"{prefix}scaler/{key}": torch.tensor(float(scale[key]), dtype=torch.float64) for key in SCALER
+                }
+        checkpoint.write_checkpoint(self.folder, self.step, self.config, self.data, parts)
+        checkpoint.keep_checkpoint(
+            self.folder, self.step, last=self.config.keep_last, every=self.config.keep_every
+        )
+        self._write_model()
 
-        Raises:
-            ValueError: it is damaged, or it is of a run with another configuration or other data; lists what
-                differs.
-        """
-        path = self.folder / CHECKPOINT
-        tensors, info = read_weights(path), read_run_info(path)
-        # Through JSON, because the checkpoint holds JSON, which has lists in place of tuples.
-        given = json.loads(json.dumps({"config": self.config.to_dict(), "data": self.data}))
-        for part in ("config", "data"):
-            _check_unchanged(path, part, saved=info[part], given=given[part])
-        if not 0 < info["step"] <= self.config.steps:
-            raise ValueError(
-                f"{path}: not a readable training checkpoint: step: expected an int in [1, {self.config.steps}], "
-                f"got {info['step']}"
-            )
-        if info["checksum"] != _checksum(tensors):
-            raise ValueError(
-                f"{path}: not a readable training checkpoint: its tensors are not those that were written"
-            )
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "extra": {}}
-        for name, value in tensors.items():
-            kind, _, rest = name.partition("/")
-            groups.setdefault(kind, {})[rest] = value
-        try:
-            self.model.load_state_dict(groups["model"])
-        except RuntimeError as error:
-            raise ValueError(
-                f"{path}: not a readable training checkpoint: its weights are of another model"
-            ) from error
-        self._load_optimizer(path, groups["optimizer"])
-        device = next(iter(self.names)).device
-        self.extra = {name: value.to(device) for name, value in groups["extra"].items()}
-        self.step, self.history = info["step"], info["history"]
-        if info["data"].get("times") != given["data"].get("times"):
-            warnings.warn(f"{path}: {OTHER_TIMES}", stacklevel=2)
+    def _write_model(self) -> None:
+        if self.ema is None:
+            self.model.save_pretrained(self.folder)
+            return
+        self.model.save_pretrained(self.folder / RAW)
+        with self.ema.swapped():
+            self.model.save_pretrained(self.folder)
 
-    def _load_optimizer(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Sets the state of AdamW: of each parameter, the number of its steps and two averages, or none of them."""
-        for parameter, name in self.names.items():
-            shapes = {"step": torch.Size([]), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-            state = {key: tensors.pop(f"{name}/{key}") for key in shapes if f"{name}/{key}" in tensors}
-            for key, value in state.items():
-                if len(state) != len(shapes) or value.shape != shapes[key] or value.dtype != torch.float32:
-                    raise ValueError(
-                        f"{path}: not a readable training checkpoint: the optimizer's state of {name} is of another "
-                        "kind"
-                    )
-                self.optimizer.state[parameter][key] = value.to(parameter.device)
-        if tensors:
-            raise ValueError(f"{path}: not a readable training checkpoint: its optimizer is of another model")
+    def _load(self) -> None:
+        path = self.folder / checkpoint.CHECKPOINT
+        self.step, parts = checkpoint.read_checkpoint(path, self.config, self.data)
+        extra = parts.get("extra", {})
+        checkpoint.load_module(path, self.model, parts.get("model", {}))
+        if self.adversary is not None:
+            checkpoint.load_module(path, self.adversary.discriminator, parts.get("discriminator", {}))
+        for prefix, part in self.parts.items():
+            checkpoint.load_optimizer(path, part.optimizer, part.names, parts.get(f"{prefix}optimizer", {}))
+            if part.scaler.is_enabled():
+                try:
+                    scale = {key: float(extra.pop(f"{prefix}scaler/{key}")) for key in SCALER}
+                except KeyError as error:
+                    raise checkpoint.Damaged(path, "the scale of the loss is missing") from error
+                growth = {
+                    "_growth_tracker": int(scale["_growth_tracker"]),
+                    "growth_interval": int(scale["growth_interval"]),
+                }
+                part.scaler.load_state_dict({**scale, **growth})
+        states = {"": self.objective.state} | ({"discriminator/": self.adversary.state} if self.adversary else {})
+        for prefix, state in states.items():
+            for name, value in state.items():
+                saved = extra.pop(prefix + name, None)
+                if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
+                    raise checkpoint.Damaged(path, f"{prefix}{name} is missing or of another kind")
+                value.copy_(saved)
+        if self.ema is not None:
+            try:
+                self.ema.load_state_dict(parts.get("averages", {}))
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise checkpoint.Damaged(path, "its averages are of another model") from error
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Steps
 
     def train(
-        self,
-        batches: Iterable[Batch],
-        compute: Callable[[Batch], dict[str, Tensor]],
-        *,
-        name: str,
-        progress: bool = True,
-        after_step: Callable[[], None] | None = None,
+        self, batches: Iterable[Tensor], *, name: str, progress: bool = True, trackers: Sequence[Tracker] = ()
     ) -> M:
         """Runs the steps that remain. Returns the model, in eval mode; it is saved, too.
 
         The random numbers of the steps come from PyTorch's global generators, whose state is restored at the end.
 
         Args:
-            batches: one batch for each step from `self.step` on.
-            compute: returns the figures of a batch, tensors of shape (). "loss" is minimised; the others are only
-                shown.
+            batches: the micro-batches of this process, from those of step `self.step` on.
             name: in front of the progress bar.
             progress: True shows a progress bar on stderr, if that is a terminal.
-            after_step: called after each optimizer step.
+            trackers: receive the figures that `metrics.jsonl` gets, and the pictures. This method closes them.
 
         Raises:
             FloatingPointError: the loss is no longer finite; the last checkpoint stays.
         """
         config = self.config
-        device = next(iter(self.names)).device
-        if self.step == config.steps:  # the run may have been stopped between the two files of its last save
-            self.model.save_pretrained(self.folder)
-        self.model.train()
-        hide = None if progress else True  # None hides it where stderr is no terminal
+        device = self.parts[""].device
+        if self.step == config.steps:  # the run may have been stopped between the files of its last save
+            in_first_process(self._write_model)
+        hide = None if progress and self.rank == 0 else True  # None hides it where stderr is no terminal
         bar = tqdm(total=config.steps, initial=self.step, desc=name, unit="step", disable=hide, leave=True)
-        if self.history:
-            bar.set_postfix(_formatted(self.history[-1]), refresh=False)
-        with bar, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for batch in each("train step", itertools.islice(batches, config.steps - self.step)):
-                figures = self._optimize(batch, compute)
-                if after_step is not None:
-                    after_step()
+        devices = [device] if device.type == "cuda" else []
+        trunks = switched_trunks(self.model, compiled=config.compile, checkpointed=config.checkpoint_activations)
+        with (
+            bar,
+            contextlib.ExitStack() as stack,
+            torch.random.fork_rng(devices),
+            _tf32(config.precision),
+            trunks,
+        ):
+            log = _Log(self, bar, trackers if self.rank == 0 else ())
+            stack.callback(log.close)
+            self.objective.train()
+            local = config.micro_batches // self.world_size
+            stream = iter(batches)
+            for _ in each("train step", range(config.steps - self.step)):
+                started = time.perf_counter()
+                inputs: list[tuple[Tensor, ...]] = [(batch,) for batch in itertools.islice(stream, local)]
+                waited = time.perf_counter() - started
+                if self.step == 0:
+                    torch.manual_seed(seed_of(config.seed, 0, 0, self.rank))
+                    self.objective.start(inputs[0][0])
+                figures = self._one_step(inputs)
                 self.step += 1
-                last = self.step == config.steps
-                saves = last or self.step % config.checkpoint_every == 0
-                if saves or self.step % config.log_every == 0:
-                    self._log({key: float(value.detach()) for key, value in figures.items()}, bar)
+                self.objective.after_step(self.step)
+                log.add(figures, waited, time.perf_counter() - started)
                 bar.update()
-                if saves:
+                if self.step == config.steps or self.step % config.checkpoint_every == 0:
+                    log.flush()
                     self.save()
-        self.model.eval()
+        self.objective.eval()
+        if self.ema is not None:
+            with self.ema.swapped():
+                averages = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.model.load_state_dict(averages)
         return self.model
 
-    def _optimize(self, batch: Batch, compute: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One optimizer step; returns the figures of its batch."""
-        config = self.config
-        parameters = list(self.names)
-        torch.manual_seed(seed_of(config.seed, 0, self.step))
-        mixed = config.precision == "bfloat16"
-        with annotate("forward"), torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=mixed):
-            figures = compute(batch)
-        self.optimizer.zero_grad()
-        with annotate("backward"):
-            figures["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        rate = learning_rate(
-            self.step,
-            base=config.learning_rate,
-            final=config.final_learning_rate,
-            warmup=config.warmup_steps,
-            total=config.steps,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with annotate("optimizer"):
-            self.optimizer.step()
-        return figures
+    def _one_step(self, inputs: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """One step of the model, and of the discriminator where it has begun; the mean figures of this process."""
+        losses, figures = self.parts[""].optimize(inputs, self.step)
+        results: dict[str, Any] = {**_mean_figures(losses), **figures}
+        if self.ema is not None:
+            self.ema.update()
+        if self.adversary is not None and self.step >= self.adversary.first_step:
+            part = self.parts["discriminator_"]
+            losses, figures = part.optimize([one.compared for one in losses], self.step)
+            self.adversary.after_step(losses)
+            results |= {
+                f"discriminator_{key}": value for key, value in {**_mean_figures(losses), **figures}.items()
+            }
+        return results
 
-    def _log(self, figures: dict[str, float], bar: tqdm[Any]) -> None:
-        """Checks the loss, adds to the history where it is time, and shows the figures beside the progress bar."""
-        if not math.isfinite(figures["loss"]):
+
+# What a scaler's state has that changes, and that it needs to be restored.
+SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+
+
+class _Log:
+    """The figures since the last entry, written to `metrics.jsonl`, the progress bar and the trackers."""
+
+    def __init__(self, run: Run[Any], bar: tqdm[Any], trackers: Sequence[Tracker]) -> None:
+        self.run, self.bar, self.trackers = run, bar, trackers
+        self.metrics = Metrics(run.folder, run.step) if run.rank == 0 else None
+        self.steps, self.waited, self.taken = 0, 0.0, 0.0
+
+    def add(self, figures: dict[str, Tensor], waited: float, taken: float) -> None:
+        """Takes the figures of a step of this process, and the seconds that it waited for data and took in all."""
+        run, config = self.run, self.run.config
+        self.steps, self.waited, self.taken = self.steps + 1, self.waited + waited, self.taken + taken
+        last = run.step == config.steps
+        logs = last or run.step % config.log_every == 0
+        if not logs and run.step % config.checkpoint_every and not self._makes_picture():
+            return
+        figures = {**figures, **run.objective.shared_figures()}
+        values = torch.stack([torch.as_tensor(v).detach().double().cpu() for v in figures.values()])
+        means = dict(zip(figures, mean_of_all(values).tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
             raise FloatingPointError(
-                f"loss is {figures['loss']} at step {self.step}: try a learning_rate below "
-                f"{self.config.learning_rate:g}"
+                f"loss is {means['loss']} at step {run.step}: try a learning_rate below {config.learning_rate:g}"
             )
-        if self.step % self.config.log_every == 0 or self.step == self.config.steps:
-            self.history.append({"step": self.step, **figures})
-        bar.set_postfix(_formatted(figures), refresh=False)
+        if logs:
+            speed = (self.steps * config.batch_size / max(self.taken, 1e-9), self.waited / max(self.taken, 1e-9))
+            entry = {"step": run.step, **means, **dict(zip(SPEED, speed, strict=True))}
+            if self.metrics is not None:
+                self.metrics.append(entry)
+            for tracker in self.trackers:
+                tracker.log(run.step, {key: value for key, value in entry.items() if key != "step"})
+            self.steps, self.waited, self.taken = 0, 0.0, 0.0
+            self.bar.set_postfix(_formatted(entry), refresh=False)
+        if self._makes_picture():
+            self._picture()
+
+    def _makes_picture(self) -> bool:
+        every = self.run.config.picture_every
+        return bool(every) and self.run.step % every == 0
+
+    def _picture(self) -> None:
+        """Writes a picture of what the model does, with averaged weights where there are any, in the first process."""
+        run = self.run
+        if run.rank != 0:
+            return
+        averages = run.ema.swapped() if run.ema is not None else contextlib.nullcontext()
+        run.objective.eval()
+        with torch.no_grad(), torch.random.fork_rng([]), averages:
+            picture = run.objective.picture()
+        run.objective.train()
+        if picture is not None:
+            path = run.folder / "pictures" / f"{run.step:08}.png"
+            save_png(path, picture)
+            for tracker in self.trackers:
+                tracker.picture(run.step, path)
+
+    def flush(self) -> None:
+        """Returns when all entries are on the disk."""
+        if self.metrics is not None:
+            self.metrics.flush()
+
+    def close(self) -> None:
+        """Closes the file and the trackers."""
+        if self.metrics is not None:
+            self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
-def _check_unchanged(path: Path, part: str, *, saved: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raises `ValueError` that lists the keys in which the settings of a checkpoint and those of a run differ."""
-    keys = sorted({*saved, *given} - set(KEYS_THAT_MAY_CHANGE))
-    changed = []
-    for key in keys:
-        if key in WORDS_FOR_HASHES:
-            if key in saved and key in given and saved[key] != given[key]:
-                changed.append(WORDS_FOR_HASHES[key])
-        elif saved.get(key) != given.get(key):
-            changed.append(f"{_shortened(key)} was {_shortened(saved.get(key))}, is {_shortened(given.get(key))}")
-    if changed:
-        raise ValueError(f"{path}: cannot be resumed with another {part}: {'; '.join(changed[:10])}")
-
-
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    """A checksum of the names, shapes, dtypes and values of tensors on the CPU, about as fast as a disk writes them."""
-    checksum = 0
-    for name, tensor in sorted(tensors.items()):
-        checksum = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
-        checksum = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, checksum)
-    return checksum
-
-
-def _shortened(value: Any) -> str:
-    """A value from a checkpoint as text on one line, of about 300 characters at most."""
-    text = value if isinstance(value, str) else repr(value)
-    return f"{text[:300]}..." if len(text) > 300 else text.encode("unicode_escape").decode()
-
-
-def read_run_info(path: Path) -> dict[str, Any]:
-    """The "step", "config", "data", "history" and "checksum" of the run that wrote a checkpoint.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            info = json.loads(file.metadata()["training"])
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable training checkpoint") from error
-    types = {"step": int, "config": dict, "data": dict, "history": list, "checksum": int}
-    if not isinstance(info, dict) or not all(type(info.get(key)) is kind for key, kind in types.items()):
-        raise ValueError(f"{path}: not a readable training checkpoint: expected {', '.join(types)}")
-    for entry in info["history"]:
-        if not isinstance(entry, dict) or not all(type(figure) in (int, float) for figure in entry.values()):
-            raise ValueError(f"{path}: not a readable training checkpoint: history: expected figures by name")
-    return info
+def _mean_figures(losses: list[Losses]) -> dict[str, Tensor]:
+    """The loss and the figures, averaged over micro-batches."""
+    rows = [{"loss": one.loss, **one.figures} for one in losses]
+    return {name: torch.stack([row[name].double() for row in rows]).mean() for name in rows[0]}
 
 
 def _formatted(figures: dict[str, float]) -> dict[str, str]:
-    return {key: f"{value:.4g}" for key, value in figures.items() if key != "step"}
+    texts = {key: f"{value:.4g}" for key, value in figures.items() if key not in ("step", *SPEED)}
+    return {**texts, "images/s": f"{figures[SPEED[0]]:.3g}", "waiting": f"{figures[SPEED[1]]:.0%}"}
+
+
+@contextlib.contextmanager
+def _tf32(precision: str) -> Iterator[None]:
+    """A context in which matrix products of a GPU are in TF32 if `precision` is "tf32"; then as they were."""
+    if precision != "tf32":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from titok.generation.processes import process_group
+from titok.processes import process_group
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -73,7 +73,7 @@ def test_processes_that_never_meet_end(rank: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_processes_that_meet_form_a_group() -> None:
     code = """
-from titok.generation.processes import process_group
+from titok.processes import process_group
 import torch, torch.distributed as dist
 with process_group() as (rank, world_size):
     total = torch.tensor(rank + 1)

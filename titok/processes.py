@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -166,3 +168,41 @@ def _connected_store(seconds: float) -> dist.Store:
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tensors of all processes. Without a group, each function leaves its argument as it is.
+
+
+def own_part() -> tuple[int, int]:
+    """The rank of this process and the number of processes; (0, 1) without a group."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def reduce_max(tensor: Tensor) -> None:
+    """Replaces a bool tensor by its element-wise maximum over all processes."""
+    if is_distributed():
+        as_bytes = tensor.to(torch.uint8)
+        with _clear_about_lost_processes():
+            dist.all_reduce(as_bytes, dist.ReduceOp.MAX)
+        tensor.copy_(as_bytes.bool())
+
+
+def mean_of_all(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, in the same order of summation in each."""
+    if not is_distributed():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    with _clear_about_lost_processes():
+        dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts).sum(dim=0) / len(parts)
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """The tensor that the first process has; it must have the same shape and dtype in all of them."""
+    if not is_distributed():
+        return tensor
+    tensor = tensor.contiguous().clone()
+    with _clear_about_lost_processes():
+        dist.broadcast(tensor, src=0)
+    return tensor

@@ -1,0 +1,94 @@
+"""Replacing codes that no latent uses.
+
+Codes start as latents of the first batch. Later, codes that were not used for `every` steps become random latents of
+the batch. Otherwise almost all latents would use the same few codes until the end, because gradients reach only codes
+that are used.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titok.models.quantizer import VectorQuantizer
+from titok.processes import broadcast, reduce_max
+from titok.training.losses.precision import float32_or_wider
+from titok.training.order import seed_of
+
+
+class CodeRestarts:
+    """Replaces unused codes of a quantizer, with the same result in every process.
+
+    Args:
+        quantizer: with V codes.
+        every: in steps. 0 replaces none, and the codes start as the model has them.
+        until: number of steps that are done, after which codes are no longer replaced.
+        seed: of the choice of latents.
+
+    Attributes:
+        used: (V,) bool, codes that some latent of this process used since the last replacement.
+    """
+
+    def __init__(self, quantizer: VectorQuantizer, *, every: int, until: float, seed: int) -> None:
+        self.quantizer, self.every, self.until, self.seed = quantizer, every, until, seed
+        device = quantizer.codebook.device
+        self.used = torch.zeros(len(quantizer.codebook), dtype=torch.bool, device=device)
+        # (n, C) float32, of the first micro-batch that this process computed in step `_step`
+        self._latents, self._step = torch.empty(0, device=device), -1
+
+    def start(self, latents: Tensor) -> None:
+        """Makes all codes latents of the first batch. Without restarts, nothing happens.
+
+        Args:
+            latents: (..., C) of the first micro-batch of this process.
+        """
+        if self.every:
+            self._latents = float32_or_wider(latents.detach()).flatten(0, -2)
+            self._replace(torch.ones_like(self.used), 0)
+
+    def observe(self, latents: Tensor, counts: Tensor, step: int) -> None:
+        """Takes note of the latents of a micro-batch and the codes that they use.
+
+        Args:
+            latents: (..., C).
+            counts: (V,) int64, how many latents each code is the nearest of.
+            step: in which the micro-batch is computed.
+        """
+        self.used |= counts > 0
+        if self.every and step != self._step:  # the first micro-batch of the step
+            self._step = step
+            self._latents = float32_or_wider(latents.detach()).flatten(0, -2)
+
+    def after_step(self, steps_done: int) -> None:
+        """Replaces unused codes every `every` steps, and forgets which were used."""
+        if not self.every or steps_done % self.every:
+            return
+        self.merge()
+        if steps_done <= self.until:
+            self._replace(~self.used, steps_done)
+        self.used.zero_()
+
+    def figures(self) -> dict[str, Tensor]:
+        """The number of "codes" in use since the last replacement, in all processes."""
+        self.merge()
+        return {"codes": self.used.sum()}
+
+    def merge(self) -> None:
+        """Makes `used` say what the latents of all processes used."""
+        reduce_max(self.used)
+
+    @torch.no_grad()
+    def _replace(self, codes: Tensor, step: int) -> None:
+        """Replaces the codes that are true in `codes` (V,) by random latents of the first process's first micro-batch.
+
+        No latent is taken twice unless there are fewer latents than codes to replace.
+        """
+        latents = broadcast(self._latents)
+        generator = torch.Generator("cpu").manual_seed(seed_of(self.seed, 2, step))
+        order = torch.randperm(len(latents), generator=generator, device="cpu").to(codes.device)
+        replaced = codes.nonzero()[:, 0]
+        latents = latents[order[torch.arange(len(replaced), device=codes.device) % len(order)]]
+        if self.quantizer.l2_normalize:
+            latents = F.normalize(latents, dim=-1)
+        self.quantizer.codebook[replaced] = latents.to(self.quantizer.codebook.dtype)

@@ -1,0 +1,146 @@
+"""Stage 1 of TiTok: the decoder learns to predict the codes that a MaskGIT-VQGAN gives to an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from titok.data.folders import Images, read_batches
+from titok.models.tokenizer import TiTok
+from titok.models.vqgan import MaskGITVQGAN
+from titok.training import fingerprint
+from titok.training.code_restarts import CodeRestarts
+from titok.training.config import ProxyTraining
+from titok.training.folder import PathLike, RunFolder, open_folder
+from titok.training.losses import proxy_code_loss
+from titok.training.losses.precision import float32_or_wider
+from titok.training.metrics import Tracker
+from titok.training.objective import Losses, Objective, drawing_weights, load_initial
+from titok.training.reconstruction import augment, compared, first_images
+from titok.training.run import Run
+
+
+def train_proxy(
+    images: Images | Tensor,
+    proxy: MaskGITVQGAN,
+    config: ProxyTraining,
+    out_dir: PathLike | RunFolder,
+    *,
+    initial: TiTok | None = None,
+    held_out: Images | Tensor | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    trackers: Sequence[Tracker] = (),
+    device: str | torch.device = "cpu",
+) -> TiTok:
+    """Trains the first stage of a tokenizer, and saves it in `out_dir` with `TiTok.save_pretrained`.
+
+    Args:
+        images, config, out_dir, initial, held_out, resume, progress, trackers, device: as `train_tokenizer` takes them.
+        proxy: whose codes are predicted. It is moved to the device and put in eval mode.
+
+    Returns:
+        the model, in eval mode, which ends at logits of the codes. `train_decoder` trains the second stage.
+
+    Raises:
+        FileExistsError, FloatingPointError: as `train_tokenizer`.
+        ValueError: as `train_tokenizer`, or `proxy` has another configuration than `config.model.proxy`.
+    """
+    if len(images) == 0:
+        raise ValueError("images: expected at least one, got none")
+    check_proxy(proxy, config.model.proxy)
+    with open_folder(out_dir, resume=resume) as folder:
+        with drawing_weights(config.seed):
+            model = TiTok(config.model)
+        data = {"images": len(images), **fingerprint.of_images(images), **load_initial(model, initial)}
+        data["proxy"] = fingerprint.of_weights(proxy.state_dict())
+        model.to(device=device, dtype=torch.float32)
+        proxy.to(device).eval()
+        run = Run(ProxyObjective(model, proxy, config, held_out=held_out), config, folder, data=data)
+        batches = read_batches(images, run.batches(len(images)))
+        return run.train(batches, name="stage 1", progress=progress, trackers=trackers)
+
+
+def check_proxy(proxy: MaskGITVQGAN, config: object) -> None:
+    """Raises `ValueError` where a MaskGIT-VQGAN has another configuration than a tokenizer expects of it."""
+    if proxy.config != config:
+        raise ValueError(f"proxy: expected the configuration {config}, got {proxy.config}")
+
+
+class ProxyObjective(Objective[TiTok]):
+    """The cross-entropy of the codes, plus the loss of TiTok's own quantizer with weight 1.
+
+    Args:
+        proxy: on the device of the model, in eval mode.
+        held_out: images of which pictures are made.
+    """
+
+    def __init__(
+        self,
+        model: TiTok,
+        proxy: MaskGITVQGAN,
+        config: ProxyTraining,
+        *,
+        held_out: Images | Tensor | None = None,
+    ) -> None:
+        super().__init__(model)
+        assert model.quantizer is not None  # a tokenizer with the head "proxy" is vector-quantised
+        self.config, self.quantizer = config, (model.quantizer,)
+        self._proxy = (proxy,)  # in a tuple, so that its parameters are not those of this module
+        self._held_out = first_images(held_out, model.device)
+        self.restarts = CodeRestarts(
+            model.quantizer,
+            every=config.restart_every,
+            until=config.restart_until * config.steps,
+            seed=config.seed,
+        )
+        self.state["used"] = self.restarts.used
+
+    def forward(self, batch: Tensor, step: int) -> Losses:
+        """The loss of images (B, C, H, W) in [0, 1].
+
+        The figures are its terms, "codes_loss" and "bottleneck", and the "accuracy", the share of codes that are the
+        most likely ones.
+        """
+        model, (proxy,), (quantizer,) = self.model, self._proxy, self.quantizer
+        images = augment(batch.to(model.device), self.config)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            codes = proxy.encode(images)
+        latents = model.encode_latents(images)
+        quantized = quantizer(latents)
+        self.restarts.observe(latents, quantized.counts, step)
+        logits = float32_or_wider(model.decoder(quantized.quantized.to(model.dtype)))
+        error = proxy_code_loss(logits, codes)
+        figures = {
+            "codes_loss": error.detach(),
+            "bottleneck": quantized.loss.detach(),
+            "accuracy": (logits.detach().argmax(dim=-1) == codes).float().mean(),
+        }
+        return Losses(error + quantized.loss, figures)
+
+    @torch.no_grad()
+    def start(self, batch: Tensor) -> None:
+        """Makes the codes latents of the first micro-batch, if codes are restarted."""
+        self.restarts.start(self.model.encode_latents(augment(batch.to(self.model.device), self.config)))
+
+    def after_step(self, steps_done: int) -> None:
+        """Replaces codes that no latent uses, where it is time."""
+        self.restarts.after_step(steps_done)
+
+    def shared_figures(self) -> dict[str, Tensor]:
+        """The number of "codes" in use since the last restart."""
+        return self.restarts.figures()
+
+    def before_saving(self) -> None:
+        """Makes the codes in use the same in every process."""
+        self.restarts.merge()
+
+    def picture(self) -> Tensor | None:
+        """Held-out images, what the MaskGIT-VQGAN makes of the most likely codes, and the differences."""
+        images, (proxy,) = self._held_out, self._proxy
+        if images is None:
+            return None
+        logits = self.model.decode_logits(self.model.encode(images))
+        return compared(images, proxy.decode(logits.argmax(dim=1)))

@@ -1,0 +1,107 @@
+"""Training of a MaskGIT-VQGAN: the 2D tokenizer whose codes TiTok predicts in its first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from titok.data.folders import Images, read_batches
+from titok.models.quantizer import VectorQuantizer
+from titok.models.vqgan import MaskGITVQGAN
+from titok.training import fingerprint
+from titok.training.code_restarts import CodeRestarts
+from titok.training.config import VQGANTraining
+from titok.training.folder import PathLike, RunFolder, open_folder
+from titok.training.metrics import Tracker
+from titok.training.objective import drawing_weights, load_initial
+from titok.training.reconstruction import Perceptual, ReconstructionObjective, augment, make_adversary
+from titok.training.run import Run
+
+
+def train_vqgan(
+    images: Images | Tensor,
+    config: VQGANTraining,
+    out_dir: PathLike | RunFolder,
+    *,
+    initial: MaskGITVQGAN | None = None,
+    perceptual: Perceptual | None = None,
+    held_out: Images | Tensor | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    trackers: Sequence[Tracker] = (),
+    device: str | torch.device = "cpu",
+) -> MaskGITVQGAN:
+    """Trains a 2D tokenizer, and saves it in `out_dir` with `MaskGITVQGAN.save_pretrained`.
+
+    Args:
+        images, config, out_dir, initial, perceptual, held_out, resume, progress, trackers, device: as `train_tokenizer`
+            takes them.
+
+    Returns:
+        the model, in eval mode.
+
+    Raises:
+        FileExistsError, ValueError, FloatingPointError: as `train_tokenizer`.
+    """
+    if len(images) == 0:
+        raise ValueError("images: expected at least one, got none")
+    with open_folder(out_dir, resume=resume) as folder:
+        with drawing_weights(config.seed):
+            model = MaskGITVQGAN(config.model)
+            adversary = make_adversary(config, config.model.channels, device)
+        data = {"images": len(images), **fingerprint.of_images(images), **load_initial(model, initial)}
+        model.to(device=device, dtype=torch.float32)
+        objective = VQGANObjective(model, config, perceptual=perceptual, adversary=adversary, held_out=held_out)
+        run = Run(objective, config, folder, data=data, adversary=adversary)
+        batches = read_batches(images, run.batches(len(images)))
+        return run.train(batches, name="vqgan", progress=progress, trackers=trackers)
+
+
+class VQGANObjective(ReconstructionObjective[MaskGITVQGAN]):
+    """The loss of a 2D tokenizer, and the replacement of codes that no feature uses."""
+
+    def __init__(self, model: MaskGITVQGAN, config: VQGANTraining, **options: Any) -> None:
+        super().__init__(model, config, **options)
+        # It shares the codebook of the model.
+        quantizer = VectorQuantizer(
+            *model.codebook.shape, l2_normalize=False, commitment_cost=config.commitment_cost
+        )
+        quantizer.codebook = model.codebook
+        self._quantizer = (quantizer,)
+        until = config.restart_until * config.steps
+        self.restarts = CodeRestarts(quantizer, every=config.restart_every, until=until, seed=config.seed)
+        self.state["used"] = self.restarts.used
+
+    def _features(self, images: Tensor) -> Tensor:
+        """(B, h, w, code_dim)."""
+        return rearrange(self.model.encoder(images), "b c h w -> b h w c")
+
+    def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """See `ReconstructionObjective.reconstruct`."""
+        features, (quantizer,) = self._features(images), self._quantizer
+        quantized = quantizer(features)
+        if self.training:
+            self.restarts.observe(features, quantized.counts, step)
+        codes = rearrange(quantized.quantized, "b h w c -> b c h w").to(features.dtype)
+        return self.model.decoder(codes), quantized.loss
+
+    @torch.no_grad()
+    def start(self, batch: Tensor) -> None:
+        """Makes the codes features of the first micro-batch."""
+        self.restarts.start(self._features(augment(batch.to(self.device), self.config)))
+
+    def after_step(self, steps_done: int) -> None:
+        """Replaces codes that no feature uses, where it is time."""
+        self.restarts.after_step(steps_done)
+
+    def shared_figures(self) -> dict[str, Tensor]:
+        """The number of "codes" in use since the last restart."""
+        return self.restarts.figures()
+
+    def before_saving(self) -> None:
+        """Makes the codes in use the same in every process."""
+        self.restarts.merge()
