@@ -172,7 +172,11 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     }
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in launch.aligned}
     source = ASTSource(launch.kernel, signature, launch.constexprs, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": launch.fp_fusion,
+    }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
