@@ -14,6 +14,8 @@ do not depend on the order.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -142,8 +144,8 @@ def maskgit_decode_step_draw(
     BLOCK_V: tl.constexpr,
 ):
     """One program: one position of one sample."""
-    at = tl.program_id(0).to(tl.int64)
-    b, n = at // N, at % N
+    position = tl.program_id(0)
+    at, b, n = position.to(tl.int64), (position // N).to(tl.int64), position % N
     if tl.load(tokens_ptr + at) != mask_token:
         tl.store(drawn_ptr + at, -1)
         tl.store(confidence_ptr + at, float("inf"))
@@ -227,10 +229,9 @@ def maskgit_decode_step_select(
     # Integers that sort like the floats, in the upper 32 of 44 bits; the position is in the others.
     ordered = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
     keys = (ordered.to(tl.int64) << 12) | positions
+    wanted = tl.load(params_ptr + _NUM_MASKED).to(tl.int64)
     if counts_ptr is not None:
         wanted = tl.load(counts_ptr + b)
-    else:
-        wanted = tl.load(params_ptr + _NUM_MASKED).to(tl.int64)
     keep = tl.maximum(tl.minimum(wanted, tl.sum(masked.to(tl.int64), 0)), 0)
     limit, rank = tl.full((), 0, tl.int64), keep
     for i in range(44):
@@ -313,5 +314,6 @@ def aot_variants() -> list[AotVariant]:
                 *(V, False, index, meta(3, N)),
             )
         label = f"{name_of(dtype)} N={N} V={V}{' guided' if is_guided else ''}"
-        variants += label_launches(launches, label)
+        draw, select = label_launches(launches, label)
+        variants += [draw, dataclasses.replace(select, expects_wide_loads=False)]  # it reads a number in a thread
     return variants

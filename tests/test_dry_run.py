@@ -73,8 +73,10 @@ def batch_for(generator: MaskGIT, request: GenerationRequest, masked: list[int] 
     return DecodeBatch.copied(generator, host_inputs_for(generator, request, tokens), fake_tokens)
 
 
-def run_loop(config: GeneratorConfig, device: str, masked: list[int] | None = None) -> Recorder:
-    with fake_gpus() as recorder, torch.no_grad():
+def run_loop(
+    config: GeneratorConfig, device: str, masked: list[int] | None = None, *, nvcc: bool = True
+) -> Recorder:
+    with fake_gpus(nvcc=nvcc) as recorder, torch.no_grad():
         generator = build(lambda: MaskGIT(config), device, BF16)
         request = request_for(config, [1, 2, 2, 7])
         recorder.clear()
@@ -131,9 +133,18 @@ def test_between_two_runs_of_a_graph(device: str, configs: Any, monkeypatch: pyt
     assert recorder.host_copies == 1
 
 
+@GPUS
 @pytest.mark.slow
-def test_without_nvcc_the_loop_would_wait_and_is_not_captured(configs: Any) -> None:
-    with fake_gpus(nvcc=False) as recorder, torch.no_grad():
+def test_without_nvcc_triton_decodes(device: str, configs: Any) -> None:
+    recorder = run_loop(configs[1], device, nvcc=False)
+    assert recorder.findings == []
+    assert recorder.backends["maskgit_decode_step"] == "triton"
+    assert len(recorder.device_ops) <= configs[1].sampling.steps * (OPS_OF_A_BLOCK + OPS_OF_A_STEP)
+
+
+@pytest.mark.slow
+def test_without_nvcc_and_triton_the_loop_would_wait_and_is_not_captured(configs: Any) -> None:
+    with fake_gpus(nvcc=False, triton=False) as recorder, torch.no_grad():
         generator = build(lambda: MaskGIT(configs[1]), "cuda:1", BF16)
         request = request_for(configs[1], [1])
         assert not is_captured(generator, request)
@@ -141,8 +152,9 @@ def test_without_nvcc_the_loop_would_wait_and_is_not_captured(configs: Any) -> N
         with pytest.raises(Exception):  # noqa: B017 (of PyTorch's choice: nothing is known of the result)
             decode(generator, request.sampling, batch_for(generator, request))
     assert any("from cuda:1 to cpu" in finding for finding in recorder.findings), recorder.findings
-    with fake_gpus():
-        assert is_captured(generator, request)
+    for options in ({}, {"nvcc": False}):
+        with fake_gpus(**options):
+            assert is_captured(generator, request)
 
 
 @GPUS

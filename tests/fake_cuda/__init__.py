@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import titok.kernels
 import titok.ops
 from titok.ops.core import available
 from titok.ops.core.op import Op
@@ -146,12 +147,16 @@ def _ops_of_titok() -> dict[str, Op]:
 
 
 @contextlib.contextmanager
-def fake_gpus(*, nvcc: bool = True) -> Iterator[Recorder]:
+def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
     """Within, this machine has two GPUs of compute capability 9.0, and every tensor is fake.
 
     Args:
         nvcc: whether the extension was built with nvcc.
+        triton: whether there is Triton.
     """
+    # Triton decides when a kernel is decorated whether it is interpreted: before TRITON_INTERPRET is changed below.
+    for module in pkgutil.iter_modules(titok.kernels.__path__):
+        importlib.import_module(f"titok.kernels.{module.name}")
     recorder = Recorder()
     current = [torch.device("cuda", 0)]
 
@@ -170,6 +175,9 @@ def fake_gpus(*, nvcc: bool = True) -> Iterator[Recorder]:
         recorder.device_ops.append("maskgit_decode_kernel")
 
     stub = SimpleNamespace(with_cuda=nvcc, maskgit_decode_step_cuda=decode_step)
+    there: dict[str, Any] = {"titok._C": stub}
+    if not triton:
+        there["triton"] = "triton does not import here"
     load = available._load
 
     def conv_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
@@ -184,7 +192,7 @@ def fake_gpus(*, nvcc: bool = True) -> Iterator[Recorder]:
             ("torch.cuda.device", on_device),
             ("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             ("torch._C._conv_determine_backend_memory_format", conv_format),
-            ("titok.ops.core.available._load", lambda name: stub if name == "titok._C" else load(name)),
+            ("titok.ops.core.available._load", lambda name: there.get(name) or load(name)),
         ):
             stack.enter_context(mock.patch(target, replacement))
         stack.enter_context(mock.patch.dict("os.environ", {"TRITON_INTERPRET": "0"}))

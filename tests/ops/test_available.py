@@ -58,9 +58,14 @@ def test_what_a_machine_offers(machine: list[tuple[int, int]], gpus: list[tuple[
     assert {offered[name] for name in ("cuda", "triton", "flash-attn")} == {reason}
 
 
-def test_without_nvcc_a_step_cannot_be_captured(
-    machine: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("with_triton", [True, False])
+def test_without_nvcc_a_step_is_captured_if_there_is_triton(
+    machine: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, with_triton: bool
 ) -> None:
     machine += [NEW]
-    monkeypatch.setattr(available, "_load", lambda name: SimpleNamespace(with_cuda=False))
-    assert why_no_captured_step(torch.device("cuda", 0)) == "titok._C was built without nvcc"
+    there: dict[str, object] = {"titok._C": SimpleNamespace(with_cuda=False)}
+    there["triton"] = SimpleNamespace() if with_triton else "triton does not import here"
+    monkeypatch.setattr(available, "_load", there.__getitem__)
+    reason = why_no_captured_step(torch.device("cuda", 0))
+    both = "titok._C was built without nvcc; triton does not import here"
+    assert reason == (None if with_triton else both)

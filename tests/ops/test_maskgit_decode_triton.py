@@ -88,9 +88,7 @@ def test_packed_numbers_and_output_in_place() -> None:
     numbers |= {"first_sample": (1 << 40) + 3}
     want = maskgit_decode_step(tokens.cpu(), logits.cpu(), mask_token=30, backend=REFERENCE, **numbers)
     params = pack_step_params(**numbers).to(DEVICE)
-    got = maskgit_decode_step_packed(
-        tokens, logits, params=params, mask_token=30, out=tokens, backend="triton"
-    )
+    got = maskgit_decode_step_packed(tokens, logits, params=params, mask_token=30, out=tokens, backend="triton")
     assert got is tokens
     assert torch.equal(tokens.cpu(), want)
 
