@@ -21,6 +21,8 @@ one of several equal parts of the rows; PyTorch adds up the parts. Sums have a f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -227,7 +229,7 @@ def _codebook_gradient(
     return partial.sum(0)
 
 
-def _constexprs(tile: Tile, codebook: torch.Tensor) -> dict[str, int]:
+def _constexprs(tile: Tile, codebook: torch.Tensor) -> dict[str, Any]:
     K, C = codebook.shape
     return {
         "K": K,

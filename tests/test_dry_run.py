@@ -214,6 +214,18 @@ def test_the_loss_of_generator_training(device: str, configs: Any) -> None:
 
 
 @GPUS
+@pytest.mark.slow
+def test_the_forward_pass_of_tokenizer_training(device: str, configs: Any) -> None:
+    with fake_gpus() as recorder, torch.no_grad():
+        tokenizer = build(lambda: TiTok(configs[0]), device, torch.float32)
+        recorder.clear()
+        reconstruction, quantized = tokenizer(torch.empty(2, 3, 256, 256, device=device))
+        assert (reconstruction.shape, str(reconstruction.device)) == ((2, 3, 256, 256), device)
+        assert str(quantized.loss.device) == device
+    assert recorder.findings == []
+
+
+@GPUS
 @pytest.mark.parametrize("bias", [False, True])
 def test_folded_upsampling(device: str, bias: bool) -> None:
     with fake_gpus() as recorder, torch.no_grad():
