@@ -23,7 +23,7 @@ WORK = datetime.timedelta(days=30)
 
 
 @contextlib.contextmanager
-def process_group(meeting_seconds: float = MEETING_SECONDS) -> Iterator[tuple[int, int]]:
+def process_group(meeting_seconds: float = MEETING_SECONDS, *, gpu: bool = False) -> Iterator[tuple[int, int]]:
     """Within, the processes that a launcher has started form a group of `torch.distributed`.
 
     The launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Where it sets none, or a WORLD_SIZE of 1, there is
@@ -31,6 +31,7 @@ def process_group(meeting_seconds: float = MEETING_SECONDS) -> Iterator[tuple[in
 
     Args:
         meeting_seconds: how long to wait for all processes to start.
+        gpu: whether they exchange tensors of GPUs, which the current device of each process holds.
 
     Yields:
         the rank of this process and the number of processes.
@@ -55,7 +56,9 @@ def process_group(meeting_seconds: float = MEETING_SECONDS) -> Iterator[tuple[in
             "unset WORLD_SIZE and RANK for one process"
         )
     store = _meet(rank, world_size, meeting_seconds)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=WORK)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=WORK
+    )
     try:
         yield rank, world_size
     finally:

@@ -21,7 +21,7 @@ from titok.cli.app import app
 from titok.config import TOKENIZER_PRESETS
 
 COMMANDS = [["quickstart"], ["tokenize"], ["detokenize"], ["reconstruct"], ["generate"], ["info"]]
-COMMANDS += [["train", "tokenizer"], ["train", "generator"]]
+COMMANDS += [["train", recipe] for recipe in ("vqgan", "proxy", "decoder", "tokenizer", "generator")]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import KINDS, train
 from safetensors.torch import load_file
-from test_training import content, generator_training, pictures, tokenizer_training, train_one
+from test_training import content, generator_training, pictures, tokenizer_training
 
 from titok import MaskGIT, TiTok
 from titok.training import train_generator
+from titok.training.checkpoint import read_run_info
 from titok.training.folder import CHECKPOINT, RunFolder
 from titok.training.generator import GeneratorObjective
 from titok.training.optim import decayed_parameters, learning_rate
@@ -26,19 +28,19 @@ from titok.training.tokenizer import TokenizerObjective
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
-# Two micro-batches of six.
-TWO: dict[str, Any] = {"batch_size": 12, "micro_batch_size": 6, "steps": 20, "ema_decay": 0.9}
+# Two micro-batches of two.
+TWO: dict[str, Any] = {"micro_batch_size": 2, "steps": 20, "restart_every": 3}
 
 
 def in_processes(count: int, code: str) -> None:
-    """Runs code in `count` processes that form a group; it may use `train_one` and `Path`."""
+    """Runs code in `count` processes that form a group; it may use `train`, `KINDS` and `Path`."""
     script = textwrap.dedent(
         f"""
         import sys
         sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
         from pathlib import Path
         import torch
-        from test_training import train_one
+        from recipes import KINDS, train
         from titok.processes import process_group
         torch.set_num_threads(1)
         with process_group():
@@ -62,34 +64,31 @@ def in_processes(count: int, code: str) -> None:
     assert not any(process.returncode for process in processes), "\n".join(errors)
 
 
-def train_in_processes(count: int, kind: str, out: Path, changes: dict[str, Any], **options: Any) -> None:
-    in_processes(count, f"train_one({kind!r}, Path({str(out)!r}), changes={changes!r}, **{options!r})")
-
-
 def difference(a: Path, b: Path) -> float:
     """The largest difference of weights, relative to the largest weight of the tensor."""
     one, other = (load_file(folder / "model.safetensors") for folder in (a, b))
     return max(float((one[n] - other[n]).abs().max() / one[n].abs().max()) for n in one)
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
-def test_two_processes_train_as_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    train_one(kind, tmp_path / "one", changes=TWO)
-    train_in_processes(2, kind, tmp_path / "two", TWO)
-    assert content(tmp_path / "one") == content(tmp_path / "two")
+def test_two_processes_train_as_one_bit_for_bit(tmp_path: Path) -> None:
+    for kind in KINDS:
+        train(kind, tmp_path / "one" / kind, TWO)
+    in_processes(2, f"for kind in KINDS: train(kind, Path({str(tmp_path / 'two')!r}) / kind, {TWO!r})")
+    for kind in KINDS:
+        assert content(tmp_path / "one" / kind) == content(tmp_path / "two" / kind), kind
 
 
 def test_four_micro_batches_on_any_number_of_processes(tmp_path: Path) -> None:
-    changes = {**TWO, "micro_batch_size": 3}
-    train_one("generator", tmp_path / "1", changes=changes)
+    changes = {**TWO, "micro_batch_size": 1}
+    train("vit", tmp_path / "1", changes)
     for count in (2, 4):
-        train_in_processes(count, "generator", tmp_path / str(count), changes)
+        in_processes(count, f"train('vit', Path({str(tmp_path / str(count))!r}), {changes!r})")
         assert difference(tmp_path / "1", tmp_path / str(count)) < 1e-4
 
 
 def train_in_float64(out: Path) -> None:
     """Trains a tokenizer in float64 on four micro-batches a step."""
-    config = tokenizer_training(**{**TWO, "micro_batch_size": 3})
+    config = tokenizer_training(batch_size=12, micro_batch_size=3, steps=20, ema_decay=0.9)
     torch.manual_seed(0)
     model = TiTok(config.model).double()
     images = pictures().double()
@@ -106,27 +105,30 @@ def test_four_micro_batches_in_float64(tmp_path: Path) -> None:
         assert difference(tmp_path / "1", tmp_path / str(count)) < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
-def test_a_run_goes_on_by_another_number_of_processes(kind: str, tmp_path: Path) -> None:
-    train_one(kind, tmp_path / "whole", changes=TWO)
+def test_a_run_goes_on_by_another_number_of_processes(tmp_path: Path) -> None:
+    kinds = ("decoder", "vit")
     code = f"""
         import test_training, pytest
-        with pytest.MonkeyPatch.context() as patch:
-            test_training.stop_at(patch, 13)
-            try:
-                train_one({kind!r}, Path({str(tmp_path / "cut")!r}), changes={TWO!r})
-            except test_training.Stop:
-                pass
+        for kind in {kinds!r}:
+            with pytest.MonkeyPatch.context() as patch:
+                test_training.stop_at(patch, 15)
+                try:
+                    train(kind, Path({str(tmp_path / "cut")!r}) / kind, {TWO!r})
+                except test_training.Stop:
+                    pass
     """
     in_processes(2, code)
-    train_one(kind, tmp_path / "cut", changes=TWO, resume=True)
-    assert content(tmp_path / "whole") == content(tmp_path / "cut")
+    for kind in kinds:
+        train(kind, tmp_path / "whole" / kind, TWO)
+        assert read_run_info(tmp_path / "cut" / kind / CHECKPOINT)["step"] < 20
+        train(kind, tmp_path / "cut" / kind, TWO, resume=True)
+        assert content(tmp_path / "whole" / kind) == content(tmp_path / "cut" / kind), kind
 
 
 def test_processes_that_cannot_share_are_refused(tmp_path: Path) -> None:
     code = f"""
         try:
-            train_one("tokenizer", Path({str(tmp_path / "a")!r}))
+            train("tokenizer", Path({str(tmp_path / "a")!r}))
         except ValueError as error:
             assert str(error).startswith("micro_batch_size: expected a number of micro-batches that 2 processes")
         else:

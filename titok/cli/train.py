@@ -1,20 +1,22 @@
-"""`titok train`: a tokenizer or a generator from scratch, on a folder of pictures.
+"""`titok train`: every model of TiTok, on a folder of pictures.
 
 The output folder is locked first. Every picture is read once before training starts, so that a damaged one is found
-then. The defaults describe small
-models for small pictures, trained as the quickstart trains its models.
-`titok.training` has settings that these commands do not offer.
+then. Without `--preset` and `--config`, the settings describe small models for small pictures.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from titok.cli.errors import say
-from titok.cli.inputs import image_folder, load_tokenizer, preprocessing
+from titok.cli.inputs import load_tokenizer
 from titok.cli.options import (
     DeviceOption,
     IgnoreOrientationOption,
@@ -24,51 +26,205 @@ from titok.cli.options import (
     select_device,
 )
 from titok.cli.outputs import check_apart, check_files, check_output
+from titok.cli.training_options import (
+    BatchSize,
+    Changes,
+    Common,
+    ConfigFile,
+    Folder,
+    HeldOut,
+    Init,
+    LearningRate,
+    Log,
+    Output,
+    Preset,
+    PrintConfig,
+    ProxyOption,
+    Resume,
+    Seed,
+    Steps,
+    Width,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from titok import MaskGIT, MaskGITVQGAN, TiTok
+    from titok.training.folder import RunFolder
 
 RUN_FILES = ("training.safetensors", "model.safetensors", "config.json")  # the first is the checkpoint of the run
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures; every sub-folder is a class.")]
-Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FOLDER", help="For the model and the checkpoint of the run.")
-]
-Width = Annotated[
-    int, typer.Option(metavar="N", help="Of the transformer, a multiple of 64 (the width of a head).")
-]
-Steps = Annotated[int, typer.Option(metavar="N", min=2, help="Optimizer steps.")]
-BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Pictures in a step.")]
-LearningRate = Annotated[
-    float, typer.Option(metavar="X", help="The highest: a warm-up leads to it, a cosine down.")
-]
-Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Same seed and pictures, same model.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in the output folder was stopped.")]
+
+@app.command()
+def vqgan(
+    images: Folder,
+    output: Output = Path("runs/vqgan"),
+    preset: Preset = "small",
+    config: ConfigFile = None,
+    changes: Changes = None,
+    print_config: PrintConfig = False,
+    init: Init = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    held_out: HeldOut = None,
+    log: Log = None,
+    skip_unreadable: SkipUnreadableOption = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a MaskGIT-VQGAN, the 2D tokenizer that the two stages of TiTok start from.
+
+    \b
+    titok train vqgan photos -o runs/vqgan --held-out others
+    """
+    common = Common(
+        output, preset, config, changes, print_config, steps, batch_size, learning_rate, seed, resume,
+        skip_unreadable, ignore_orientation, ignore_transparency, device, log, held_out,
+    )  # fmt: skip
+
+    def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
+        from titok import MaskGITVQGAN
+        from titok.training import train_vqgan
+
+        size, channels = settings.image_size, settings.model.channels
+        initial = None if init is None else MaskGITVQGAN.from_pretrained(init)
+        pictures = common.pictures(images, size, channels)
+        options = common.run_options(size, channels)
+        train_vqgan(pictures, settings, folder, initial=initial, device=torch_device, **options)
+        return f"a MaskGIT-VQGAN of {len(pictures)} pictures"
+
+    _run(common, "vqgan", [images], train)
 
 
-def _num_heads(width: int) -> int:
-    """Attention heads of 64 channels each; `ValueError` where `width` is not a multiple of 64."""
-    if width < 64 or width % 64:
-        raise ValueError(f"--width: expected a multiple of 64, got {width}")
-    return width // 64
+@app.command()
+def proxy(
+    images: Folder,
+    proxy: ProxyOption,
+    output: Output = Path("runs/proxy"),
+    preset: Preset = "small",
+    config: ConfigFile = None,
+    changes: Changes = None,
+    print_config: PrintConfig = False,
+    init: Init = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    held_out: HeldOut = None,
+    log: Log = None,
+    skip_unreadable: SkipUnreadableOption = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train stage 1 of a tokenizer: tokens to the codes of a MaskGIT-VQGAN.
+
+    \b
+    titok train proxy photos -p runs/vqgan -o runs/proxy
+    """
+    common = Common(
+        output, preset, config, changes, print_config, steps, batch_size, learning_rate, seed, resume,
+        skip_unreadable, ignore_orientation, ignore_transparency, device, log, held_out,
+    )  # fmt: skip
+
+    def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
+        from titok import TiTok
+        from titok.training import train_proxy
+
+        size, channels = settings.model.image_size, settings.model.channels
+        initial = None if init is None else TiTok.from_pretrained(init)
+        vqgan = _load_vqgan(proxy)
+        pictures = common.pictures(images, size, channels)
+        options = common.run_options(size, channels)
+        train_proxy(pictures, vqgan, settings, folder, initial=initial, device=torch_device, **options)
+        return f"stage 1 of a tokenizer of {len(pictures)} pictures"
+
+    _run(common, "proxy", [images, proxy], train)
+
+
+@app.command()
+def decoder(
+    images: Folder,
+    proxy: ProxyOption,
+    first: Annotated[
+        str, typer.Option("--first", "-f", metavar="MODEL", help="Stage 1, or a whole tokenizer to be fine-tuned.")
+    ],
+    output: Output = Path("runs/tokenizer"),
+    preset: Preset = "small",
+    config: ConfigFile = None,
+    changes: Changes = None,
+    print_config: PrintConfig = False,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    held_out: HeldOut = None,
+    log: Log = None,
+    skip_unreadable: SkipUnreadableOption = False,
+    ignore_orientation: IgnoreOrientationOption = False,
+    ignore_transparency: IgnoreTransparencyOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train stage 2 of a tokenizer: its decoder and the decoder of the MaskGIT-VQGAN together.
+
+    \b
+    titok train decoder photos -f runs/proxy -p runs/vqgan -o runs/tokenizer
+    """
+    common = Common(
+        output, preset, config, changes, print_config, steps, batch_size, learning_rate, seed, resume,
+        skip_unreadable, ignore_orientation, ignore_transparency, device, log, held_out,
+    )  # fmt: skip
+
+    def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
+        from titok import TiTok
+        from titok.training import train_decoder
+
+        size, channels = settings.model.image_size, settings.model.channels
+        stage, vqgan = TiTok.from_pretrained(first), _load_vqgan(proxy)
+        pictures = common.pictures(images, size, channels)
+        options = common.run_options(size, channels)
+        train_decoder(pictures, stage, vqgan, settings, folder, device=torch_device, **options)
+        return f"a tokenizer of {len(pictures)} pictures, {settings.model.num_latent_tokens} tokens each"
+
+    _run(common, "decoder", [images, proxy, first], train)
 
 
 @app.command()
 def tokenizer(
     images: Folder,
     output: Output = Path("runs/tokenizer"),
-    image_size: Annotated[int, typer.Option(metavar="N", help="Side of the pictures in pixels.")] = 64,
-    patch_size: Annotated[int, typer.Option(metavar="N", help="Side of a patch in pixels.")] = 8,
-    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of a picture.")] = 32,
-    codebook_size: Annotated[int, typer.Option(metavar="N", help="Codes that a token can be.")] = 1024,
+    image_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Side of the pictures in pixels (64).")
+    ] = None,
+    patch_size: Annotated[int | None, typer.Option(metavar="N", help="Side of a patch in pixels (8).")] = None,
+    tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens of a picture (32).")] = None,
+    codebook_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Codes that a token can be (1024).")
+    ] = None,
     grey: Annotated[bool, typer.Option("--grey", help="One channel in place of three.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror pictures at random.")] = False,
-    width: Width = 256,
-    layers: Annotated[int, typer.Option(metavar="N", help="Of the encoder and of the decoder.")] = 4,
-    steps: Steps = 10_000,
-    batch_size: BatchSize = 32,
-    learning_rate: LearningRate = 1e-3,
+    width: Width = None,
+    layers: Annotated[int | None, typer.Option(metavar="N", help="Of the encoder and of the decoder (4).")] = None,
+    preset: Preset = "small",
+    config: ConfigFile = None,
+    changes: Changes = None,
+    print_config: PrintConfig = False,
+    init: Init = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
     seed: Seed = 0,
     resume: Resume = False,
+    held_out: HeldOut = None,
+    log: Log = None,
     skip_unreadable: SkipUnreadableOption = False,
     ignore_orientation: IgnoreOrientationOption = False,
     ignore_transparency: IgnoreTransparencyOption = False,
@@ -79,42 +235,29 @@ def tokenizer(
     \b
     titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32
     titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32 --resume
+    torchrun --nproc-per-node 8 -m titok train tokenizer photos --preset titok-bl-64-vq8k
     """
-    _check_run_folder(output, [images])
-    heads = _num_heads(width)
-    from titok import TokenizerConfig, ViTConfig
-    from titok.training import TokenizerTraining, train_tokenizer
-    from titok.training.folder import RunFolder
+    common = Common(
+        output, preset, config, changes, print_config, steps, batch_size, learning_rate, seed, resume,
+        skip_unreadable, ignore_orientation, ignore_transparency, device, log, held_out,
+    )  # fmt: skip
 
-    transformer = ViTConfig(width, layers, heads, patch_size)
-    model = TokenizerConfig(
-        image_size=(image_size, image_size),
-        encoder=transformer,
-        decoder=transformer,
-        num_latent_tokens=tokens,
-        code_dim=12,
-        codebook_size=codebook_size,
-        channels=1 if grey else 3,
-        l2_normalize=True,
-        signed_pixels=True,
-    )
-    training = TokenizerTraining(
-        model=model,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        final_learning_rate=learning_rate / 50,
-        warmup_steps=steps // 20,
-        seed=seed,
-        random_flip=flip,
-    )
-    how = preprocessing(ignore_orientation, ignore_transparency)
-    torch_device = select_device(device)
-    with RunFolder(output, resume=resume) as folder:
-        pictures = image_folder(images, model.image_size, model.channels, how, skip_unreadable=skip_unreadable)
-        train_tokenizer(pictures, training, folder, device=torch_device)
-        figures = _last_figures(output)
-    say(f"{output}: a tokenizer of {len(pictures)} pictures, {tokens} tokens each, {figures}")
+    def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
+        from titok import TiTok
+        from titok.training import train_tokenizer
+
+        model = settings.model
+        initial = None if init is None else TiTok.from_pretrained(init)
+        pictures = common.pictures(images, model.image_size, model.channels)
+        options = common.run_options(model.image_size, model.channels)
+        train_tokenizer(pictures, settings, folder, initial=initial, device=torch_device, **options)
+        return f"a tokenizer of {len(pictures)} pictures, {model.num_latent_tokens} tokens each"
+
+    sizes = {
+        "image_size": image_size, "patch_size": patch_size, "tokens": tokens, "codebook_size": codebook_size,
+        "grey": grey or None, "width": width, "layers": layers,
+    }  # fmt: skip
+    _run(common, "tokenizer", [images], train, sizes, {"random_flip": flip or None})
 
 
 @app.command()
@@ -123,13 +266,19 @@ def generator(
     tokenizer: TokenizerOption,
     output: Output = Path("runs/generator"),
     flip: Annotated[bool, typer.Option("--flip", help="Learn from mirrored pictures too.")] = False,
-    width: Width = 256,
-    layers: Annotated[int, typer.Option(metavar="N", help="Of the transformer.")] = 8,
-    steps: Steps = 10_000,
-    batch_size: BatchSize = 64,
-    learning_rate: LearningRate = 1e-3,
+    width: Width = None,
+    layers: Annotated[int | None, typer.Option(metavar="N", help="Of the transformer (8).")] = None,
+    preset: Preset = "small",
+    config: ConfigFile = None,
+    changes: Changes = None,
+    print_config: PrintConfig = False,
+    init: Init = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
     seed: Seed = 0,
     resume: Resume = False,
+    log: Log = None,
     skip_unreadable: SkipUnreadableOption = False,
     ignore_orientation: IgnoreOrientationOption = False,
     ignore_transparency: IgnoreTransparencyOption = False,
@@ -140,56 +289,79 @@ def generator(
     \b
     titok train generator photos -t runs/tokenizer -o runs/generator
     """
-    _check_run_folder(output, [images, tokenizer])
-    heads = _num_heads(width)
-    from titok import GeneratorConfig, SamplingConfig
-    from titok.checkpoints.files import write_json
-    from titok.training import GeneratorTraining, tokenize_images, train_generator
-    from titok.training.folder import RunFolder
+    common = Common(
+        output, preset, config, changes, print_config, steps, batch_size, learning_rate, seed, resume,
+        skip_unreadable, ignore_orientation, ignore_transparency, device, log,
+    )  # fmt: skip
 
-    how = preprocessing(ignore_orientation, ignore_transparency)
-    with RunFolder(output, resume=resume) as folder:
-        model = load_tokenizer(tokenizer, device, "float32")
+    def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
+        from titok import MaskGIT
+        from titok.checkpoints.files import write_json
+        from titok.processes import in_first_process
+        from titok.training import tokenize_images, train_generator
+
+        model = load_tokenizer(tokenizer, str(torch_device), "float32")
         size, channels = model.config.image_size, model.config.channels
-        pictures = image_folder(images, size, channels, how, skip_unreadable=skip_unreadable)
-        config = GeneratorConfig(
-            num_latent_tokens=model.config.num_latent_tokens,
-            codebook_size=model.config.codebook_size,
-            num_classes=len(pictures.classes),
-            width=width,
-            layers=layers,
-            heads=heads,
-            mlp_width=4 * width,
-            sampling=SamplingConfig(
-                guidance_scale=0.0,
-                guidance_schedule="constant",
-                temperature=4.5,
-                softmax_annealing=False,
-                confidence="maskgit",
-            ),
-        )
-        training = GeneratorTraining(
-            model=config,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            final_learning_rate=learning_rate / 50,
-            warmup_steps=steps // 20,
-            seed=seed,
-        )
+        pictures = common.pictures(images, size, channels)
+        # What the tokenizer and the pictures decide.
+        of_data = {
+            "num_latent_tokens": model.config.num_latent_tokens,
+            "codebook_size": model.config.codebook_size,
+            "num_classes": len(pictures.classes),
+        }
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **of_data))
+        initial = None if init is None else MaskGIT.from_pretrained(init)
         rows = tokenize_images(model, pictures, flip=flip)
-        train_generator(rows, pictures.labels, training, folder, device=model.device)
-        write_json(output / "classes.json", pictures.classes)
-        figures = _last_figures(output)
-    say(f"{output}: a generator of {len(pictures.classes)} classes, {figures}")
+        train_generator(
+            rows, pictures.labels, settings, folder, initial=initial, samples=_samples_of(model),
+            device=model.device, trackers=common.trackers(),
+        )  # fmt: skip
+        in_first_process(lambda: write_json(output / "classes.json", pictures.classes))
+        return f"a generator of {len(pictures.classes)} classes"
+
+    _run(common, "generator", [images, tokenizer], train, {"width": width, "layers": layers})
 
 
-def _check_run_folder(output: Path, inputs: list[Path | str]) -> None:
-    """Checks that a run may write into the folder `output`, which must be apart from `inputs`.
+def _samples_of(tokenizer: TiTok) -> Callable[[MaskGIT], torch.Tensor]:
+    """A function that generates images of the first classes, one row each, always from the same seed."""
 
-    Raises:
-        ValueError, OSError: it may not, or `output` holds a model of which no run is there.
+    def samples(generator: MaskGIT) -> torch.Tensor:
+        import torch
+
+        from titok import sample_tokens
+
+        classes = torch.arange(min(8, generator.config.num_classes))
+        tokens = sample_tokens(generator, classes.repeat_interleave(8).to(generator.device), seed=0)
+        return tokenizer.decode(tokens).float().clamp(0, 1).unflatten(0, (len(classes), 8))
+
+    return samples
+
+
+def _load_vqgan(name: str) -> MaskGITVQGAN:
+    from titok import MaskGITVQGAN
+
+    return MaskGITVQGAN.from_pretrained(name)
+
+
+def _run(
+    common: Common,
+    recipe: str,
+    inputs: list[Path | str],
+    train: Callable[[Any, RunFolder, torch.device], str],
+    model: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Trains by a recipe in the locked output folder, in all processes that a launcher has started.
+
+    Args:
+        inputs: folders and models that are read, which the output must be apart from.
+        train: takes the settings, the folder and the device, and returns what was made, in words.
+        model, more: changes of the settings, see `Common.settings`.
     """
+    if common.print_config:
+        say(json.dumps(common.settings(recipe, model or {}, more).to_dict(), indent=2))
+        return
+    output = common.output
     check_output(output)
     check_apart(output, inputs)
     check_files([output / name for name in RUN_FILES], overwrite=True)
@@ -198,9 +370,25 @@ def _check_run_folder(output: Path, inputs: list[Path | str]) -> None:
         raise ValueError(
             f"{models[0]}: exists already, and no training run is there: remove it, or choose another folder"
         )
-    from titok.processes import check_one_process
+    settings = common.settings(recipe, model or {}, more)
+    device = select_device(common.device)
+    with _all_processes(device) as rank:
+        from titok.training.folder import RunFolder
 
-    check_one_process()
+        with RunFolder(output, resume=common.resume) as folder:
+            made = train(settings, folder, device)
+            figures = _last_figures(output)
+    if rank == 0:
+        say(f"{output}: {made}, {figures}")
+
+
+@contextlib.contextmanager
+def _all_processes(device: torch.device) -> Iterator[int]:
+    """A context in which the processes that a launcher has started form a group; yields the rank of this one."""
+    from titok.processes import process_group
+
+    with process_group(gpu=device.type == "cuda") as (rank, _):
+        yield rank
 
 
 def _last_figures(folder: Path) -> str:

@@ -127,6 +127,8 @@ class ReconstructionTraining(TrainingConfig):
         self._check_number(*weights)
         self._check("perceptual", isinstance(self.perceptual, str), "a str")
         self._check_counts("discriminator_width", "discriminator_stages", "discriminator_grid")
+        groups = self.discriminator_width % 32 == 0
+        self._check("discriminator_width", groups, "a multiple of 32 (the groups of its norms)")
         for name in ("adversarial_start", "discriminator_warmup_steps"):
             self._check_integer(name, 0, "an int >= 0")
         self._check_integer("random_shift", 0, "an int >= 0")

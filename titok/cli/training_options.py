@@ -1,0 +1,173 @@
+"""The options of `titok train`, and the settings of a run that they describe."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from titok.cli.inputs import image_folder, preprocessing
+
+if TYPE_CHECKING:
+    from titok.data.folders import ImageFolder
+    from titok.training import TrainingConfig
+    from titok.training.metrics import Tracker
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures; every sub-folder is a class.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", help="For the model and the checkpoint of the run.")
+]
+Width = Annotated[
+    int | None, typer.Option(metavar="N", help="Of the transformer, a multiple of 64 (the width of a head).")
+]
+Steps = Annotated[int | None, typer.Option(metavar="N", min=2, help="Optimizer steps.")]
+BatchSize = Annotated[int | None, typer.Option(metavar="N", min=1, help="Pictures in a step.")]
+LearningRate = Annotated[
+    float | None, typer.Option(metavar="X", help="The highest: a warm-up leads to it, a cosine down.")
+]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Same seed and pictures, same model.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in the output folder was stopped.")]
+Preset = Annotated[
+    str,
+    typer.Option(
+        "--preset", metavar="NAME", help="small, or a published model, such as titok-l-32: see the docs."
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings, as --print-config prints them.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a setting, such as ema_decay=0.99; repeatable."),
+]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the settings as JSON, and end.")]
+HeldOut = Annotated[
+    Path | None,
+    typer.Option("--held-out", metavar="FOLDER", help="Pictures to show reconstructions of while training."),
+]
+Init = Annotated[
+    str | None,
+    typer.Option("--init", metavar="MODEL", help="Start from the weights of a model, ours or official."),
+]
+Log = Annotated[
+    list[str] | None,
+    typer.Option("--log", metavar="TRACKER", help="tensorboard or wandb, beside metrics.jsonl; repeatable."),
+]
+ProxyOption = Annotated[
+    str, typer.Option("--proxy", "-p", metavar="MODEL", help="The MaskGIT-VQGAN whose codes are predicted.")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """The options that every command has."""
+
+    output: Path
+    preset: str
+    config: Path | None
+    changes: list[str] | None
+    print_config: bool
+    steps: int | None
+    batch_size: int | None
+    learning_rate: float | None
+    seed: int
+    resume: bool
+    skip_unreadable: bool
+    ignore_orientation: bool
+    ignore_transparency: bool
+    device: str
+    log: list[str] | None = None
+    held_out: Path | None = None
+
+    def settings(self, recipe: str, model: dict[str, Any], more: dict[str, Any] | None = None) -> TrainingConfig:
+        """The settings of a run: of the preset or the file, with the changes that the options make.
+
+        Args:
+            model: changes of the model's settings, by options that describe a small one.
+            more: further changes of settings.
+        """
+        from titok.checkpoints.files import read_json
+        from titok.training.presets import RECIPES, SMALL, preset, with_changes
+
+        if self.config is not None:
+            config = RECIPES[recipe].from_dict(read_json(self.config))
+        else:
+            config = preset(recipe, self.preset)
+        named = {name: value for name, value in model.items() if value is not None}
+        if named and (self.config is not None or self.preset != SMALL):
+            raise ValueError(
+                f"--{next(iter(named)).replace('_', '-')}: expected a small model; change a preset or file by --set"
+            )
+        changes: dict[str, Any] = {"seed": self.seed} if self.seed or self.config is None else {}
+        changes |= {name: value for name, value in (more or {}).items() if value is not None}
+        if self.batch_size is not None:
+            changes |= {"batch_size": self.batch_size, "micro_batch_size": None}
+        if self.steps is not None:
+            changes |= {"steps": self.steps, "warmup_steps": min(config.warmup_steps, self.steps // 20)}
+        if self.learning_rate is not None:
+            changes |= {
+                "learning_rate": self.learning_rate,
+                "final_learning_rate": self.learning_rate
+                * (config.final_learning_rate / config.learning_rate if config.learning_rate else 0),
+            }
+        config = dataclasses.replace(config, **changes)
+        if named:
+            config = dataclasses.replace(config, model=small_model(recipe, config, named))  # type: ignore[call-arg]
+        return with_changes(config, self.changes or [])
+
+    def pictures(self, images: Path, size: Any, channels: int) -> ImageFolder:
+        """The folder of pictures, each of which was read once."""
+        how = preprocessing(self.ignore_orientation, self.ignore_transparency)
+        return image_folder(images, size, channels, how, skip_unreadable=self.skip_unreadable)
+
+    def run_options(self, size: Any, channels: int) -> dict[str, Any]:
+        """The options of a training function that show what it does."""
+        held_out = None if self.held_out is None else self.pictures(self.held_out, size, channels)
+        return {"held_out": held_out, "trackers": self.trackers()}
+
+    def trackers(self) -> list[Tracker]:
+        """The trackers of --log, in the first process."""
+        from titok.processes import own_part
+        from titok.training.metrics import TensorBoard, WeightsAndBiases
+
+        made: list[Tracker] = []
+        for name in self.log or []:
+            if name not in ("tensorboard", "wandb"):
+                raise ValueError(f"--log: expected tensorboard or wandb, got {name!r}")
+            if own_part()[0] > 0:
+                continue
+            try:
+                made.append(
+                    TensorBoard(self.output / "tensorboard")
+                    if name == "tensorboard"
+                    else WeightsAndBiases(project="titok", name=self.output.name, dir=str(self.output))
+                )
+            except ImportError as error:
+                raise ValueError(f"--log {name}: the package {name} is not installed") from error
+        return made
+
+
+def small_model(recipe: str, config: Any, options: dict[str, Any]) -> Any:
+    """The model of the "small" settings, with the sizes that options give."""
+    model = config.model
+    sizes = dict(options)
+    width, layers = sizes.pop("width", None), sizes.pop("layers", None)
+    if width is not None and (width < 64 or width % 64):
+        raise ValueError(f"--width: expected a multiple of 64, got {width}")
+    if recipe == "generator":
+        wide = {} if width is None else {"width": width, "heads": width // 64, "mlp_width": 4 * width}
+        return dataclasses.replace(model, **wide, **({} if layers is None else {"layers": layers}))
+    changes: dict[str, Any] = {} if width is None else {"width": width, "heads": width // 64}
+    changes |= {} if layers is None else {"layers": layers}
+    if (patch := sizes.pop("patch_size", None)) is not None:
+        changes["patch_size"] = patch
+    vit = dataclasses.replace(model.encoder, **changes)
+    if (side := sizes.pop("image_size", None)) is not None:
+        sizes["image_size"] = (side, side)
+    if (tokens := sizes.pop("tokens", None)) is not None:
+        sizes["num_latent_tokens"] = tokens
+    if sizes.pop("grey", None):
+        sizes["channels"] = 1
+    return dataclasses.replace(model, encoder=vit, decoder=vit, **sizes)
