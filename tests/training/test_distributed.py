@@ -32,8 +32,8 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 TWO: dict[str, Any] = {"micro_batch_size": 2, "steps": 20, "restart_every": 3}
 
 
-def in_processes(count: int, code: str) -> None:
-    """Runs code in `count` processes that form a group; it may use `train`, `KINDS` and `Path`."""
+def start_processes(count: int, code: str) -> list[subprocess.Popen[str]]:
+    """Starts code in `count` processes that form a group; it may use `train`, `KINDS` and `Path`."""
     script = textwrap.dedent(
         f"""
         import sys
@@ -50,12 +50,17 @@ def in_processes(count: int, code: str) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", script], env={**shared, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
         )
         for rank in range(count)
     ]
+
+
+def in_processes(count: int, code: str) -> None:
+    """Runs code in `count` processes, as `start_processes` takes it, to its end."""
+    processes = start_processes(count, code)
     try:
         errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
