@@ -82,7 +82,7 @@ ALLOWED_SPILLS: tuple[AllowedSpills, ...] = (
         labels="key_mask|fp32 D=48",
         archs=(120,),
         triton="3.7",
-        reason="at most 9 instructions, because the tiles are chosen for sm_80, sm_90 and sm_100",
+        reason="at most 11 instructions, because the tiles are chosen for sm_80, sm_90 and sm_100",
     ),
     AllowedSpills(
         kernel="masked_attention_backward_queries",
@@ -90,6 +90,20 @@ ALLOWED_SPILLS: tuple[AllowedSpills, ...] = (
         archs=(120,),
         triton="3.7",
         reason="at most 23 instructions, and no preset has a key mask",
+    ),
+    AllowedSpills(
+        kernel="masked_attention_forward_tiled",
+        labels="D=72|, integers ",
+        archs=(120,),
+        triton="3.7",
+        reason="at most 10 instructions, and no preset has heads of 72 channels or rows that are not aligned",
+    ),
+    AllowedSpills(
+        kernel="code_mixture_dcodebook",
+        labels="^bf16",
+        archs=(120,),
+        triton="3.7",
+        reason="29 instructions, 98 where rows are no multiple of 16; a gradient, which generation does not compute",
     ),
 )
 
