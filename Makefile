@@ -48,8 +48,10 @@ format: $(STAMP)  ## rewrite the sources with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-kernels: $(STAMP)  ## compile every Triton kernel for three GPU generations without a GPU, check it, write kernels/RESOURCES.md
+# SECOND_TRITON is a folder with another release: pip install --target FOLDER --no-deps triton==3.6.0
+kernels: $(STAMP)  ## compile every Triton kernel for six GPU generations without a GPU, check it, write kernels/RESOURCES.md
 	$(BIN)/python -m titok.kernels.aot --write
+	$(if $(SECOND_TRITON),PYTHONPATH=$(SECOND_TRITON) $(BIN)/python -m titok.kernels.aot >/dev/null)
 
 # A GPU machine has its own Python with its own torch, which is used as it is: nothing is downloaded.
 # Options, e.g. make gpu GPU_OPTIONS='--minutes 20 --out results': see python -m benchmarks.gpu --help

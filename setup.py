@@ -3,7 +3,7 @@
 The extension needs a C++17 compiler and pybind11. It includes no header of PyTorch, so one binary serves every torch
 release. What cannot be built is left out with one line that says why:
 
-* without nvcc (`$CUDA_HOME/bin/nvcc` or on PATH) the CUDA half is left out;
+* without nvcc (`$CUDA_HOME/bin/nvcc` or on PATH), or if it fails or is too old, the CUDA half is left out;
 * without a C++ compiler, or if it fails, the whole extension is left out, and `titok` runs on plain PyTorch.
 
 `TITOK_BUILD=cpu` leaves out the CUDA half, `TITOK_BUILD=none` the whole extension. `TITOK_BUILD=strict` makes a failed
@@ -57,6 +57,8 @@ ISA_FLAGS = {
 _AVX512BF16 = {"avx512bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-DTITOK_ISA_AVX512"]}
 EXTRA_ISA_FLAGS = {"masked_attention_simd": _AVX512BF16, "masked_attention_backward_simd": _AVX512BF16}
 CUDA_ARCHS = ("80", "90", "100")
+# What a compiler or a module that is missing, or a compiler that fails, raises.
+BUILD_ERRORS = (OSError, subprocess.CalledProcessError, ImportError)
 
 
 def find_cxx() -> str:
@@ -70,10 +72,23 @@ def find_nvcc() -> str | None:
     return next((path for c in candidates if (path := shutil.which(c))), None)
 
 
+class UnusableNvccError(Exception):
+    """Why an nvcc cannot compile the CUDA half, in one line."""
+
+
 def cuda_arch_flags(nvcc: str) -> list[str]:
-    """Machine code for every architecture that this nvcc knows, and PTX of the newest for later ones."""
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    """Machine code for every architecture that this nvcc knows, and PTX of the newest for later ones.
+
+    Raises:
+        UnusableNvccError: it does not run, or knows none of them.
+    """
+    try:
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UnusableNvccError(f"{nvcc} does not list its architectures ({error})") from error
     known = [a for a in CUDA_ARCHS if f"sm_{a}" in listed.split()]
+    if not known:
+        raise UnusableNvccError(f"{nvcc} compiles for none of {', '.join(f'sm_{a}' for a in CUDA_ARCHS)}")
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in known]
     return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
@@ -145,12 +160,23 @@ class BuildExtension(build_ext):
         mode = os.environ.get("TITOK_BUILD", "auto")
         if mode == "none":
             return self._left_out("titok._C", "TITOK_BUILD=none")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()  # absolute: ninja runs elsewhere
         nvcc = None if mode == "cpu" else find_nvcc()
-        if nvcc is None:
-            self._left_out("the CUDA half of titok._C", "TITOK_BUILD=cpu" if mode == "cpu" else "no nvcc found")
+        if nvcc is not None:
+            try:
+                return self._compile(target, nvcc)
+            except UnusableNvccError as error:
+                why = str(error)
+            except BUILD_ERRORS as error:
+                why = f"the build with {nvcc} failed ({error})"
+            if mode == "strict":
+                raise RuntimeError(why)
+        else:
+            why = "TITOK_BUILD=cpu" if mode == "cpu" else "no nvcc found"
+        self._left_out("the CUDA half of titok._C", why)
         try:
-            self._compile(Path(self.get_ext_fullpath(ext.name)).resolve(), nvcc)  # absolute: ninja runs elsewhere
-        except (OSError, subprocess.CalledProcessError, ImportError) as error:
+            self._compile(target, None)
+        except BUILD_ERRORS as error:
             if mode == "strict":
                 raise
             self._left_out("titok._C", f"the build failed ({error})")

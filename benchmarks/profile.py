@@ -86,7 +86,6 @@ def command_lines(arguments: argparse.Namespace) -> dict[str, list[str]]:
         "--set=full",
         "--profile-from-start=off",
         "--nvtx",
-        f"--nvtx-include={profiling.DOMAIN}@profiled/",
         f"--kernel-name=regex:^({'|'.join(kernel_names())})",
         "--force-overwrite",
         f"--export={report}",
@@ -122,7 +121,7 @@ def on_cpu(run: Callable[[], Any], repeats: int, trace: Path) -> list[tuple[str,
 
 def by_range(events: Any) -> list[tuple[str, int, float, float]]:
     """(name, calls, seconds, seconds outside inner ranges) of each of titok's ranges, by the last of them."""
-    prefix = f"{profiling.DOMAIN}: "
+    prefix = profiling.PREFIX
     spans = [(e.time_range.start, -e.time_range.end, e.name) for e in events if e.name.startswith(prefix)]
     totals: dict[str, list[float]] = {}
     stack: list[tuple[float, str]] = []  # (end, name) of the ranges that are open

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -21,7 +23,7 @@ def load_statistics(mean_ptr, rstd_ptr, image, channels, C: tl.constexpr, WIDTH:
     return load_float32(mean_ptr + groups, channels < C), load_float32(rstd_ptr + groups, channels < C)
 
 
-def tile_constexprs(C: int) -> dict[str, int]:
+def tile_constexprs(C: int) -> dict[str, Any]:
     tile = GROUP_NORM_SILU
     columns = min(triton.next_power_of_2(C), tile.columns)
     rows = min(tile.rows * tile.columns // columns, GROUP_NORM_SILU_CHUNK)

@@ -37,6 +37,7 @@ class Launch:
     aligned: frozenset[str]  # run-time arguments that are multiples of 16: pointers, in bytes, and integers
     num_warps: int
     num_stages: int
+    fp_fusion: bool  # whether the compiler may fuse a multiplication and an addition, which rounds once
 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("titok_kernels_recorded", default=None)
@@ -63,6 +64,7 @@ def launch(
     *args: torch.Tensor | float | None,
     num_warps: int,
     num_stages: int,
+    fp_fusion: bool = True,
     **constexprs: Any,
 ) -> None:
     """Runs a kernel on the GPU that holds its tensors, or records the launch.
@@ -71,15 +73,17 @@ def launch(
         kernel: a function under @triton.jit.
         grid: number of programs along one to three axes.
         args: its run-time arguments in order; at least one is a tensor.
+        fp_fusion: whether the compiler may fuse a multiplication and an addition; False rounds each of them.
         constexprs: its tl.constexpr arguments.
     """
     launches = _recorded.get()
     if launches is not None:
-        launches.append(describe(kernel, args, constexprs, num_warps, num_stages))
+        launches.append(describe(kernel, args, constexprs, num_warps, num_stages, fp_fusion))
         return
     tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
     with torch.cuda.device_of(tensor):  # Triton launches on the current device; nothing changes for a CPU tensor
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+        kernel[grid](*args, **options, **constexprs)
 
 
 def count_multiprocessors(device: torch.device) -> int:
@@ -90,7 +94,12 @@ def count_multiprocessors(device: torch.device) -> int:
 
 
 def describe(
-    kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any], num_warps: int, num_stages: int
+    kernel: Any,
+    args: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    fp_fusion: bool = True,
 ) -> Launch:
     """What Triton would compile for a launch with these arguments."""
     # Kernels under Triton's interpreter lack the attribute; they are never compiled.
@@ -106,7 +115,7 @@ def describe(
         signature[name] = _type_of(name, value)
         if specialised and _is_multiple_of_16(value):
             aligned.add(name)
-    return Launch(kernel, signature, constants, frozenset(aligned), num_warps, num_stages)
+    return Launch(kernel, signature, constants, frozenset(aligned), num_warps, num_stages, fp_fusion)
 
 
 def _type_of(name: str, value: Any) -> str:

@@ -85,3 +85,7 @@ MASKED_ATTENTION_BACKWARD_KEYS = {
     (4, 64): Tile(32, 32, 4, 1),
     (4, 128): Tile(16, 16, 8, 1),
 }
+
+# maskgit_decode_step. Columns are codes. A block of 1,024 leaves eight codes to a thread, with their 64-bit sums.
+MASKGIT_DECODE_STEP_DRAW = Tile(1, 1024, 4, 1)
+MASKGIT_DECODE_STEP_SELECT_WARPS = 4

@@ -89,7 +89,9 @@ def add_layer_norm_backward(
         x = tl.load(total_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(grad_normalised_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         centred = tl.where(mask, x - tl.sum(x, 1)[:, None] / D, 0.0)
-        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)[:, None]
+        variance = tl.sum(centred * centred, 1)[:, None] / D
+        # Rows past the last have a variance of 0: with an eps of 0, 0 * rsqrt(0) would be NaN.
+        rstd = tl.rsqrt(tl.where(rows < M, variance + eps, 1.0))
         u = centred * rstd
         grad_weight += tl.sum(dy * u, 0)
         grad_bias += tl.sum(dy, 0)

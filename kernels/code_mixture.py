@@ -21,6 +21,8 @@ one of several equal parts of the rows; PyTorch adds up the parts. Sums have a f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -39,11 +41,20 @@ from titok.kernels._tuning import (
 
 @triton.jit
 def _load_logits(row_ptr, codes, rows, M, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A float32 tile of logits * log2(e), for exp2; -inf past the last code, 0 past the last row."""
+    """A float32 tile of logits; -inf past the last code, 0 past the last row."""
     if K % BLOCK_K == 0:
-        return tl.load(row_ptr + codes, mask=rows < M, other=0.0).to(tl.float32) * 1.4426950408889634
+        return tl.load(row_ptr + codes, mask=rows < M, other=0.0).to(tl.float32)
     x = tl.load(row_ptr + codes, mask=(rows < M) & (codes < K), other=0.0).to(tl.float32)
-    return tl.where(codes < K, x * 1.4426950408889634, -float("inf"))
+    return tl.where(codes < K, x, -float("inf"))
+
+
+@triton.jit
+def _log2_weights(x, shift):
+    """(x - shift) in units of log2, for exp2.
+
+    The difference is exact where x is close to the shift. A product with log2(e) before it would round large logits.
+    """
+    return (x - shift) * 1.4426950408889634
 
 
 @triton.jit
@@ -75,8 +86,8 @@ def code_mixture_forward(
         new_max = tl.maximum(row_max, tl.max(x, 1))
         # While every logit so far is -inf, shift by 0: exp2(-inf - 0) is 0, but exp2(-inf + inf) is NaN.
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-        p = tl.exp2(x - shift[:, None])
-        rescale = tl.exp2(row_max - shift)
+        p = tl.exp2(_log2_weights(x, shift[:, None]))
+        rescale = tl.exp2(_log2_weights(row_max, shift))
         row_max = new_max
         row_sum = row_sum * rescale + tl.sum(p, 1)
         codes = _load_codes(codebook_ptr, start + tl.arange(0, BLOCK_K)[:, None], channels, dtype, K, C)
@@ -92,7 +103,8 @@ def code_mixture_dlogits(
     codebook_ptr,  # (K, C)
     mixture_ptr,  # (M, C): result of the forward pass
     grad_logits_ptr,  # (M, K), written
-    lse_ptr,  # (M,) float32, written: base-2 log-sum-exp of the logits; None where code_mixture_dcodebook does not run
+    statistics_ptr,  # (2, M) float32, written: for each row the largest logit, and log2 of the sum of
+    # exp(logit - largest); None where code_mixture_dcodebook does not run
     M,
     K: tl.constexpr,
     C: tl.constexpr,
@@ -108,12 +120,14 @@ def code_mixture_dlogits(
         x = _load_logits(logits_ptr + rows * K, start + tl.arange(0, BLOCK_K)[None, :], rows, M, K, BLOCK_K)
         new_max = tl.maximum(row_max, tl.max(x, 1))
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-        row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(x - shift[:, None]), 1)
+        row_sum *= tl.exp2(_log2_weights(row_max, shift))
+        row_sum += tl.sum(tl.exp2(_log2_weights(x, shift[:, None])), 1)
         row_max = new_max
-    lse = row_max + tl.log2(row_sum)
-    if lse_ptr is not None:
+    log2_sum = tl.log2(row_sum)
+    if statistics_ptr is not None:
         row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        tl.store(lse_ptr + row, lse, mask=row < M)
+        tl.store(statistics_ptr + row, row_max, mask=row < M)
+        tl.store(statistics_ptr + M + row, log2_sum, mask=row < M)
 
     channels = tl.arange(0, BLOCK_C)[None, :]
     mask = (rows < M) & (channels < C)
@@ -125,7 +139,8 @@ def code_mixture_dlogits(
         x = _load_logits(logits_ptr + rows * K, k, rows, M, K, BLOCK_K)
         codes = _load_codes(codebook_ptr, start + tl.arange(0, BLOCK_K)[:, None], channels, dtype, K, C)
         dp = tl.dot(grad, tl.trans(codes), input_precision="ieee")
-        dx = tl.exp2(x - lse[:, None]) * (dp - inner[:, None])
+        p = tl.exp2(_log2_weights(x, row_max[:, None]) - log2_sum[:, None])
+        dx = p * (dp - inner[:, None])
         tl.store(grad_logits_ptr + rows * K + k, dx.to(dtype), mask=(rows < M) & (k < K))
 
 
@@ -133,7 +148,7 @@ def code_mixture_dlogits(
 def code_mixture_dcodebook(
     grad_ptr,  # (M, C)
     logits_ptr,  # (M, K)
-    lse_ptr,  # (M,) float32, from code_mixture_dlogits
+    statistics_ptr,  # (2, M) float32, from code_mixture_dlogits
     partial_ptr,  # (splits, K, C) float32, written
     M,
     rows_per_split,  # a multiple of BLOCK_M
@@ -150,9 +165,10 @@ def code_mixture_dcodebook(
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for start in range(0, rows_per_split, BLOCK_M):
         row = first + start + tl.arange(0, BLOCK_M)
-        lse = tl.load(lse_ptr + row, mask=row < M, other=float("inf"))  # makes p 0 past the last row
+        row_max = tl.load(statistics_ptr + row, mask=row < M, other=0.0)
+        log2_sum = tl.load(statistics_ptr + M + row, mask=row < M, other=float("inf"))  # p is 0 past the last row
         x = _load_logits(logits_ptr + row[None, :] * K, codes, row[None, :], M, K, BLOCK_K)
-        p = tl.exp2(x - lse[None, :])
+        p = tl.exp2(_log2_weights(x, row_max[None, :]) - log2_sum[None, :])
         mask = (row[:, None] < M) & (channels < C)
         grad = tl.load(grad_ptr + row[:, None] * C + channels, mask=mask, other=0.0)
         acc = tl.dot(p.to(dtype), grad, acc, input_precision="ieee")
@@ -185,19 +201,19 @@ def backward(
     one dtype, float16, bfloat16 or float32; M is at least 1 and C at most 256.
     """
     M = logits.shape[0]
-    lse = torch.empty(M, dtype=torch.float32, device=logits.device) if need_codebook else None
+    statistics = torch.empty((2, M), dtype=torch.float32, device=logits.device) if need_codebook else None
     tile = CODE_MIXTURE_DLOGITS[logits.element_size()]
     launch(
         code_mixture_dlogits,
         (triton.cdiv(M, tile.rows),),
-        *(grad, logits, codebook, mixture, grad_logits, lse, M),
+        *(grad, logits, codebook, mixture, grad_logits, statistics, M),
         **_constexprs(tile, codebook),
     )
-    return None if lse is None else _codebook_gradient(grad, logits, codebook, lse)
+    return None if statistics is None else _codebook_gradient(grad, logits, codebook, statistics)
 
 
 def _codebook_gradient(
-    grad: torch.Tensor, logits: torch.Tensor, codebook: torch.Tensor, lse: torch.Tensor
+    grad: torch.Tensor, logits: torch.Tensor, codebook: torch.Tensor, statistics: torch.Tensor
 ) -> torch.Tensor:
     (M, K), C = logits.shape, codebook.shape[1]
     splits = min(CODE_MIXTURE_SPLITS, triton.cdiv(M, CODE_MIXTURE_ROWS_PER_SPLIT))
@@ -207,13 +223,13 @@ def _codebook_gradient(
     launch(
         code_mixture_dcodebook,
         (triton.cdiv(K, tile.columns), splits),
-        *(grad, logits, lse, partial, M, rows_per_split),
+        *(grad, logits, statistics, partial, M, rows_per_split),
         **_constexprs(tile, codebook),
     )
     return partial.sum(0)
 
 
-def _constexprs(tile: Tile, codebook: torch.Tensor) -> dict[str, int]:
+def _constexprs(tile: Tile, codebook: torch.Tensor) -> dict[str, Any]:
     K, C = codebook.shape
     return {
         "K": K,

@@ -22,6 +22,8 @@ run. The backward pass is in `group_norm_silu_backward.py`; its launcher is `bac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -255,7 +257,7 @@ def forward(
     )
 
 
-def _one_pass_constexprs(P: int, C: int, group_width: int, element_size: int) -> dict[str, int] | None:
+def _one_pass_constexprs(P: int, C: int, group_width: int, element_size: int) -> dict[str, Any] | None:
     """Those of the one-pass kernel; None where the pixels of a group do not fit into a program's registers."""
     rows, columns = triton.next_power_of_2(P), max(group_width, 32 // element_size)  # 32 bytes: a sector of DRAM
     is_power_of_2 = group_width & (group_width - 1) == 0
@@ -271,7 +273,7 @@ def _one_pass_constexprs(P: int, C: int, group_width: int, element_size: int) ->
     }
 
 
-def _statistics_constexprs(C: int, group_width: int) -> dict[str, int]:
+def _statistics_constexprs(C: int, group_width: int) -> dict[str, Any]:
     columns = triton.next_power_of_2(group_width)
     return {
         "C": C,

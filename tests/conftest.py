@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # a folder on the path may have that name
             item.add_marker(skip)
 
 
@@ -103,6 +104,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _tensors_for_triton() -> Iterator[None]:
+    with torch.device("cuda") if torch.cuda.is_available() else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture
+def triton_device() -> Iterator[None]:
+    """Within, tensors are made where Triton kernels run: on the GPU, or without one on the CPU."""
+    with _tensors_for_triton():
+        yield
+
+
+@pytest.fixture
+def device_of_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Within a test whose parameter `backend` is "triton", `triton_device`; within any other test, nothing."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    with _tensors_for_triton() if parameters.get("backend") == "triton" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -140,32 +137,36 @@ def test_torch_profiler_sees_them():
     assert "titok: masked_attention" in {event.key for event in profile.key_averages()}
 
 
-def test_nvtx_package(monkeypatch):
-    nvtx = pytest.importorskip("nvtx")
+@pytest.fixture
+def nvtx(monkeypatch):
+    """The calls of torch.cuda.nvtx, which every PyTorch with CUDA has."""
     calls = []
-    monkeypatch.setattr(nvtx, "push_range", lambda name, domain: calls.append((name, domain)))
-    monkeypatch.setattr(nvtx, "pop_range", lambda domain: calls.append(("pop", domain)))
+    monkeypatch.setattr(torch._C, "_nvtx", None, raising=False)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
+    return calls
+
+
+def test_nvtx(nvtx):
     with profiling.enabled():
         masked_attention(torch.zeros(1, 2, 12), 2)
-    assert calls == [("masked_attention", "titok"), ("pop", "titok")]
+    assert nvtx == ["titok: masked_attention", "pop"]
 
 
-def test_nvtx_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nvtx", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'titok\[profile\]'"), profiling.enabled():
+def test_nvtx_without_cuda(monkeypatch):
+    monkeypatch.delattr(torch._C, "_nvtx", raising=False)
+    with pytest.raises(RuntimeError, match="built with CUDA"), profiling.enabled():
         pass
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False)])
-def test_environment_variable(value, on):
-    pytest.importorskip("nvtx")
-    code = "from titok import profiling; print(type(profiling._SINK.get()).__name__)"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "TITOK_NVTX": value},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.strip() == ("NVTX" if on else "NoneType")
+def test_environment_variable(nvtx, monkeypatch):
+    for value, kind in (("1", profiling.NVTX), ("0", type(None))):
+        monkeypatch.setenv("TITOK_NVTX", value)
+        assert type(profiling._sink_of_environment()) is kind
+
+
+@pytest.mark.skipif(hasattr(torch._C, "_nvtx"), reason="this PyTorch has CUDA")
+def test_environment_variable_without_cuda(monkeypatch):
+    monkeypatch.setenv("TITOK_NVTX", "1")
+    with pytest.warns(UserWarning, match="TITOK_NVTX=1: NVTX ranges need a PyTorch that was built with CUDA"):
+        assert profiling._sink_of_environment() is None

@@ -17,13 +17,13 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
-__all__ = ["DOMAIN", "NVTX", "Sink", "TorchProfiler", "annotate", "each", "enabled", "is_enabled", "ranged"]
+__all__ = ["NVTX", "PREFIX", "Sink", "TorchProfiler", "annotate", "each", "enabled", "is_enabled", "ranged"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-DOMAIN = "titok"  # of the NVTX ranges: `ncu --nvtx-include "titok@generate/"`
+PREFIX = "titok: "  # of every range
 
 
 class Sink(Protocol):
@@ -35,20 +35,17 @@ class Sink(Protocol):
 
 
 class NVTX:
-    """Nsight Systems and Nsight Compute. `RuntimeError` where the package `nvtx` is missing."""
+    """Nsight Systems and Nsight Compute. `RuntimeError` where PyTorch was built without CUDA."""
 
     def __init__(self) -> None:
-        try:
-            import nvtx
-        except ImportError:
-            raise RuntimeError("NVTX ranges need the package nvtx: pip install 'titok[profile]'") from None
-        self._nvtx = nvtx
+        if not hasattr(torch._C, "_nvtx"):
+            raise RuntimeError("NVTX ranges need a PyTorch that was built with CUDA")
 
     def push(self, name: str) -> None:
-        self._nvtx.push_range(name, domain=DOMAIN)
+        torch.cuda.nvtx.range_push(PREFIX + name)
 
     def pop(self) -> None:
-        self._nvtx.pop_range(domain=DOMAIN)
+        torch.cuda.nvtx.range_pop()
 
 
 class TorchProfiler:
@@ -58,7 +55,7 @@ class TorchProfiler:
         self._open: list[torch.profiler.record_function] = []
 
     def push(self, name: str) -> None:
-        self._open.append(torch.profiler.record_function(f"{DOMAIN}: {name}"))
+        self._open.append(torch.profiler.record_function(PREFIX + name))
         self._open[-1].__enter__()
 
     def pop(self) -> None:

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness.ceilings import ceiling_runs
 from benchmarks.harness.memory import peak_growth
 from benchmarks.harness.options import DTYPES
 from benchmarks.harness.results import Results, Row
-from benchmarks.harness.sides import Run, Side, fewer_steps
+from benchmarks.harness.sides import Run, Side, counted_flops, fewer_steps
 from benchmarks.harness.timing import interleave, time_once
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -129,7 +128,7 @@ class Comparison:
         growth = peak_growth(run, device)
         first_call = time.monotonic() - called
         if device == "cpu" and batch == 1:
-            self.counted[side.name] += part.calls * _count(run)
+            self.counted[side.name] += part.calls * counted_flops(run)
         if growth is not None:
             peak = growth + side.weight_bytes()
             self.peaks[side.name, batch] = max(peak, self.peaks.get((side.name, batch), 0))
@@ -206,10 +205,3 @@ class Comparison:
         if dtype == torch.bfloat16:
             return "bf16"
         return "tf32" if self.arguments.dtype == "tf32" else "fp32"
-
-
-def _count(run: Run) -> int:
-    """FLOP of one call. A counted call prepares no weights, so it must not be the one whose memory is measured."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())

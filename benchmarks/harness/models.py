@@ -138,9 +138,8 @@ class Models:
 
         @torch.no_grad()
         def without_graph(labels: list[int]) -> Any:
-            """The same work: with tokens to start from, here all masked, no CUDA graph is replayed."""
-            all_masked = torch.full_like(known_tokens(generator), generator.mask_token)
-            return tokenizer.decode(sample(labels, start=all_masked))
+            """The same work: where every step is returned, no CUDA graph is replayed."""
+            return tokenizer.decode(sample_tokens(generator, labels, trace=True)[0])
 
         return self.side(
             name,

@@ -196,7 +196,6 @@ OPTIONS = {
         "--set",
         "--profile-from-start",
         "--nvtx",
-        "--nvtx-include",
         "--kernel-name",
         "--force-overwrite",
         "--export",

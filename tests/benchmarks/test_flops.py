@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import flops
+from benchmarks.harness.sides import counted_flops
 from titok import GeneratorConfig, MaskGIT, SamplingConfig, TiTok, TokenizerConfig, engine, sample_tokens
 from titok.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, VQGANConfig
 from titok.models.vqgan import MaskGITVQGAN
@@ -167,3 +168,21 @@ def test_bytes_are_those_of_weights_inputs_and_outputs():
     work = flops.linear(10, 3, 5)
     assert work.bytes(2) == 2 * (15 + 30 + 50)
     assert flops.conv(2, 8, 8, 3, 16, 4, 4) == (2 * 128 * 16 * 3 * 16, 16 * 3 * 16, 128 * 16 * 3 + 128 * 16)
+
+
+def test_a_compiled_side_is_counted_as_written_and_still_compiles():
+    """A compiled module whose first call is made under the counter would stay uncompiled in all later calls."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    module = torch.nn.Linear(8, 16)
+    compiled = torch.compile(module, backend=backend)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        assert counted_flops(lambda: compiled(x)) == 2 * 4 * 8 * 16
+        assert graphs == []
+        compiled(x)
+    assert len(graphs) == 1

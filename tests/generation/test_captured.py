@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 
 from titok import GeneratorConfig, MaskGIT, SamplingConfig, sample_tokens
 from titok.generation import captured
-from titok.generation.captured import BUCKETS, StaticDecode, bucket, decode_captured
+from titok.generation.captured import BUCKETS, StaticDecode, bucket, decode_captured, is_captured
 from titok.generation.request import GenerationRequest
 from titok.inference.cuda_graphs import GraphCache
 
@@ -92,6 +93,30 @@ def test_a_failed_capture_warns_once_and_decoding_goes_on() -> None:
         again = decode_captured(model, request(labels, seed=1), graphs)
     assert torch.equal(first, again)
     assert torch.equal(first, sample_tokens(model, labels, GUIDED, seed=1))
+
+
+def test_a_step_that_cannot_be_captured_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 1))
+    for reason in ("titok._C was built without nvcc", None):
+        monkeypatch.setattr(captured, "why_no_captured_step", lambda device, reason=reason: reason)
+        assert is_captured(on_gpu, request([1])) == (reason is None)  # type: ignore[arg-type]
+    assert not is_captured(make(), request([1]))
+
+
+def test_the_first_run_in_inference_mode() -> None:
+    """Buffers that were made there are written in later runs."""
+    model, graphs = make(), GraphCache()
+    with torch.inference_mode():
+        decode_captured(model, request([1, 2]), graphs, capture=False)
+    got = decode_captured(model, request([3, 4], seed=1), graphs, capture=False)
+    assert torch.equal(got, sample_tokens(model, [3, 4], GUIDED, seed=1))
+
+
+def test_a_model_that_moves_drops_its_graphs() -> None:
+    model = make()
+    decode_captured(model, request([1]), model.graphs, capture=False)
+    assert len(model.graphs) == 1
+    assert len(model.to(torch.float64).graphs) == 0
 
 
 def test_graphs_are_kept_few_and_die_with_their_owner() -> None:

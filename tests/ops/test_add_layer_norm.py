@@ -18,6 +18,8 @@ import torch
 import oracles
 from titok.ops import add_layer_norm, last_backend, layer_norm
 
+pytestmark = pytest.mark.usefixtures("device_of_backend")
+
 OP = torch.ops.titok.add_layer_norm.default
 BACKENDS = ["plain", "cpp", "triton"]
 EPS = 1e-5
@@ -27,7 +29,11 @@ TOLERANCE = {F32: 3e-6, F16: 2e-3, BF16: 1.6e-2}
 
 
 def inputs(
-    shape: tuple[int, ...], x: torch.dtype, residual: torch.dtype, parameters: torch.dtype, device: str = "cpu"
+    shape: tuple[int, ...],
+    x: torch.dtype,
+    residual: torch.dtype,
+    parameters: torch.dtype,
+    device: str | None = None,
 ) -> list[torch.Tensor]:
     """x, residual, weight, bias as leaves; rows have an offset, which a one-pass variance would choke on."""
     width = shape[-1:]
@@ -186,12 +192,26 @@ torch.save(results, sys.argv[2])
             assert_close(b, a.double(), TOLERANCE[a.dtype])
 
 
+@pytest.mark.usefixtures("triton_device")
 def test_programs_that_take_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial sums of d weight and d bias, each over a strided set of rows with a tail."""
     kernels = pytest.importorskip("titok.kernels.add_layer_norm")
     monkeypatch.setattr(kernels, "ADD_LAYER_NORM_PROGRAMS", 3)
     monkeypatch.setattr(kernels, "ADD_LAYER_NORM_BACKWARD_VALUES", 64)
     check_against_oracle(inputs((29, 24), F32, F32, F32), None, "triton")
+
+
+@pytest.mark.usefixtures("triton_device")
+def test_an_eps_of_zero_and_fewer_rows_than_a_program_takes() -> None:
+    """Rows that are not there add nothing to the gradients of the parameters, where 0 * rsqrt(0) would be NaN."""
+    kernels = pytest.importorskip("titok.kernels.add_layer_norm")
+    total, grad, weight = (torch.randn(*shape) for shape in ((5, 24), (5, 24), (24,)))
+    grad_x = torch.empty_like(grad)
+    grad_weight, grad_bias = kernels.backward(None, grad, total, weight, 0.0, grad_x)
+    leaves = [t.double().requires_grad_() for t in (total, weight, torch.zeros_like(weight))]
+    wanted = torch.autograd.grad(oracles.layer_norm(*leaves, 0.0), leaves, grad.double())
+    for got, want in zip((grad_x, grad_weight, grad_bias), wanted, strict=True):
+        assert_close(got, want, 2 * TOLERANCE[F32])
 
 
 @pytest.mark.gpu

@@ -32,7 +32,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def rows(table: str, arch: int) -> list[str]:
     section = re.split(r"^## ", table, flags=re.MULTILINE)
     (text,) = (part for part in section if part.startswith(f"sm_{arch}\n"))
-    return [line for line in text.splitlines() if line.startswith("| ")][2:]
+    presets = text.partition("With all integers")[0]
+    return [line for line in presets.splitlines() if line.startswith("| ")][2:]
 
 
 def variants() -> list[Any]:
@@ -53,7 +54,7 @@ def test_kernels_pass_and_the_table_is_current() -> None:
         assert not stale, "run `make kernels`"
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", sorted(aot.SHARED_LIMITS))
 def test_the_table_lists_every_variant(arch: int) -> None:
     listed = [row.split(" | ")[:4] for row in rows(TABLE.read_text(), arch)]
     expected = [[f"| {v.kernel.__name__}", v.label, str(v.num_warps), str(v.num_stages)] for v in variants()]
@@ -92,6 +93,27 @@ def test_every_launch_goes_through_the_recorder() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
     ]
     assert launches == ["_launch.py"]
+
+
+def test_every_integer_is_compiled_in_three_ways() -> None:
+    """As a constant where it is 1, as a multiple of 16, and as any number, for each kernel and kind of pointers."""
+    ways: dict[Any, set[str]] = {}
+    for variant in (v for name in aot.modules([]) for v in aot.variants_of(name)):
+        kernel = variant.kernel
+        pointers = frozenset(item for item in variant.signature.items() if item[1].startswith("*"))
+        generic = getattr(kernel, "do_not_specialize", None) or ()
+        for name in set(kernel.arg_names) - set(kernel.fn.__annotations__) - set(generic):
+            if variant.constexprs.get(name) == 1:
+                way = "1"
+            elif variant.signature.get(name) in ("i32", "i64"):
+                way = "multiple of 16" if name in variant.aligned else "any"
+            else:
+                continue  # a tensor or a float
+            ways.setdefault((kernel.__name__, pointers, name), set()).add(way)
+    # The kernels under Triton's interpreter do not know which of their integers are not specialised.
+    found = {key: of for key, of in ways.items() if key[2] not in ("N", "start", "NQ")}
+    assert len(found) > 20
+    assert {key: of for key, of in found.items() if of != {"1", "multiple of 16", "any"}} == {}
 
 
 def test_every_preset_is_recorded() -> None:
@@ -240,6 +262,10 @@ for variant in (
     replace(mixture, num_stages=9),
 ):
     print(";".join(aot.examine(variant, 80).failures))
+spilling = replace(norm, constexprs={"D": 8192, "BLOCK_D": 8192})
+for release in (aot.triton.__version__, "0."):
+    aot.ALLOWED_SPILLS = (aot.AllowedSpills(norm.kernel.__name__, "^bf16", (80,), release, "a test"),)
+    print(";".join(aot.examine(spilling, 80).failures))
 """
 
 
@@ -247,13 +273,14 @@ for variant in (
 def test_what_it_rejects() -> None:
     done = run("-c", REJECTED)
     assert done.returncode == 0, done.stderr
-    fine, no_dot, unaligned, no_type, spilling, huge = done.stdout.splitlines()
+    fine, no_dot, unaligned, no_type, spilling, huge, allowed, other_release = done.stdout.splitlines()
     assert fine == ""
     assert no_dot.endswith("on sm_80: no tensor-core instruction")
     assert re.search(r"none of \d+ loads is 16 bytes wide", unaligned)
     assert "on sm_80: " in no_type
     assert re.search(r"[1-9]\d* spill instructions", spilling)
     assert re.search(r"\d+ bytes of shared memory, a block can have 166912", huge)
+    assert (allowed, other_release) == ("", spilling)
 
 
 @pytest.mark.slow

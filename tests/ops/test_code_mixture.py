@@ -10,13 +10,15 @@ import torch
 import oracles
 from titok.ops import code_mixture, last_backend
 
+pytestmark = pytest.mark.usefixtures("device_of_backend")
+
 OP = torch.ops.titok.code_mixture.default
 BACKENDS = ["plain", "triton"]
 # relative to the largest value; the interpreter truncates to bfloat16 where hardware rounds
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-def inputs(rows: int, codes: int, width: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
+def inputs(rows: int, codes: int, width: int, dtype: torch.dtype, device: str | None = None) -> list[torch.Tensor]:
     """Logits of a useful spread, a codebook, and a gradient for the result."""
     shapes = ((rows, codes), (codes, width), (rows, width))
     logits, codebook, grad = (torch.randn(s, device=device) for s in shapes)
@@ -85,6 +87,7 @@ def test_gradcheck_float64() -> None:
     assert torch.autograd.gradcheck(lambda e: code_mixture(logits.detach(), e), codebook)
 
 
+@pytest.mark.usefixtures("triton_device")
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_frozen_side_gets_no_gradient(frozen: int) -> None:
     leaves = inputs(9, 20, 6, torch.float32)
@@ -166,6 +169,20 @@ def test_values_that_are_not_finite(backend: str) -> None:
 def test_large_logits_do_not_overflow(backend: str) -> None:
     logits, codebook = 1e4 * torch.randn(5, 70), torch.randn(70, 4)
     assert_close(code_mixture(logits, codebook, backend=backend), oracles.code_mixture(logits, codebook), 2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_offset_of_all_logits_costs_no_accuracy(backend: str) -> None:
+    """Rounded to multiples of 2^-10, logits around 300 and around 0 have the same differences in float32."""
+    logits, codebook, grad = (t.detach() for t in inputs(9, 70, 12, torch.float32))
+    logits = (logits * 1024).round() / 1024
+    results = []
+    for offset in (0.0, 300.0):
+        leaves = (logits + offset).requires_grad_(), codebook.requires_grad_()
+        result = code_mixture(*leaves, backend=backend)
+        results.append((result.detach(), *torch.autograd.grad(result, leaves, grad)))
+    for near, far in zip(*results, strict=True):
+        assert_close(far, near.double(), 1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

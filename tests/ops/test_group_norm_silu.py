@@ -18,6 +18,8 @@ import oracles
 from titok import ops
 from titok.ops import group_norm_silu, last_backend
 
+pytestmark = pytest.mark.usefixtures("device_of_backend")
+
 OP = torch.ops.titok.group_norm_silu.default
 BACKWARD_OP = torch.ops.titok.group_norm_silu_backward.default
 BACKENDS = ["plain", "cpp", "triton"]
@@ -39,7 +41,7 @@ SHAPES = [
 
 
 def inputs(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", offset: float = 0.0
+    shape: tuple[int, ...], dtype: torch.dtype, device: str | None = None, offset: float = 0.0
 ) -> list[torch.Tensor]:
     """x, residual (channels-last), weight, bias."""
     batch, channels, height, width, _ = shape
@@ -62,7 +64,7 @@ def with_gradients(backend: str | None) -> str | None:
 
 
 def check(
-    shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype | None, backend: str, device: str = "cpu"
+    shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype | None, backend: str, device: str | None = None
 ) -> None:
     """Both forms of the op and all its gradients."""
     groups = shape[-1]
@@ -116,6 +118,7 @@ def triton_case(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype | N
     return pytest.param(shape, dtype, out, marks=marks)
 
 
+@pytest.mark.usefixtures("triton_device")
 @pytest.mark.parametrize(("shape", "dtype", "out"), [triton_case(s, *d) for s in SHAPES for d in DTYPES], ids=str)
 def test_triton_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype | None) -> None:
     check(shape, dtype, out, "triton")
@@ -308,13 +311,13 @@ def test_every_nan_survives_the_cast_to_bfloat16() -> None:
     assert group_norm_silu(x, 2, torch.ones(8), torch.zeros(8), EPS, backend="cpp").isnan().all()
 
 
-def test_constant_map() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_map(backend: str) -> None:
     """A variance of 0: the output is silu(bias)."""
     bias = torch.randn(16)
     x = torch.full((1, 16, 6, 6), 1234.5678).contiguous(memory_format=CHANNELS_LAST)
-    for backend in BACKENDS:
-        got = group_norm_silu(x, 4, torch.ones(16), bias, EPS, backend=backend)
-        assert_close(got, oracles.group_norm_silu(x, 4, torch.ones(16), bias, EPS), 2e-3)
+    got = group_norm_silu(x, 4, torch.ones(16), bias, EPS, backend=backend)
+    assert_close(got, oracles.group_norm_silu(x, 4, torch.ones(16), bias, EPS), 2e-3)
 
 
 PROGRAM = """

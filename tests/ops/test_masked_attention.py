@@ -316,6 +316,15 @@ def test_a_backend_by_name_raises_with_the_cause():
         masked_attention(qkv.half(), 2, key_mask=torch.ones(2, 5) > 0, backend="flash-attn")
 
 
+@pytest.mark.parametrize(("tokens", "refused"), [((1 << 31) // 1536, False), ((1 << 31) // 1536 + 1, True)])
+def test_triton_refuses_samples_whose_offsets_do_not_fit_32_bits(tokens, refused):
+    """A contiguous copy does not make them fit."""
+    from titok.ops.masked_attention import Arguments, _why_no_triton
+
+    qkv = torch.empty(1, tokens, 1536, device="meta")
+    assert ("fewer than 2^31 values" in str(_why_no_triton(Arguments(qkv, None, 8, 0, 1, 1.0)))) == refused
+
+
 def test_without_a_name_something_runs():
     qkv, _ = make_inputs(2, 5, 2, 200)
     out = masked_attention(qkv, 2)
@@ -346,6 +355,7 @@ def test_graph_capture(tokens):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.usefixtures("device_of_backend")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("heads", "head_dim", "tokens"), [(1, 64, 5), (2, 3, 8), (2, 16, 17), (3, 5, 1)])
 def test_nan_reaches_every_row_that_depends_on_it(backend, heads, head_dim, tokens):

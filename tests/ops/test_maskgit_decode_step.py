@@ -475,6 +475,6 @@ def test_bad_rows(backend: str) -> None:
 
 def test_unknown_and_unavailable_back_ends() -> None:
     with pytest.raises(ValueError, match=r"^backend: "):
-        maskgit_decode_step(**GOOD, backend="triton")
+        maskgit_decode_step(**GOOD, backend="sdpa")
     with pytest.raises(RuntimeError, match="cuda"):
         maskgit_decode_step(**GOOD, backend="cuda")

@@ -87,7 +87,7 @@ def generate(
     rounding: RoundingOption = "nearest",
     batch_size: AutoBatchSizeOption = "16",
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Generate pictures of classes.
 

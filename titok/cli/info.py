@@ -61,6 +61,7 @@ def _versions() -> dict[str, str]:
 def _devices() -> dict[str, str]:
     import torch
 
+    from titok.inference.dtypes import choose_dtype
     from titok.ops.core.available import extension
 
     try:
@@ -71,4 +72,7 @@ def _devices() -> dict[str, str]:
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}"
+    chosen = {device: choose_dtype("auto", device) for device in devices if device != "waiting"}
+    names = (f"{str(dtype).removeprefix('torch.')} on {device}" for device, dtype in chosen.items())
+    devices["dtype auto"] = ", ".join(names)
     return devices

@@ -36,7 +36,8 @@ def load_generator(source: str, device: str, dtype: str) -> MaskGIT:
 def _load(model_class: Any, config_class: Any, source: str, device: str, dtype: str) -> Any:
     import torch
 
-    torch_device, torch_dtype = select_device(device), parse_dtype(dtype)
+    torch_device = select_device(device)
+    torch_dtype = parse_dtype(dtype, torch_device)
     if not source.startswith("preset:"):
         return model_class.from_pretrained(source, dtype=torch_dtype, device=torch_device, prepare=True)
     config = config_class.preset(source.removeprefix("preset:"))

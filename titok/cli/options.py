@@ -48,7 +48,12 @@ DeviceOption = Annotated[
     typer.Option("--device", metavar="DEVICE", help="auto (CUDA where there is a device), cpu, cuda or cuda:N."),
 ]
 DtypeOption = Annotated[
-    str, typer.Option("--dtype", metavar="DTYPE", help="Of the networks: float32, bfloat16 or float16.")
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Of the networks: auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16 or float16.",
+    ),
 ]
 _BATCH_SIZE = "Pictures at a time: a matter of memory and speed alone"
 BatchSizeOption = Annotated[
@@ -105,10 +110,12 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """The value of --dtype."""
+def parse_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The value of --dtype, for models on `device`."""
     import torch
 
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {name!r}")
-    return cast("torch.dtype", getattr(torch, name))
+    from titok.inference.dtypes import choose_dtype
+
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype: expected auto, float32, bfloat16 or float16, got {name!r}")
+    return choose_dtype("auto" if name == "auto" else getattr(torch, name), device)

@@ -44,7 +44,7 @@ def reconstruct(
     ignore_transparency: IgnoreTransparencyOption = False,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Show originals beside reconstructions, with PSNR.
 

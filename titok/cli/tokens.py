@@ -45,7 +45,7 @@ def tokenize(
     ignore_transparency: IgnoreTransparencyOption = False,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Turn pictures into tokens (of a VAE: latents).
 
@@ -92,7 +92,7 @@ def detokenize(
     rounding: RoundingOption = "nearest",
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Turn tokens back into pictures.
 

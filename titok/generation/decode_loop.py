@@ -14,6 +14,7 @@ Shapes: B samples, K tokens of a sample, V codes, U distinct labels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,58 +41,47 @@ class StepResult(NamedTuple):
     confidences: Tensor
 
 
-@dataclass
-class DecodeBatch:
-    """What one run of the loop reads. All tensors are on the generator's device.
+class HostInputs(NamedTuple):
+    """What one run of the loop reads from the host, packed into one tensor, so that a GPU receives it in one copy.
 
     Attributes:
-        tokens: (B, K) int64 to start from.
-        labels: (B,) int64.
-        distinct_labels: (U,) int64, the labels without repetitions.
-        label_index: (B,) int64: `labels` is `distinct_labels[label_index]`.
-        step_params: (steps, 10) int32, the numbers of each step in the form of `titok.ops.pack_step_params`.
-        masked_counts: (steps + 1, B) as nested lists, so that shapes are known without asking the device: how many
-            tokens of each sample are masked before the first step, then after each step.
-        masked_counts_by_sample: the same as a tensor (steps + 1, B) int64, or None where all samples have the same
-            counts; `step_params` then holds them.
+        packed: (n,) int64 on the CPU, in pinned memory where the generator is on a GPU.
+        shapes: name -> shape in int64 elements of each part of `packed`, in order.
+        masked_counts: as of `DecodeBatch`.
     """
 
-    tokens: Tensor
-    labels: Tensor
-    distinct_labels: Tensor
-    label_index: Tensor
-    step_params: Tensor
+    packed: Tensor
+    shapes: dict[str, tuple[int, ...]]
     masked_counts: list[list[int]]
-    masked_counts_by_sample: Tensor | None
 
     @classmethod
-    def prepare(
-        cls, generator: MaskGIT, request: GenerationRequest, init_tokens: Tensor | None = None
-    ) -> DecodeBatch:
-        """The batch of a request.
+    def pack(
+        cls,
+        generator: MaskGIT,
+        request: GenerationRequest,
+        init_tokens: Tensor | None = None,
+        *,
+        num_distinct: int | None = None,
+    ) -> HostInputs:
+        """The inputs of a request.
 
         Args:
             init_tokens: (B, K) int64 to start from, codes or `generator.mask_token`; None starts with every token
-                masked.
+                masked. The tokens are packed if they are on the CPU.
+            num_distinct: the distinct labels are filled up to as many, with copies of the first; None fills up
+                nothing.
         """
-        length, mask_token, device = generator.config.num_latent_tokens, generator.mask_token, generator.device
+        length = generator.config.num_latent_tokens
         if init_tokens is None:
             at_start = [length] * len(request)
-            tokens = torch.full((len(request), length), mask_token, device=device)
         else:
-            at_start = (init_tokens == mask_token).sum(dim=1).tolist()
-            tokens = init_tokens.to(device, copy=True)
-
+            at_start = (init_tokens == generator.mask_token).sum(dim=1).tolist()
         sampling = request.sampling
         counts_from = {start: masked_counts(sampling, start) for start in set(at_start) or {length}}
-        if len(counts_from) == 1:
-            (shared,) = counts_from.values()
-            counts = [[count] * len(request) for count in shared]
-            by_sample = None
-        else:
-            shared = [0] * (sampling.steps + 1)  # the op reads the counts of each sample instead
-            counts = [[counts_from[start][i] for start in at_start] for i in range(sampling.steps + 1)]
-            by_sample = torch.tensor(counts, dtype=torch.int64, device=device)
+        have_equal_counts = len(counts_from) == 1
+        counts = [[counts_from[start][i] for start in at_start] for i in range(sampling.steps + 1)]
+        # Where the samples differ, the op reads the counts of each sample instead of those in `step_params`.
+        shared = next(iter(counts_from.values())) if have_equal_counts else [0] * (sampling.steps + 1)
         step_params = [
             pack_step_params(
                 step=step.index,
@@ -110,14 +100,95 @@ class DecodeBatch:
             distinct_labels, label_index = request.labels, torch.arange(len(request))
         else:
             distinct_labels, label_index = request.labels.unique(return_inverse=True)
+        if num_distinct is not None:
+            distinct_labels = padded(distinct_labels, num_distinct)
+        parts = {
+            "step_params": torch.stack(step_params).view(torch.int64),
+            "labels": request.labels,
+            "distinct_labels": distinct_labels,
+            "label_index": label_index,
+        }
+        if not have_equal_counts:
+            parts["masked_counts_by_sample"] = torch.tensor(counts, dtype=torch.int64, device="cpu")
+        if init_tokens is not None and init_tokens.device.type == "cpu":
+            parts["tokens"] = init_tokens
+        packed = _concatenated([part.flatten() for part in parts.values()], pinned=generator.device.type == "cuda")
+        return cls(packed, {name: tuple(part.shape) for name, part in parts.items()}, counts)
+
+
+def _concatenated(parts: list[Tensor], *, pinned: bool) -> Tensor:
+    """The parts one after the other. A copy from pinned memory to a GPU does not make the host wait."""
+    if not pinned:
+        return torch.cat(parts)
+    size = sum(map(len, parts))
+    return torch.cat(parts, out=torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True))
+
+
+def padded(x: Tensor, size: int) -> Tensor:
+    """x (n,) -> (size,), filled up with copies of its first value."""
+    return torch.cat([x, x[:1].expand(size - len(x))])
+
+
+@dataclass
+class DecodeBatch:
+    """What one run of the loop reads. All tensors are on the generator's device.
+
+    Attributes:
+        inputs: (n,) int64, the copy of `HostInputs.packed`. The tensors below but `tokens` are views of it.
+        tokens: (B, K) int64 to start from.
+        labels: (B,) int64.
+        distinct_labels: (U,) int64, the labels without repetitions.
+        label_index: (B,) int64: `labels` is `distinct_labels[label_index]`.
+        step_params: (steps, 10) int32, the numbers of each step in the form of `titok.ops.pack_step_params`.
+        masked_counts: (steps + 1, B) as nested lists, so that shapes are known without asking the device: how many
+            tokens of each sample are masked before the first step, then after each step.
+        masked_counts_by_sample: the same as a tensor (steps + 1, B) int64, or None where all samples have the same
+            counts; `step_params` then holds them.
+    """
+
+    inputs: Tensor
+    tokens: Tensor
+    labels: Tensor
+    distinct_labels: Tensor
+    label_index: Tensor
+    step_params: Tensor
+    masked_counts: list[list[int]]
+    masked_counts_by_sample: Tensor | None
+
+    @classmethod
+    def prepare(
+        cls, generator: MaskGIT, request: GenerationRequest, init_tokens: Tensor | None = None
+    ) -> DecodeBatch:
+        """The batch of a request; the arguments are those of `HostInputs.pack`."""
+        return cls.copied(generator, HostInputs.pack(generator, request, init_tokens), init_tokens)
+
+    @classmethod
+    def copied(cls, generator: MaskGIT, host: HostInputs, init_tokens: Tensor | None = None) -> DecodeBatch:
+        """The batch whose inputs were packed before, copied to the device of the generator at once.
+
+        Args:
+            init_tokens: what `HostInputs.pack` was given.
+        """
+        device = generator.device
+        inputs = host.packed.to(device, non_blocking=True)
+        sizes = [math.prod(shape) for shape in host.shapes.values()]
+        named = zip(host.shapes.items(), inputs.split(sizes), strict=True)
+        parts = {name: part.view(shape) for (name, shape), part in named}
+        tokens = parts.get("tokens")
+        if init_tokens is None:
+            size = (len(parts["labels"]), generator.config.num_latent_tokens)
+            tokens = torch.full(size, generator.mask_token, device=device)
+        elif tokens is None:  # they are on a GPU already
+            tokens = init_tokens.to(device, copy=True)
         return cls(
+            inputs=inputs,
             tokens=tokens,
-            labels=request.labels.to(device),
-            distinct_labels=distinct_labels.to(device),
-            label_index=label_index.to(device),
-            step_params=torch.stack(step_params).to(device),
-            masked_counts=counts,
-            masked_counts_by_sample=by_sample,
+            labels=parts["labels"],
+            distinct_labels=parts["distinct_labels"],
+            label_index=parts["label_index"],
+            step_params=parts["step_params"].view(torch.int32),
+            masked_counts=host.masked_counts,
+            masked_counts_by_sample=parts.get("masked_counts_by_sample"),
         )
 
 

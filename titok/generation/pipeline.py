@@ -17,6 +17,7 @@ from titok.generation.request import GenerationRequest
 from titok.generation.sampling import draw_tokens
 from titok.generation.stopwatch import Stopwatch
 from titok.inference.cuda_graphs import GraphCache
+from titok.inference.dtypes import Dtype, choose_dtype
 from titok.inference.prepared import select
 from titok.inference.workspace import Workspace
 from titok.models.generator import MaskGIT
@@ -81,13 +82,22 @@ class Pipeline:
         tokenizer: str | os.PathLike[str],
         generator: str | os.PathLike[str],
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: Dtype = "auto",
         device: str | torch.device = "cpu",
         engine: Literal["fast", "plain"] = "fast",
         prepare: bool = True,
     ) -> Pipeline:
-        """Both models from folders, files or repository ids. Raises as `TiTok.from_pretrained` and `Pipeline`."""
-        at_once = prepare and engine == "fast"
+        """Both models from folders, files or repository ids.
+
+        Args:
+            dtype: of the networks; "auto" is bfloat16 on a GPU that multiplies it, and float32 on any other device.
+            device: of both models.
+
+        Raises:
+            TypeError: `dtype` is neither a dtype nor "auto".
+            As `TiTok.from_pretrained` and `Pipeline`.
+        """
+        at_once, dtype = prepare and engine == "fast", choose_dtype(dtype, device)
         return cls(
             TiTok.from_pretrained(tokenizer, dtype=dtype, device=device, prepare=at_once),
             MaskGIT.from_pretrained(generator, dtype=dtype, device=device, prepare=at_once),
@@ -213,7 +223,8 @@ class Pipeline:
     def release(self) -> None:
         """Frees the memory that calls share: on a CPU that of feature maps, on a GPU the captured CUDA graphs.
 
-        The next call takes new memory.
+        The graphs also hold the memory of the weights that they read, until the next call finds other weights. So
+        call this to free a GPU whose models were moved away. The next call takes new memory.
         """
         self._workspace.release()
         self._graphs.clear()

@@ -362,13 +362,17 @@ class PreparableModel(nn.Module):
             self._thaw()
 
 
-def weight_addresses(model: nn.Module) -> tuple[object, ...]:
-    """Where the weights of a model lie, prepared or not: what a CUDA graph has fixed, which reads them when it runs."""
+def weights_of(model: nn.Module) -> list[Tensor]:
+    """The tensors that a model computes from: its parameters, and the prepared form of those that are prepared.
+
+    A captured CUDA graph has their addresses fixed and reads them when it runs. Weights in oneDNN's layout, which no
+    GPU reads, are left out.
+    """
     tensors: list[Tensor] = []
     for parameter in model.parameters():
         form = prepared_with(parameter)
         tensors += [parameter] if form is None else tree_leaves(form)
-    return tuple((t.data_ptr(), t.dtype) for t in tensors if isinstance(t, Tensor) and not t.is_mkldnn)
+    return [t for t in tensors if isinstance(t, Tensor) and not t.is_mkldnn]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Shapes: B samples, K tokens of a sample, V codes, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,6 +118,10 @@ class MaskGIT(Pretrained):
         x = F.embedding(ids, self.embedding.weight) + self.positions
         x = self.trunk(x, dropout=dropout) if isinstance(self.trunk, PostNormTransformer) else self.trunk(x)
         return x[:, 1:]
+
+    def _apply(self: MaskGIT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskGIT:
+        self.graphs.clear()  # they hold the memory of the weights, which are about to leave it
+        return super()._apply(fn, recurse)
 
     @classmethod
     def read_config(cls, values: dict[str, Any]) -> tuple[GeneratorConfig, bool]:

@@ -287,13 +287,11 @@ def _why_no_cpp(a: Arguments) -> str | None:
 
 
 def _why_no_triton(a: Arguments | BackwardArguments) -> str | None:
-    if (reason := why_no_triton(a.x)) is not None:
-        return reason
     if torch.float64 in (a.x.dtype, a.grad.dtype if isinstance(a, BackwardArguments) else a.out_dtype):
         return "the Triton kernels compute in float32, not float64"
     if a.x.shape[0] > 65535:
         return f"the Triton kernels take 65,535 images at once, not {a.x.shape[0]}"
-    return _why_not_channels_last(a.x)
+    return _why_not_channels_last(a.x) or why_no_triton(a.x)
 
 
 def _like_x(a: Any) -> Any:

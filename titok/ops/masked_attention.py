@@ -226,11 +226,16 @@ def _why_no_triton(a: Arguments | BackwardArguments) -> str | None:
         return "it has no float64 kernel"
     if head_dim > 128:
         return f"its heads have at most 128 channels, got {head_dim}"
+    if a.qkv.shape[1] * a.qkv.shape[2] >= 2**31:
+        return f"its samples have fewer than 2^31 values, got {a.qkv.shape[1]} tokens of {a.qkv.shape[2]}"
     return why_no_triton(a.qkv)
 
 
 def _for_triton(a: Any) -> Any:
-    """qkv as it is where its rows are dense and its offsets within a sample fit 32 bits."""
+    """qkv as it is where its rows are dense and its offsets within a sample fit 32 bits.
+
+    Those of a contiguous qkv do: `_why_no_triton` refuses longer samples.
+    """
     a = _with_dense_rows(a)
     fits = 0 <= a.qkv.stride(1) * a.qkv.shape[1] < 2**31 and a.qkv.stride(0) >= 0
     a = a if fits else a._replace(qkv=a.qkv.contiguous())

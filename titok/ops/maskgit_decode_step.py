@@ -1,8 +1,8 @@
 """One step of MaskGIT's iterative decoding: from a step's logits to the next step's tokens, in one pass.
 
 The decision of every still-masked position is defined in float32 and integers, operation by operation, so that
-plain PyTorch, C++ and CUDA give the same bits for the same logits (titok/ops/maskgit_decode_plain.py,
-csrc/maskgit_decode/):
+plain PyTorch, C++, CUDA and Triton give the same bits for the same logits (titok/ops/maskgit_decode_plain.py,
+csrc/maskgit_decode/, kernels/maskgit_decode_step.py):
 
 1. Guided logit g = u + w (c - u), or g = c where w = 1 or no unconditional pass is given; y = g / softmax_temperature,
    NaN and -inf raised to the lowest finite float32, +inf lowered to the highest.
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from titok.checks import check_bool, check_int, check_integer, check_number, check_tensor
-from titok.ops.core.available import extension, why_no_cpp, why_no_cuda
+from titok.ops.core.available import extension, why_no_cpp, why_no_cuda, why_no_triton, why_too_old
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Kernel
 from titok.ops.maskgit_decode_plain import StepParams, StepTensors, decode_plain
@@ -97,7 +97,7 @@ def maskgit_decode_step(
             to `rows`.
         out: (B, N) int64 to write the new tokens to; may be `tokens` itself.
         return_confidence: also return the confidences.
-        backend: "plain", "cpp", "cuda", or None for the fastest.
+        backend: "plain", "cpp", "cuda", "triton", or None for the fastest.
 
     Returns:
         The new tokens (B, N) int64, and with `return_confidence` the confidences (B, N) float32, +inf at positions
@@ -202,6 +202,14 @@ def _decide(
         *tensors, seed, *numbers[1:], mask_token, confidence, out=outputs, backend=backend
     )
     return (new, scores) if return_confidence else new
+
+
+def why_no_captured_step(device: torch.device) -> str | None:
+    """Whether this op cannot be captured in a CUDA graph on a GPU. Plain PyTorch waits for the GPU in every call."""
+    if (too_old := why_too_old(device)) is not None:
+        return too_old
+    reasons = why_no_cuda(), why_no_triton()
+    return None if None in reasons else "; ".join(map(str, reasons))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -406,6 +414,22 @@ def _cuda(a: Arguments, new: Tensor, confidences: Tensor) -> None:
         )
 
 
+def _why_no_triton(a: Arguments) -> str | None:
+    if not a.cond_logits.numel():
+        return "a Triton kernel must have some row of logits to read"
+    return why_no_triton(a.tokens)
+
+
+def _triton(a: Arguments, new: Tensor, confidences: Tensor) -> None:
+    from titok.kernels import maskgit_decode_step as kernels
+
+    params = a.params
+    if params is None:
+        packed = bytearray(_PACKED.pack(*a.numbers()))
+        params = torch.frombuffer(packed, dtype=torch.int32).to(a.tokens.device)
+    kernels.forward(*a[:6], params, a.mask_token, a.confidence == "maskgit", new, confidences)
+
+
 def _plain(a: Arguments) -> tuple[Tensor, Tensor]:
     if a.tokens.device.type == "cpu":
         _check_values(a)
@@ -423,6 +447,7 @@ _MASKGIT_DECODE_STEP = Op(
     results=_results,
     backends=(
         Kernel("cuda", _cuda, _why_no_cuda, _contiguous_indices),
+        Kernel("triton", _triton, _why_no_triton, _contiguous_indices),
         Kernel("cpp", _cpp, lambda a: why_no_cpp(a.tokens), _contiguous_indices, checks_itself=True),
         Composite("plain", _plain, differentiable=False),
     ),

@@ -71,6 +71,32 @@ def why_not_float32_or_bfloat16(*dtypes: torch.dtype | None) -> str | None:
     return None
 
 
+# The oldest GPUs that Triton supports and that csrc/ is compiled for: those of the Ampere generation.
+OLDEST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def why_too_old(device: torch.device) -> str | None:
+    """Whether a GPU is too old for the kernels."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    needed, actual = (".".join(map(str, numbers)) for numbers in (OLDEST_CAPABILITY, capability))
+    return f"the kernels take GPUs of compute capability {needed} or above, and {device} has {actual}"
+
+
+def why_no_gpu() -> str | None:
+    """Whether no GPU of this machine can run the kernels."""
+    reasons = [why_too_old(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    return None if None in reasons else next(iter(reasons), "no CUDA device")
+
+
+def _why_no_gpu_of(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
+    """Whether the GPU of these CUDA tensors is too old; without tensors, whether every GPU is."""
+    given = [t for t in tensors if t is not None]
+    return why_too_old(given[0].device) if given else why_no_gpu()
+
+
 def why_no_cuda(*tensors: torch.Tensor | None) -> str | None:
     """Whether the CUDA kernels of the extension can take these tensors."""
     module = _load("titok._C")
@@ -78,7 +104,9 @@ def why_no_cuda(*tensors: torch.Tensor | None) -> str | None:
         return module
     if not module.with_cuda:
         return "titok._C was built without nvcc"
-    return None if all(t is None or t.is_cuda for t in tensors) else "the CUDA kernels take CUDA tensors"
+    if not all(t is None or t.is_cuda for t in tensors):
+        return "the CUDA kernels take CUDA tensors"
+    return _why_no_gpu_of(tensors)
 
 
 def interpreting() -> bool:
@@ -94,7 +122,7 @@ def why_no_triton(*tensors: torch.Tensor | None) -> str | None:
     module = _load("triton")
     if isinstance(module, str):
         return module
-    return None if interpreting() or torch.cuda.is_available() else "no CUDA device"
+    return None if interpreting() else _why_no_gpu_of(tensors)
 
 
 def why_no_flash_attn(*tensors: torch.Tensor | None) -> str | None:
@@ -102,7 +130,9 @@ def why_no_flash_attn(*tensors: torch.Tensor | None) -> str | None:
     module = _load("flash_attn")
     if isinstance(module, str):
         return module
-    return None if all(t is None or t.is_cuda for t in tensors) else "flash-attn takes CUDA tensors"
+    if not all(t is None or t.is_cuda for t in tensors):
+        return "flash-attn takes CUDA tensors"
+    return _why_no_gpu_of(tensors)
 
 
 def backends() -> dict[str, str]:
@@ -110,13 +140,12 @@ def backends() -> dict[str, str]:
 
     `plain` and `sdpa` are PyTorch's own ops; `cpp` and `cuda` are the two halves of the extension `titok._C`.
     """
-    no_gpu = None if torch.cuda.is_available() else "no CUDA device"
     reasons = {
         "plain": None,
         "cpp": why_no_cpp(),
-        "cuda": why_no_cuda() or no_gpu,
+        "cuda": why_no_cuda(),
         "triton": why_no_triton(),
         "sdpa": None,
-        "flash-attn": why_no_flash_attn() or no_gpu,
+        "flash-attn": why_no_flash_attn(),
     }
     return {name: reason or "available" for name, reason in reasons.items()}

@@ -1,0 +1,232 @@
+"""GPUs that are not there: titok's code for GPUs runs on tensors with a shape, a dtype and a device, but no values.
+
+PyTorch's `FakeTensorMode` propagates these through the Python code of models, ops and the decoding loop. A dispatch
+mode on top of it records what a GPU would be asked to do, and reports what must not happen: a host that waits for
+the GPU, tensors of several devices in one op, and group norms of maps that are not channels-last. titok's own ops
+choose their back end as on a GPU and run its launcher, whose launches are recorded instead of made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import pkgutil
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import titok.kernels
+import titok.ops
+from titok.ops.core import available
+from titok.ops.core.op import Op
+
+ROOT = Path(__file__).parents[2]
+
+# Ops whose result the host has to wait for.
+WAITING = {
+    "aten::_local_scalar_dense", "aten::bincount", "aten::equal", "aten::is_nonzero", "aten::masked_select",
+    "aten::nonzero", "aten::unique_consecutive", "aten::unique_dim", "aten::_unique2",
+}  # fmt: skip
+# Ops that give a GPU no work, beside views.
+FREE = {"device", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided"}
+
+
+class Recorder(TorchDispatchMode):
+    """What the GPUs are asked to do.
+
+    Attributes:
+        device_ops: the names of all ops and launches that give a GPU work.
+        host_copies: how many copies from the host to a GPU there were.
+        findings: what must not happen, with the lines of titok that it comes from.
+        backends: the back end of each op of titok that ran, by op.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device_ops: list[str] = []
+        self.host_copies = 0
+        self.findings: list[str] = []
+        self.backends: dict[str, str] = {}
+        self._pinned: dict[int, Tensor] = {}  # by their storage
+        self._ops = _ops_of_titok()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        composite = torch._C.DispatchKey.CompositeImplicitAutograd
+        if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite):
+            # An op that PyTorch makes of others. It did so before it came here, unless an op of titok called it.
+            with self:
+                return func._op_dk(composite, *args, **kwargs)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if any(t.is_cuda for t in given):
+            masks = args[1] if name in ("aten::index", "aten::index_put", "aten::index_put_") else ()
+            if name in WAITING or any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in masks):
+                self._find(f"{name}: the host waits")
+        try:
+            result = self._run(self._ops[name], args) if name in self._ops else func(*args, **kwargs)
+        except Exception as error:
+            self._find(f"{name} raises {type(error).__name__}: {error}")
+            raise
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if any(t.is_cuda for t in (*given, *made)):
+            self._look(func, args, kwargs, given, made)
+        elif kwargs.get("pin_memory"):
+            self._pinned[_storage(made[0])] = made[0]
+        return result
+
+    def _look(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> None:
+        name = func._schema.name
+        short = name.partition("::")[2]
+        if short in ("_to_copy", "copy_"):
+            source, target = (args[1], args[0]) if short == "copy_" else (args[0], made[0])
+            if source.device != target.device:
+                self._look_at_copy(source, target, kwargs.get("non_blocking", args[2:3] == (True,)))
+        else:
+            devices = {t.device for t in given if t.ndim or t.is_cuda}
+            if len(devices) > 1:
+                self._find(f"{name}: tensors on {sorted(map(str, devices))}")
+        is_norm = name in ("titok::group_norm_silu", "aten::native_group_norm")
+        if is_norm and not given[0].is_contiguous(memory_format=torch.channels_last):
+            self._find(f"{name}: a map {tuple(given[0].shape)} that is not channels-last")
+        memory = {_storage(t) for t in given}
+        is_view = not func._schema.is_mutable and made and all(_storage(t) in memory for t in made)
+        if short not in FREE and name not in self._ops and not is_view:
+            self.device_ops.append(name)
+
+    def _look_at_copy(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
+        where = f"a copy {tuple(source.shape)} from {source.device} to {target.device}"
+        if source.device.type == "cpu" and target.is_cuda:
+            self.host_copies += 1
+            if not non_blocking or _storage(source) not in self._pinned:
+                self._find(f"{where}: the host waits, because it blocks or its source is not pinned")
+        else:
+            self._find(where)
+
+    def _run(self, op: Op, args: Any) -> Any:
+        """An op of titok, by the back end that it chooses and that back end's launcher."""
+        from titok.kernels._launch import record
+
+        arguments, requested = op._split(args)
+        op.check(arguments)
+        chosen = op.choose(requested, arguments)
+        self.backends[op.name] = chosen.name
+        with self, record() as launches:  # what PyTorch does within the op is recorded as well
+            outputs = op._outputs(chosen, arguments, keep=True)
+        self.device_ops += [launch.kernel.__name__ for launch in launches]
+        return op._returned(outputs)
+
+    def _find(self, text: str) -> None:
+        frames = [f for f in traceback.extract_stack() if f.filename.startswith(f"{ROOT}/titok/")]
+        self.findings.append(" <- ".join([text, *(f"{f.filename}:{f.lineno}" for f in reversed(frames[-5:]))]))
+
+    def clear(self) -> None:
+        """Forgets all that was recorded."""
+        self.device_ops, self.host_copies, self.findings, self.backends = [], 0, [], {}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _ops_of_titok() -> dict[str, Op]:
+    """The name in PyTorch's dispatcher -> every op of titok."""
+    modules = [importlib.import_module(f"titok.ops.{m.name}") for m in pkgutil.iter_modules(titok.ops.__path__)]
+    found = {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Op)}
+    return {f"titok::{name}": op for name, op in found.items()}
+
+
+@contextlib.contextmanager
+def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
+    """Within, this machine has two GPUs of compute capability 9.0, and every tensor is fake.
+
+    Args:
+        nvcc: whether the extension was built with nvcc.
+        triton: whether there is Triton.
+    """
+    # Triton decides when a kernel is decorated whether it is interpreted: before TRITON_INTERPRET is changed below.
+    for module in pkgutil.iter_modules(titok.kernels.__path__):
+        importlib.import_module(f"titok.kernels.{module.name}")
+    recorder = Recorder()
+    current = [torch.device("cuda", 0)]
+
+    @contextlib.contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], torch.device(device)
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    def decode_step(*arguments: Any) -> None:
+        devices = {t.device for t in arguments if isinstance(t, Tensor)}
+        if devices != {current[0]}:
+            recorder._find(f"launched on {current[0]} with tensors on {sorted(map(str, devices))}")
+        recorder.device_ops.append("maskgit_decode_kernel")
+
+    stub = SimpleNamespace(with_cuda=nvcc, maskgit_decode_step_cuda=decode_step)
+    there: dict[str, Any] = {"titok._C": stub}
+    if not triton:
+        there["triton"] = "triton does not import here"
+    load = available._load
+
+    def conv_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+        """As cuDNN has it. A PyTorch without CUDA takes every convolution on a GPU for a contiguous one."""
+        given = (t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        return torch.channels_last if any(given) else torch.contiguous_format
+
+    with contextlib.ExitStack() as stack:
+        for target, replacement in (
+            ("torch.cuda.device_count", lambda: 2),
+            ("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
+            ("torch.cuda.device", on_device),
+            ("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
+            ("torch._C._conv_determine_backend_memory_format", conv_format),
+            ("titok.ops.core.available._load", lambda name: there.get(name) or load(name)),
+        ):
+            stack.enter_context(mock.patch(target, replacement))
+        stack.enter_context(mock.patch.dict("os.environ", {"TRITON_INTERPRET": "0"}))
+        stack.callback(available.why_too_old.cache_clear)
+        available.why_too_old.cache_clear()
+        stack.enter_context(_device_guard())
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(recorder)
+        yield recorder
+
+
+@contextlib.contextmanager
+def _device_guard() -> Iterator[None]:
+    """Within, PyTorch may switch between GPUs, and does nothing then.
+
+    A PyTorch without CUDA has no device guard for GPUs. The one of the meta device does nothing for any device.
+    """
+    cuda, meta = 1, 14  # in c10::DeviceType
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * (meta + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    before, guards[cuda] = guards[cuda], guards[meta]
+    try:
+        yield
+    finally:
+        guards[cuda] = before
+
+
+def build(make: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> Any:
+    """The model of `make()`, in eval mode, with fake weights on a fake GPU. To be called within `fake_gpus`."""
+    with torch.device("meta"), mock.patch("torch.nn.init.trunc_normal_", lambda tensor, **options: tensor):
+        model = make()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                values = torch.empty(parameter.shape, dtype=dtype, device=device)
+                module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    return model.eval()

@@ -1,0 +1,330 @@
+"""titok on GPUs that are not there (`fake_cuda`): no op may mix devices, let the host wait, or add work unnoticed.
+
+Every test runs on two GPUs, of which `cuda:1` is not the current one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fake_cuda import Recorder, build, fake_gpus
+from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ops
+from titok.checks import check_tokens
+from titok.data.augment import shift_images
+from titok.generation.captured import PictureDecoder, StaticDecode, is_captured
+from titok.generation.decode_loop import DecodeBatch, HostInputs, _concatenated, decode
+from titok.generation.request import GenerationRequest
+from titok.inference.folded_upsample import fold_upsample_conv, upsample_conv
+from titok.training.masking import drop_classes, masked_token_loss, random_mask
+
+pytest.importorskip("triton")
+
+GPUS = pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+BF16 = torch.bfloat16
+# The most ops and launches that give the GPU work. What lowers a count lowers its number here.
+OPS_OF_A_BLOCK = 8  # four linear layers, GELU, attention, and two residual sums with their norms
+OPS_OF_A_STEP = 22  # beside the blocks
+OPS_OF_A_PICTURE = 130  # tokens to 8 bits, with one decoder layer and weights that are not prepared
+OPS_OF_AN_ENCODING = 28  # pictures to tokens, with one encoder layer
+
+
+@pytest.fixture(scope="module")
+def configs() -> tuple[TokenizerConfig, GeneratorConfig]:
+    """TiTok-L-32 with one layer in each of its transformers."""
+    tokenizer, generator = TokenizerConfig.preset("titok-l-32"), GeneratorConfig.preset("titok-l-32")
+    sides = {side: dataclasses.replace(getattr(tokenizer, side), layers=1) for side in ("encoder", "decoder")}
+    return dataclasses.replace(tokenizer, **sides), dataclasses.replace(generator, layers=1)
+
+
+def request_for(config: GeneratorConfig, labels: list[int]) -> GenerationRequest:
+    with _disable_current_modes():  # labels are on the host, where their values are known
+        return GenerationRequest.checked(config, labels, seed=1, first_sample=0, sampling=None)
+
+
+def host_inputs_for(generator: MaskGIT, request: GenerationRequest, tokens: Tensor | None = None) -> HostInputs:
+    """The inputs of a request in pinned memory. `tokens`: real ones to start from."""
+    with _disable_current_modes():
+        on_host = SimpleNamespace(
+            config=generator.config, mask_token=generator.mask_token, device=torch.device("cpu")
+        )
+        host = HostInputs.pack(on_host, request, tokens)  # type: ignore[arg-type]
+    parts = [torch.empty(math.prod(shape), dtype=torch.int64) for shape in host.shapes.values()]
+    return host._replace(packed=_concatenated(parts, pinned=True))
+
+
+def batch_for(generator: MaskGIT, request: GenerationRequest, masked: list[int] | None = None) -> DecodeBatch:
+    """The batch of a request. `masked`: how many tokens of each sample are masked at first; None: all."""
+    if masked is None:
+        return DecodeBatch.copied(generator, host_inputs_for(generator, request))
+    with _disable_current_modes():
+        tokens = torch.zeros(len(masked), generator.config.num_latent_tokens, dtype=torch.int64)
+        for sample, count in zip(tokens, masked, strict=True):
+            sample[:count] = generator.mask_token
+    fake_tokens = torch.empty(tokens.shape, dtype=torch.int64)
+    return DecodeBatch.copied(generator, host_inputs_for(generator, request, tokens), fake_tokens)
+
+
+def run_loop(
+    config: GeneratorConfig, device: str, masked: list[int] | None = None, *, nvcc: bool = True
+) -> Recorder:
+    with fake_gpus(nvcc=nvcc) as recorder, torch.no_grad():
+        generator = build(lambda: MaskGIT(config), device, BF16)
+        request = request_for(config, [1, 2, 2, 7])
+        recorder.clear()
+        tokens = decode(generator, request.sampling, batch_for(generator, request, masked))
+        assert (tokens.shape, str(tokens.device)) == ((4, config.num_latent_tokens), device)
+    return recorder
+
+
+@GPUS
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["vit", "uvit"])
+def test_the_decoding_loop(device: str, architecture: str, configs: Any) -> None:
+    """One copy from the host, no wait, and no more work than the ceilings say."""
+    found = []
+    for layers in (2, 4):
+        config = dataclasses.replace(configs[1], architecture=architecture, layers=layers)
+        recorder = run_loop(config, device)
+        assert recorder.findings == []
+        assert recorder.host_copies == 1
+        assert recorder.backends["masked_attention"] == recorder.backends["add_layer_norm"] == "triton"
+        assert recorder.backends["maskgit_decode_step"] == "cuda"
+        found.append(Counter(recorder.device_ops))
+    steps = config.sampling.steps
+    of_two_blocks = found[1] - found[0]
+    if architecture == "vit":
+        assert of_two_blocks.total() <= 2 * steps * OPS_OF_A_BLOCK, of_two_blocks
+        others = found[0] - of_two_blocks
+        assert others.total() <= steps * OPS_OF_A_STEP, others
+
+
+@GPUS
+@pytest.mark.slow
+def test_the_decoding_loop_from_tokens(device: str, configs: Any) -> None:
+    """Samples that start with different numbers of masked tokens: their counts are copied before the first step."""
+    recorder = run_loop(configs[1], device, masked=[20, 32, 5, 1])
+    assert recorder.findings == []
+    assert recorder.host_copies == 1
+    assert len(recorder.device_ops) <= configs[1].sampling.steps * (OPS_OF_A_BLOCK + OPS_OF_A_STEP + 1)
+
+
+@GPUS
+def test_between_two_runs_of_a_graph(device: str, configs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One copy from pinned memory prepares the next run, and the host goes on while the GPU computes."""
+    monkeypatch.setattr(StaticDecode, "_padded_inputs", lambda self, *arguments: host_inputs_for(*arguments))
+    monkeypatch.setattr(StaticDecode, "_compute", lambda self, generator: self._buffers.tokens)
+    with fake_gpus() as recorder, torch.no_grad():
+        generator = build(lambda: MaskGIT(configs[1]), device, BF16)
+        request = request_for(configs[1], [1, 2, 2, 7])
+        static = StaticDecode(generator, request, 4, 3)
+        recorder.clear()
+        static.run(generator, request)
+    assert recorder.findings == []
+    assert recorder.device_ops == ["aten::copy_"]
+    assert recorder.host_copies == 1
+
+
+@GPUS
+@pytest.mark.slow
+def test_without_nvcc_triton_decodes(device: str, configs: Any) -> None:
+    recorder = run_loop(configs[1], device, nvcc=False)
+    assert recorder.findings == []
+    assert recorder.backends["maskgit_decode_step"] == "triton"
+    assert len(recorder.device_ops) <= configs[1].sampling.steps * (OPS_OF_A_BLOCK + OPS_OF_A_STEP)
+
+
+@pytest.mark.slow
+def test_without_nvcc_and_triton_the_loop_would_wait_and_is_not_captured(configs: Any) -> None:
+    with fake_gpus(nvcc=False, triton=False) as recorder, torch.no_grad():
+        generator = build(lambda: MaskGIT(configs[1]), "cuda:1", BF16)
+        request = request_for(configs[1], [1])
+        assert not is_captured(generator, request)
+        recorder.clear()
+        with pytest.raises(Exception):  # noqa: B017 (of PyTorch's choice: nothing is known of the result)
+            decode(generator, request.sampling, batch_for(generator, request))
+    assert any("from cuda:1 to cpu" in finding for finding in recorder.findings), recorder.findings
+    for options in ({}, {"nvcc": False}):
+        with fake_gpus(**options):
+            assert is_captured(generator, request)
+
+
+@GPUS
+@pytest.mark.slow
+def test_tokens_to_pictures(device: str, configs: Any) -> None:
+    """All maps are channels-last."""
+    with fake_gpus() as recorder, torch.no_grad():
+        tokenizer = build(lambda: TiTok(configs[0]), device, BF16)
+        recorder.clear()
+        pictures = PictureDecoder(tokenizer, "nearest")(torch.empty(4, 32, dtype=torch.int64, device=device))
+        assert (pictures.shape, pictures.dtype) == ((4, 256, 256, 3), torch.uint8)
+        assert str(pictures.device) == device
+    assert recorder.findings == []
+    assert recorder.backends["group_norm_silu"] == recorder.backends["code_mixture"] == "triton"
+    assert len(recorder.device_ops) <= OPS_OF_A_PICTURE
+
+
+@GPUS
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_pictures_to_tokens(device: str, dtype: torch.dtype, configs: Any) -> None:
+    with fake_gpus() as recorder, torch.no_grad():
+        tokenizer = build(lambda: TiTok(configs[0]), device, dtype)
+        recorder.clear()
+        tokens = tokenizer.encode(torch.empty(4, 3, 256, 256, device=device))
+        assert (tokens.shape, tokens.dtype, str(tokens.device)) == ((4, 32), torch.int64, device)
+    assert recorder.findings == []
+    assert recorder.backends["nearest_codebook"] == "triton"
+    assert len(recorder.device_ops) <= OPS_OF_AN_ENCODING
+
+
+@GPUS
+def test_augmentation(device: str) -> None:
+    """As `tokenize_images` calls it."""
+    with fake_gpus() as recorder:
+        images = torch.empty(4, 3, 16, 24, device=device)
+        offsets = (torch.full((4,), pixels, device=images.device) for pixels in (1, -2))
+        assert shift_images(images, *offsets).shape == images.shape
+    assert recorder.findings == []
+
+
+@GPUS
+@pytest.mark.slow
+def test_the_loss_of_generator_training(device: str, configs: Any) -> None:
+    with fake_gpus() as recorder, torch.no_grad():
+        model = build(lambda: MaskGIT(configs[1]), device, torch.float32)
+        recorder.clear()
+        targets = check_tokens(torch.empty(8, 32, dtype=torch.int64, device=device), 32, 4096)
+        uniform = torch.empty(8, 34, device=device)
+        classes = torch.empty(8, dtype=torch.int64, device=device)
+        classes = drop_classes(classes, model.no_class, uniform[:, 0], 0.1)
+        mask = random_mask(uniform[:, 1], uniform[:, 2:])
+        logits = model(targets.masked_fill(mask, model.mask_token), classes)
+        loss, _ = masked_token_loss(logits, targets, mask, label_smoothing=0.1, unmasked_weight=0.0)
+        assert str(loss.device) == device
+    assert recorder.findings == []
+
+
+@GPUS
+@pytest.mark.slow
+def test_the_forward_pass_of_tokenizer_training(device: str, configs: Any) -> None:
+    with fake_gpus() as recorder, torch.no_grad():
+        tokenizer = build(lambda: TiTok(configs[0]), device, torch.float32)
+        recorder.clear()
+        reconstruction, quantized = tokenizer(torch.empty(2, 3, 256, 256, device=device))
+        assert (reconstruction.shape, str(reconstruction.device)) == ((2, 3, 256, 256), device)
+        assert str(quantized.loss.device) == device
+    assert recorder.findings == []
+
+
+@GPUS
+@pytest.mark.parametrize("bias", [False, True])
+def test_folded_upsampling(device: str, bias: bool) -> None:
+    with fake_gpus() as recorder, torch.no_grad():
+        weight = torch.empty(8, 8, 3, 3, dtype=BF16, device=device)
+        folded = fold_upsample_conv(weight, torch.empty(8, dtype=BF16, device=device) if bias else None)
+        x = torch.empty(2, 8, 4, 6, dtype=BF16, device=device).contiguous(memory_format=torch.channels_last)
+        recorder.clear()
+        result = upsample_conv(x, folded)
+        assert result.shape == (2, 8, 8, 12)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+    assert recorder.findings == []
+
+
+def calls(device: str) -> dict[str, Any]:
+    """Every op of titok that has kernels for a GPU -> a call of it as models make it."""
+
+    def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def channels_last(*shape: int) -> Tensor:
+        return empty(*shape).contiguous(memory_format=torch.channels_last)
+
+    f32, i64 = torch.float32, torch.int64
+    qkv, key_mask = empty(2, 65, 3 * 128), empty(2, 65, dtype=torch.bool)
+    x, maps, rows, weight = empty(2, 65, 128), channels_last(2, 64, 32, 32), empty(2, 65, 128), empty(128)
+    scale, statistics = empty(64, dtype=f32), empty(2, 32, dtype=f32)
+    logits, codebook = empty(100, 1024), empty(1024, 256)
+    titok = torch.ops.titok
+    return {
+        "add_layer_norm": lambda: ops.add_layer_norm(x, rows, weight, weight, 1e-6),
+        "add_layer_norm_backward": lambda: titok.add_layer_norm_backward(x, rows, x, weight, 1e-6),
+        "code_mixture": lambda: ops.code_mixture(logits, codebook),
+        "code_mixture_backward": lambda: titok.code_mixture_backward(
+            empty(100, 256), logits, codebook, empty(100, 256), True
+        ),
+        "group_norm_silu": lambda: ops.group_norm_silu(maps, 32, scale, scale, 1e-6, residual=maps),
+        "group_norm_silu_backward": lambda: titok.group_norm_silu_backward(
+            maps, maps, maps, scale, scale, statistics, statistics
+        ),
+        "masked_attention": lambda: ops.masked_attention(qkv, 2, key_mask=key_mask, query_range=(1, 9)),
+        "masked_attention_backward": lambda: titok.masked_attention_backward(
+            rows, qkv, None, rows, empty(2, 2, 65, dtype=f32), 2, 0, 65, 0.125
+        ),
+        "maskgit_decode_step": lambda: ops.maskgit_decode_step(
+            empty(3, 32, dtype=i64), empty(3, 32, 4096), step=0, steps=8, num_masked=20, mask_token=4096
+        ),
+        "nearest_codebook": lambda: ops.nearest_codebook(empty(64, 12), empty(4096, 12)),
+    }
+
+
+@GPUS
+@pytest.mark.parametrize("name", sorted(calls("meta")))
+def test_every_op(name: str, device: str) -> None:
+    """Its kernel is chosen, all tensors that it makes are on its device, and it launches at least one kernel."""
+    with fake_gpus() as recorder, torch.no_grad():
+        call = calls(device)[name]
+        recorder.clear()
+        results = call()
+        for result in results if isinstance(results, tuple) else (results,):
+            assert str(result.device) == device
+    assert recorder.findings == []
+    assert recorder.backends[name] == ("cuda" if name == "maskgit_decode_step" else "triton")
+    assert recorder.device_ops != []
+
+
+def test_every_op_with_kernels_has_a_call() -> None:
+    names = {op.name for op in Recorder()._ops.values() if {"triton", "cuda"} & set(op.backends)}
+    assert names == set(calls("meta"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the recorder finds
+
+
+def _to_the_host(x: Tensor) -> Tensor:
+    return x.cpu()
+
+
+FAULTS = {
+    "_local_scalar_dense: the host waits": lambda x: x[0, 0].item(),
+    "nonzero: the host waits": lambda x: x.nonzero(),
+    "index: the host waits": lambda x: x[x > 0],
+    "from cuda:1 to cpu": _to_the_host,
+    "from cuda:1 to cuda:0": lambda x: x.to("cuda:0"),
+    "its source is not pinned": lambda x: torch.empty(3).to(x.device, non_blocking=True),
+    "because it blocks": lambda x: torch.empty(3, pin_memory=True).to(x.device),
+    "that is not channels-last": lambda x: ops.group_norm_silu(
+        x.new_empty(1, 8, 3, 5), 2, x.new_empty(8), x.new_empty(8), 1e-6
+    ),
+    "two devices": lambda x: x + torch.empty(3, 3, device="cuda:0"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str) -> None:
+    with fake_gpus() as recorder:
+        x = torch.empty(3, 3, device="cuda:1")
+        try:
+            FAULTS[fault](x)
+        except Exception as error:  # an op whose result depends on values raises
+            recorder.findings.append(str(error))
+    assert any(fault in finding for finding in recorder.findings), recorder.findings
