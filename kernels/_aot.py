@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -58,15 +59,15 @@ def _with_integers(variant: AotVariant, value: int) -> AotVariant:
     kept = {name: kind for name, kind in variant.signature.items() if name not in integers}
     constants = {name: constant for name, constant in variant.constexprs.items() if name not in integers}
     aligned = variant.aligned - integers
-    return replace(
-        variant,
-        signature=kept if value == 1 else kept | dict.fromkeys(integers, "i32"),
-        constexprs=constants | dict.fromkeys(integers, 1) if value == 1 else constants,
-        aligned=aligned | integers if value % 16 == 0 else aligned,
-        label=f"{variant.label}, integers {value}",
-        expects_wide_loads=False,
-        is_preset=False,
-    )
+    changes: dict[str, Any] = {
+        "signature": kept if value == 1 else kept | dict.fromkeys(integers, "i32"),
+        "constexprs": constants | dict.fromkeys(integers, 1) if value == 1 else constants,
+        "aligned": aligned | integers if value % 16 == 0 else aligned,
+        "label": f"{variant.label}, integers {value}",
+        "expects_wide_loads": False,
+        "is_preset": False,
+    }
+    return replace(variant, **changes)
 
 
 def _what_is_compiled(launch: Launch) -> tuple[object, ...]:

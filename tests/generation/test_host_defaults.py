@@ -64,7 +64,7 @@ def test_a_float64_model_samples(tiny_generator: Make) -> None:
 def test_training(kind: str, tiny_tokenizer: Make, tiny_generator: Make, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": 3, "batch_size": 2, "warmup_steps": 1}
     tokenizer = TokenizerTraining(
-        model=tiny_tokenizer().config, random_shift=1, random_flip=True, restart_every=1, **settings
+        model=tiny_tokenizer().config, random_shift=1, random_flip=True, restart_every=3, **settings
     )
     generator = GeneratorTraining(model=tiny_generator().config, **settings)
     images, tokens, labels = torch.rand(5, 3, 16, 24), torch.arange(20).view(5, 4) % 16, torch.arange(5) % 3

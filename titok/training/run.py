@@ -203,7 +203,7 @@ class Run(Generic[M]):
             if part.scaler.is_enabled():
                 scale = part.scaler.state_dict()
                 parts["extra"] |= {
-                    f"{prefix}scaler/{key}": torch.tensor(float(scale[key]), dtype=torch.float64) for key in SCALER
+                    f"{prefix}scaler/{key}": torch.tensor(float(scale[key]), dtype=torch.float64, device="cpu") for key in SCALER
                 }
         checkpoint.write_checkpoint(self.folder, self.step, self.config, self.data, parts)
         checkpoint.keep_checkpoint(
@@ -299,8 +299,8 @@ class Run(Generic[M]):
                     self.objective.start(inputs[0][0])
                 figures = self._one_step(inputs)
                 self.step += 1
-                self.objective.after_step(self.step)
                 log.add(figures, waited, time.perf_counter() - started)
+                self.objective.after_step(self.step)
                 bar.update()
                 if self.step == config.steps or self.step % config.checkpoint_every == 0:
                     log.flush()
@@ -349,7 +349,7 @@ class _Log:
         if not logs and run.step % config.checkpoint_every and not self._makes_picture():
             return
         figures = {**figures, **run.objective.shared_figures()}
-        values = torch.stack([torch.as_tensor(v).detach().double().cpu() for v in figures.values()])
+        values = torch.stack([torch.as_tensor(v, device="cpu" if isinstance(v, float) else None).detach().double().cpu() for v in figures.values()])
         means = dict(zip(figures, mean_of_all(values).tolist(), strict=True))
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
