@@ -203,7 +203,8 @@ class Run(Generic[M]):
             if part.scaler.is_enabled():
                 scale = part.scaler.state_dict()
                 parts["extra"] |= {
-                    f"{prefix}scaler/{key}": torch.tensor(float(scale[key]), dtype=torch.float64, device="cpu") for key in SCALER
+                    f"{prefix}scaler/{key}": torch.tensor(float(scale[key]), dtype=torch.float64, device="cpu")
+                    for key in SCALER
                 }
         checkpoint.write_checkpoint(self.folder, self.step, self.config, self.data, parts)
         checkpoint.keep_checkpoint(
@@ -349,7 +350,8 @@ class _Log:
         if not logs and run.step % config.checkpoint_every and not self._makes_picture():
             return
         figures = {**figures, **run.objective.shared_figures()}
-        values = torch.stack([torch.as_tensor(v, device="cpu" if isinstance(v, float) else None).detach().double().cpu() for v in figures.values()])
+        numbers = [float(figure) for figure in figures.values()]
+        values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         means = dict(zip(figures, mean_of_all(values).tolist(), strict=True))
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
