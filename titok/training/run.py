@@ -201,11 +201,9 @@ class Run(Generic[M]):
         for prefix, part in self.parts.items():
             parts[f"{prefix}optimizer"] = checkpoint.optimizer_tensors(part.optimizer, part.names)
             if part.scaler.is_enabled():
-                scale = part.scaler.state_dict()
-                parts["extra"] |= {
-                    f"{prefix}scaler/{key}": torch.tensor(float(scale[key]), dtype=torch.float64, device="cpu")
-                    for key in SCALER
-                }
+                for key, value in part.scaler.state_dict().items():
+                    number = torch.tensor(float(value), dtype=torch.float64, device="cpu")
+                    parts["extra"][f"{prefix}scaler/{key}"] = number
         checkpoint.write_checkpoint(self.folder, self.step, self.config, self.data, parts)
         checkpoint.keep_checkpoint(
             self.folder, self.step, last=self.config.keep_last, every=self.config.keep_every
