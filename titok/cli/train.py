@@ -49,7 +49,7 @@ from titok.cli.training_options import (
 if TYPE_CHECKING:
     import torch
 
-    from titok import MaskGIT, MaskGITVQGAN, TiTok
+    from titok import MaskGIT, TiTok
     from titok.training.folder import RunFolder
 
 RUN_FILES = ("training.safetensors", "model.safetensors", "config.json")  # the first is the checkpoint of the run
@@ -135,12 +135,12 @@ def proxy(
     )  # fmt: skip
 
     def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
-        from titok import TiTok
+        from titok import MaskGITVQGAN, TiTok
         from titok.training import train_proxy
 
         size, channels = settings.model.image_size, settings.model.channels
         initial = None if init is None else TiTok.from_pretrained(init)
-        vqgan = _load_vqgan(proxy)
+        vqgan = MaskGITVQGAN.from_pretrained(proxy)
         pictures = common.pictures(images, size, channels)
         options = common.run_options(size, channels)
         train_proxy(pictures, vqgan, settings, folder, initial=initial, device=torch_device, **options)
@@ -184,11 +184,11 @@ def decoder(
     )  # fmt: skip
 
     def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
-        from titok import TiTok
+        from titok import MaskGITVQGAN, TiTok
         from titok.training import train_decoder
 
         size, channels = settings.model.image_size, settings.model.channels
-        stage, vqgan = TiTok.from_pretrained(first), _load_vqgan(proxy)
+        stage, vqgan = TiTok.from_pretrained(first), MaskGITVQGAN.from_pretrained(proxy)
         pictures = common.pictures(images, size, channels)
         options = common.run_options(size, channels)
         train_decoder(pictures, stage, vqgan, settings, folder, device=torch_device, **options)
@@ -335,12 +335,6 @@ def _samples_of(tokenizer: TiTok) -> Callable[[MaskGIT], torch.Tensor]:
         return tokenizer.decode(tokens).float().clamp(0, 1).unflatten(0, (len(classes), 8))
 
     return samples
-
-
-def _load_vqgan(name: str) -> MaskGITVQGAN:
-    from titok import MaskGITVQGAN
-
-    return MaskGITVQGAN.from_pretrained(name)
 
 
 def _run(
