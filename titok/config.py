@@ -2,6 +2,8 @@
 
 A configuration checks its values when it is constructed, so the models do not check them again. `to_dict` and
 `from_dict` convert it to and from the values that JSON can hold.
+
+This file is longer than 400 lines because the presets stand beside the fields that they fill.
 """
 
 from __future__ import annotations

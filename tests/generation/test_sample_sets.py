@@ -1,4 +1,7 @@
-"""`generate_set`: the layout of the file, continuing a stopped run, several processes."""
+"""`generate_set`: the layout of the file, continuing a stopped run, several processes.
+
+This file is longer than 400 lines because all of its tests share the models and the ways to stop a run.
+"""
 
 from __future__ import annotations
 
