@@ -8,6 +8,7 @@ It also prints the `nsys` and `ncu` command lines that record this region on a m
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shlex
 from collections.abc import Callable
@@ -70,6 +71,9 @@ def command_lines(arguments: argparse.Namespace) -> dict[str, list[str]]:
     profiled = ["python", "-m", "benchmarks.profile"]
     for name in ("target", "preset", "dtype", "batch", "repeats"):
         profiled += [f"--{name}", str(getattr(arguments, name))]
+    # Without the package nvtx, PyTorch's ranges have no domain: see `titok.profiling.NVTX`.
+    has_domains = importlib.util.find_spec("nvtx") is not None
+    measured = f"{profiling.DOMAIN}@profiled/" if has_domains else f"{profiling.DOMAIN}: profiled/"
     report = str(arguments.folder / f"{arguments.target}-{arguments.preset}")
     nsys = [
         "nsys",
@@ -86,6 +90,7 @@ def command_lines(arguments: argparse.Namespace) -> dict[str, list[str]]:
         "--set=full",
         "--profile-from-start=off",
         "--nvtx",
+        f"--nvtx-include={measured}",
         f"--kernel-name=regex:^({'|'.join(kernel_names())})",
         "--force-overwrite",
         f"--export={report}",
@@ -121,7 +126,7 @@ def on_cpu(run: Callable[[], Any], repeats: int, trace: Path) -> list[tuple[str,
 
 def by_range(events: Any) -> list[tuple[str, int, float, float]]:
     """(name, calls, seconds, seconds outside inner ranges) of each of titok's ranges, by the last of them."""
-    prefix = profiling.PREFIX
+    prefix = f"{profiling.DOMAIN}: "
     spans = [(e.time_range.start, -e.time_range.end, e.name) for e in events if e.name.startswith(prefix)]
     totals: dict[str, list[float]] = {}
     stack: list[tuple[float, str]] = []  # (end, name) of the ranges that are open

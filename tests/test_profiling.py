@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -137,36 +140,44 @@ def test_torch_profiler_sees_them():
     assert "titok: masked_attention" in {event.key for event in profile.key_averages()}
 
 
-@pytest.fixture
-def nvtx(monkeypatch):
-    """The calls of torch.cuda.nvtx, which every PyTorch with CUDA has."""
+def test_nvtx_package(monkeypatch):
+    nvtx = pytest.importorskip("nvtx")
     calls = []
-    monkeypatch.setattr(torch._C, "_nvtx", None, raising=False)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
-    return calls
-
-
-def test_nvtx(nvtx):
+    monkeypatch.setattr(nvtx, "push_range", lambda name, domain: calls.append((name, domain)))
+    monkeypatch.setattr(nvtx, "pop_range", lambda domain: calls.append(("pop", domain)))
     with profiling.enabled():
         masked_attention(torch.zeros(1, 2, 12), 2)
-    assert nvtx == ["titok: masked_attention", "pop"]
+    assert calls == [("masked_attention", "titok"), ("pop", "titok")]
 
 
-def test_nvtx_without_cuda(monkeypatch):
+def test_nvtx_of_pytorch_where_the_package_is_missing(monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(torch._C, "_nvtx", None, raising=False)  # a PyTorch that was built with CUDA
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
+    with profiling.enabled():
+        masked_attention(torch.zeros(1, 2, 12), 2)
+    assert calls == ["titok: masked_attention", "pop"]
+
+
+def test_neither_nvtx(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvtx", None)
     monkeypatch.delattr(torch._C, "_nvtx", raising=False)
-    with pytest.raises(RuntimeError, match="built with CUDA"), profiling.enabled():
+    with pytest.raises(RuntimeError, match=r"pip install 'titok\[profile\]'"), profiling.enabled():
         pass
 
 
-def test_environment_variable(nvtx, monkeypatch):
-    for value, kind in (("1", profiling.NVTX), ("0", type(None))):
-        monkeypatch.setenv("TITOK_NVTX", value)
-        assert type(profiling._sink_of_environment()) is kind
-
-
-@pytest.mark.skipif(hasattr(torch._C, "_nvtx"), reason="this PyTorch has CUDA")
-def test_environment_variable_without_cuda(monkeypatch):
-    monkeypatch.setenv("TITOK_NVTX", "1")
-    with pytest.warns(UserWarning, match="TITOK_NVTX=1: NVTX ranges need a PyTorch that was built with CUDA"):
-        assert profiling._sink_of_environment() is None
+@pytest.mark.slow
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False)])
+def test_environment_variable(value, on):
+    pytest.importorskip("nvtx")
+    code = "from titok import profiling; print(type(profiling._SINK.get()).__name__)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TITOK_NVTX": value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == ("NVTX" if on else "NoneType")

@@ -11,19 +11,19 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
-__all__ = ["NVTX", "PREFIX", "Sink", "TorchProfiler", "annotate", "each", "enabled", "is_enabled", "ranged"]
+__all__ = ["DOMAIN", "NVTX", "Sink", "TorchProfiler", "annotate", "each", "enabled", "is_enabled", "ranged"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-PREFIX = "titok: "  # of every range
+DOMAIN = "titok"  # of the NVTX ranges: `ncu --nvtx-include "titok@generate/"`
 
 
 class Sink(Protocol):
@@ -35,17 +35,35 @@ class Sink(Protocol):
 
 
 class NVTX:
-    """Nsight Systems and Nsight Compute. `RuntimeError` where PyTorch was built without CUDA."""
+    """Nsight Systems and Nsight Compute.
+
+    By the package `nvtx`, whose ranges are in the domain "titok"; where it is not installed, by PyTorch's own
+    functions, whose ranges have no domain but the prefix "titok: ". `RuntimeError` where PyTorch was built without
+    CUDA, too.
+    """
 
     def __init__(self) -> None:
-        if not hasattr(torch._C, "_nvtx"):
-            raise RuntimeError("NVTX ranges need a PyTorch that was built with CUDA")
+        self._package: Any = None
+        with suppress(ImportError):
+            import nvtx
+
+            self._package = nvtx
+        if self._package is None and not hasattr(torch._C, "_nvtx"):
+            raise RuntimeError(
+                "NVTX ranges need the package nvtx (pip install 'titok[profile]') or a PyTorch that was built with CUDA"
+            )
 
     def push(self, name: str) -> None:
-        torch.cuda.nvtx.range_push(PREFIX + name)
+        if self._package is None:
+            torch.cuda.nvtx.range_push(f"{DOMAIN}: {name}")
+        else:
+            self._package.push_range(name, domain=DOMAIN)
 
     def pop(self) -> None:
-        torch.cuda.nvtx.range_pop()
+        if self._package is None:
+            torch.cuda.nvtx.range_pop()
+        else:
+            self._package.pop_range(domain=DOMAIN)
 
 
 class TorchProfiler:
@@ -55,7 +73,7 @@ class TorchProfiler:
         self._open: list[torch.profiler.record_function] = []
 
     def push(self, name: str) -> None:
-        self._open.append(torch.profiler.record_function(PREFIX + name))
+        self._open.append(torch.profiler.record_function(f"{DOMAIN}: {name}"))
         self._open[-1].__enter__()
 
     def pop(self) -> None:
