@@ -196,6 +196,7 @@ OPTIONS = {
         "--set",
         "--profile-from-start",
         "--nvtx",
+        "--nvtx-include",
         "--kernel-name",
         "--force-overwrite",
         "--export",
