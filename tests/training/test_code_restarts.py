@@ -53,3 +53,15 @@ def test_codes_are_left_alone_late_in_the_run() -> None:
     objective.restarts.used.zero_()
     objective.after_step(9)  # 75% of the steps
     assert torch.equal(objective.model.quantizer.codebook, before)
+
+
+def test_codes_in_use_and_their_entropy() -> None:
+    restarts = _objective().restarts
+    latents = torch.zeros(8, 4)
+    restarts.observe(latents, torch.tensor([4, 2, 1, 1] + [0] * 12), 0)
+    figures = restarts.figures()
+    assert figures["codes"] == 4
+    assert float(figures["entropy"]) == pytest.approx(1.75)  # 1/2 * 1 + 1/4 * 2 + 2 * 1/8 * 3 bits
+    restarts.observe(latents, torch.tensor([0] * 15 + [8]), 1)
+    figures = restarts.figures()
+    assert (figures["codes"], figures["entropy"]) == (5, 0)

@@ -230,3 +230,15 @@ def test_recipes_refuse_models_of_another_kind(tmp_path: Path) -> None:
             pictures(0), seeded(TiTok, FIRST), seeded(MaskGITVQGAN, VQGAN), config_of("decoder"), tmp_path,
             perceptual=perceptual,
         )  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tokenizer", "uvit"])  # without dropout, whose random numbers would be others
+def test_compiled_networks(kind: str, tmp_path: Path) -> None:
+    changes = {"steps": 4, "log_every": 1}
+    train(kind, tmp_path / "plain", changes)
+    compiled = train(kind, tmp_path / "compiled", {**changes, "compile": True})
+    losses = [[entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert not any(module._compiled_call_impl for module in compiled.modules())
+    assert same_weights(MODELS.get(kind, TiTok).from_pretrained(tmp_path / "compiled"), compiled)

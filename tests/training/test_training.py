@@ -146,7 +146,7 @@ def test_history_has_the_figures_of_the_progress_bar(tmp_path: Path) -> None:
     history = read_metrics(tmp_path / "t")
     assert [row["step"] for row in history] == [4, 8, 12]
     shared = {"step", "loss", "learning_rate", "gradient_norm", *SPEED}
-    assert shared | {"psnr", "codes", "reconstruction", "bottleneck"} == set(history[0])
+    assert shared | {"psnr", "codes", "entropy", "reconstruction", "bottleneck"} == set(history[0])
     train_one("generator", tmp_path / "g")
     assert shared | {"accuracy"} == set(read_metrics(tmp_path / "g")[0])
 

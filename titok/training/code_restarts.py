@@ -7,12 +7,14 @@ that are used.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from titok.models.quantizer import VectorQuantizer
-from titok.processes import broadcast, reduce_max
+from titok.processes import broadcast, mean_of_all, reduce_max
 from titok.training.losses.precision import float32_or_wider
 from titok.training.order import seed_of
 
@@ -34,6 +36,7 @@ class CodeRestarts:
         self.quantizer, self.every, self.until, self.seed = quantizer, every, until, seed
         device = quantizer.codebook.device
         self.used = torch.zeros(len(quantizer.codebook), dtype=torch.bool, device=device)
+        self._counts = torch.zeros(len(quantizer.codebook), dtype=torch.int64, device=device)  # of step `_step`
         # (n, C) float32, of the first micro-batch that this process computed in step `_step`
         self._latents, self._step = torch.empty(0, device=device), -1
 
@@ -56,9 +59,12 @@ class CodeRestarts:
             step: in which the micro-batch is computed.
         """
         self.used |= counts > 0
-        if self.every and step != self._step:  # the first micro-batch of the step
+        if step != self._step:  # the first micro-batch of the step
             self._step = step
-            self._latents = float32_or_wider(latents.detach()).flatten(0, -2)
+            self._counts.zero_()
+            if self.every:
+                self._latents = float32_or_wider(latents.detach()).flatten(0, -2)
+        self._counts += counts
 
     def after_step(self, steps_done: int) -> None:
         """Replaces unused codes every `every` steps, and forgets which were used."""
@@ -70,9 +76,14 @@ class CodeRestarts:
         self.used.zero_()
 
     def figures(self) -> dict[str, Tensor]:
-        """The number of "codes" in use since the last replacement, in all processes."""
+        """The number of "codes" in use since the last replacement, and the "entropy" in bits of those of the last step.
+
+        Both are those of all processes.
+        """
         self.merge()
-        return {"codes": self.used.sum()}
+        shares = mean_of_all(self._counts.double())
+        shares = shares / shares.sum().clamp(min=1)
+        return {"codes": self.used.sum(), "entropy": -torch.special.xlogy(shares, shares).sum() / math.log(2)}
 
     def merge(self) -> None:
         """Makes `used` say what the latents of all processes used."""
