@@ -22,7 +22,7 @@ from titok.data.npz import read_arrays
 from titok.data.tokens import read_tokens, write_tokens
 from titok.generation import sample_sets
 from titok.generation.sample_sets import generate_set
-from titok.training import GeneratorTraining, TokenizerTraining, run, train_generator, train_tokenizer
+from titok.training import GeneratorTraining, TokenizerTraining, checkpoint, run, train_generator, train_tokenizer
 from titok.training.folder import CHECKPOINT, RunFolder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -68,7 +68,7 @@ def with_another_tensor(rng: random.Random, data: bytes, metadata: dict[str, str
             tensors[rng.choice(["extra", f"{name}/x", "optimizer/x/step", "other/used"])] = tensors.pop(name)
     if "training" in metadata and rng.random() < 0.8:
         info = json.loads(metadata["training"])
-        metadata["training"] = json.dumps({**info, "checksum": run._checksum(tensors)})
+        metadata["training"] = json.dumps({**info, "checksum": checkpoint._checksum(tensors)})
     return save(tensors, metadata)
 
 

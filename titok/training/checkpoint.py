@@ -39,11 +39,9 @@ OTHER_TIMES = (
 )
 
 
-class Damaged(ValueError):
-    """A checkpoint cannot be read, or is not one of this run."""
-
-    def __init__(self, path: Path, problem: str = "") -> None:
-        super().__init__(f"{path}: not a readable training checkpoint{': ' if problem else ''}{problem}")
+def damaged(path: Path, problem: str = "") -> ValueError:
+    """The error of a checkpoint that cannot be read, or is not one of this run."""
+    return ValueError(f"{path}: not a readable training checkpoint{': ' if problem else ''}{problem}")
 
 
 def write_checkpoint(
@@ -70,9 +68,9 @@ def read_checkpoint(path: Path, config: Any, data: dict[str, Any]) -> tuple[int,
     for part in ("config", "data"):
         _check_unchanged(path, part, saved=info[part], given=given[part])
     if not 0 < info["step"] <= config.steps:
-        raise Damaged(path, f"step: expected an int in [1, {config.steps}], got {info['step']}")
+        raise damaged(path, f"step: expected an int in [1, {config.steps}], got {info['step']}")
     if info["checksum"] != _checksum(tensors):
-        raise Damaged(path, "its tensors are not those that were written")
+        raise damaged(path, "its tensors are not those that were written")
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         part, _, rest = name.partition("/")
@@ -120,7 +118,7 @@ def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor]) -> No
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise Damaged(path, "its weights are of another model") from error
+        raise damaged(path, "its weights are of another model") from error
 
 
 def load_optimizer(
@@ -133,10 +131,10 @@ def load_optimizer(
         state = {key: tensors.pop(f"{name}/{key}") for key in shapes if f"{name}/{key}" in tensors}
         for key, value in state.items():
             if len(state) != len(shapes) or value.shape != shapes[key] or value.dtype != torch.float32:
-                raise Damaged(path, f"the optimizer's state of {name} is of another kind")
+                raise damaged(path, f"the optimizer's state of {name} is of another kind")
             optimizer.state[parameter][key] = value.to(parameter.device)
     if tensors:
-        raise Damaged(path, "its optimizer is of another model")
+        raise damaged(path, "its optimizer is of another model")
 
 
 def read_run_info(path: Path) -> dict[str, Any]:
@@ -149,10 +147,10 @@ def read_run_info(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             info = json.loads(file.metadata()["training"])
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise Damaged(path) from error
+        raise damaged(path) from error
     types = {"step": int, "config": dict, "data": dict, "checksum": int}
     if not isinstance(info, dict) or not all(type(info.get(key)) is kind for key, kind in types.items()):
-        raise Damaged(path, f"expected {', '.join(types)}")
+        raise damaged(path, f"expected {', '.join(types)}")
     return info
 
 

@@ -230,7 +230,7 @@ class Run(Generic[M]):
                 try:
                     scale = {key: float(extra.pop(f"{prefix}scaler/{key}")) for key in SCALER}
                 except KeyError as error:
-                    raise checkpoint.Damaged(path, "the scale of the loss is missing") from error
+                    raise checkpoint.damaged(path, "the scale of the loss is missing") from error
                 growth = {
                     "_growth_tracker": int(scale["_growth_tracker"]),
                     "growth_interval": int(scale["growth_interval"]),
@@ -241,13 +241,13 @@ class Run(Generic[M]):
             for name, value in state.items():
                 saved = extra.pop(prefix + name, None)
                 if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
-                    raise checkpoint.Damaged(path, f"{prefix}{name} is missing or of another kind")
+                    raise checkpoint.damaged(path, f"{prefix}{name} is missing or of another kind")
                 value.copy_(saved)
         if self.ema is not None:
             try:
                 self.ema.load_state_dict(parts.get("averages", {}))
             except (KeyError, RuntimeError, ValueError) as error:
-                raise checkpoint.Damaged(path, "its averages are of another model") from error
+                raise checkpoint.damaged(path, "its averages are of another model") from error
 
     # -----------------------------------------------------------------------------------------------------------
     # Steps
