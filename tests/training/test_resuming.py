@@ -202,9 +202,12 @@ def test_a_folder_that_received_nothing_goes_again(tmp_path: Path) -> None:
 
 
 def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".titok-0123456789abcdef").mkdir()
-    (tmp_path / ".titok-0123456789abcdef" / "file.safetensors").touch()
+    for folder in (tmp_path, tmp_path / "raw", tmp_path / "pictures"):
+        (folder / ".titok-0123456789abcdef").mkdir(parents=True)
+        (folder / ".titok-0123456789abcdef" / "file.safetensors").touch()
     train_one("tokenizer", tmp_path)
+    for name in ("raw", "pictures"):
+        (tmp_path / name).rmdir()  # empty again
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
         METRICS,

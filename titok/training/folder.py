@@ -13,6 +13,7 @@ PathLike = str | os.PathLike[str]
 
 CHECKPOINT = "training.safetensors"
 METRICS = "metrics.jsonl"
+PICTURES = "pictures"
 RAW = "raw"  # the folder of the weights that are not averaged, where the model's own files hold averages
 
 
@@ -43,7 +44,8 @@ class RunFolder:
             self._lock = lock(self.path)
         except (BlockingIOError, FileNotFoundError):  # the other run may just remove its folder
             raise ValueError(f"{self.path}: another training run is at work here") from None
-        remove_abandoned(self.path)
+        for folder in (self.path, self.path / RAW, self.path / PICTURES):
+            remove_abandoned(folder)
         if self.checkpoint.exists() and not resume:
             self.close()
             raise FileExistsError(

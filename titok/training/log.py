@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titok.processes import mean_of_all
+from titok.training.folder import PICTURES
 from titok.training.metrics import SPEED, Metrics, Tracker
 from titok.training.pictures import save_png
 
@@ -70,7 +71,7 @@ class Log:
             picture = run.objective.picture()
         run.objective.train()
         if picture is not None:
-            path = run.folder / "pictures" / f"{run.step:08}.png"
+            path = run.folder / PICTURES / f"{run.step:08}.png"
             save_png(path, picture)
             for tracker in self.trackers:
                 tracker.picture(run.step, path)
