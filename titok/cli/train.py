@@ -6,10 +6,9 @@ then. Without `--preset` and `--config`, the settings describe small models for 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,32 +17,17 @@ import typer
 from titok.cli.errors import say
 from titok.cli.inputs import load_tokenizer
 from titok.cli.options import (
-    DeviceOption,
-    IgnoreOrientationOption,
-    IgnoreTransparencyOption,
-    SkipUnreadableOption,
     TokenizerOption,
     select_device,
 )
 from titok.cli.outputs import check_apart, check_files, check_output
 from titok.cli.training_options import (
-    BatchSize,
-    Changes,
     Common,
-    ConfigFile,
     Folder,
-    HeldOut,
-    Init,
-    LearningRate,
-    Log,
     Output,
-    Preset,
-    PrintConfig,
     ProxyOption,
-    Resume,
-    Seed,
-    Steps,
     Width,
+    with_common_options,
 )
 
 if TYPE_CHECKING:
@@ -58,98 +42,65 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()
+@with_common_options()
 def vqgan(
     images: Folder,
     output: Output = Path("runs/vqgan"),
-    preset: Preset = "small",
-    config: ConfigFile = None,
-    changes: Changes = None,
-    print_config: PrintConfig = False,
-    init: Init = None,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = None,
-    seed: Seed = 0,
-    resume: Resume = False,
-    held_out: HeldOut = None,
-    log: Log = None,
-    skip_unreadable: SkipUnreadableOption = False,
-    ignore_orientation: IgnoreOrientationOption = False,
-    ignore_transparency: IgnoreTransparencyOption = False,
-    device: DeviceOption = "auto",
+    *,
+    common: Common,
 ) -> None:
     """Train a MaskGIT-VQGAN, the 2D tokenizer that the two stages of TiTok start from.
 
     \b
     titok train vqgan photos -o runs/vqgan --held-out others
     """
-    common = Common(
-        output, preset, config, changes, print_config, steps, batch_size, learning_rate, seed, resume,
-        skip_unreadable, ignore_orientation, ignore_transparency, device, log, held_out,
-    )  # fmt: skip
 
     def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
         from titok import MaskGITVQGAN
         from titok.training import train_vqgan
 
         size, channels = settings.image_size, settings.model.channels
-        initial = None if init is None else MaskGITVQGAN.from_pretrained(init)
+        initial = None if common.init is None else MaskGITVQGAN.from_pretrained(common.init)
         pictures = common.pictures(images, size, channels)
-        options = common.run_options(size, channels)
+        options = common.run_options(output, size, channels)
         train_vqgan(pictures, settings, folder, initial=initial, device=torch_device, **options)
         return f"a MaskGIT-VQGAN of {len(pictures)} pictures"
 
-    _run(common, "vqgan", [images], train)
+    _run(common, output, "vqgan", [images], train)
 
 
 @app.command()
+@with_common_options()
 def proxy(
     images: Folder,
     proxy: ProxyOption,
     output: Output = Path("runs/proxy"),
-    preset: Preset = "small",
-    config: ConfigFile = None,
-    changes: Changes = None,
-    print_config: PrintConfig = False,
-    init: Init = None,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = None,
-    seed: Seed = 0,
-    resume: Resume = False,
-    held_out: HeldOut = None,
-    log: Log = None,
-    skip_unreadable: SkipUnreadableOption = False,
-    ignore_orientation: IgnoreOrientationOption = False,
-    ignore_transparency: IgnoreTransparencyOption = False,
-    device: DeviceOption = "auto",
+    *,
+    common: Common,
 ) -> None:
     """Train stage 1 of a tokenizer: tokens to the codes of a MaskGIT-VQGAN.
 
     \b
     titok train proxy photos -p runs/vqgan -o runs/proxy
     """
-    common = Common(
-        output, preset, config, changes, print_config, steps, batch_size, learning_rate, seed, resume,
-        skip_unreadable, ignore_orientation, ignore_transparency, device, log, held_out,
-    )  # fmt: skip
 
     def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
         from titok import MaskGITVQGAN, TiTok
         from titok.training import train_proxy
 
         size, channels = settings.model.image_size, settings.model.channels
-        initial = None if init is None else TiTok.from_pretrained(init)
+        initial = None if common.init is None else TiTok.from_pretrained(common.init)
         vqgan = MaskGITVQGAN.from_pretrained(proxy)
         pictures = common.pictures(images, size, channels)
-        options = common.run_options(size, channels)
+        options = common.run_options(output, size, channels)
         train_proxy(pictures, vqgan, settings, folder, initial=initial, device=torch_device, **options)
         return f"stage 1 of a tokenizer of {len(pictures)} pictures"
 
-    _run(common, "proxy", [images, proxy], train)
+    _run(common, output, "proxy", [images, proxy], train)
 
 
 @app.command()
+@with_common_options("init")
 def decoder(
     images: Folder,
     proxy: ProxyOption,
@@ -157,31 +108,14 @@ def decoder(
         str, typer.Option("--first", "-f", metavar="MODEL", help="Stage 1, or a whole tokenizer to be fine-tuned.")
     ],
     output: Output = Path("runs/tokenizer"),
-    preset: Preset = "small",
-    config: ConfigFile = None,
-    changes: Changes = None,
-    print_config: PrintConfig = False,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = None,
-    seed: Seed = 0,
-    resume: Resume = False,
-    held_out: HeldOut = None,
-    log: Log = None,
-    skip_unreadable: SkipUnreadableOption = False,
-    ignore_orientation: IgnoreOrientationOption = False,
-    ignore_transparency: IgnoreTransparencyOption = False,
-    device: DeviceOption = "auto",
+    *,
+    common: Common,
 ) -> None:
     """Train stage 2 of a tokenizer: its decoder and the decoder of the MaskGIT-VQGAN together.
 
     \b
     titok train decoder photos -f runs/proxy -p runs/vqgan -o runs/tokenizer
     """
-    common = Common(
-        output, preset, config, changes, print_config, steps, batch_size, learning_rate, seed, resume,
-        skip_unreadable, ignore_orientation, ignore_transparency, device, log, held_out,
-    )  # fmt: skip
 
     def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
         from titok import MaskGITVQGAN, TiTok
@@ -190,14 +124,15 @@ def decoder(
         size, channels = settings.model.image_size, settings.model.channels
         stage, vqgan = TiTok.from_pretrained(first), MaskGITVQGAN.from_pretrained(proxy)
         pictures = common.pictures(images, size, channels)
-        options = common.run_options(size, channels)
+        options = common.run_options(output, size, channels)
         train_decoder(pictures, stage, vqgan, settings, folder, device=torch_device, **options)
         return f"a tokenizer of {len(pictures)} pictures, {settings.model.num_latent_tokens} tokens each"
 
-    _run(common, "decoder", [images, proxy, first], train)
+    _run(common, output, "decoder", [images, proxy, first], train)
 
 
 @app.command()
+@with_common_options()
 def tokenizer(
     images: Folder,
     output: Output = Path("runs/tokenizer"),
@@ -213,22 +148,8 @@ def tokenizer(
     flip: Annotated[bool, typer.Option("--flip", help="Mirror pictures at random.")] = False,
     width: Width = None,
     layers: Annotated[int | None, typer.Option(metavar="N", help="Of the encoder and of the decoder (4).")] = None,
-    preset: Preset = "small",
-    config: ConfigFile = None,
-    changes: Changes = None,
-    print_config: PrintConfig = False,
-    init: Init = None,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = None,
-    seed: Seed = 0,
-    resume: Resume = False,
-    held_out: HeldOut = None,
-    log: Log = None,
-    skip_unreadable: SkipUnreadableOption = False,
-    ignore_orientation: IgnoreOrientationOption = False,
-    ignore_transparency: IgnoreTransparencyOption = False,
-    device: DeviceOption = "auto",
+    *,
+    common: Common,
 ) -> None:
     """Train a single-stage tokenizer: pixels to tokens to pixels.
 
@@ -237,19 +158,15 @@ def tokenizer(
     titok train tokenizer photos -o runs/tokenizer --image-size 64 --tokens 32 --resume
     torchrun --nproc-per-node 8 -m titok train tokenizer photos --preset titok-bl-64-vq8k
     """
-    common = Common(
-        output, preset, config, changes, print_config, steps, batch_size, learning_rate, seed, resume,
-        skip_unreadable, ignore_orientation, ignore_transparency, device, log, held_out,
-    )  # fmt: skip
 
     def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
         from titok import TiTok
         from titok.training import train_tokenizer
 
         model = settings.model
-        initial = None if init is None else TiTok.from_pretrained(init)
+        initial = None if common.init is None else TiTok.from_pretrained(common.init)
         pictures = common.pictures(images, model.image_size, model.channels)
-        options = common.run_options(model.image_size, model.channels)
+        options = common.run_options(output, model.image_size, model.channels)
         train_tokenizer(pictures, settings, folder, initial=initial, device=torch_device, **options)
         return f"a tokenizer of {len(pictures)} pictures, {model.num_latent_tokens} tokens each"
 
@@ -257,10 +174,11 @@ def tokenizer(
         "image_size": image_size, "patch_size": patch_size, "tokens": tokens, "codebook_size": codebook_size,
         "grey": grey or None, "width": width, "layers": layers,
     }  # fmt: skip
-    _run(common, "tokenizer", [images], train, sizes, {"random_flip": flip or None})
+    _run(common, output, "tokenizer", [images], train, sizes, {"random_flip": flip or None})
 
 
 @app.command()
+@with_common_options("held_out")
 def generator(
     images: Folder,
     tokenizer: TokenizerOption,
@@ -268,31 +186,14 @@ def generator(
     flip: Annotated[bool, typer.Option("--flip", help="Learn from mirrored pictures too.")] = False,
     width: Width = None,
     layers: Annotated[int | None, typer.Option(metavar="N", help="Of the transformer (8).")] = None,
-    preset: Preset = "small",
-    config: ConfigFile = None,
-    changes: Changes = None,
-    print_config: PrintConfig = False,
-    init: Init = None,
-    steps: Steps = None,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = None,
-    seed: Seed = 0,
-    resume: Resume = False,
-    log: Log = None,
-    skip_unreadable: SkipUnreadableOption = False,
-    ignore_orientation: IgnoreOrientationOption = False,
-    ignore_transparency: IgnoreTransparencyOption = False,
-    device: DeviceOption = "auto",
+    *,
+    common: Common,
 ) -> None:
     """Train a MaskGIT on a tokenizer's tokens. Sub-folders, sorted, are classes 0, 1, 2, ...: see classes.json.
 
     \b
     titok train generator photos -t runs/tokenizer -o runs/generator
     """
-    common = Common(
-        output, preset, config, changes, print_config, steps, batch_size, learning_rate, seed, resume,
-        skip_unreadable, ignore_orientation, ignore_transparency, device, log,
-    )  # fmt: skip
 
     def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
         from titok import MaskGIT
@@ -310,16 +211,16 @@ def generator(
             "num_classes": len(pictures.classes),
         }
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **of_data))
-        initial = None if init is None else MaskGIT.from_pretrained(init)
+        initial = None if common.init is None else MaskGIT.from_pretrained(common.init)
         rows = tokenize_images(model, pictures, flip=flip)
         train_generator(
             rows, pictures.labels, settings, folder, initial=initial, samples=_samples_of(model),
-            device=model.device, trackers=common.trackers(),
+            device=model.device, trackers=common.trackers(output),
         )  # fmt: skip
         in_first_process(lambda: write_json(output / "classes.json", pictures.classes))
         return f"a generator of {len(pictures.classes)} classes"
 
-    _run(common, "generator", [images, tokenizer], train, {"width": width, "layers": layers})
+    _run(common, output, "generator", [images, tokenizer], train, {"width": width, "layers": layers})
 
 
 def _samples_of(tokenizer: TiTok) -> Callable[[MaskGIT], torch.Tensor]:
@@ -339,6 +240,7 @@ def _samples_of(tokenizer: TiTok) -> Callable[[MaskGIT], torch.Tensor]:
 
 def _run(
     common: Common,
+    output: Path,
     recipe: str,
     inputs: list[Path | str],
     train: Callable[[Any, RunFolder, torch.device], str],
@@ -355,7 +257,6 @@ def _run(
     if common.print_config:
         say(json.dumps(common.settings(recipe, model or {}, more).to_dict(), indent=2))
         return
-    output = common.output
     check_output(output)
     check_apart(output, inputs)
     check_files([output / name for name in RUN_FILES], overwrite=True)
@@ -366,23 +267,14 @@ def _run(
         )
     settings = common.settings(recipe, model or {}, more)
     device = select_device(common.device)
-    with _all_processes(device) as rank:
-        from titok.training.folder import RunFolder
+    from titok.processes import process_group
+    from titok.training.folder import RunFolder
 
-        with RunFolder(output, resume=common.resume) as folder:
-            made = train(settings, folder, device)
-            figures = _last_figures(output)
+    with process_group(gpu=device.type == "cuda") as (rank, _), RunFolder(output, resume=common.resume) as folder:
+        made = train(settings, folder, device)
+        figures = _last_figures(output)
     if rank == 0:
         say(f"{output}: {made}, {figures}")
-
-
-@contextlib.contextmanager
-def _all_processes(device: torch.device) -> Iterator[int]:
-    """A context in which the processes that a launcher has started form a group; yields the rank of this one."""
-    from titok.processes import process_group
-
-    with process_group(gpu=device.type == "cuda") as (rank, _):
-        yield rank
 
 
 def _last_figures(folder: Path) -> str:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from titok.cli.inputs import image_folder, preprocessing
+from titok.cli.options import (
+    DeviceOption,
+    IgnoreOrientationOption,
+    IgnoreTransparencyOption,
+    SkipUnreadableOption,
+)
 
 if TYPE_CHECKING:
     from titok.data.folders import ImageFolder
@@ -62,24 +71,24 @@ ProxyOption = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """The options that every command has."""
+    """The options that every command has. The names of the fields are those of the options."""
 
-    output: Path
-    preset: str
-    config: Path | None
-    changes: list[str] | None
-    print_config: bool
-    steps: int | None
-    batch_size: int | None
-    learning_rate: float | None
-    seed: int
-    resume: bool
-    skip_unreadable: bool
-    ignore_orientation: bool
-    ignore_transparency: bool
-    device: str
-    log: list[str] | None = None
-    held_out: Path | None = None
+    preset: Preset = "small"
+    config: ConfigFile = None
+    changes: Changes = None
+    print_config: PrintConfig = False
+    init: Init = None
+    steps: Steps = None
+    batch_size: BatchSize = None
+    learning_rate: LearningRate = None
+    seed: Seed = 0
+    resume: Resume = False
+    held_out: HeldOut = None
+    log: Log = None
+    skip_unreadable: SkipUnreadableOption = False
+    ignore_orientation: IgnoreOrientationOption = False
+    ignore_transparency: IgnoreTransparencyOption = False
+    device: DeviceOption = "auto"
 
     def settings(self, recipe: str, model: dict[str, Any], more: dict[str, Any] | None = None) -> TrainingConfig:
         """The settings of a run: of the preset or the file, with the changes that the options make.
@@ -122,12 +131,12 @@ class Common:
         how = preprocessing(self.ignore_orientation, self.ignore_transparency)
         return image_folder(images, size, channels, how, skip_unreadable=self.skip_unreadable)
 
-    def run_options(self, size: Any, channels: int) -> dict[str, Any]:
+    def run_options(self, output: Path, size: Any, channels: int) -> dict[str, Any]:
         """The options of a training function that show what it does."""
         held_out = None if self.held_out is None else self.pictures(self.held_out, size, channels)
-        return {"held_out": held_out, "trackers": self.trackers()}
+        return {"held_out": held_out, "trackers": self.trackers(output)}
 
-    def trackers(self) -> list[Tracker]:
+    def trackers(self, output: Path) -> list[Tracker]:
         """The trackers of --log, in the first process."""
         from titok.processes import own_part
         from titok.training.metrics import TensorBoard, WeightsAndBiases
@@ -140,9 +149,9 @@ class Common:
                 continue
             try:
                 made.append(
-                    TensorBoard(self.output / "tensorboard")
+                    TensorBoard(output / "tensorboard")
                     if name == "tensorboard"
-                    else WeightsAndBiases(project="titok", name=self.output.name, dir=str(self.output))
+                    else WeightsAndBiases(project="titok", name=output.name, dir=str(output))
                 )
             except ImportError as error:
                 raise ValueError(f"--log {name}: the package {name} is not installed") from error
@@ -171,3 +180,31 @@ def small_model(recipe: str, config: Any, options: dict[str, Any]) -> Any:
     if sizes.pop("grey", None):
         sizes["channels"] = 1
     return dataclasses.replace(model, encoder=vit, decoder=vit, **sizes)
+
+
+def with_common_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a command whose last parameter is `common: Common`: it gets the options of `Common` in its place.
+
+    Args:
+        left_out: fields of `Common` that the command has no option for, because they mean nothing to it.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
+        options = dict(inspect.signature(Common, eval_str=True).parameters)
+        for name in left_out:
+            del options[name]
+
+        @functools.wraps(command)
+        def with_options(**values: Any) -> None:
+            common = Common(**{name: values.pop(name) for name in options})
+            command(**values, common=common)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [parameter.replace(kind=keyword) for parameter in (*own, *options.values())]
+        # What Typer reads.
+        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return decorate

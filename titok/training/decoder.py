@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from titok.config import TokenizerConfig
-from titok.data.folders import Images, read_batches
+from titok.data.folders import Images
 from titok.models.tokenizer import TiTok
 from titok.models.vqgan import MaskGITVQGAN
 from titok.training import fingerprint
@@ -19,7 +19,7 @@ from titok.training.metrics import Tracker
 from titok.training.objective import data_of, drawing_weights
 from titok.training.proxy import check_proxy
 from titok.training.reconstruction import Perceptual, ReconstructionObjective, make_adversary
-from titok.training.run import Run
+from titok.training.run import train_on_images
 
 
 def join_stages(first: TiTok, proxy: MaskGITVQGAN, config: TokenizerConfig) -> TiTok:
@@ -87,9 +87,10 @@ def train_decoder(
         data["initial"] = fingerprint.of_weights(model.state_dict())
         model.to(device=device, dtype=torch.float32)
         objective = DecoderObjective(model, config, perceptual=perceptual, adversary=adversary, held_out=held_out)
-        run = Run(objective, config, folder, data=data, adversary=adversary)
-        batches = read_batches(images, run.batches(len(images)))
-        return run.train(batches, name="stage 2", progress=progress, trackers=trackers)
+        return train_on_images(
+            objective, config, folder, images, name="stage 2", data=data, adversary=adversary,
+            progress=progress, trackers=trackers,
+        )  # fmt: skip
 
 
 class DecoderObjective(ReconstructionObjective[TiTok]):

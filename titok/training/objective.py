@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from titok.checkpoints.pretrained import Pretrained
+from titok.models.quantizer import VectorQuantizer
 from titok.models.transformer import Stack
 from titok.models.vqgan import VQGANDecoder, VQGANEncoder
 from titok.processes import in_first_process
 from titok.training import fingerprint
+from titok.training.code_restarts import CodeRestarts
 from titok.training.order import seed_of
 
 M = TypeVar("M", bound=Pretrained)
+
+
+class RestartSettings(Protocol):
+    """The settings of a recipe whose codes are restarted."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def restart_every(self) -> int: ...
+    @property
+    def restart_until(self) -> float: ...
 
 
 class Losses(NamedTuple):
@@ -29,8 +44,8 @@ class Losses(NamedTuple):
         loss: (), which is minimised.
         figures: further tensors of shape (), without gradients, that the run shows. They are averaged over the
             micro-batches.
-        compared: the images and their reconstructions, without gradients, where a discriminator learns to tell them
-            apart.
+        compared: the images and their reconstructions, without gradients, in a step in which a discriminator learns
+            to tell them apart; otherwise empty, so that they are not kept.
     """
 
     loss: Tensor
@@ -41,11 +56,12 @@ class Losses(NamedTuple):
 class Objective(nn.Module, Generic[M]):
     """The loss of a model, as a function of a micro-batch and the number of steps that are done.
 
-    A subclass overrides `forward` and, where it needs them, the other methods. Only the model is registered as a
+    A subclass overrides `forward` and, where it needs them, `latents` and `picture`. Only the model is registered as a
     module: networks that the loss reads but does not train are kept from the optimizer and from checkpoints.
 
     Attributes:
         model: that is trained.
+        restarts: of the codes of the model that no latent uses; None where it has no codes.
         state: further tensors that checkpoints hold, by name. They are the same in every process when a checkpoint is
             written.
     """
@@ -53,24 +69,42 @@ class Objective(nn.Module, Generic[M]):
     def __init__(self, model: M) -> None:
         super().__init__()
         self.model: M = model
+        self.restarts: CodeRestarts | None = None
         self.state: dict[str, Tensor] = {}
+
+    def restart_codes(self, quantizer: VectorQuantizer, config: RestartSettings) -> None:
+        """Replaces codes of `quantizer` that no latent uses, as the configuration says."""
+        until = config.restart_until * config.steps
+        self.restarts = CodeRestarts(quantizer, every=config.restart_every, until=until, seed=config.seed)
+        self.state["used"] = self.restarts.used
 
     def forward(self, batch: Tensor, step: int) -> Losses:
         """The loss of a micro-batch, which may lie on another device than the model."""
         raise NotImplementedError
 
+    def latents(self, batch: Tensor) -> Tensor:
+        """The latents (..., C) of a micro-batch, of which codes are made; for a model whose codes are restarted."""
+        raise NotImplementedError
+
     def start(self, batch: Tensor) -> None:
-        """Called before the first step of a run, with the first micro-batch of the process."""
+        """Called before the first step of a run, with the first micro-batch of the process: codes become latents."""
+        if self.restarts is not None:
+            with torch.no_grad():
+                self.restarts.start(self.latents(batch))
 
     def after_step(self, steps_done: int) -> None:
-        """Called after each step, in every process."""
+        """Called after each step, in every process: replaces codes that no latent uses, where it is time."""
+        if self.restarts is not None:
+            self.restarts.after_step(steps_done)
 
     def before_saving(self) -> None:
         """Called before each checkpoint, in every process: makes `state` the same everywhere."""
+        if self.restarts is not None:
+            self.restarts.merge()
 
     def shared_figures(self) -> dict[str, Tensor]:
         """Figures of shape () of what all processes did, called in every process before figures are written."""
-        return {}
+        return {} if self.restarts is None else self.restarts.figures()
 
     def picture(self) -> Tensor | None:
         """A picture of what the model does now, (C, H, W) in [0, 1], or None."""

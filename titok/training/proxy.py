@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from titok.data.folders import Images, read_batches
+from titok.data.folders import Images
 from titok.models.tokenizer import TiTok
 from titok.models.vqgan import MaskGITVQGAN
 from titok.training import fingerprint
-from titok.training.code_restarts import CodeRestarts
 from titok.training.config import ProxyTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.losses import proxy_code_loss
@@ -19,7 +18,7 @@ from titok.training.losses.precision import float32_or_wider
 from titok.training.metrics import Tracker
 from titok.training.objective import Losses, Objective, data_of, drawing_weights, load_initial
 from titok.training.reconstruction import augment, compared, first_images
-from titok.training.run import Run
+from titok.training.run import train_on_images
 
 
 def train_proxy(
@@ -58,9 +57,10 @@ def train_proxy(
         data["proxy"] = fingerprint.of_weights(proxy.state_dict())
         model.to(device=device, dtype=torch.float32)
         proxy.to(device).eval()
-        run = Run(ProxyObjective(model, proxy, config, held_out=held_out), config, folder, data=data)
-        batches = read_batches(images, run.batches(len(images)))
-        return run.train(batches, name="stage 1", progress=progress, trackers=trackers)
+        return train_on_images(
+            ProxyObjective(model, proxy, config, held_out=held_out), config, folder, images, name="stage 1", data=data,
+            progress=progress, trackers=trackers,
+        )  # fmt: skip
 
 
 def check_proxy(proxy: MaskGITVQGAN, config: object) -> None:
@@ -90,13 +90,7 @@ class ProxyObjective(Objective[TiTok]):
         self.config, self.quantizer = config, (model.quantizer,)
         self._proxy = (proxy,)  # in a tuple, so that its parameters are not those of this module
         self._held_out = first_images(held_out, model.device)
-        self.restarts = CodeRestarts(
-            model.quantizer,
-            every=config.restart_every,
-            until=config.restart_until * config.steps,
-            seed=config.seed,
-        )
-        self.state["used"] = self.restarts.used
+        self.restart_codes(model.quantizer, config)
 
     def forward(self, batch: Tensor, step: int) -> Losses:
         """The loss of images (B, C, H, W) in [0, 1].
@@ -110,6 +104,7 @@ class ProxyObjective(Objective[TiTok]):
             codes = proxy.encode(images)
         latents = model.encode_latents(images)
         quantized = quantizer(latents)
+        assert self.restarts is not None
         self.restarts.observe(latents, quantized.counts, step)
         logits = float32_or_wider(model.decoder(quantized.quantized.to(model.dtype)))
         error = proxy_code_loss(logits, codes)
@@ -120,22 +115,9 @@ class ProxyObjective(Objective[TiTok]):
         }
         return Losses(error + quantized.loss, figures)
 
-    @torch.no_grad()
-    def start(self, batch: Tensor) -> None:
-        """Makes the codes latents of the first micro-batch, if codes are restarted."""
-        self.restarts.start(self.model.encode_latents(augment(batch.to(self.model.device), self.config)))
-
-    def after_step(self, steps_done: int) -> None:
-        """Replaces codes that no latent uses, where it is time."""
-        self.restarts.after_step(steps_done)
-
-    def shared_figures(self) -> dict[str, Tensor]:
-        """The number of "codes" in use since the last restart."""
-        return self.restarts.figures()
-
-    def before_saving(self) -> None:
-        """Makes the codes in use the same in every process."""
-        self.restarts.merge()
+    def latents(self, batch: Tensor) -> Tensor:
+        """See `Objective.latents`."""
+        return self.model.encode_latents(augment(batch.to(self.model.device), self.config))
 
     def picture(self) -> Tensor | None:
         """Held-out images, what the MaskGIT-VQGAN makes of the most likely codes, and the differences."""

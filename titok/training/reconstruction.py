@@ -103,7 +103,8 @@ class ReconstructionObjective(Objective[M]):
         del figures["loss"]
         reconstruction = float32_or_wider(reconstruction.detach())
         error = (reconstruction - float32_or_wider(images)).square().mean()
-        return Losses(loss, {**figures, "psnr": -10 * error.log10()}, (images, reconstruction))
+        judged = adversary is not None and step >= adversary.first_step
+        return Losses(loss, {**figures, "psnr": -10 * error.log10()}, (images, reconstruction) if judged else ())
 
     def picture(self) -> Tensor | None:
         """Held-out images, their reconstructions, and the differences, one row each."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from titok.data.folders import Images, read_batches
 from titok.processes import in_first_process, is_distributed, own_part
 from titok.profiling import annotate, each
 from titok.training import checkpoint
@@ -324,6 +325,24 @@ class Run(Generic[M]):
                 f"discriminator_{key}": value for key, value in {**_mean_figures(losses), **figures}.items()
             }
         return results
+
+
+def train_on_images(
+    objective: Objective[M],
+    config: TrainingConfig,
+    folder: RunFolder,
+    images: Images | Tensor,
+    *,
+    name: str,
+    data: dict[str, Any],
+    adversary: Any = None,
+    progress: bool = True,
+    trackers: Sequence[Tracker] = (),
+) -> M:
+    """Runs the steps of a recipe whose samples are images: `Run.train`, with the images that its order asks for."""
+    run = Run(objective, config, folder, data=data, adversary=adversary)
+    batches = read_batches(images, run.batches(len(images)))
+    return run.train(batches, name=name, progress=progress, trackers=trackers)
 
 
 # What a scaler's state has that changes, and that it needs to be restored.

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titok.data.folders import Images, read_batches
+from titok.data.folders import Images
 from titok.models.tokenizer import TiTok
-from titok.training.code_restarts import CodeRestarts
 from titok.training.config import TokenizerTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.losses import kl_loss
 from titok.training.metrics import Tracker
 from titok.training.objective import data_of, drawing_weights, load_initial
 from titok.training.reconstruction import Perceptual, ReconstructionObjective, augment, make_adversary
-from titok.training.run import Run
+from titok.training.run import train_on_images
 
 
 def train_tokenizer(
@@ -79,28 +78,20 @@ def train_tokenizer(
             model, config, perceptual=perceptual, adversary=adversary, held_out=held_out
         )
         data = {**data_of(images), **started}
-        run = Run(objective, config, folder, data=data, adversary=adversary)
-        batches = read_batches(images, run.batches(len(images)))
-        return run.train(batches, name="tokenizer", progress=progress, trackers=trackers)
+        return train_on_images(
+            objective, config, folder, images, name="tokenizer", data=data, adversary=adversary,
+            progress=progress, trackers=trackers,
+        )  # fmt: skip
 
 
 class TokenizerObjective(ReconstructionObjective[TiTok]):
-    """The loss of a tokenizer, and the replacement of codes that no latent uses.
-
-    Attributes:
-        restarts: of the codes of a vector quantizer; None for a VAE.
-    """
+    """The loss of a tokenizer, and of a vector-quantised one the replacement of codes that no latent uses."""
 
     def __init__(self, model: TiTok, config: TokenizerTraining, **options: Any) -> None:
         super().__init__(model, config, **options)
         self.kl_weight = config.kl_weight
-        self.restarts: CodeRestarts | None = None
         if model.quantizer is not None:
-            until = config.restart_until * config.steps
-            self.restarts = CodeRestarts(
-                model.quantizer, every=config.restart_every, until=until, seed=config.seed
-            )
-            self.state["used"] = self.restarts.used
+            self.restart_codes(model.quantizer, config)
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """See `ReconstructionObjective.reconstruct`."""
@@ -114,23 +105,6 @@ class TokenizerObjective(ReconstructionObjective[TiTok]):
             self.restarts.observe(latents, quantized.counts, step)
         return model.decode_latents(quantized.quantized), quantized.loss
 
-    @torch.no_grad()
-    def start(self, batch: Tensor) -> None:
-        """Makes the codes latents of the first micro-batch."""
-        if self.restarts is not None:
-            images = augment(batch.to(self.device), self.config)
-            self.restarts.start(self.model.encode_latents(images))
-
-    def after_step(self, steps_done: int) -> None:
-        """Replaces codes that no latent uses, where it is time."""
-        if self.restarts is not None:
-            self.restarts.after_step(steps_done)
-
-    def shared_figures(self) -> dict[str, Tensor]:
-        """The number of "codes" in use since the last restart."""
-        return {} if self.restarts is None else self.restarts.figures()
-
-    def before_saving(self) -> None:
-        """Makes the codes in use the same in every process."""
-        if self.restarts is not None:
-            self.restarts.merge()
+    def latents(self, batch: Tensor) -> Tensor:
+        """See `Objective.latents`."""
+        return self.model.encode_latents(augment(batch.to(self.device), self.config))

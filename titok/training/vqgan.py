@@ -9,16 +9,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from titok.data.folders import Images, read_batches
+from titok.data.folders import Images
 from titok.models.quantizer import VectorQuantizer
 from titok.models.vqgan import MaskGITVQGAN
-from titok.training.code_restarts import CodeRestarts
 from titok.training.config import VQGANTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.metrics import Tracker
 from titok.training.objective import data_of, drawing_weights, load_initial
 from titok.training.reconstruction import Perceptual, ReconstructionObjective, augment, make_adversary
-from titok.training.run import Run
+from titok.training.run import train_on_images
 
 
 def train_vqgan(
@@ -55,9 +54,10 @@ def train_vqgan(
         data = {**data_of(images), **load_initial(model, initial)}
         model.to(device=device, dtype=torch.float32)
         objective = VQGANObjective(model, config, perceptual=perceptual, adversary=adversary, held_out=held_out)
-        run = Run(objective, config, folder, data=data, adversary=adversary)
-        batches = read_batches(images, run.batches(len(images)))
-        return run.train(batches, name="vqgan", progress=progress, trackers=trackers)
+        return train_on_images(
+            objective, config, folder, images, name="vqgan", data=data, adversary=adversary,
+            progress=progress, trackers=trackers,
+        )  # fmt: skip
 
 
 class VQGANObjective(ReconstructionObjective[MaskGITVQGAN]):
@@ -71,9 +71,7 @@ class VQGANObjective(ReconstructionObjective[MaskGITVQGAN]):
         )
         quantizer.codebook = model.codebook
         self._quantizer = (quantizer,)
-        until = config.restart_until * config.steps
-        self.restarts = CodeRestarts(quantizer, every=config.restart_every, until=until, seed=config.seed)
-        self.state["used"] = self.restarts.used
+        self.restart_codes(quantizer, config)
 
     def _features(self, images: Tensor) -> Tensor:
         """(B, h, w, code_dim)."""
@@ -83,24 +81,11 @@ class VQGANObjective(ReconstructionObjective[MaskGITVQGAN]):
         """See `ReconstructionObjective.reconstruct`."""
         features, (quantizer,) = self._features(images), self._quantizer
         quantized = quantizer(features)
-        if self.training:
+        if self.restarts is not None and self.training:
             self.restarts.observe(features, quantized.counts, step)
         codes = rearrange(quantized.quantized, "b h w c -> b c h w").to(features.dtype)
         return self.model.decoder(codes), quantized.loss
 
-    @torch.no_grad()
-    def start(self, batch: Tensor) -> None:
-        """Makes the codes features of the first micro-batch."""
-        self.restarts.start(self._features(augment(batch.to(self.device), self.config)))
-
-    def after_step(self, steps_done: int) -> None:
-        """Replaces codes that no feature uses, where it is time."""
-        self.restarts.after_step(steps_done)
-
-    def shared_figures(self) -> dict[str, Tensor]:
-        """The number of "codes" in use since the last restart."""
-        return self.restarts.figures()
-
-    def before_saving(self) -> None:
-        """Makes the codes in use the same in every process."""
-        self.restarts.merge()
+    def latents(self, batch: Tensor) -> Tensor:
+        """See `Objective.latents`."""
+        return self._features(augment(batch.to(self.device), self.config))
