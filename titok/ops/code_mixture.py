@@ -64,8 +64,7 @@ def _triton(a: Arguments, mixture: Tensor) -> None:
 def _plain(a: Arguments) -> tuple[Tensor]:
     # torch.softmax accumulates in float32 by itself.
     probabilities = torch.softmax(a.logits.contiguous(), -1)
-    mixture = product(_rows(probabilities), a.codebook.to(a.logits.dtype))
-    return (mixture.view(*a.logits.shape[:-1], a.codebook.shape[1]),)
+    return (product(probabilities, a.codebook.to(a.logits.dtype)),)
 
 
 def _rows(x: Tensor) -> Tensor:

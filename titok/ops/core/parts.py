@@ -109,13 +109,16 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for matrices, or for stacks of them (..., M, K) and (..., K, N) with the same leading sizes.
+    """a @ b, for (..., M, K) and a matrix (K, N), or (..., K, N) with the same leading sizes.
 
     Where autocast is on while PyTorch differentiates a product of its own, it converts the factors of the gradients to
     16 bits. It does not in this one.
     """
-    if a.ndim == 2:
-        return _Product.apply(a, b)
+    if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+        return a @ b  # what follows takes 90 microseconds more
+    if b.ndim == 2:
+        rows: Tensor = _Product.apply(a.reshape(-1, a.shape[-1]), b)
+        return rows.view(*a.shape[:-1], b.shape[-1])
     stacked: Tensor = _Product.apply(a.flatten(0, -3), b.flatten(0, -3))
     return stacked.unflatten(0, a.shape[:-2])
 
