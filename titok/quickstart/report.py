@@ -16,7 +16,7 @@ from titok.checkpoints.writing import atomic_path
 from titok.data.images import to_uint8
 from titok.quickstart.metrics import REQUIREMENTS
 
-_INK, _MUTED, _ACCENT, _GOOD, _BAD = "#1b1f24", "#6b7280", "#2f5fd0", "#1a7f4b", "#c2372e"
+COLOURS = {"ink": "#1b1f24", "muted": "#6b7280", "accent": "#2f5fd0", "good": "#1a7f4b", "bad": "#c2372e"}
 
 
 def picture_rows(
@@ -25,25 +25,26 @@ def picture_rows(
     """One picture, made of rows of images with a text in front of each row.
 
     Args:
-        rows: texts and images (n, 1, H, W) in [0, 1]. The text "" makes a narrow space instead of a row.
+        rows: texts and images (n, 1, H, W) or (n, 3, H, W) in [0, 1]. The text "" makes a narrow space instead of a row.
         font_size: in pixels.
         scale: by which the images are enlarged.
         gap: in pixels, between images.
     """
     font = ImageFont.load_default(size=font_size)
     images = next(images for text, images in rows if text)
-    count, _, height, width = images.shape
+    count, channels, height, width = images.shape
     height, width = height * scale, width * scale
     left = 24 + int(max(font.getlength(text) for text, _ in rows))
     total = sum(height + gap if text else 3 * gap for text, _ in rows)
-    canvas = Image.new("L", (left + count * (width + gap) + gap, total + gap), 255)
+    mode, white = ("L", 255) if channels == 1 else ("RGB", (255, 255, 255))
+    canvas = Image.new(mode, (left + count * (width + gap) + gap, total + gap), white)
     draw = ImageDraw.Draw(canvas)
     top = gap
     for text, images in rows:
         if not text:
             top += 3 * gap
             continue
-        draw.text((left - 12, top + height // 2), text, fill=40, font=font, anchor="rm")
+        draw.text((left - 12, top + height // 2), text, fill="#282828", font=font, anchor="rm")
         for i, image in enumerate(to_uint8(images).squeeze(-1)):
             tile = Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.BICUBIC)
             canvas.paste(tile, (left + i * (width + gap), top))
@@ -89,9 +90,9 @@ def curves(histories: dict[str, list[dict[str, float]]]) -> str:
     for axes, (run, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         steps, values = zip(*[(row["step"], row[key]) for row in histories[run]], strict=True)
         axes.plot(steps, values, color="#c9d4ee", linewidth=0.8)
-        axes.plot(steps, _smoothed(list(values)), color=_ACCENT, linewidth=1.6)
-        axes.set_title(f"{run}: {titles[key]}", fontsize=8, color=_INK, loc="left")
-        axes.tick_params(labelsize=7, colors=_MUTED, length=2)
+        axes.plot(steps, _smoothed(list(values)), color=COLOURS["accent"], linewidth=1.6)
+        axes.set_title(f"{run}: {titles[key]}", fontsize=8, color=COLOURS["ink"], loc="left")
+        axes.tick_params(labelsize=7, colors=COLOURS["muted"], length=2)
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#d5d9e0")
@@ -114,7 +115,7 @@ def _smoothed(values: list[float], reach: int = 3) -> list[float]:
     return means
 
 
-def _embedded(path: Path) -> str:
+def embedded(path: Path) -> str:
     """The picture in a file as a data URL."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
@@ -124,7 +125,7 @@ def _table(metrics: dict[str, Any]) -> str:
     rows = []
     for requirement in REQUIREMENTS:
         value = metrics[requirement.key]
-        color, symbol = (_GOOD, "✓") if requirement.met_by(value) else (_BAD, "✗")
+        color, symbol = (COLOURS["good"], "✓") if requirement.met_by(value) else (COLOURS["bad"], "✗")
         sign = "≥" if requirement.at_least else "≤"
         rows.append(
             f'<tr><td><span class="mark" style="color:{color}">{symbol}</span></td>'
@@ -135,32 +136,37 @@ def _table(metrics: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+STYLE = (
+    """
+:root { color-scheme: light; }
+body { margin: 0; background: #f4f5f7; color: %(ink)s;
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, sans-serif; }
+main { max-width: 1020px; margin: 28px auto; background: #fff; padding: 28px 40px 32px; border-radius: 10px;
+  box-shadow: 0 1px 4px rgb(0 0 0 / 9%%); }
+h1 { font-size: 25px; line-height: 1.25; margin: 0 0 6px; letter-spacing: -.01em; }
+h2 { font-size: 16px; margin: 26px 0 8px; }
+p { margin: 0 0 10px; max-width: 76ch; }
+.muted, figcaption { color: %(muted)s; font-size: 13px; }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 26px; align-items: start; }
+figure { margin: 0; } figure img { width: 100%%; display: block; border-radius: 4px; }
+figcaption { margin-top: 6px; }
+table { border-collapse: collapse; width: 100%%; font-size: 14px; }
+th { text-align: left; font-weight: 600; font-size: 12px; color: %(muted)s; }
+td, th { padding: 5px 8px 5px 0; border-bottom: 1px solid #eceef1; }
+.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } .limit { color: %(muted)s; }
+.mark { font-weight: 700; }
+svg { width: 100%%; height: auto; display: block; }
+pre { background: #f4f5f7; padding: 12px 14px; border-radius: 6px; font-size: 13px; line-height: 1.45; margin: 0;
+  overflow-x: auto; }
+@media (max-width: 760px) { main { padding: 20px; } .two { grid-template-columns: 1fr; } }
+"""
+    % COLOURS
+)
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>titok quickstart</title>
-<style>
-:root {{ color-scheme: light; }}
-body {{ margin: 0; background: #f4f5f7; color: {ink};
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, sans-serif; }}
-main {{ max-width: 1020px; margin: 28px auto; background: #fff; padding: 28px 40px 32px; border-radius: 10px;
-  box-shadow: 0 1px 4px rgb(0 0 0 / 9%); }}
-h1 {{ font-size: 25px; line-height: 1.25; margin: 0 0 6px; letter-spacing: -.01em; }}
-h2 {{ font-size: 16px; margin: 26px 0 8px; }}
-p {{ margin: 0 0 10px; max-width: 76ch; }}
-.muted, figcaption {{ color: {muted}; font-size: 13px; }}
-.two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 26px; align-items: start; }}
-figure {{ margin: 0; }} figure img {{ width: 100%; display: block; border-radius: 4px; }}
-figcaption {{ margin-top: 6px; }}
-table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
-th {{ text-align: left; font-weight: 600; font-size: 12px; color: {muted}; }}
-td, th {{ padding: 5px 8px 5px 0; border-bottom: 1px solid #eceef1; }}
-.n {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }} .limit {{ color: {muted}; }}
-.mark {{ font-weight: 700; }}
-svg {{ width: 100%; height: auto; display: block; }}
-pre {{ background: #f4f5f7; padding: 12px 14px; border-radius: 6px; font-size: 13px; line-height: 1.45; margin: 0;
-  overflow-x: auto; }}
-@media (max-width: 760px) {{ main {{ padding: 20px; }} .two {{ grid-template-columns: 1fr; }} }}
-</style></head><body><main>
+<style>{style}</style></head><body><main>
 <h1>Handwritten digits in {tokens} tokens</h1>
 <p>{summary}</p>
 <div class="two">
@@ -200,14 +206,13 @@ def write_report(
         the path of the report.
     """
     page = _PAGE.format(
-        ink=_INK,
-        muted=_MUTED,
+        style=STYLE,
         tokens=texts["tokens"],
         steps=texts["decoding_steps"],
         summary=html.escape(texts["summary"]),
         notes=html.escape(texts["notes"]),
-        samples=_embedded(folder / "samples.png"),
-        reconstructions=_embedded(folder / "reconstructions.png"),
+        samples=embedded(folder / "samples.png"),
+        reconstructions=embedded(folder / "reconstructions.png"),
         table=_table(metrics),
         curves=curves(histories),
         folder=html.escape(str(folder)),
