@@ -64,7 +64,11 @@ class InceptionFeatures:
     name = INCEPTION
 
     def __init__(
-        self, weights: PathLike | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        weights: PathLike | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         from titok.evaluation.inception import load_inception
 
@@ -97,7 +101,11 @@ class EfficientNetLite0Features:
     side = 224  # in pixels, of what the network reads
 
     def __init__(
-        self, weights: PathLike | None = None, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        weights: PathLike | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         model = _import("efficientnet_lite_pytorch", "efficientnet")
         if weights is None:

@@ -31,7 +31,9 @@ SPATIAL_CHANNELS = 7  # of the 192 of the layer that ADM's evaluator calls mixed
 class Convolution(nn.Module):
     """A convolution without bias, batch normalisation and ReLU."""
 
-    def __init__(self, channels: int, width: int, kernel: int | tuple[int, int], stride: int, padding: Any) -> None:
+    def __init__(
+        self, channels: int, width: int, kernel: int | tuple[int, int], stride: int, padding: Any
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, width, kernel, stride=stride, padding=padding, bias=False)
         self.bn = nn.BatchNorm2d(width, eps=0.001)
@@ -51,7 +53,9 @@ class Layer(NamedTuple):
 
 
 AVERAGE, MAXIMUM, DOWNSAMPLE = "average", "maximum", "downsample"  # poolings of 3 x 3
-Step = Layer | tuple[Layer, Layer] | str  # two layers: both read the same input, and their outputs are concatenated
+Step = (
+    Layer | tuple[Layer, Layer] | str
+)  # two layers: both read the same input, and their outputs are concatenated
 Branch = tuple[Step, ...]
 
 
@@ -271,5 +275,7 @@ def load_inception(path: str | os.PathLike[str] | None = None) -> tuple[Inceptio
         network.load_state_dict({**state, **counted}, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path or WEIGHTS_URL}: not the weights of torch-fidelity's Inception: {reason}") from error
+        raise ValueError(
+            f"{path or WEIGHTS_URL}: not the weights of torch-fidelity's Inception: {reason}"
+        ) from error
     return network.float().eval().requires_grad_(False), state
