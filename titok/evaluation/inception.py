@@ -260,9 +260,15 @@ def load_inception(path: str | os.PathLike[str] | None = None) -> tuple[Inceptio
         OSError: the download failed.
     """
     if path is None:
-        state = torch.hub.load_state_dict_from_url(
-            WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True, progress=False
-        )
+        try:
+            state = torch.hub.load_state_dict_from_url(
+                WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True, progress=False
+            )
+        except (OSError, RuntimeError) as error:  # RuntimeError: another file came, by its hash
+            raise OSError(
+                f"the weights of Inception cannot be downloaded from {WEIGHTS_URL} ({error}): fetch the file "
+                "elsewhere and give its path, or choose other features"
+            ) from error
     else:
         state = read_weights(path)
     with torch.device("meta"):  # random weights would only be overwritten

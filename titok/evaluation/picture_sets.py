@@ -6,6 +6,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from titok.checkpoints.files import first_line
-from titok.data.folders import ImageFolder, read_batches
-from titok.data.images import UPRIGHT_ON_WHITE, Preprocessing, to_uint8
+from titok.data.folders import read_batches
+from titok.data.images import UPRIGHT_ON_WHITE, Preprocessing, list_images, read_image, to_uint8
 from titok.data.npz import read_arrays
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # names that ADM's evaluator gives them
@@ -143,6 +144,64 @@ class NpzPictures:
             raise ValueError(f"{self.path}: not a readable .npz of pictures ({first_line(error)})") from error
 
 
+class PictureFiles:
+    """Pictures by index, each read when it is asked for: float32 (channels, H, W) in [0, 1].
+
+    Args:
+        root: a picture, or a folder that is searched with its sub-folders.
+        size: (height, width) to which pictures are resized and cropped, see `titok.data.images.read_image`.
+        channels: 3 for RGB, 1 for grey.
+        preprocessing: what happens to EXIF orientation and transparency.
+
+    Attributes:
+        paths: sorted.
+        left_out: one line about files that are no pictures; "" where there are none.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or no picture in it.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        size: tuple[int, int],
+        channels: int = 3,
+        preprocessing: Preprocessing = UPRIGHT_ON_WHITE,
+    ) -> None:
+        found = list_images(root)
+        self.paths, self.left_out = found.paths, found.describe_left_out()
+        self.root, self.size, self.channels, self.preprocessing = Path(root), size, channels, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return read_image(self.paths[index], self.size, self.channels, preprocessing=self.preprocessing)
+
+    def remove_unreadable(self) -> list[str]:
+        """Reads every picture once, by threads, and takes out those that cannot be read.
+
+        Returns:
+            what is wrong with each of these.
+
+        Raises:
+            ValueError: no picture is left.
+        """
+        with ThreadPoolExecutor() as pool:
+            problems = list(pool.map(self._problem, range(len(self))))
+        self.paths = [path for path, problem in zip(self.paths, problems, strict=True) if not problem]
+        if not self.paths:
+            raise ValueError(f"{self.root}: none of its pictures is readable")
+        return [problem for problem in problems if problem]
+
+    def _problem(self, index: int) -> str:
+        try:
+            self[index]
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
+
 class FolderPictures:
     """The pictures below a folder, as RGB.
 
@@ -162,8 +221,8 @@ class FolderPictures:
         self, root: str | os.PathLike[str], size: tuple[int, int], preprocessing: Preprocessing = UPRIGHT_ON_WHITE
     ) -> None:
         self.root, self.size = Path(root), size
-        self.images = ImageFolder(root, size, 3, preprocessing=preprocessing)
-        self.labels = None
+        self.images = PictureFiles(root, size, 3, preprocessing)
+        self.labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -27,7 +27,13 @@ def own_batches(count: int, batch_size: int) -> tuple[Tensor, ...]:
 
 
 def progress_bar(total: int, progress: bool | None, unit: str = "img") -> Any:
-    """A bar on stderr in the first process: with True always, with None where stderr is a terminal, with False never."""
+    """A bar on stderr, in the first process alone.
+
+    Args:
+        total: of the units.
+        progress: True shows it, None does so where stderr is a terminal, False does not.
+        unit: what is counted.
+    """
     hidden = own_part()[0] > 0 or progress is False
     disable = True if hidden else (None if progress is None else False)
     return tqdm(total=total, desc="pictures", unit=unit, leave=False, file=sys.stderr, disable=disable)
