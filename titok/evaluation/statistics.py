@@ -89,7 +89,8 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other
     factor, other_factor = _factor(covariance), _factor(other_covariance)
     overlap = torch.linalg.svdvals(factor.T @ other_factor).sum()
     shift = (mean.double() - other_mean.double()).square().sum()
-    return float(shift + factor.square().sum() + other_factor.square().sum() - 2 * overlap)
+    distance = float(shift + factor.square().sum() + other_factor.square().sum() - 2 * overlap)
+    return max(distance, 0.0)  # rounding makes that of equal sets slightly negative
 
 
 def _factor(covariance: Tensor) -> Tensor:
