@@ -54,7 +54,7 @@ def reconstruction(
     overwrite: OverwriteOption = False,
     features: FeaturesOption = "inception",
     feature_weights: FeatureWeightsOption = None,
-    feature_dtype: FeatureDtypeOption = "float64",
+    feature_dtype: FeatureDtypeOption = "float32",
     lpips_weights: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="torchvision's weights of VGG-16 for LPIPS; else a download."),
