@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -25,7 +26,7 @@ def pictures(count: int = 24, side: int = 96) -> list[Image.Image]:
         colours = rng.integers(0, 256, (4, 3))
         pixels = colours[0] + (colours[1] - colours[0]) * (rows / side)[..., None]
         for _ in range(3):
-            y, x, radius = rng.integers(0, side, 2).tolist() + [rng.integers(8, 30)]
+            y, x, radius = [*rng.integers(0, side, 2).tolist(), rng.integers(8, 30)]
             pixels[(rows - y) ** 2 + (columns - x) ** 2 < radius**2] = rng.integers(0, 256, 3)
         period = rng.integers(6, 16)
         stripes = (rows * rng.integers(-1, 2) + columns) % period < period // 3
@@ -72,4 +73,4 @@ def test_the_distance_rises_with_damage(
         other = moments([damage(picture, level) for picture in originals])
         distances.append(frechet_distance(one.mean(), one.covariance(), other.mean(), other.covariance()))
     assert distances == sorted(distances)
-    assert all(b > 1.2 * a for a, b in zip(distances, distances[1:], strict=False))
+    assert all(b > 1.2 * a for a, b in itertools.pairwise(distances))

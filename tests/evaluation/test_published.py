@@ -1,4 +1,4 @@
-"""The published figures, for whoever has the weights, Inception and ImageNet. docs/evaluation.md lists the variables."""
+"""The published figures, for whoever has weights, Inception and ImageNet; docs/evaluation.md lists the variables."""
 
 from __future__ import annotations
 

@@ -45,6 +45,14 @@ def probe(
             help="Pictures to test on, in the same sub-folders; or a share such as 0.1, chosen by a hash of names.",
         ),
     ] = "0.1",
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="latents, last_block (mean over the tokens) or last_block_tokens (K times the memory); may be "
+            "repeated. [default: the first two]",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A .json for the result.")] = Path(
         "probe.json"
     ),
@@ -69,8 +77,8 @@ def probe(
 ) -> None:
     """Train a linear classifier on frozen features of a tokenizer, after the protocol of MAE.
 
-    Two features are tried: the latents (K x C values), and the encoder's last block, averaged over the latent tokens.
-    Which of them the paper used is not known. Small sets of pictures need a higher --base-rate.
+    By default two features are tried: the latents (K x C values), and the encoder's last block, averaged over the
+    latent tokens. Which the paper used is not known. Small sets of pictures need a higher --base-rate.
 
     \b
     titok probe imagenet/train -t TOKENIZER --held-out imagenet/val
@@ -83,7 +91,14 @@ def probe(
     torch_device = select_device(device)
     how = preprocessing(ignore_orientation, ignore_transparency)
     from titok.data.folders import ImageFolder
-    from titok.evaluation.probe import FEATURES, ProbeData, ProbeSettings, encode_for_probe, train_probe
+    from titok.evaluation.probe import (
+        FEATURES,
+        USUAL_FEATURES,
+        ProbeData,
+        ProbeSettings,
+        encode_for_probe,
+        train_probe,
+    )
     from titok.processes import in_first_process, process_group
 
     settings = ProbeSettings(
@@ -99,7 +114,8 @@ def probe(
     with process_group(gpu=torch_device.type == "cuda") as (rank, world):
         model = load_in_turn(lambda: load_tokenizer(tokenizer, device, dtype))
         folder = pictures_of(images, model)
-        encoded = encode_for_probe(model, folder, folder.labels, flip=flip, batch_size=batch_size)
+        names = tuple(dict.fromkeys(features or USUAL_FEATURES))
+        encoded = encode_for_probe(model, folder, folder.labels, features=names, flip=flip, batch_size=batch_size)
         tested: dict[str, ProbeData] | None = None
         paths = list(folder.paths)
         if share is None:
@@ -108,14 +124,16 @@ def probe(
                 raise ValueError(
                     f"--held-out: expected the sub-folders of {images} in {held_out}, got other names"
                 )
-            tested = encode_for_probe(model, others, others.labels, flip=False, batch_size=batch_size)
+            tested = encode_for_probe(
+                model, others, others.labels, features=names, flip=False, batch_size=batch_size
+            )
             paths += others.paths
         elif encoded is not None:
             encoded, tested = _split(encoded, folder, share)
 
         def train() -> dict[str, float]:
             figures = {}
-            for name in FEATURES:
+            for name in names:
                 result = train_probe((encoded or {})[name], (tested or {})[name], settings, device=torch_device)
                 figures[f"{name}_top1"], figures[f"{name}_top5"] = result
             return figures
@@ -123,12 +141,12 @@ def probe(
         figures = in_first_process(train)
         if rank > 0 or encoded is None or tested is None:
             return
-        one, other = encoded["latents"], tested["latents"]
+        one, other = encoded[names[0]], tested[names[0]]
         counts = {"training": len(one.labels), "held_out": len(other.labels), "classes": len(folder.classes)}
         described: dict[str, Any] = {
             "tokenizer": tokenizer, "images": str(images), "held_out": held_out, "processes": world,
             "device": str(torch_device), "dtype": str(model.dtype).removeprefix("torch."), "flip": flip,
-            "features": FEATURES, "ignore_orientation": ignore_orientation,
+            "features": {name: FEATURES[name] for name in names}, "ignore_orientation": ignore_orientation,
             "ignore_transparency": ignore_transparency, **dataclasses.asdict(settings),
         }  # fmt: skip
         found = []

@@ -12,7 +12,7 @@ each picture, instead of 90 times.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,11 +26,13 @@ from titok.evaluation.shares import own_batches, progress_bar
 from titok.models.tokenizer import TiTok
 from titok.processes import rows_in_first_process, wait_for_all
 
-# The two features that are candidates for those of the paper, which does not tell. By name, what each is.
+# Candidates for the features of the paper, which does not tell. By name, what each is.
 FEATURES = {
     "latents": "the latents of all tokens before quantisation, flattened: K x C values",
     "last_block": "the normed output of the encoder's last block, averaged over the latent tokens: D values",
+    "last_block_tokens": "the normed output of the encoder's last block for all latent tokens, flattened: K x D values",
 }
+USUAL_FEATURES = ("latents", "last_block")  # the third takes K times the memory of the second
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def encode_for_probe(
     images: Images | Tensor,
     labels: Tensor,
     *,
+    features: Sequence[str] = USUAL_FEATURES,
     flip: bool = True,
     batch_size: int = 64,
     progress: bool | None = None,
@@ -211,36 +214,53 @@ def encode_for_probe(
         tokenizer: on the device on which it computes.
         images: of the tokenizer's size and channels, float (C, H, W) in [0, 1] by index.
         labels: (N,), the class of each picture.
+        features: names of `FEATURES`.
         flip: whether to encode the mirrored pictures, too.
         batch_size: pictures at a time in a process.
         progress: True shows a bar in the first process, None does so where stderr is a terminal, False never.
 
     Raises:
-        ValueError: as many labels as pictures are expected.
+        ValueError: an unknown name of features, or not as many labels as pictures.
     """
+    for name in features:
+        if name not in FEATURES:
+            raise ValueError(f"features: expected names of {', '.join(FEATURES)}, got {name!r}")
     check_tensor("labels", labels, shape=(len(images),), dtypes=INTEGER_DTYPES)
     batches = own_batches(len(images), batch_size)
-    config = tokenizer.config
-    sizes = {"latents": config.num_latent_tokens * config.code_dim, "last_block": config.encoder.width}
-    rows = {(name, mirrored): [torch.empty(0, size)] for name, size in sizes.items() for mirrored in (False, True)}
+    kinds = [(name, mirrored) for name in features for mirrored in ((False, True) if flip else (False,))]
+    rows: dict[tuple[str, bool], list[Tensor]] = {kind: [] for kind in kinds}
     with progress_bar(sum(map(len, batches)), progress) as bar:
         for numbers, batch in zip(batches, read_batches(images, batches), strict=True):
             for mirrored in (False, True) if flip else (False,):
                 pictures = batch.to(tokenizer.device)
-                pictures = pictures.flip(-1) if mirrored else pictures
-                latents = tokenizer.encode_latents(pictures).flatten(1)
-                last_block = tokenizer.encode_features(pictures).mean(dim=1)
-                rows["latents", mirrored].append(latents.float().cpu())
-                rows["last_block", mirrored].append(last_block.float().cpu())
+                for name, values in _encoded(tokenizer, pictures.flip(-1) if mirrored else pictures).items():
+                    if name in features:
+                        rows[name, mirrored].append(values.float().cpu())
             bar.update(len(numbers))
     wait_for_all()
+    sizes = {name: values.shape[1] for name, values in _encoded(tokenizer, _black(tokenizer)).items()}
     order = rows_in_first_process(torch.cat([torch.empty(0, dtype=torch.int64), *batches]))
-    found: dict[str, ProbeData] = {}
-    for name in FEATURES:
-        plain, flipped = (
-            rows_in_first_process(torch.cat(rows.pop((name, mirrored)))) for mirrored in (False, True)
-        )
-        if order is not None and plain is not None and flipped is not None:
-            places = order.argsort()
-            found[name] = ProbeData(plain[places], flipped[places] if flip else None, labels.cpu().long())
-    return found or None
+    gathered: dict[tuple[str, bool], Tensor] = {}
+    for kind in kinds:  # the empty tensor is for a process without pictures
+        collected = rows_in_first_process(torch.cat([torch.empty(0, sizes[kind[0]]), *rows.pop(kind)]))
+        if collected is not None and order is not None:
+            gathered[kind] = collected[order.argsort()]
+    if order is None:
+        return None
+    classes = labels.cpu().long()
+    return {name: ProbeData(gathered[name, False], gathered.get((name, True)), classes) for name in features}
+
+
+def _encoded(tokenizer: TiTok, pictures: Tensor) -> dict[str, Tensor]:
+    """Each of `FEATURES` of pictures (B, channels, H, W), as (B, values)."""
+    last_block = tokenizer.encode_features(pictures)
+    return {
+        "latents": tokenizer.encode_latents(pictures).flatten(1),
+        "last_block": last_block.mean(dim=1),
+        "last_block_tokens": last_block.flatten(1),
+    }
+
+
+def _black(tokenizer: TiTok) -> Tensor:
+    """A black picture as the tokenizer reads it, (1, channels, H, W)."""
+    return torch.zeros(1, tokenizer.config.channels, *tokenizer.config.image_size, device=tokenizer.device)
