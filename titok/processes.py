@@ -191,14 +191,44 @@ def reduce_max(tensor: Tensor) -> None:
         tensor.copy_(as_bytes.bool())
 
 
-def mean_of_all(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, in the same order of summation in each."""
+def sum_of_all(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in the same order of summation in each."""
     if not is_distributed():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     with _clear_about_lost_processes():
         dist.all_gather(parts, tensor.contiguous())
-    return torch.stack(parts).sum(dim=0) / len(parts)
+    return torch.stack(parts).sum(dim=0)
+
+
+def mean_of_all(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, in the same order of summation in each."""
+    return sum_of_all(tensor) / own_part()[1] if is_distributed() else tensor
+
+
+def rows_in_first_process(rows: Tensor) -> Tensor | None:
+    """The rows (n, ...) of all processes one after the other, by rank, in the first process; None in the others.
+
+    The processes may have different numbers of rows.
+
+    Args:
+        rows: on the CPU, of the same dtype and the same further dimensions in all processes.
+    """
+    if not is_distributed():
+        return rows
+    lengths = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    with _clear_about_lost_processes():
+        dist.all_gather(lengths, torch.tensor([len(rows)]))
+        if dist.get_rank() > 0:
+            if len(rows):
+                dist.send(rows.contiguous(), dst=0)
+            return None
+        received = [rows]
+        for rank, length in enumerate(lengths[1:], start=1):
+            received.append(rows.new_empty(int(length), *rows.shape[1:]))
+            if len(received[-1]):
+                dist.recv(received[-1], src=rank)
+    return torch.cat(received)
 
 
 def broadcast(tensor: Tensor) -> Tensor:

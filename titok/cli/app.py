@@ -11,10 +11,11 @@ from typing import Annotated
 
 import typer
 
-from titok.cli import train
+from titok.cli import evaluate, train
 from titok.cli.errors import ErrorGroup, note
 from titok.cli.generate import generate
 from titok.cli.info import info
+from titok.cli.probe import probe
 from titok.cli.quickstart import quickstart
 from titok.cli.reconstruct import reconstruct
 from titok.cli.tokens import detokenize, tokenize
@@ -27,9 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (quickstart, tokenize, detokenize, reconstruct, generate, info):
+for command in (quickstart, tokenize, detokenize, reconstruct, generate, probe, info):
     app.command()(command)
 app.add_typer(train.app, name="train", help="Train a tokenizer or a generator on a folder of pictures.")
+app.add_typer(evaluate.app, name="evaluate", help="Measure reconstructions or generated pictures, as published.")
 
 
 @app.callback(invoke_without_command=True)

@@ -22,6 +22,8 @@ AFTER_A_SIGNAL = {
     "generate": "the same command goes on with a .npz, and starts a .png anew",
     "tokenize": "the same command starts anew",
     "detokenize": "the same command with --overwrite starts anew",
+    "evaluate": "the same command starts anew",
+    "probe": "the same command starts anew",
     "reconstruct": "the same command with --overwrite starts anew",
 }
 

@@ -50,14 +50,18 @@ class Encoder(nn.Module):
 
     @ranged("encoder")
     def forward(self, images: Tensor) -> Tensor:
+        x = self.features(images)
+        return self.project(reread_latents(x) if self.reread_latents else x)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, channels, H, W) -> the normed output of the last block for the latent tokens, (B, K, D)."""
         batch = images.shape[0]
         patches = rearrange(self.patch_embed(images), "b d h w -> b (h w) d")
         patches = patches + self.patch_positions[1:]
         class_token = (self.class_token + self.patch_positions[:1]).expand(batch, -1, -1)
         latents = (self.latent_tokens + self.latent_positions).expand(batch, -1, -1)
         x = torch.cat([class_token, patches, latents], dim=1)
-        x = self.trunk(x, query_range=(x.shape[1] - latents.shape[1], x.shape[1]))
-        return self.project(reread_latents(x) if self.reread_latents else x)
+        return self.trunk(x, query_range=(x.shape[1] - latents.shape[1], x.shape[1]))
 
 
 class Decoder(nn.Module):
@@ -205,11 +209,22 @@ class TiTok(Pretrained):
         posterior = DiagonalGaussian.from_parameters(latents)
         return self.decode_latents(posterior.sample()), posterior
 
+    def encode_features(self, images: Tensor) -> Tensor:
+        """Images to the normed output of the encoder's last block for the latent tokens, (B, K, D). Raises as `encode`.
+
+        The latents are a linear projection of it.
+        """
+        return self.encoder.features(self._encoder_input(images))
+
     def _encode_checked(self, images: Tensor) -> Tensor:
         """Checks the images and encodes them: (B, K, C), of a VAE (B, K, 2C)."""
+        return self.encoder(self._encoder_input(images))
+
+    def _encoder_input(self, images: Tensor) -> Tensor:
+        """Checks the images, and returns what the encoder reads."""
         check_images(images, self.config.channels, self.config.image_size)
         images = images.to(self.dtype)
-        return self.encoder(2 * images - 1 if self.config.signed_pixels else images)
+        return 2 * images - 1 if self.config.signed_pixels else images
 
     # -----------------------------------------------------------------------------------------------------------
     # Tokens to images. `decode` and `decode_logits` check their tokens; what they call does not.
