@@ -198,6 +198,13 @@ def test_quickstart_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> No
     titok("quickstart")
     titok("quickstart", "-o", "here", "--seed", 3, "--resume")
     assert calls == [(Path("runs/quickstart"), 0, False), (Path("here"), 3, True)]
+    import titok.quickstart.colour as colour
+
+    calls.clear()
+    monkeypatch.setattr(colour, "run", lambda out, seed, *, resume: calls.append((out, seed, resume)))
+    titok("quickstart", "--colour")
+    titok("quickstart", "--colour", "-o", "here", "--seed", 3, "--resume")
+    assert calls == [(Path("runs/colour"), 0, False), (Path("here"), 3, True)]
 
     def missing(*_: Any, **__: Any) -> None:
         raise ModuleNotFoundError("the quickstart needs scikit-learn: pip install 'titok[quickstart]'")

@@ -13,7 +13,9 @@ from titok.models import conv_gradient
 from titok.models.conv_gradient import conv3x3, weight_gradient
 
 
-def arguments(channels: int = 5, outputs: int = 7, size: tuple[int, int] = (6, 9)) -> tuple[Tensor, Tensor, Tensor]:
+def arguments(
+    channels: int = 5, outputs: int = 7, size: tuple[int, int] = (6, 9)
+) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(3, channels, *size).contiguous(memory_format=torch.channels_last)
     return x, torch.randn(outputs, channels, 3, 3) / 7, torch.randn(outputs)
 

@@ -118,4 +118,4 @@ def _is_held_out(codes: tuple[int, ...]) -> bool:
 
 def _name_of(codes: tuple[int, ...]) -> str:
     names = [unicodedata.name(chr(code), f"U+{code:04X}") for code in codes if code not in (0x200D, 0xFE0F)]
-    return ", ".join(names).replace("REGIONAL INDICATOR SYMBOL ", "").lower()
+    return ", ".join(names).replace("REGIONAL INDICATOR SYMBOL LETTER ", "").lower()

@@ -109,7 +109,9 @@ _WITHOUT_ADVERSARY: dict[str, Any] = {"perceptual": "", "perceptual_weight": 0.0
 def vqgan_training(steps: int = STEPS["vqgan"], seed: int = 0) -> VQGANTraining:
     """Settings of the 2D tokenizer's training run."""
     run = _run_settings(steps, seed, 2e-3)
-    return VQGANTraining(model=VQGAN, image_size=SIZE, batch_size=16, betas=(0.9, 0.99), **_WITHOUT_ADVERSARY, **run)
+    return VQGANTraining(
+        model=VQGAN, image_size=SIZE, batch_size=16, betas=(0.9, 0.99), **_WITHOUT_ADVERSARY, **run
+    )
 
 
 def proxy_training(steps: int = STEPS["proxy"], seed: int = 0) -> ProxyTraining:
@@ -231,16 +233,16 @@ def run(
         }
         write_json(folder / "metrics.json", metrics)
         histories = {name: read_metrics(folder / name) for name in MODELS}
-        write_report(folder, metrics, histories, emoji, decoded, samples.unflatten(0, (len(CLASSES), -1)), tokenizer)
+        write_report(
+            folder, metrics, histories, emoji, decoded, samples.unflatten(0, (len(CLASSES), -1)), tokenizer
+        )
     if progress:
         _print_results(folder, metrics)
     return metrics
 
 
 @torch.no_grad()
-def decode_stages(
-    vqgan: MaskGITVQGAN, first: TiTok, tokenizer: TiTok, images: Tensor
-) -> dict[str, Tensor]:
+def decode_stages(vqgan: MaskGITVQGAN, first: TiTok, tokenizer: TiTok, images: Tensor) -> dict[str, Tensor]:
     """Images (n, 3, H, W) as each stage reconstructs them, clamped to [0, 1], by the name of its model."""
 
     def stage_1(batch: Tensor) -> Tensor:
@@ -258,9 +260,7 @@ def decode_stages(
 
 
 @torch.no_grad()
-def measure(
-    tokenizer: TiTok, emoji: Emoji, decoded: dict[str, Tensor], tokens: Tensor
-) -> dict[str, float | None]:
+def measure(tokenizer: TiTok, emoji: Emoji, decoded: dict[str, Tensor], tokens: Tensor) -> dict[str, float | None]:
     """The figures of the report.
 
     Args:

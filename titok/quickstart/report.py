@@ -136,32 +136,29 @@ def _table(metrics: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-STYLE = (
-    """
-:root { color-scheme: light; }
-body { margin: 0; background: #f4f5f7; color: %(ink)s;
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, sans-serif; }
-main { max-width: 1020px; margin: 28px auto; background: #fff; padding: 28px 40px 32px; border-radius: 10px;
-  box-shadow: 0 1px 4px rgb(0 0 0 / 9%%); }
-h1 { font-size: 25px; line-height: 1.25; margin: 0 0 6px; letter-spacing: -.01em; }
-h2 { font-size: 16px; margin: 26px 0 8px; }
-p { margin: 0 0 10px; max-width: 76ch; }
-.muted, figcaption { color: %(muted)s; font-size: 13px; }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: 26px; align-items: start; }
-figure { margin: 0; } figure img { width: 100%%; display: block; border-radius: 4px; }
-figcaption { margin-top: 6px; }
-table { border-collapse: collapse; width: 100%%; font-size: 14px; }
-th { text-align: left; font-weight: 600; font-size: 12px; color: %(muted)s; }
-td, th { padding: 5px 8px 5px 0; border-bottom: 1px solid #eceef1; }
-.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } .limit { color: %(muted)s; }
-.mark { font-weight: 700; }
-svg { width: 100%%; height: auto; display: block; }
-pre { background: #f4f5f7; padding: 12px 14px; border-radius: 6px; font-size: 13px; line-height: 1.45; margin: 0;
-  overflow-x: auto; }
-@media (max-width: 760px) { main { padding: 20px; } .two { grid-template-columns: 1fr; } }
-"""
-    % COLOURS
-)
+STYLE = """
+:root {{ color-scheme: light; }}
+body {{ margin: 0; background: #f4f5f7; color: {ink};
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, sans-serif; }}
+main {{ max-width: 1020px; margin: 28px auto; background: #fff; padding: 28px 40px 32px; border-radius: 10px;
+  box-shadow: 0 1px 4px rgb(0 0 0 / 9%); }}
+h1 {{ font-size: 25px; line-height: 1.25; margin: 0 0 6px; letter-spacing: -.01em; }}
+h2 {{ font-size: 16px; margin: 26px 0 8px; }}
+p {{ margin: 0 0 10px; max-width: 76ch; }}
+.muted, figcaption {{ color: {muted}; font-size: 13px; }}
+.two {{ display: grid; grid-template-columns: 1fr 1fr; gap: 26px; align-items: start; }}
+figure {{ margin: 0; }} figure img {{ width: 100%; display: block; border-radius: 4px; }}
+figcaption {{ margin-top: 6px; }}
+table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
+th {{ text-align: left; font-weight: 600; font-size: 12px; color: {muted}; }}
+td, th {{ padding: 5px 8px 5px 0; border-bottom: 1px solid #eceef1; }}
+.n {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }} .limit {{ color: {muted}; }}
+.mark {{ font-weight: 700; }}
+svg {{ width: 100%; height: auto; display: block; }}
+pre {{ background: #f4f5f7; padding: 12px 14px; border-radius: 6px; font-size: 13px; line-height: 1.45; margin: 0;
+  overflow-x: auto; }}
+@media (max-width: 760px) {{ main {{ padding: 20px; }} .two {{ grid-template-columns: 1fr; }} }}
+""".format(**COLOURS)
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
