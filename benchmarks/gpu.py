@@ -11,7 +11,7 @@ says what is there, and stops where the CUDA or the Triton kernels cannot run. T
     6  the times of all kernels, tuning of the three slowest, and ncu on them
 
 Each part consists of commands with a time limit each. The time budget is divided among the commands that are left, so
-that what one of them leaves over goes to the next. All results go to one file of JSON lines as they come, so that a cut loses
+that what one of them leaves over goes to the next. All results go to one file of JSON lines as they come: a cut loses
 only what had not been measured. A failure stops no other command. `python -m benchmarks.gpu_report FILE` makes tables.
 
 Exit status: 0; or the sum of 1, 2, 4, 8, 16 and 32 for failures in parts 1 to 6; or 64 where nothing could run.

@@ -238,7 +238,7 @@ class Comparison:
         return rows
 
     def _dtype(self, side: Side) -> str:
-        dtype = next(side.modules[0].parameters()).dtype
-        if dtype == torch.bfloat16:
+        dtypes = {p.dtype for module in side.modules for p in module.parameters()}
+        if torch.bfloat16 in dtypes:
             return "bf16"
         return "tf32" if self.arguments.dtype == "tf32" else "fp32"

@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
         "kind": "environment",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("TITOK_COMMIT"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", *_excluded())),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),

@@ -210,7 +210,7 @@ def _tuning(context: Context, seconds: float) -> list[str]:
         ["masked_attention_forward_tiled"] if context.dry else slowest_kernels(context.results, TUNED_KERNELS)
     )
     return context.module(
-        "titok.kernels.tune", *kernels, "--limit", limit_within(seconds), "--json", str(context.results)
+        "benchmarks.tune", *kernels, "--limit", limit_within(seconds), "--json", str(context.results)
     )
 
 

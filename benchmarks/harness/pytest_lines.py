@@ -2,9 +2,9 @@
 
     python -m pytest -p benchmarks.harness.pytest_lines --lines FILE --lines-of gpu-tests ...
 
-It appends to the file a record of the kind "test" for each test, with its outcome and seconds. At the end follows one of
-the kind "tests", with the numbers of those that passed, failed and were skipped. A run in which no test was executed is
-an error (exit status 5), also where all tests that were selected have been skipped.
+It appends to the file a record of the kind "test" for each test, with its outcome and seconds. The last record, of the
+kind "tests", has the numbers of those that passed, failed and were skipped. A run in which no test was executed is an
+error (exit status 5), also where all tests that were selected have been skipped.
 """
 
 from __future__ import annotations
