@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         found = look(session)
         session.write(kind="machine", **found)
         for name, value in found.items():
-            print(f"{name:20} {value}")
+            print(f"{name:20} {value}", flush=True)
         if found["reasons"] and not arguments.dry:
             stop("; ".join(found["reasons"]))
         session.run_parts({number: PARTS[number] for number in sorted(set(arguments.part))})

@@ -37,7 +37,7 @@ def kernel_times(events: Any, calls: int) -> Times:
     """Kernel -> its calls and seconds in one of `calls` calls, from the events of a profile."""
     found: Times = defaultdict(lambda: {"calls": 0.0, "seconds": 0.0})
     for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             found[event.name]["calls"] += 1 / calls
             found[event.name]["seconds"] += event.time_range.elapsed_us() / 1e6 / calls
     return dict(found)

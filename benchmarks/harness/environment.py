@@ -64,7 +64,10 @@ def _excluded() -> list[str]:
 
 def _git(*arguments: str) -> str | None:
     folder = Path(__file__).parent
-    run = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=folder)
+    try:
+        run = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=folder)
+    except OSError:  # no git on this machine
+        return None
     return run.stdout.strip() if run.returncode == 0 else None
 
 

@@ -1,7 +1,7 @@
 """Every kernel at shapes so small that compute-sanitizer is quick: odd sizes, tails of tiles, forward and backward.
 
-`benchmarks.gpu` runs these under memcheck and racecheck. Inputs are drawn on the CPU, so that nearly all kernels that run
-are those of this repository. Results are compared with the plain path, on the CPU in float64.
+`benchmarks.gpu` runs these under memcheck and racecheck. Inputs are drawn on the CPU, so that nearly all kernels that
+run are those of this repository. Results are compared with the plain path, on the CPU in float64.
 """
 
 from __future__ import annotations
