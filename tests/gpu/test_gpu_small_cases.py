@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fake_cuda import fake_gpus
 from maskgit_cases import random_case
 from titok import ops
 
@@ -79,6 +80,18 @@ def test_forward_and_backward(name: str, dtype: torch.dtype, device: str) -> Non
     for ours, exact in zip(got, want, strict=True):
         error = (ours.cpu().double() - exact).norm() / exact.norm()
         assert error <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_argument_is_on_the_gpu(name: str) -> None:
+    """With GPUs that are not there: a case mixes no devices, and its kernels are launched."""
+    with fake_gpus() as recorder, torch.no_grad():
+        run, leaves = CASES[name]()
+        leaves = [leaf.to("cuda:0") for leaf in leaves]
+        recorder.clear()
+        run(*leaves, backend="triton")
+    assert recorder.findings == []
+    assert recorder.device_ops != []
 
 
 @DEVICES
