@@ -143,6 +143,8 @@ class Session:
                 verdict, seconds = outcome.verdict, outcome.seconds
         except LeftOut as reason:
             verdict = f"left out: {reason}"
+        except Exception as error:  # an error of this program stops no other command either
+            verdict = f"not started: {type(error).__name__}: {error}"
         self.verdicts.append((part, command.name, verdict, seconds))
         self.write(kind="command", part=part, name=command.name, verdict=verdict, seconds=round(seconds, 1))
 

@@ -191,7 +191,7 @@ def slowest_kernels(results: Path, count: int) -> list[str]:
     """The kernels of titok that took longest in the last row of "kernel_times", the slowest first.
 
     Raises:
-        LeftOut: the file has no such row.
+        LeftOut: the file has no such row, or the row no such kernel.
     """
     rows = []
     for line in results.read_text().splitlines() if results.exists() else ():
@@ -201,9 +201,9 @@ def slowest_kernels(results: Path, count: int) -> list[str]:
             continue  # cut off
         if record.get("bench") == "kernel_times":
             rows.append(record)
-    if not rows:
+    ours: dict[str, Any] = rows[-1]["ours"] if rows else {}
+    if not ours:
         raise LeftOut("the kernels' times were not measured in this run")
-    ours = rows[-1]["ours"]
     return sorted(ours, key=lambda name: -float(ours[name]["seconds"]))[:count]
 
 
