@@ -188,8 +188,9 @@ def child_environment(arguments: argparse.Namespace, unpacked: Path) -> dict[str
     path = [str(ROOT)]
     if arguments.diffusers is not None:
         path.append(str(packages(arguments.diffusers, unpacked)))
-    path += [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    environment = dict(os.environ)
+    path += [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
+    environment |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)  # kernels are to be compiled
     if arguments.commit:
         environment["TITOK_COMMIT"] = arguments.commit
