@@ -180,7 +180,7 @@ def test_every_batch_is_written_at_once_and_a_side_that_fails_stops_no_other(
     assert [row["case"]["name"] for row in rows(path, "speedup")] == ["tiny-8"]
     (row,) = rows(path, "speedup")
     (note,) = row["environment"]["notes"]
-    assert note.endswith("tiny-64: generate does not run what torch.compile made")
+    assert note.endswith("tiny-64: step does not run what torch.compile made")
     path.unlink()
     monkeypatch.setattr(comparison.Comparison, "_take_turns", take_turns)
     common[common.index("1")] = "1,2"

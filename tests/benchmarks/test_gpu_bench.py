@@ -381,7 +381,7 @@ def test_report_of_everything_else(tmp_path: Path) -> None:
     results.row("group_norm_silu", case, samples, num_bytes=4e9, flops=1e11)
     other = {"preset": "titok-l-32", "dtype": "bf16", "device": "cuda", "batch": 1}
     of_stages = {"mm": 1e12, "copy": 1e9}
-    stages = {"generator": {"flops": 1e12, "bytes": 1}}
+    stages = {"generator": {"flops": 1e12, "bytes": 1e6}}
     timed = {"mm": [0.5], "copy": [0.1], "generator": [1.0]}
     results.row("roofline", other, timed, work=of_stages, stages=stages)
     results.row("engine", other, {"mm": [0.5], "copy": [0.1], "titok": [0.008]}, work={**of_stages, "titok": 1e11})
@@ -392,7 +392,7 @@ def test_report_of_everything_else(tmp_path: Path) -> None:
     results.row("tuning", {"kernel": "a_kernel", "constant": "A", "shape": "B=1"}, tiles)
     text = gpu_report.report([path])
     assert "| B=64 C=128 px=256 residual=no | bfloat16 | 2 | 2,000 | 50% | 50 | 10% | 2.00x | 1.50x |" in text
-    assert "| generator | 1,000 | 0 | 500 | arithmetic | 1,000 | 2 | 500 |" in text
+    assert "| generator | 1,000 | 1 | 500 | arithmetic | 1,000 | 2 | 500 |" in text
     assert "| titok | 125 |" in text
     assert "### Ladder of titok-l-32" in text
     assert "| a_kernel | 2 | 3 | 75% |" in text
