@@ -23,12 +23,13 @@ def main() -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     # Without pyproject.toml, which older releases of setuptools refuse.
-    distribution = Distribution(
-        {"name": "titok", "package_dir": {"titok": "titok"}, "ext_modules": [Extension("titok._C", sources=[])]}
-    )
+    extension = Extension("titok._C", sources=[], optional=True)
+    distribution = Distribution({"name": "titok", "package_dir": {"titok": "titok"}, "ext_modules": [extension]})
     command = script.BuildExtension(distribution)
     command.inplace = True
     command.ensure_finalized()
+    for library in Path(command.build_lib, "titok").glob("_C*.so"):
+        library.unlink()  # of an earlier build, which is not to be taken for that of this one
     command.run()
 
 
