@@ -146,6 +146,7 @@ def test_all_steps_can_be_run_and_rows_left_out(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_every_batch_is_written_at_once_and_a_side_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_nothing_outlives_a_command(rest: str, limit: float, verdict: str, tmp_p
     assert not runs(int(log.read_text().split()[0]))
 
 
+@pytest.mark.slow
 def test_output_is_kept_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "log"
     code = "import sys, time; print('first', flush=True); print('second', file=sys.stderr, flush=True); time.sleep(60)"
@@ -117,6 +118,7 @@ def prints(name: str, code: str, **more: Any) -> Command:
     return Command(name, more.pop("weight", 1.0), line, least=0.0, **more)
 
 
+@pytest.mark.slow
 def test_a_failure_stops_nothing_and_partial_results_survive(tmp_path: Path) -> None:
     def missing(context: Context, seconds: float) -> list[str]:
         raise LeftOut("the tool is not installed")
