@@ -1,6 +1,5 @@
 # `make` lists the targets. They run in .venv, which each of them makes when it is missing or out of date.
 PYTHON ?= python3
-GPU_PYTHON ?= python3
 OPS := nearest_codebook masked_attention code_mixture group_norm_silu add_layer_norm maskgit_decode_step
 VENV := .venv
 BIN := $(VENV)/bin
@@ -53,11 +52,16 @@ kernels: $(STAMP)  ## compile every Triton kernel for six GPU generations withou
 	$(BIN)/python -m titok.kernels.aot --write
 	$(if $(SECOND_TRITON),PYTHONPATH=$(SECOND_TRITON) $(BIN)/python -m titok.kernels.aot >/dev/null)
 
-# A GPU machine has its own Python with its own torch, which is used as it is: nothing is downloaded.
-# Options, e.g. make gpu GPU_OPTIONS='--minutes 20 --out results': see python -m benchmarks.gpu --help
-gpu:  ## with a GPU: build, GPU tests, all benchmarks (GPU_PYTHON=python3 GPU_OPTIONS='--minutes 8.5 --out FOLDER')
-	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
+# It takes the Python of PYTHON with its own torch and Triton, and makes no .venv: nothing is downloaded.
+#   PART='2 3'            of the parts that python -m benchmarks.gpu --help lists; default: all
+#   BUDGET=900            seconds for everything
+#   DIFFUSERS=PATH        DiT's package where it is not installed: a wheel, or a folder with wheels or with the package
+#   OUT=FOLDER            for results and output; default: runs/gpu
+#   COMMIT=$$(git rev-parse HEAD)   what results name as the commit, where there is no git repository
+#   DRY=1                 computes nothing: checks arguments and collects tests, also without a GPU
+gpu:  ## with a GPU: build, GPU tests, benchmarks against DiT, sanitizers, tuning (PART=2 BUDGET=900 DIFFUSERS=PATH DRY=1)
+	$(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--out $(OUT)) \
+		$(if $(DIFFUSERS),--diffusers $(DIFFUSERS)) $(if $(COMMIT),--commit $(COMMIT)) $(if $(DRY),--dry)
 
 bench: $(STAMP)  ## TiTok against DiT-XL/2 at 512 pixels, then every op against its peers; about 15 minutes
 	$(BIN)/python -m benchmarks.speedup --limit 480

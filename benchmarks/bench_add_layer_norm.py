@@ -7,6 +7,7 @@ as in titok's models.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.op_report import OpReport, parse
+from benchmarks.harness.op_report import OpReport, op_parser
 from titok.ops import add_layer_norm
 
 EPS = 1e-5
 # (tokens, width) in the encoders of L-32, B-64 and S-128 at 256 pixels, and of L-64 at 512 pixels
 SHAPES = ((289, 1024), (321, 768), (385, 512), (1089, 1024))
+FEW_SHAPES = (SHAPES[0], SHAPES[3])
 
 
 def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,19 +52,24 @@ def test_bench(benchmark: Any, run: Callable[..., Any]) -> None:
         benchmark(run, *case(1, 289, 1024, torch.float32, "cpu"))
 
 
+def parser() -> argparse.ArgumentParser:
+    return op_parser(__doc__)
+
+
 def main() -> None:
-    arguments = parse(__doc__)
+    arguments = parser().parse_args()
     report = OpReport("add_layer_norm", arguments)
     candidates: dict[str, Callable[..., Any]] = {"eager": eager, "titok": titok}
     if arguments.compile:
         candidates["compiled"] = torch.compile(eager, dynamic=False)
     for batch in arguments.batch:
-        for tokens, width in SHAPES:
+        for tokens, width in FEW_SHAPES if arguments.few else SHAPES:
             leaves = case(batch, tokens, width, report.dtype, report.device)
             inputs, grads = [leaf.detach() for leaf in leaves], (torch.randn_like(leaves[0]),) * 2
             forward = {name: partial(run, *inputs) for name, run in candidates.items()}
             both = {name: partial(train, run, leaves, grads) for name, run in candidates.items()}
-            for direction, runs, tensors in (("forward", forward, 4), ("forward+backward", both, 8)):
+            directions = (("forward", forward, 4), ("forward+backward", both, 8))
+            for direction, runs, tensors in directions[:1] if arguments.few else directions:
                 sizes = {"direction": direction, "B": batch, "N": tokens, "D": width}
                 count = leaves[0].numel()
                 moved = tensors * count * leaves[0].element_size()

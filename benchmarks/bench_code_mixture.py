@@ -7,6 +7,7 @@ the product, 2 M K C with M = B * P rows.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness.op_report import OpReport, parse
+from benchmarks.harness.op_report import OpReport, op_parser
 from titok.ops import code_mixture
 
 CODES, WIDTH = 1024, 256
@@ -44,8 +45,12 @@ def test_bench(benchmark: Any, run: Callable[..., Tensor]) -> None:
     benchmark(run, *case(1, 256, torch.float32, "cpu"))
 
 
+def parser() -> argparse.ArgumentParser:
+    return op_parser(__doc__)
+
+
 def main() -> None:
-    arguments = parse(__doc__)
+    arguments = parser().parse_args()
     report = OpReport("code_mixture", arguments)
     compiled = torch.compile(eager, dynamic=False)
     for batch in arguments.batch:

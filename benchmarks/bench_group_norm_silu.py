@@ -11,6 +11,7 @@ memory would take longer than the ops do.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.op_report import OpReport, parse
+from benchmarks.harness.op_report import OpReport, op_parser
 from titok.ops import group_norm_silu
 
 EPS, GROUPS = 1e-6, 32
 SHAPES = ((512, 16), (512, 32), (256, 64), (512, 64), (256, 128), (128, 128), (128, 256))  # (C, H = W)
+FEW_SHAPES = (SHAPES[1], SHAPES[4], SHAPES[6])
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -61,8 +63,12 @@ def test_bench(benchmark: Any, side: int, run: Callable[..., Any]) -> None:
         benchmark(run, x, weight, bias)
 
 
+def parser() -> argparse.ArgumentParser:
+    return op_parser(__doc__)
+
+
 def main() -> None:
-    arguments = parse(__doc__)
+    arguments = parser().parse_args()
     report = OpReport("group_norm_silu", arguments)
     alone: dict[str, Callable[..., Any]] = {"eager": eager, "titok": titok}
     added: dict[str, Callable[..., Any]] = {"eager": add_eager, "titok": add_titok}
@@ -70,7 +76,7 @@ def main() -> None:
         alone["compiled"] = torch.compile(eager, dynamic=False)
         added["compiled"] = torch.compile(add_eager, dynamic=False)
     for batch in arguments.batch:
-        for channels, side in SHAPES:
+        for channels, side in FEW_SHAPES if arguments.few else SHAPES:
             x, residual, *affine = case(batch, channels, side, report.dtype, report.device)
             second_read = int(side > 32)
             variants = (

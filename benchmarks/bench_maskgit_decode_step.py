@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness.results import Results
-from benchmarks.harness.timing import interleave
+from benchmarks.harness.op_report import OpReport, op_parser
 from titok.ops import maskgit_decode_step
 
 TOKENS, CODES, STEPS = 64, 4096, 8
@@ -42,8 +40,8 @@ def official_step(tokens: Tensor, cond: Tensor, uncond: Tensor, step: int) -> Te
     fresh = -torch.log((-torch.log(torch.rand_like(score).clamp(min=1e-20))).clamp(min=1e-20))
     score = score + noise_temperature * fresh
     left = math.floor(TOKENS * math.acos(ratio) / (math.pi / 2))
-    left = max(1, min(int(masked[0].sum()) - 1, left))
-    cut_off = score.sort(dim=-1).values[:, left - 1 : left]
+    remaining = (masked.sum(dim=-1, keepdim=True) - 1).clamp(max=left).clamp(min=1)
+    cut_off = score.sort(dim=-1).values.gather(-1, remaining - 1)
     return torch.where(score <= cut_off, CODES, new)
 
 
@@ -80,39 +78,23 @@ def test_bench(benchmark: Any, batch: int, run: Callable[..., Any]) -> None:
     benchmark(run, *case(batch, 0, torch.float32, "cpu"), 0)
 
 
+def parser() -> argparse.ArgumentParser:
+    return op_parser(__doc__)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--seconds", type=float, default=6.0, help="for each line of the table (default: %(default)s)"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--json", metavar="FILE", help="results file to append to (default: none)")
-    arguments = parser.parse_args()
-    results = Results(arguments.json)
-    steps: dict[str, Callable[..., Any]] = {"official": official_step, "titok": titok_step}
-    if arguments.device == "cuda":
-        steps["compiled"] = torch.compile(official_step)
-    where = (
-        torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    )
-    print(f"N={TOKENS} V={CODES} {arguments.dtype} on {where}; medians of interleaved calls, times in ms")
-    print(f"{'batch':>5} {'step':>4} {'masked':>6} {'titok':>8} {'GB/s':>7}  times as long")
-    for batch in BATCHES:
+    arguments = parser().parse_args()
+    report = OpReport("maskgit_decode_step", arguments)
+    candidates: dict[str, Callable[..., Any]] = {"official": official_step, "titok": titok_step}
+    if arguments.compile:
+        candidates["compiled"] = torch.compile(official_step, dynamic=False)
+    for batch in arguments.batch:
         for step in (0, 4):
-            inputs = case(batch, step, getattr(torch, arguments.dtype), arguments.device)
-            runs = {name: functools.partial(run, *inputs, step) for name, run in steps.items()}
-            samples = interleave(runs, arguments.seconds)
-            masked = int((inputs[0] == CODES).sum())
-            num_bytes = 2 * masked * CODES * inputs[1].element_size()
-            median = {name: statistics.median(values) for name, values in samples.items()}
-            ours = median.pop("titok")
-            others = "  ".join(f"{name} {seconds / ours:.1f}x" for name, seconds in median.items())
-            rate = num_bytes / ours / 1e9
-            line = f"{batch:5} {step:4} {masked // batch:6} {ours * 1e3:8.3f} {rate:7.1f}  {others}"
-            print(line, flush=True)
-            shape = {"batch": batch, "tokens": TOKENS, "codes": CODES, "step": step, "dtype": arguments.dtype}
-            results.row("maskgit_decode_step", shape, samples, bytes=num_bytes)
+            inputs = case(batch, step, report.dtype, report.device)
+            runs = {name: functools.partial(run, *inputs, step) for name, run in candidates.items()}
+            num_bytes = 2 * int((inputs[0] == CODES).sum()) * CODES * inputs[1].element_size()
+            sizes = {"batch": batch, "tokens": TOKENS, "codes": CODES, "step": step}
+            report.case(sizes, runs, num_bytes=num_bytes, flops=0.0)
 
 
 if __name__ == "__main__":

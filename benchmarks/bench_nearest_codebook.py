@@ -12,6 +12,7 @@ from.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.memory import peak_growth
-from benchmarks.harness.op_report import OpReport, parse
+from benchmarks.harness.op_report import OpReport, op_parser
 from titok.ops import nearest_codebook
 
 # (latents M, codes V, channels C): tokens of many images in the presets; proxy codes of 16 images of 256 pixels;
 # tokens of one image and of 64 images in titok-l-32; tokens with 64 channels
 CASES = ((65_536, 4096, 12), (4096, 1024, 256), (32, 4096, 12), (2048, 4096, 12), (4096, 8192, 64))
+FEW_CASES = (CASES[2], CASES[3], CASES[0])
 GPU_CASES = (*CASES, (8192, 4096, 12), (16_384, 1024, 256), (1_048_576, 4096, 12))
 
 
@@ -72,11 +74,15 @@ def test_bench(benchmark: Any, name: str, sizes: tuple[int, int, int]) -> None:
     benchmark(CANDIDATES[name], *case(*sizes, "cpu"))
 
 
+def parser() -> argparse.ArgumentParser:
+    return op_parser(__doc__)
+
+
 def main() -> None:
-    arguments = parse(__doc__)
+    arguments = parser().parse_args()
     arguments.dtype = "float32"  # the op computes in float32 whatever the dtype of the model
     report = OpReport("nearest_codebook", arguments)
-    for sizes in GPU_CASES if report.device == "cuda" else CASES:
+    for sizes in FEW_CASES if arguments.few else GPU_CASES if report.device == "cuda" else CASES:
         rows, codes, width = sizes
         inputs = case(*sizes, report.device)
         runs = {name: partial(function, *inputs) for name, function in CANDIDATES.items()}

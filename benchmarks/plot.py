@@ -151,7 +151,10 @@ def stages(rows: Sequence[Row], figure: Figure) -> bool:
 def batch(rows: Sequence[Row], figure: Figure) -> bool:
     """Seconds an image over batch size, a line for each side that was measured at several batch sizes."""
     keys = ("name", "resolution", "dtype", "device", "steps", "batch")
-    sides = newest(measures.select(rows, "speedup") + measures.select(rows, "sweep"), *keys)
+    best = measures.select(rows, "speedup")
+    measured = {tuple(row["case"][key] for key in keys) for row in best}
+    sweep = [row for row in measures.select(rows, "sweep") if tuple(row["case"][k] for k in keys) not in measured]
+    sides = newest(best + sweep, *keys)
     curves: dict[tuple[Any, ...], list[Row]] = {}
     for row in sides:
         curves.setdefault(tuple(row["case"][key] for key in keys[:-1]), []).append(row)

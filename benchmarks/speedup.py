@@ -9,7 +9,9 @@ file of JSON lines, from which `benchmarks.plot` draws and `benchmarks.report` w
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,7 +28,11 @@ from benchmarks.harness.sides import Side
 def parser() -> argparse.ArgumentParser:
     p = command_parser("speedup", __doc__)
     p.add_argument("--resolution", type=int, default=512, choices=[256, 512], help="pixels (default: %(default)s)")
-    p.add_argument("--rows", default="", help="parts of row names, comma-separated (default: all rows)")
+    p.add_argument(
+        "--rows",
+        default="",
+        help="parts of row names, comma-separated, in the order of measuring; =NAME for a whole name (default: all)",
+    )
     p.add_argument(
         "--ladder",
         metavar="PRESET",
@@ -43,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
         dest="all_steps",
         action="store_true",
         help="run every sampling step, also where one step would be timed and multiplied",
+    )
+    p.add_argument(
+        "--compiled-batches",
+        default="32",
+        help="to try with DiT under torch.compile, on a GPU; each is compiled anew (default: %(default)s)",
     )
     p.add_argument("--compile-mode", default="default", help="mode of torch.compile for DiT, on a GPU")
     p.add_argument(
@@ -71,7 +82,12 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
     table: dict[str, Callable[[], Side]] = {}
 
     def add_dit(name: str, dtype: torch.dtype, compile_mode: str | None = None) -> None:
-        options = {"steps": arguments.steps, "compile_mode": compile_mode, "all_steps": arguments.all_steps}
+        options: dict[str, Any] = {
+            "steps": arguments.steps,
+            "compile_mode": compile_mode,
+            "all_steps": arguments.all_steps,
+            "compiled_batches": tuple(map(int, arguments.compiled_batches.split(","))),
+        }
         table[name] = lambda: rivals.dit_side(name, resolution, dtype, device, **options)
 
     def add_titok(preset: str) -> None:
@@ -99,7 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         table = {name: make for name, make in table.items() if name not in left_out}
     comparison = Comparison(arguments, results, console)
     comparison.run(table, left_out)
-    if arguments.ladder:
+    if not comparison.rows:
+        pass  # every side has failed
+    elif arguments.ladder:
         tables.show(*tables.ladder_table(comparison.rows), title=arguments.ladder)
     else:
         shown = tables.speedup_table(comparison.rows)
@@ -107,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, reason in left_out.items():
         console.print(f"left out: {name} ({reason})")
     console.print(f"medians of interleaved calls, random weights; samples in {path}")
+    if comparison.failed:
+        sys.exit(f"benchmarks.speedup: failed: {', '.join(comparison.failed)}")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class DiT:
     Args:
         resolution: 256 or 512 pixels.
         steps: number of steps of the DDPM sampler.
-        compile_mode: the mode for `torch.compile`; None runs eagerly.
+        compile_mode: the mode for `torch.compile`, which compiles for each batch size anew; None runs eagerly.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class DiT:
         self.predict = self.transformer
         self.decode_latents = self.vae.decode
         if compile_mode is not None:
-            self.predict = torch.compile(self.transformer, mode=compile_mode)
-            self.decode_latents = torch.compile(self.vae.decode, mode=compile_mode)
+            self.predict = torch.compile(self.transformer, mode=compile_mode, dynamic=False)
+            self.decode_latents = torch.compile(self.vae.decode, mode=compile_mode, dynamic=False)
 
     def parameters(self) -> int:
         """Number of weights of the transformer and the VAE's decoder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.harness.ceilings import ceiling_runs
+from benchmarks.harness.compiled import compiled_parts
 from benchmarks.harness.memory import peak_growth
 from benchmarks.harness.options import DTYPES
 from benchmarks.harness.results import Results, Row
@@ -20,14 +22,18 @@ from benchmarks.harness.sides import Run, Side, counted_flops, fewer_steps
 from benchmarks.harness.timing import interleave, time_once
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-BUILDING_SHARE = 0.6  # of `--limit`: after this share no more sides are built and no larger batch is tried
+GPU_TRIAL_SECONDS = 0.5  # of each part at each batch size; at least three calls
+BUILDING_SHARE = (
+    0.6  # of `--limit` on a CPU: after this share no more sides are built and no larger batch is tried
+)
 
 
 class Comparison:
     """One run of `benchmarks.speedup`.
 
     Attributes:
-        rows: the rows written to the results file.
+        rows: the rows of the sides that took turns, and of the ceilings.
+        failed: the names of the sides that could not be measured.
         samples: (side, part, batch) -> seconds of each call.
         counted: side -> FLOP of one image as `torch.utils.flop_counter` counts them.
         peaks: (side, batch) -> peak bytes of a call plus the bytes of the weights.
@@ -38,6 +44,7 @@ class Comparison:
         default = "1,8,32,128" if arguments.device == "cuda" else "1" if arguments.ladder else "1,2,4,8"
         self.batches = [int(batch) for batch in (arguments.batches or default).split(",")]
         self.rows: list[Row] = []
+        self.failed: list[str] = []
         self.samples: dict[tuple[str, str, int], list[float]] = {}
         self.counted: dict[str, float] = {}
         self.peaks: dict[tuple[str, int], int] = {}
@@ -53,6 +60,10 @@ class Comparison:
     def run(self, table: Mapping[str, Callable[[], Side]], left_out: dict[str, str]) -> None:
         """Measures every side of `table` and writes its rows.
 
+        Each batch size that is tried is written at once, as a row of "sweep", or of "rung" for a ladder. In the end the
+        sides take turns, and their best batch sizes are written as rows of "speedup" or "ladder". A side that fails is
+        left out.
+
         Args:
             table: name -> a function that makes the side.
             left_out: name -> reason, for sides that are not measured; those without time are added.
@@ -65,37 +76,47 @@ class Comparison:
                     left_out[name] = "no time left"
                     continue
                 self.progress.update(self.task, description=f"building {name}")
-                sides[name] = side = make()
-                if self.arguments.ladder:  # its table shows whole images only
-                    side.parts = {part: p for part, p in side.parts.items() if p.calls}
-                batches[name] = self.best_batch(side)
+                try:
+                    side = make()
+                    if self.arguments.ladder:  # its table shows whole images only
+                        side.parts = {part: p for part, p in side.parts.items() if p.calls}
+                    batches[name] = self.best_batch(side)
+                except Exception as error:  # whatever a side raises, the others are measured
+                    self.failed.append(name)
+                    left_out[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                    continue
+                sides[name] = side
+            for name, reason in left_out.items():
+                self.results.note(f"left out {name}: {reason}")
+            if not sides:
+                return
             self.progress.update(self.task, description="taking turns")
             self._take_turns(sides, batches)
-        for name, reason in left_out.items():
-            self.results.note(f"left out {name}: {reason}")
         for name, side in sides.items():
-            for batch in sorted({b for n, _, b in self.samples if n == name}):
-                best = batch == batches[name]
-                self._write("ladder" if self.arguments.ladder else "speedup" if best else "sweep", side, batch)
+            self.rows += self._write("ladder" if self.arguments.ladder else "speedup", side, batches[name])
 
     def best_batch(self, side: Side) -> int:
         """The batch size with the most images per second.
 
-        Larger batches are tried until one is less than 2% faster, does not fit in memory, or would take more than
-        half of `--seconds` to try.
+        Larger batches are tried until one is less than 2% faster, does not fit in memory, or on a CPU would take more
+        than half of `--seconds` to try.
 
         Raises:
             MemoryError: the smallest batch size does not fit.
+            RuntimeError: the side should be compiled and runs uncompiled.
         """
         speeds: dict[int, float] = {}
         seconds_per_image = 0.0  # that trying a batch takes, all parts and calls together
         # On a GPU a call may replay a CUDA graph, which the counter cannot see into. On a CPU the calls at batch 1
         # are counted in `_try`.
-        count_apart = self.arguments.device == "cuda" or 1 not in self.batches
+        count_apart = self.arguments.device == "cuda" or 1 not in (side.batches or self.batches)
         self.counted[side.name] = side.count_flops() if count_apart else 0.0
-        for batch in self.batches:
+        batches = side.batches or self.batches
+        on_gpu = self.arguments.device == "cuda"  # where the first call compiles kernels: its time says little
+        for batch in batches:
             self.progress.update(self.task, description=f"{side.name}, batch {batch}")
-            if speeds and (self._late() or seconds_per_image * batch > self.arguments.seconds / 2):
+            too_long = not on_gpu and seconds_per_image * batch > self.arguments.seconds / 2
+            if speeds and (self._late() or too_long):
                 self.results.note(f"{side.name}: no time for batch {batch}")
                 break
             started = time.monotonic()
@@ -109,11 +130,13 @@ class Comparison:
             seconds_per_image = (time.monotonic() - started) / batch
             fastest_before = max(speeds.values(), default=0.0)
             speeds[batch] = batch / spent if spent else 0.0
+            side.choose_formula(self.counted[side.name])
+            if spent:
+                self._write("rung" if self.arguments.ladder else "sweep", side, batch)
             if speeds[batch] < 1.02 * fastest_before:
                 break
         if not speeds:
-            raise MemoryError(f"{side.name} does not fit at batch {self.batches[0]}")
-        side.choose_formula(self.counted[side.name])
+            raise MemoryError(f"{side.name} does not fit at batch {batches[0]}")
         return max(speeds, key=lambda batch: speeds[batch])
 
     def _try(self, side: Side, name: str, batch: int) -> float:
@@ -121,6 +144,9 @@ class Comparison:
 
         Returns:
             Seconds that an image batch spends in this part; 0.0 where the time was not taken.
+
+        Raises:
+            RuntimeError: the side should be compiled and runs uncompiled.
         """
         part, device, seconds = side.parts[name], self.arguments.device, 0.0
         run = part.prepare(batch)
@@ -132,16 +158,25 @@ class Comparison:
         if growth is not None:
             peak = growth + side.weight_bytes()
             self.peaks[side.name, batch] = max(peak, self.peaks.get((side.name, batch), 0))
-        if len(self.batches) > 1:
+        if side.must_be_compiled and not compiled_parts(run):
+            raise RuntimeError(f"{side.name}: {name} does not run what torch.compile made")
+        if device == "cuda":
+            samples = interleave({name: run}, GPU_TRIAL_SECONDS, warm=True)[name]
+        elif len(self.batches) > 1:
             long = first_call > self.arguments.seconds / 8  # then warming up matters little
-            sample = first_call if long else time_once(run)
-            self.samples[side.name, name, batch] = [sample]
-            seconds = part.calls * sample
+            samples = [first_call if long else time_once(run)]
+        else:
+            samples = []
+        if samples:
+            self.samples[side.name, name, batch] = samples
+            seconds = part.calls * statistics.median(samples)
         self.progress.advance(self.task)
         return seconds
 
     def _late(self) -> bool:
         """Whether the rest of the time limit is needed for taking turns."""
+        if self.arguments.device == "cuda":
+            return self.started + self.limit - time.monotonic() < 2 * self.arguments.seconds + 5
         return time.monotonic() - self.started > BUILDING_SHARE * self.limit
 
     def _take_turns(self, sides: Mapping[str, Side], batches: Mapping[str, int]) -> None:
@@ -171,7 +206,8 @@ class Comparison:
             for part in side.parts:
                 self.samples[name, part, batches[name]] = samples[f"{name}: {part}"]
 
-    def _write(self, bench: str, side: Side, batch: int) -> None:
+    def _write(self, bench: str, side: Side, batch: int) -> list[Row]:
+        """Writes the row of a side, and of a DiT whose single step was timed also that for fewer steps."""
         case = {
             "name": side.name,
             "family": side.family,
@@ -196,12 +232,13 @@ class Comparison:
             flops_counted=self.counted[side.name],
             peak_bytes=self.peaks.get((side.name, batch)),
         )
-        self.rows.append(row)
+        rows = [row]
         if bench == "speedup" and side.family == "dit" and side.steps == 250 and not self.arguments.all_steps:
-            self.rows.append(self.results.write(fewer_steps(row, 50)))
+            rows.append(self.results.write(fewer_steps(row, 50)))
+        return rows
 
     def _dtype(self, side: Side) -> str:
-        dtype = next(side.modules[0].parameters()).dtype
-        if dtype == torch.bfloat16:
+        dtypes = {p.dtype for module in side.modules for p in module.parameters()}
+        if torch.bfloat16 in dtypes:
             return "bf16"
         return "tf32" if self.arguments.dtype == "tf32" else "fp32"

@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
         "kind": "environment",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("TITOK_COMMIT"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", *_excluded())),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -64,7 +64,10 @@ def _excluded() -> list[str]:
 
 def _git(*arguments: str) -> str | None:
     folder = Path(__file__).parent
-    run = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=folder)
+    try:
+        run = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=folder)
+    except OSError:  # no git on this machine
+        return None
     return run.stdout.strip() if run.returncode == 0 else None
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.harness import flops, measures, tables
+from benchmarks.harness import flops, gpu_tables, measures, tables
 from benchmarks.harness.results import Row, quantiles
 from benchmarks.harness.tables import number, percent
 from titok.config import GeneratorConfig, TokenizerConfig, VQGANConfig
@@ -50,13 +50,13 @@ FEW_CASES = 6  # an op with at most so many cases gets a line for each
 
 
 def figures(rows: Sequence[Row]) -> Figures:
-    """Name -> text, for every placeholder of the template. CPU results only.
+    """Name -> text, for every placeholder of the template: from CPU results, and the tables of GPU results.
 
     Raises:
         LookupError: a figure's measurement is in none of the results files.
     """
     on_cpu = [row for row in rows if measures.ran_on_cpu(row)]
-    found: Figures = {}
+    found: Figures = {"gpu_tables": gpu_tables.measured(rows)}
     parts = (work, speedups, published, ladder, memory, waiting, instruction_sets, roofline, ops, dispatcher)
     for part in parts:
         found |= part(on_cpu)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.compiled import compiled_parts
 from benchmarks.harness.results import FOLDER, Results, quantiles
 from benchmarks.harness.timing import interleave
 
 
-def parse(description: str | None) -> argparse.Namespace:
-    """The options of an op benchmark, from the command line."""
+def op_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of an op benchmark."""
     gpu = torch.cuda.is_available()
     dtypes = ("float32", "bfloat16", "float16")
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,7 +32,10 @@ def parse(description: str | None) -> argparse.Namespace:
         metavar="FILE",
         help="results file to append to (default: on a GPU benchmarks/results/<op>.jsonl, on a CPU none)",
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--few", action="store_true", help="only the shapes of the presets that matter most, and only forward"
+    )
+    return parser
 
 
 class OpReport:
@@ -55,8 +59,9 @@ class OpReport:
         square = source[: 1 << 24].view(4096, 4096).to(self.dtype)
         samples = interleave({"copy": lambda: target.copy_(source), "product": lambda: square @ square}, 2.0)
         copy, product = (quantiles(samples[name])[0] for name in ("copy", "product"))
-        self.results.row("ceilings", {"dtype": self.options.dtype}, samples)
-        return 2 * source.nbytes / copy, 2 * 4096**3 / product
+        work = {"copy": 2.0 * source.nbytes, "product": 2.0 * 4096**3}
+        self.results.row("ceilings", {"dtype": self.options.dtype}, samples, work=work)
+        return work["copy"] / copy, work["product"] / product
 
     def case(
         self,
@@ -69,6 +74,9 @@ class OpReport:
     ) -> None:
         """Times the candidates in turns, writes their samples, and prints a line for each.
 
+        "compiled" is compiled anew, because PyTorch runs a function uncompiled after a number of recompilations. It is
+        left out where it does not run compiled.
+
         Args:
             case: sizes, as the results file and the table name them.
             candidates: name -> function without arguments.
@@ -76,7 +84,13 @@ class OpReport:
             flops: FLOP of one call, whoever computes it.
             ours: the candidate that the last column compares the others with.
         """
-        samples = interleave(candidates, self.options.seconds)
+        if "compiled" in candidates:
+            torch.compiler.reset()
+            candidates["compiled"]()
+            if not compiled_parts(candidates["compiled"]):
+                candidates = {name: run for name, run in candidates.items() if name != "compiled"}
+                self.results.note(f"{self.op} {dict(case)}: the compiled peer ran uncompiled and is left out")
+        samples = interleave(candidates, self.options.seconds, hide_launches=True)
         self.results.row(self.op, {**case, "dtype": self.options.dtype}, samples, num_bytes=num_bytes, flops=flops)
         label = " ".join(f"{key}={value}" for key, value in case.items())
         print(f"\n{label}: {num_bytes / 1e6:.1f} MB, {flops / 1e9:.2f} GFLOP, {len(samples[ours])} calls each")

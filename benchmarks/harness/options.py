@@ -49,6 +49,15 @@ def start(arguments: argparse.Namespace) -> Path:
 
 
 def matching(names: Iterable[str], words: str) -> list[str]:
-    """The names that contain one of the comma-separated words in any case; all names if there is no word."""
-    wanted = [word.strip().lower() for word in words.split(",") if word.strip()]
-    return [name for name in names if not wanted or any(word in name.lower() for word in wanted)]
+    """The names that contain one of the comma-separated words in any case, word by word; all names if there is no word.
+
+    A word after "=" stands for the name that equals it.
+    """
+    names, wanted = list(names), [word.strip().lower() for word in words.split(",") if word.strip()]
+    found = [
+        name
+        for word in wanted
+        for name in names
+        if (name.lower() == word[1:] if word.startswith("=") else word in name.lower())
+    ]
+    return list(dict.fromkeys(found)) if wanted else names

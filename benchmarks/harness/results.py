@@ -10,7 +10,7 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +61,32 @@ def read(paths: Iterable[str | os.PathLike[str]]) -> list[Row]:
     An environment gets two more keys: "file", the name of its file, and "notes", the texts of the run's notes.
     """
     rows: list[Row] = []
+    for record, run in _with_environments(paths):
+        if record["kind"] == "note":
+            run["notes"].append(record["text"])
+        elif record["kind"] == "row":
+            rows.append({**record, "environment": run})
+    return rows
+
+
+def read_others(paths: Iterable[str | os.PathLike[str]], kind: str) -> list[Row]:
+    """The records of another kind, such as "test" and "command", which `benchmarks.gpu` writes."""
+    return [record for record, _ in _with_environments(paths) if record["kind"] == kind]
+
+
+def _with_environments(paths: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Every record but environments, each with the environment of its run. Lines that were cut off are left out."""
     for path in paths:
-        run: dict[str, Any] = {}
+        run: dict[str, Any] = {"notes": []}
         for line in Path(path).read_text().splitlines():
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:  # the process was killed while it wrote
+                continue
             if record["kind"] == "environment":
                 run = {**record, "file": Path(path).name, "notes": []}
-            elif record["kind"] == "note":
-                run["notes"].append(record["text"])
-            elif record["kind"] == "row":
-                rows.append({**record, "environment": run})
-    return rows
+            else:
+                yield record, run
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:

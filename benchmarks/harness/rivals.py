@@ -14,6 +14,9 @@ from benchmarks.harness.sides import PAPER, Part, Run, Side, build, class_labels
 from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, sample_tokens
 from titok.data.images import to_uint8
 
+# Of DiT without torch.compile on a GPU. At 8 images its products are large already; many more than 32 do not fit.
+EAGER_BATCHES = (8, 32)
+
 
 def maskgit_side(resolution: int, dtype: torch.dtype, device: str) -> Side:
     """MaskGIT over (resolution / 16)^2 tokens, then the MaskGIT-VQGAN's decoder, both in titok's code."""
@@ -62,8 +65,16 @@ def dit_side(
     steps: int,
     compile_mode: str | None,
     all_steps: bool,
+    compiled_batches: tuple[int, ...] = (),
 ) -> Side:
-    """DiT-XL/2 of diffusers. `all_steps` runs every step; otherwise one step is timed and multiplied."""
+    """DiT-XL/2 of diffusers.
+
+    Args:
+        compile_mode: of `torch.compile`; None runs it as it is.
+        all_steps: run every step; otherwise one step is timed and multiplied.
+        compiled_batches: the batch sizes of a compiled DiT, each of which is compiled anew; empty tries those of the
+            command.
+    """
     model = dit.DiT(resolution, dtype, device, steps=steps, compile_mode=compile_mode)
     denoise_flops = flops.dit_pass(2, resolution // 16).flops * steps
 
@@ -87,6 +98,8 @@ def dit_side(
         },
         counted=[(partial(model.step, model.noise(1), 0), steps), (partial(model.decode, model.noise(1)), 1)],
         note="" if all_steps else f"{steps} x one step",
+        batches=compiled_batches if compile_mode is not None else EAGER_BATCHES if device == "cuda" else (),
+        must_be_compiled=compile_mode is not None,
         paper=PAPER["dit", resolution] if steps == 250 else None,
         modules=[model.transformer, model.vae.decoder],
     )

@@ -74,6 +74,8 @@ class Side:
         note: how the side was timed, shown in tables; empty for whole images.
         paper: images per second on one A100 by the paper, or None.
         modules: the modules whose weights generation reads.
+        batches: the batch sizes to try in place of those of the command; empty takes those of the command.
+        must_be_compiled: whether a part that does not run what `torch.compile` made is an error.
     """
 
     name: str
@@ -89,6 +91,8 @@ class Side:
     note: str = ""
     paper: float | None = None
     modules: list[nn.Module] = field(default_factory=list)
+    batches: tuple[int, ...] = ()
+    must_be_compiled: bool = False
 
     def count_flops(self) -> float:
         """FLOP of one image as `torch.utils.flop_counter` counts them."""

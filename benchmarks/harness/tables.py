@@ -132,6 +132,64 @@ def stage_table(row: Row) -> Table:
     return ["stage", "GFLOP", "least MB", "floor, ms", "bound by", "measured, ms", "gap", "could save, ms"], lines
 
 
+def kernel_table(row: Row, count: int) -> Table:
+    """The `count` kernels of a "kernel_times" row that take longest, with their share of all."""
+    kernels = row["kernels"]
+    total = sum(kernel["seconds"] for kernel in kernels.values())
+    slowest = sorted(kernels, key=lambda name: -float(kernels[name]["seconds"]))[:count]
+    lines = [
+        [
+            name if len(name) <= 80 else f"{name[:77]}...",
+            number(kernels[name]["calls"]),
+            number(1e3 * kernels[name]["seconds"]),
+            percent(kernels[name]["seconds"] / total),
+        ]
+        for name in slowest
+    ]
+    return ["kernel", "calls", "ms", "share"], lines
+
+
+def tuning_table(rows: Sequence[Row]) -> Table:
+    """Every candidate of the rows of "tuning": median time, and the time of the table's own tile divided by it."""
+    lines = []
+    for row in rows:
+        case, medians = row["case"], row["median_s"]
+        first = next(iter(medians.values()))
+        lines += [
+            [case["kernel"], case["shape"], name, number(1e3 * median, 4), f"{first / median:.2f}x"]
+            for name, median in medians.items()
+        ]
+    return ["kernel", "shape", "tile", "ms", "faster by"], lines
+
+
+def op_table(rows: Sequence[Row]) -> Table:
+    """Every case of an op: titok's time and rates, their share of the measured ceilings, and peer over titok.
+
+    A row's environment is that of its run, whose row of "ceilings" has the rates of a copy and of a product.
+    """
+    peers = list(dict.fromkeys(name for row in rows for name in row["median_s"] if name != measures.OURS))
+    lines = []
+    for row in rows:
+        ours = row["median_s"][measures.OURS]
+        ceiling = row["ceilings"]
+        speed = row["flops"] / ours
+        lines.append(
+            [
+                " ".join(
+                    f"{key}={value}" for key, value in row["case"].items() if key not in ("dtype", "direction")
+                ),
+                row["case"]["dtype"],
+                number(1e3 * ours, 4),
+                number(row["num_bytes"] / ours / 1e9),
+                percent(row["num_bytes"] / ours / ceiling["copy"]),
+                number(speed / 1e12),
+                percent(speed / ceiling["product"]),
+                *(f"{row['median_s'][name] / ours:.2f}x" if name in row["median_s"] else "-" for name in peers),
+            ]
+        )
+    return ["case", "dtype", "ms", "GB/s", "of copy", "TFLOP/s", "of product", *peers], lines
+
+
 def transposed(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     """The same table with a column for each line, for a few lines of many values."""
     columns = list(zip(header, *lines, strict=True))

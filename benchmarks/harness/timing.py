@@ -9,26 +9,32 @@ from typing import Any
 import torch
 
 FLUSH_BYTES = 256 << 20  # written before each timed call on a GPU; larger than the L2 cache of any current GPU
+LAUNCH_CYCLES = 2_000_000  # of the GPU's clock: about a millisecond, in which the host launches tens of kernels
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], Any]], seconds: float = 5.0, *, warm: bool = False
+    candidates: Mapping[str, Callable[[], Any]],
+    seconds: float = 5.0,
+    *,
+    warm: bool = False,
+    hide_launches: bool = False,
 ) -> dict[str, list[float]]:
     """Times the candidates in turns, so that a change in the machine's speed affects all of them alike.
 
-    On a GPU each call starts with a cold L2 cache and is timed by CUDA events. The write that empties the cache is
-    still running while the call's kernels are launched, so launch latency does not count as kernel time.
+    On a GPU each call starts with a cold L2 cache and is timed by CUDA events.
 
     Args:
         candidates: name -> function without arguments.
         seconds: how long to continue; at least three rounds are made.
         warm: skip the one call of every candidate that otherwise precedes the first round.
+        hide_launches: on a GPU, let the GPU wait before each call for as long as the host needs to launch the call's
+            kernels, so that the time is that of the kernels. For single ops.
 
     Returns:
         name -> seconds of each call.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    timed = _gpu_timer() if torch.cuda.is_available() else time_on_cpu
+    timed = _gpu_timer(hide_launches) if torch.cuda.is_available() else time_on_cpu
     if not warm:
         for run in candidates.values():
             run()
@@ -59,12 +65,14 @@ def time_once(run: Callable[[], Any]) -> float:
     return time_on_cpu(synchronised)
 
 
-def _gpu_timer() -> Callable[[Callable[[], Any]], float]:
+def _gpu_timer(hide_launches: bool) -> Callable[[Callable[[], Any]], float]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def timed(run: Callable[[], Any]) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
+        if hide_launches:
+            torch.cuda._sleep(LAUNCH_CYCLES)
         start.record()
         run()
         stop.record()

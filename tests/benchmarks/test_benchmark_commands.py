@@ -146,6 +146,51 @@ def test_all_steps_can_be_run_and_rows_left_out(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_every_batch_is_written_at_once_and_a_side_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a side must be compiled: here one is not."""
+    path = tmp_path / "r.jsonl"
+    ours, seen = Models.ours, []
+
+    def uncompiled(self: Models, name: str, **options: Any) -> sides.Side:
+        side = ours(self, name, **options)
+        side.must_be_compiled = name == "tiny-64"
+        return side
+
+    def take_turns(self: comparison.Comparison, *arguments: Any) -> None:
+        seen.extend(row["case"]["batch"] for row in rows(path, "sweep"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Models, "ours", uncompiled)
+    common = [
+        "--device",
+        "cpu",
+        "--seconds",
+        "0.01",
+        "--batches",
+        "1",
+        "--rows",
+        "=tiny-64,=tiny-8",
+        "--out",
+        str(path),
+    ]
+    with pytest.raises(SystemExit, match="failed: tiny-64"):
+        speedup.main(common)
+    assert [row["case"]["name"] for row in rows(path, "speedup")] == ["tiny-8"]
+    (row,) = rows(path, "speedup")
+    (note,) = row["environment"]["notes"]
+    assert note.endswith("tiny-64: step does not run what torch.compile made")
+    path.unlink()
+    monkeypatch.setattr(comparison.Comparison, "_take_turns", take_turns)
+    common[common.index("1")] = "1,2"
+    with pytest.raises(KeyboardInterrupt):
+        speedup.main([*common, "--rows", "=tiny-8"])
+    assert seen[:1] == [1]
+
+
+@pytest.mark.slow
 def test_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.jsonl"
     speedup.main(["--device", "cpu", "--ladder", "tiny-64", "--seconds", "0.01", "--out", str(path)])

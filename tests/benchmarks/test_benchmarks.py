@@ -8,14 +8,13 @@ import json
 import mmap
 import re
 import shlex
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, plot, profile, regression, speedup
-from benchmarks.harness import measures, sides, tables
+from benchmarks import plot, profile, regression, speedup
+from benchmarks.harness import gpu_parts, measures, sides, tables
 from benchmarks.harness.memory import peak_growth
 from benchmarks.harness.results import Results, read
 from titok import profiling
@@ -238,7 +237,8 @@ def test_documented_commands_parse():
     checked = [command for command in own if parse(command)]
     words = {word for command in checked for word in shlex.split(command, comments=True)}
     commands = {
-        "engine", "gpu", "memory", "plot", "profile", "regression", "report", "roofline", "speedup", "waiting",
+        "engine", "gpu", "gpu_report", "kernel_times", "memory", "plot", "profile", "regression", "report", "roofline",
+        "speedup", "tune", "waiting",
     }  # fmt: skip
     assert words >= {"nsys", "ncu", *(f"benchmarks.{name}" for name in commands)}
 
@@ -248,6 +248,14 @@ def test_rows_can_be_chosen():
         ["--resolution", "256", "--rows", "DiT, l-32", "--device", "cpu", "--dtype", "fp32"]
     )
     assert list(speedup.rows(arguments)) == ["DiT-XL/2 as published, fp32", "titok-l-32 eager", "titok-l-32"]
+    headline = speedup.parser().parse_args(
+        ["--resolution", "512", "--rows", "=titok-l-64-512,compiled,as published", "--device", "cuda"]
+    )
+    assert list(speedup.rows(headline)) == [
+        "titok-l-64-512",
+        "DiT-XL/2 bf16, compiled",
+        "DiT-XL/2 as published, fp32",
+    ]
     ladder = speedup.parser().parse_args(["--ladder", "titok-l-32", "--device", "cpu"])
     rungs = [
         "eager fp32",
@@ -265,10 +273,10 @@ def test_rows_can_be_chosen():
 def test_makefile_runs_every_op_benchmark():
     makefile = (ROOT / "Makefile").read_text()
     (listed,) = re.findall(r"^OPS := (.*)$", makefile, re.MULTILINE)
-    assert tuple(listed.split()) == gpu.OPS
+    assert tuple(listed.split()) == gpu_parts.OPS
     others = {"bench_dispatch", "bench_models"}
     found = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} - others
-    assert found == {f"bench_{op}" for op in gpu.OPS}
+    assert found == {f"bench_{op}" for op in gpu_parts.OPS}
 
 
 def test_benchmarks_use_public_names_only():
@@ -284,23 +292,3 @@ def test_benchmarks_use_public_names_only():
                 assert "mock" not in [*module.split("."), *(alias.name for alias in node.names)], path
             found += [f"{path.name}: {name}" for name in names if re.match("_(?!_)", name)]
     assert not found
-
-
-def test_parts_of_the_gpu_run_end_in_verdicts(tmp_path, capsys):
-    log = tmp_path / "gpu.log"
-    with log.open("w") as file:
-        runner = gpu.Runner(minutes=1, log=file)
-        for name, code in (("fine", "print('hello')"), ("broken", "raise SystemExit(3)")):
-            runner.run(name, [sys.executable, "-c", code], limit=30)
-        assert runner.failed()
-        runner.run("slow", [sys.executable, "-c", "import time; time.sleep(30)"], limit=0.5)
-        runner.verdicts["speedup"] = f"{gpu.NOT_INSTALLED}: rich"
-    assert runner.verdicts == {
-        "fine": "ok",
-        "broken": "exit status 3",
-        "slow": "stopped after 0 s",
-        "speedup": "not installed: rich",
-    }
-    assert "hello" in log.read_text()
-    assert "hello" in capsys.readouterr().out
-    assert 0 < runner.left() < 60
