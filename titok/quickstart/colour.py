@@ -99,7 +99,7 @@ def _run_settings(steps: int, seed: int, rate: float) -> dict[str, Any]:
         "ema_decay": 0.99,
         "seed": seed,
         "checkpoint_every": 100,
-        "picture_every": 50,
+        "picture_every": min(50, steps),
     }
 
 
@@ -128,7 +128,7 @@ def decoder_training(steps: int = STEPS["decoder"], seed: int = 0) -> DecoderTra
 
 def generator_training(steps: int = STEPS["generator"], seed: int = 0) -> GeneratorTraining:
     """Settings of the generator, on the tokens of all training pictures and of their mirrored copies."""
-    run = {**_run_settings(steps, seed, 1e-3), "picture_every": 250}
+    run = {**_run_settings(steps, seed, 1e-3), "picture_every": min(250, steps)}
     return GeneratorTraining(model=GENERATOR, batch_size=64, **run)
 
 
