@@ -113,9 +113,14 @@ def adm_ten_crops(picture: Image.Image, size: tuple[int, int]) -> Tensor:
     return ten_crops(to_tensor(adm_crop(picture, enlarged)), size)
 
 
-# The copies of a picture that a set of tokens holds, by the value of --augment: their transform and their number.
+# The copies of a picture that a set of tokens holds, by name: their transform and their number.
 COPIES: Mapping[str, tuple[Transform, int]] = MappingProxyType(
-    {"none": (evaluation_copies, 1), "flip": (adm_and_mirror, 2), "ten-crop": (adm_ten_crops, 10)}
+    {
+        "none": (evaluation_copies, 1),
+        "flip": (adm_and_mirror, 2),
+        "ten-crop": (adm_ten_crops, 10),
+        "evaluation-and-mirror": (evaluation_and_mirror, 2),  # of `titok train generator --flip`
+    }
 )
 
 
