@@ -88,7 +88,9 @@ def test_copies_of_a_training_set() -> None:
     transform, count = crops.COPIES["ten-crop"]
     want = ten_definition(adm_definition(image, 17), 16, 16)
     assert count == 10
-    assert torch.equal(transform(image, (16, 16)), torch.from_numpy(np.stack(want)).permute(0, 3, 1, 2).float() / 255)
+    assert torch.equal(
+        transform(image, (16, 16)), torch.from_numpy(np.stack(want)).permute(0, 3, 1, 2).float() / 255
+    )
     assert int(256 * crops.ADM_MARGIN) == 281
 
 

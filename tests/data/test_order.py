@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from titok import TokenizerConfig, ViTConfig
 from titok.data.folders import ImageFolder, Pictures, read_batches
+from titok.training import TokenizerTraining, checkpoint, train_tokenizer
 from titok.training.order import micro_batches, seed_of, shuffled_batches, shuffled_draws
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +98,52 @@ def test_crops_differ_between_epochs_and_pictures(folder: ImageFolder) -> None:
         torch.equal(mirrored[epoch * COUNT], folder[0] if keep else folder[0].flip(-1))
         for epoch, keep in enumerate(kept)
     )
+
+
+def training(**changes: Any) -> TokenizerTraining:
+    vit = ViTConfig(16, 1, 2, 8)
+    model = TokenizerConfig(8, vit, vit, 4, 4, 16, l2_normalize=True)
+    options = {
+        "steps": 6,
+        "batch_size": 4,
+        "warmup_steps": 1,
+        "checkpoint_every": 2,
+        "random_flip": True,
+        **changes,
+    }
+    return TokenizerTraining(model=model, random_crop=True, **options)
+
+
+def test_training_on_random_crops_goes_on_with_the_same(folder: ImageFolder, tmp_path: Path) -> None:
+    def train(out: str, **changes: Any) -> bytes:
+        train_tokenizer(folder, training(**changes), tmp_path / "runs" / out, resume=True, progress=False)
+        return (tmp_path / "runs" / out / "model.safetensors").read_bytes()
+
+    want = train("whole")
+    write = checkpoint.write_checkpoint
+    saved: list[int] = []
+
+    def stops(path: Path, step: int, *rest: Any) -> None:
+        write(path, step, *rest)
+        saved.append(step)
+        if step == 4 and saved.count(4) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_checkpoint", stops)
+        with pytest.raises(KeyboardInterrupt):
+            train("stopped")
+        assert train("stopped") == want
+    assert saved == [2, 4, 6]
+    assert train("centre", random_flip=False) != want
+
+
+def test_random_crops_need_pictures(folder: ImageFolder, tmp_path: Path) -> None:
+    images = torch.stack([folder[index] for index in range(COUNT)])
+    with pytest.raises(
+        ValueError, match=r"random_crop: expected pictures that are read from files, .* got Tensor"
+    ):
+        train_tokenizer(images, training(), tmp_path / "run", progress=False)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

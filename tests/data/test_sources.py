@@ -168,7 +168,11 @@ def test_order_of_classes(tmp_path: Path) -> None:
     assert natural.classes == ["c1", "c2", "c10"]
     assert dict(zip(natural.names, natural.labels.tolist(), strict=True))["c10/a.png"] == 2
     given = open_pictures(tmp_path, classes=["c2", "unseen", "c10", "c1"])
-    assert dict(zip(given.names, given.labels.tolist(), strict=True)) == {"c1/a.png": 3, "c10/a.png": 2, "c2/a.png": 0}
+    assert dict(zip(given.names, given.labels.tolist(), strict=True)) == {
+        "c1/a.png": 3,
+        "c10/a.png": 2,
+        "c2/a.png": 0,
+    }
     for classes, words in (
         (["c1", "c2"], "'c10' is not among them"),
         (["c1", "c1", "c2", "c10"], "'c1' twice"),
@@ -190,7 +194,12 @@ def test_files_of_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a.png,dog\nb/c.png,cat\n", "a.png\tdog\nb/c.png\tcat", "a.png dog\n\nb/c.png  cat\n", '"a.png",dog\nb/c.png,cat'],
+    [
+        "a.png,dog\nb/c.png,cat\n",
+        "a.png\tdog\nb/c.png\tcat",
+        "a.png dog\n\nb/c.png  cat\n",
+        '"a.png",dog\nb/c.png,cat',
+    ],
 )
 def test_files_of_labels(text: str, tmp_path: Path) -> None:
     (tmp_path / "labels").write_text(text)

@@ -167,6 +167,8 @@ class _Work:
         finished = self.output / INFO
         if not self.is_file and finished.is_file() and not (self.folder / SETTINGS).exists() and not anew:
             self._compare(finished, read_json(finished).get("settings"))
+            if self.folder.exists():  # the run that finished it was killed while it removed its parts
+                self._clear()
             return None
         self._made = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -230,6 +232,7 @@ class _Work:
         """Writes the output, removes the parts, and returns the number of pictures."""
         kept = np.concatenate([indices for indices, _ in self._blocks()])
         if not len(kept):
+            self._remove_parts()
             raise ValueError(f"{self.pictures.source.where}: none of its pictures is readable")
         labels = self.pictures.labels.numpy()[kept]
         if self.is_file:
