@@ -114,6 +114,7 @@ def training(**changes: Any) -> TokenizerTraining:
     return TokenizerTraining(model=model, random_crop=True, **options)
 
 
+@pytest.mark.slow
 def test_training_on_random_crops_goes_on_with_the_same(folder: ImageFolder, tmp_path: Path) -> None:
     def train(out: str, **changes: Any) -> bytes:
         train_tokenizer(folder, training(**changes), tmp_path / "runs" / out, resume=True, progress=False)

@@ -188,7 +188,7 @@ def test_files_of_classes(tmp_path: Path) -> None:
         assert read_class_names(tmp_path / "classes") == ["b", "a"]
     for text in ("[1]", "[" * 10**5):
         (tmp_path / "classes").write_text(text)
-        with pytest.raises(ValueError, match="classes: (expected a|not a readable) list of"):
+        with pytest.raises(ValueError, match=r"classes: (expected a|not a readable) list of"):
             read_class_names(tmp_path / "classes")
 
 
@@ -349,10 +349,10 @@ def test_a_pattern_is_not_a_folder(tmp_path: Path) -> None:
 
 def test_options_of_another_kind_of_source_are_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", CONTENTS)
-    with pytest.raises(ValueError, match="--labels: expected other pictures than those of .*a.tar"):
+    with pytest.raises(ValueError, match=r"--labels: expected other pictures than those of .*a.tar"):
         open_pictures(tmp_path / "a.tar", labels_file="labels")
     by_folder(tmp_path)
-    with pytest.raises(ValueError, match="--index: expected other pictures than those of .*photos"):
+    with pytest.raises(ValueError, match=r"--index: expected other pictures than those of .*photos"):
         open_pictures(tmp_path / "photos", index="index.npz")
     with pytest.raises(ValueError, match="--classes: expected other pictures than those of hf:photos"):
         open_pictures("hf:photos", classes="natural")
@@ -374,7 +374,7 @@ def test_splits_and_columns_of_huggingface(tmp_path: Path) -> None:
     assert source.left_out == "left out: the columns text"
     assert source.names[3] == "00000003"
     assert [open_pictures(f"hf:{tmp_path}/hf:test")[i].content for i in (0, 1)] == [CONTENTS[1][1], CONTENTS[0][1]]
-    with pytest.raises(ValueError, match="expected a split, as in .*:train; there are train, test"):
+    with pytest.raises(ValueError, match=r"expected a split, as in .*:train; there are train, test"):
         open_pictures(f"hf:{tmp_path}/hf")
     with pytest.raises(ValueError, match="there are train, test"):
         open_pictures(f"hf:{tmp_path}/hf:valid")

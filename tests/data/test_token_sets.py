@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cli_runner import refused, titok
-from titok import GeneratorConfig, TiTok
+from titok import GeneratorConfig, TiTok, TokenizerConfig, ViTConfig
 from titok.cli.app import app
 from titok.data import tokenizing
 from titok.data.crops import COPIES
@@ -36,7 +36,7 @@ NAMES = [f"{'ab'[number % 2]}/{number:02}.png" for number in range(11)]
 
 
 @pytest.fixture(autouse=True)
-def _inputs(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _inputs(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder with `pictures`, two classes, and the tokenizer `tok`. A block has four pictures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tokenizing, "BLOCK", 4)
@@ -46,7 +46,6 @@ def _inputs(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> It
         Path("pictures", name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20 + number, 50, 3), dtype=np.uint8)).save(Path("pictures", name))
     Path("tok").symlink_to(models / "tokenizer")
-    yield
 
 
 def sorted_names() -> list[str]:
@@ -267,10 +266,9 @@ def test_damaged_pictures(suffix: str) -> None:
     assert not list(Path().glob("u*"))
 
 
-def test_large_codebooks_take_four_bytes(
-    tiny_tokenizer: Callable[..., TiTok], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_tokenizer(codebook_size=70_000, code_dim=2)
+def test_large_codebooks_take_four_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = ViTConfig(16, 1, 2, 8)
+    model = TiTok(TokenizerConfig(SIZE, vit, vit, 4, code_dim=2, codebook_size=70_000))
     monkeypatch.setattr(TiTok, "encode", lambda self, images: torch.full((len(images), 4), 69_999))
     pictures = Pictures(FolderSource("pictures"), SIZE, transform=COPIES["none"][0])
     tokenize_set(model, pictures, "t.tokens", copies=1, made_of={})

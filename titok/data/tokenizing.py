@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ from titok.data.folders import Pictures, ReadablePictures, read_batches
 from titok.data.npz import read_arrays
 from titok.data.token_sets import INFO, JSONL, LABELS, NAMES, TOKENS
 from titok.data.tokens import signature
-from titok.models.tokenizer import TiTok
 from titok.processes import in_first_process, own_part, wait_for_all
+
+if TYPE_CHECKING:
+    from titok.models.tokenizer import TiTok
 
 BLOCK = 512  # pictures
 FINISHED, SETTINGS, LOCK = "finished", "settings.json", "lock"
