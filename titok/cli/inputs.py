@@ -181,7 +181,7 @@ def tokenize_source(
     def made_of() -> dict[str, Any]:
         names = hashlib.sha256("\n".join(pictures.names).encode(errors="surrogateescape"))
         return {
-            "pictures": fingerprint.of_images(pictures)["pictures"],
+            "pictures": fingerprint.of_images(pictures).get("pictures"),
             "names": names.hexdigest(),
             "labels": fingerprint.of_tensor(pictures.labels),
             "classes": pictures.classes,
