@@ -14,7 +14,10 @@ def quickstart(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER", help="For all that is written.",
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="For all that is written.",
             show_default="runs/quickstart, or runs/colour",
         ),
     ] = None,
