@@ -11,20 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from titok.cli.inputs import image_folder, preprocessing
+from titok.cli.inputs import SourceOptions, image_folder, preprocessing
 from titok.cli.options import (
+    ClassesOption,
     DeviceOption,
     IgnoreOrientationOption,
     IgnoreTransparencyOption,
+    IndexOption,
+    LabelsOption,
     SkipUnreadableOption,
 )
 
 if TYPE_CHECKING:
-    from titok.data.folders import ImageFolder
+    from titok.data.folders import Pictures
     from titok.training import TrainingConfig
     from titok.training.metrics import Tracker
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures; every sub-folder is a class.")]
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="IMAGES", help="A folder whose sub-folders are classes; .tar shards; hf:FOLDER, hf:NAME:SPLIT."
+    ),
+]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FOLDER", help="For the model and the checkpoint of the run.")
 ]
@@ -88,6 +96,9 @@ class Common:
     skip_unreadable: SkipUnreadableOption = False
     ignore_orientation: IgnoreOrientationOption = False
     ignore_transparency: IgnoreTransparencyOption = False
+    classes: ClassesOption = None
+    labels: LabelsOption = None
+    index: IndexOption = None
     device: DeviceOption = "auto"
 
     def settings(self, recipe: str, model: dict[str, Any], more: dict[str, Any] | None = None) -> TrainingConfig:
@@ -126,14 +137,17 @@ class Common:
             config = dataclasses.replace(config, model=small_model(recipe, config, named))  # type: ignore[call-arg]
         return with_changes(config, self.changes or [])
 
-    def pictures(self, images: Path, size: Any, channels: int) -> ImageFolder:
-        """The folder of pictures, each of which was read once."""
+    def pictures(self, images: Path, size: Any, channels: int) -> Pictures:
+        """The pictures to train on, each of which was read once."""
         how = preprocessing(self.ignore_orientation, self.ignore_transparency)
-        return image_folder(images, size, channels, how, skip_unreadable=self.skip_unreadable)
+        options = SourceOptions(self.classes, self.labels, self.index)
+        return image_folder(images, size, channels, how, skip_unreadable=self.skip_unreadable, options=options)
 
     def run_options(self, output: Path, size: Any, channels: int) -> dict[str, Any]:
         """The options of a training function that show what it does."""
-        held_out = None if self.held_out is None else self.pictures(self.held_out, size, channels)
+        # The options that say how the pictures are found are those of the training pictures.
+        plain = dataclasses.replace(self, classes=None, labels=None, index=None)
+        held_out = None if self.held_out is None else plain.pictures(self.held_out, size, channels)
         return {"held_out": held_out, "trackers": self.trackers(output)}
 
     def trackers(self, output: Path) -> list[Tracker]:

@@ -109,6 +109,8 @@ class ReconstructionTraining(TrainingConfig):
         random_shift: in pixels. Each training image is moved by a random number of pixels up to this one, both
             down and right; the pixels at its edge are repeated.
         random_flip: True mirrors each training image left to right with probability 1/2.
+        random_crop: True crops each training picture at a random place, as the published training does, and not at the
+            centre. The place depends on the seed, the epoch and the picture.
     """
 
     reconstruction_kind: Literal["l2", "l1"] = "l2"
@@ -124,6 +126,7 @@ class ReconstructionTraining(TrainingConfig):
     discriminator_grid: int = 16
     random_shift: int = 0
     random_flip: bool = True
+    random_crop: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,7 +140,7 @@ class ReconstructionTraining(TrainingConfig):
         for name in ("adversarial_start", "discriminator_warmup_steps"):
             self._check_integer(name, 0, "an int >= 0")
         self._check_integer("random_shift", 0, "an int >= 0")
-        self._check_flags("random_flip")
+        self._check_flags("random_flip", "random_crop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +192,7 @@ class ProxyTraining(TrainingConfig):
         model: of a tokenizer with the head "proxy" and without a pixel decoder.
         restart_every, restart_until, position_std: as in `TokenizerTraining`; the published training restarts no
             codes.
-        random_shift, random_flip: as in `ReconstructionTraining`.
+        random_shift, random_flip, random_crop: as in `ReconstructionTraining`.
     """
 
     model: TokenizerConfig
@@ -205,6 +208,7 @@ class ProxyTraining(TrainingConfig):
     restart_until: float = 0.7
     random_shift: int = 0
     random_flip: bool = True
+    random_crop: bool = False
     position_std: float | None = None
 
     def __post_init__(self) -> None:
@@ -216,7 +220,7 @@ class ProxyTraining(TrainingConfig):
         self._check_integer("restart_every", 0, "an int >= 0")
         self._check_unit("restart_until")
         self._check_integer("random_shift", 0, "an int >= 0")
-        self._check_flags("random_flip")
+        self._check_flags("random_flip", "random_crop")
 
 
 @dataclass(frozen=True, kw_only=True)
