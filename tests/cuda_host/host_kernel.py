@@ -72,7 +72,7 @@ def load(library: Path) -> Kernel:
         confidence = torch.full(tokens.shape, torch.nan)
         drawn = torch.full(tokens.shape, -7, dtype=torch.int32)
         arrivals = torch.zeros(len(tokens), dtype=torch.int32)
-        order = torch.full((2, *tokens.shape), -7)
+        positions = torch.full((2, *tokens.shape), -7)
         args = DecodeArgs(
             tokens=(new if in_place else tokens).data_ptr(),
             cond=cond.data_ptr(),
@@ -97,11 +97,11 @@ def load(library: Path) -> Kernel:
             confidence=confidence.data_ptr(),
             drawn=drawn.data_ptr(),
             arrivals=arrivals.data_ptr(),
-            order=order.data_ptr(),
+            order=positions.data_ptr(),
         )
         assert function(ctypes.byref(args), threads, rounds, order) == 0
         assert not arrivals.any()  # a launch leaves the counters as it found them
-        assert torch.equal(order, order_of(new == mask_token))
+        assert torch.equal(positions, order_of(new == mask_token))
         return new, confidence
 
     return run

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from titok.inference import cudnn
+
 T = TypeVar("T")
 
 # PyTorch allows one capture at a time in a process.
@@ -128,7 +130,8 @@ class GraphCache:
         try:
             # `torch.cuda.graph` leaves its stream the current one where a capture fails; this context does not.
             with torch.cuda.stream(memory.stream):
-                compute()  # kernels may be compiled and tuned on first use, which cannot be captured
+                with cudnn.tuning():
+                    compute()  # kernels may be compiled and tuned on first use, which cannot be captured
                 graph = torch.cuda.CUDAGraph()
                 options: Any = {"pool": memory.pool.id, "stream": memory.stream}
                 with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
