@@ -25,7 +25,9 @@ _tuning: ContextVar[bool] = ContextVar("titok_cudnn_tuning", default=False)
 def tuning() -> Iterator[None]:
     """A context in which `conv` tries cuDNN's algorithms for shapes that it has not met, which takes far longer.
 
-    It holds for the current context (`contextvars`), not for other threads. It cannot be captured in a CUDA graph.
+    It holds for the current context (`contextvars`), not for other threads. It cannot be captured in a CUDA graph. Two
+    processes may choose different algorithms, which round differently; where PyTorch is to be deterministic, none is
+    tried.
     """
     token = _tuning.set(True)
     try:
@@ -68,7 +70,8 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor
     if x.dtype.itemsize == 2 and _has_cudnn():
         is_deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
         one = (1, 1)
-        y = torch.cudnn_convolution(x, weight, one, one, one, 1, _tuning.get(), is_deterministic, False)
+        tunes = _tuning.get() and not is_deterministic
+        y = torch.cudnn_convolution(x, weight, one, one, one, 1, tunes, is_deterministic, False)
     else:
         y = F.conv2d(x, weight, padding=1)
     if outputs == len(weight):
