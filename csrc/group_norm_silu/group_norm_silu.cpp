@@ -12,13 +12,18 @@ namespace {
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 constexpr int64_t kChunkElements = int64_t{1} << 15;
 
-GroupNormSiluPlan plan_for(const GroupNormSiluArgs& args) {
+GroupNormSiluPlan plan_for_shape(int64_t pixels, int64_t channels) {
   GroupNormSiluPlan plan{};
-  plan.chunk = std::max<int64_t>(kChunkElements / args.channels, 8);
-  plan.chunks = divide_up(args.pixels, plan.chunk);
-  plan.padded = divide_up(args.channels, 32) * 32;
+  plan.chunk = std::max<int64_t>(kChunkElements / channels, 8);
+  plan.chunks = divide_up(pixels, plan.chunk);
+  plan.padded = divide_up(channels, 32) * 32;
   plan.scratch_size = (plan.chunks + 1) * 2 * plan.padded;
   plan.threads = omp_get_max_threads();  // PyTorch's number: both share one OpenMP runtime
+  return plan;
+}
+
+GroupNormSiluPlan plan_for(const GroupNormSiluArgs& args) {
+  GroupNormSiluPlan plan = plan_for_shape(args.pixels, args.channels);
   const int64_t elements = args.batch * args.pixels * args.channels;
   const int64_t bytes =
       elements * ((args.residual ? 3 : 1) * bytes_of(args.map_dtype) + bytes_of(args.normalised_dtype));
@@ -49,6 +54,14 @@ void launch_group_norm_silu(const GroupNormSiluArgs& args) {
   const GroupNormSiluPlan plan = plan_for(args);
   const GroupNormSiluKernel kernel = for_this_cpu([](auto isa) { return group_norm_silu_kernel(isa); });
   kernel(args, plan, scratch_of_this_thread(plan.threads * plan.scratch_size));
+}
+
+void launch_group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
+  ask_for_huge_pages(args.grad_x, args.batch * args.pixels * args.channels * bytes_of(args.map_dtype));
+  GroupNormSiluPlan plan = plan_for_shape(args.pixels, args.channels);
+  plan.scratch_size = (plan.chunks + 2) * 2 * plan.padded;
+  const auto kernel = for_this_cpu([](auto isa) { return group_norm_silu_backward_kernel(isa); });
+  kernel(args, plan, scratch_of_this_thread(args.batch * plan.scratch_size));
 }
 
 }  // namespace titok

@@ -58,18 +58,13 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) ->
     assert error <= tolerance, f"{error:.2e} of the largest value, {tolerance:.0e} allowed"
 
 
-def with_gradients(backend: str | None) -> str | None:
-    """Only without a name does the C++ kernel, which has no backward pass, run where a gradient is wanted."""
-    return None if backend == "cpp" else backend
-
-
 def check(
     shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype | None, backend: str, device: str | None = None
 ) -> None:
     """Both forms of the op and all its gradients."""
     groups = shape[-1]
     x, residual, weight, bias = (t.requires_grad_() for t in inputs(shape, dtype, device))
-    arguments: dict[str, Any] = {"out_dtype": out, "backend": with_gradients(backend)}
+    arguments: dict[str, Any] = {"out_dtype": out, "backend": backend}
     alone = group_norm_silu(x, groups, weight, bias, EPS, **arguments)
     assert last_backend("group_norm_silu") == backend
     assert isinstance(alone, torch.Tensor)
@@ -169,10 +164,15 @@ def test_silu_at_its_ends(backend: str) -> None:
     assert torch.allclose(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_cpp_by_name_refuses_gradients() -> None:
-    x, residual, weight, bias = inputs(SHAPES[0], F32)
-    with pytest.raises(RuntimeError, match=r"group_norm_silu: backend 'cpp' cannot run: it has no backward pass"):
-        group_norm_silu(x.requires_grad_(), SHAPES[0][-1], weight, bias, EPS, residual=residual, backend="cpp")
+def test_mixed_gradients_of_the_sum_take_plain_pytorch() -> None:
+    """A caller of the raw op may give a gradient of the sum in another dtype than x's."""
+    x, grad, weight, bias = inputs((2, 8, 3, 4, 2), F32)
+    statistics = torch.zeros(2, 2), torch.ones(2, 2)
+    got, *_ = BACKWARD_OP(grad, grad.double(), x, weight, bias, *statistics)
+    assert last_backend("group_norm_silu_backward") == "plain"
+    expected, *_ = BACKWARD_OP(grad, grad, x, weight, bias, *statistics)
+    assert last_backend("group_norm_silu_backward") == "cpp"
+    assert torch.allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dispatched", [False, True])
@@ -238,7 +238,6 @@ def test_layouts() -> None:
 def test_out(backend: str | None, grad: bool) -> None:
     x, residual, weight, bias = inputs((2, 40, 6, 5, 4), F32)
     weight.requires_grad_(grad)
-    backend = with_gradients(backend) if grad else backend
     alone = group_norm_silu(x, 4, weight, bias, EPS, out_dtype=BF16, backend=backend)
     buffer, other = torch.full_like(x, -7, dtype=BF16), torch.full_like(x, -7)
     got = group_norm_silu(x, 4, weight, bias, EPS, out_dtype=BF16, out=buffer, backend=backend)
@@ -277,9 +276,7 @@ def test_large_maps_are_streamed_past_the_caches() -> None:
 def test_empty(shape: tuple[int, ...], backend: str) -> None:
     x = torch.empty(shape).to(memory_format=CHANNELS_LAST).requires_grad_()
     weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8)
-    total, normalised = group_norm_silu(
-        x, 2, weight, bias, EPS, residual=x.detach(), backend=with_gradients(backend)
-    )
+    total, normalised = group_norm_silu(x, 2, weight, bias, EPS, residual=x.detach(), backend=backend)
     assert total.shape == normalised.shape == shape
     normalised.sum().backward()
     assert weight.grad is not None
@@ -331,8 +328,11 @@ for dtype, out in ((torch.float32, None), (torch.bfloat16, None), (torch.float32
     for shape in ((3, 36, 20, 31), (1, 128, 33, 40), (2, 64, 8, 8)):
         x, residual = torch.randn(2, *shape).to(dtype)
         x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x + 3, residual))
-        weight, bias = torch.randn(2, shape[1])
-        results += ops.group_norm_silu(x, 4, weight, bias, 1e-6, residual=residual, out_dtype=out, backend="cpp")
+        leaves = [t.requires_grad_() for t in (x, residual, *torch.randn(2, shape[1]))]
+        x, residual, weight, bias = leaves
+        pair = ops.group_norm_silu(x, 4, weight, bias, 1e-6, residual=residual, out_dtype=out, backend="cpp")
+        results += [t.detach() for t in pair]
+        results += torch.autograd.grad(pair, leaves, [torch.randn_like(t) for t in pair])
 torch.save((extension().cpu_isa(), results), sys.argv[2])
 """
 
@@ -358,7 +358,7 @@ def test_instruction_sets_and_threads_agree(tmp_path: Any) -> None:
     lowest, generic = run_program(tmp_path / "generic", "generic", 2)
     assert lowest == "generic"
     for a, b in zip(best, generic, strict=True):
-        assert_close(b, a.double(), TOLERANCE[a.dtype])
+        assert_close(b, a.double(), 4 * TOLERANCE[a.dtype])
 
 
 @pytest.mark.slow
@@ -370,7 +370,6 @@ def test_opcheck(memory_format: torch.memory_format, backend: str) -> None:
     x, residual, weight, bias = inputs((2, 8, 3, 5, 2), F32)
     x, residual = (t.contiguous(memory_format=memory_format) for t in (x, residual))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    backend = with_gradients(backend)
     leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
     torch.library.opcheck(OP, (x, 2, *leaves[2:], EPS, None, BF16, backend), test_utils=tests)
     torch.library.opcheck(OP, (x, 2, *leaves[2:], EPS, residual, None, backend), test_utils=tests)

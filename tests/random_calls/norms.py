@@ -170,7 +170,7 @@ def group_norm_silu(draw: Draw) -> None:
     arguments |= {"eps": draw.pick(1e-6, 1e-5, 0.1), "out_dtype": draw.pick(None, None, None, *FLOATS)}
     if draw.chance(0.5):
         arguments["residual"] = image("residual")
-    backend = _backend(draw, "plain", *(() if gradient else ("cpp",)))
+    backend = _backend(draw, "plain", "cpp")
     draw.note(eps=arguments["eps"], groups=groups, out_dtype=arguments["out_dtype"], gradient=gradient)
     if draw.chance(0.12):
         wrong = {

@@ -147,6 +147,36 @@ Case group_norm(int64_t batch, int64_t pixels, int64_t channels, DType dtype, bo
           }};
 }
 
+Case group_norm_backward(int64_t batch, int64_t pixels, int64_t channels, DType dtype, bool add) {
+  return {"group_norm_silu_backward", [=] {
+            const int64_t count = batch * pixels * channels, groups = 4;
+            const Buffer x = normal(count, dtype, 1), grad = normal(count, dtype, 2);
+            const Buffer grad_total = normal(count, dtype, 3);
+            const Buffer weight = normal(channels, dtype, 4), bias = normal(channels, dtype, 5);
+            const Buffer statistics = normal(batch * groups, DType::kFloat32, 6);
+            Outputs out;
+            out.emplace_back(count * bytes_of(dtype));
+            for (int i = 0; i < 2; ++i) out.emplace_back(channels * 4);
+            GroupNormSiluBackwardArgs args{};
+            args.grad = grad.as<void>();
+            args.grad_total = add ? grad_total.as<void>() : nullptr;
+            args.x = x.as<void>();
+            args.weight = weight.as<void>();
+            args.bias = bias.as<void>();
+            args.mean = args.rstd = statistics.as<float>();
+            args.grad_x = out[0].as<void>();
+            args.grad_weight = out[1].as<float>();
+            args.grad_bias = out[2].as<float>();
+            args.map_dtype = args.grad_dtype = args.parameter_dtype = dtype;
+            args.batch = batch;
+            args.pixels = pixels;
+            args.channels = channels;
+            args.groups = groups;
+            launch_group_norm_silu_backward(args);
+            return out;
+          }};
+}
+
 Case attention(int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, DType dtype, bool backward) {
   return {backward ? "masked_attention_backward" : "masked_attention", [=] {
             const int64_t width = heads * head_dim, count = batch * tokens * width;
@@ -235,8 +265,11 @@ std::vector<Case> all_cases() {
     for (const bool flag : {false, true}) {
       cases.push_back(layer_norm(700, 130, dtype, flag));
       cases.push_back(group_norm(1, 900, 96, dtype, flag));   // chunks of an image are shared
+      cases.push_back(group_norm_backward(1, 900, 96, dtype, flag));
       cases.push_back(group_norm(3, 1500, 64, dtype, flag));  // or, with 3 threads, images are
+      cases.push_back(group_norm_backward(3, 1500, 64, dtype, flag));
       cases.push_back(group_norm(13, 50, 24, dtype, flag));   // images are shared
+      cases.push_back(group_norm_backward(13, 50, 24, dtype, flag));
       cases.push_back(attention(2, 101, 3, 24, dtype, flag));
       cases.push_back(decode(3, 21, 1031, dtype, flag));
     }

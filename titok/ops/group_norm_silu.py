@@ -76,8 +76,7 @@ def group_norm_silu(
         out: takes the result and is returned, or with `residual` a pair for both; of the dtype that the result would
             have, in x's memory format. The first of a pair may be x or residual itself, and the only one x where
             dtypes agree; otherwise they overlap no other tensor.
-        backend: "triton", "cpp" (CPU, float32 and bfloat16; it has no gradient), "plain", or None for the
-            fastest that can run.
+        backend: "triton", "cpp" (CPU, float32 and bfloat16), "plain", or None for the fastest that can run.
 
     Returns:
         (B, C, H, W) in `out_dtype`; with `residual` the sum, in x's dtype, comes first.
@@ -234,6 +233,18 @@ def _backward_results(a: BackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     return grad_x, torch.empty_like(a.weight), torch.empty_like(a.bias)
 
 
+def _backward_cpp(a: BackwardArguments, grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
+    sums = [grad_weight, grad_bias]
+    if a.weight.dtype != torch.float32:  # the kernel writes float32
+        sums = [torch.empty_like(a.weight, dtype=torch.float32) for _ in sums]
+    extension().group_norm_silu_backward(
+        a.grad, a.grad_total, a.x, a.weight, a.bias, a.mean, a.rstd, grad_x, *sums
+    )
+    if sums[0] is not grad_weight:
+        grad_weight.copy_(sums[0])
+        grad_bias.copy_(sums[1])
+
+
 def _backward_triton(a: BackwardArguments, grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
     from titok.kernels import group_norm_silu as kernels
 
@@ -281,8 +292,14 @@ def _why_not_channels_last(x: Tensor) -> str | None:
     return None if channels_last else "the kernels take channels-last maps"
 
 
-def _why_no_cpp(a: Arguments) -> str | None:
-    reason = why_not_float32_or_bfloat16(a.x.dtype, a.out_dtype) or why_no_cpp(a.x)
+def _why_no_cpp(a: Arguments | BackwardArguments) -> str | None:
+    if isinstance(a, BackwardArguments):
+        other = a.grad.dtype
+        if a.grad_total is not None and a.grad_total.dtype != a.x.dtype:
+            return "the C++ kernel takes a gradient of the sum in x's dtype"
+    else:
+        other = a.out_dtype
+    reason = why_not_float32_or_bfloat16(a.x.dtype, other) or why_no_cpp(a.x)
     return reason or _why_not_channels_last(a.x)
 
 
@@ -331,7 +348,11 @@ _BACKWARD = Op(
     3,
     check=_check_backward,
     results=_backward_results,
-    backends=(Kernel("triton", _backward_triton, _why_no_triton, _like_x), Composite("plain", _backward_plain)),
+    backends=(
+        Kernel("triton", _backward_triton, _why_no_triton, _like_x),
+        Kernel("cpp", _backward_cpp, _why_no_cpp, _like_x),
+        Composite("plain", _backward_plain),
+    ),
 )
 
 _GROUP_NORM_SILU = Op(

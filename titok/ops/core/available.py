@@ -20,6 +20,7 @@ EXTENSION_FUNCTIONS = frozenset(
         "add_layer_norm_backward",
         "add_layer_norm_chunks",
         "group_norm_silu",
+        "group_norm_silu_backward",
         "masked_attention",
         "masked_attention_backward",
         "maskgit_decode_step",
