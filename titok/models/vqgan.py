@@ -267,7 +267,7 @@ class VQGANDecoder(nn.Module):
                 return self._decode_in(buffers, packed, x)
         x, residual = self.conv_in(x), None
         for part in (*self.mid, *reversed(self.levels)):
-            x, residual = part.summands(x, residual)  # type: ignore[operator]
+            x, residual = part.summands(x, residual)
         return self.conv_out(_sum_norm_silu(x, residual, self.norm_out)[1])
 
     def _packed_weights(self, x: Tensor) -> PackedWeights | None:

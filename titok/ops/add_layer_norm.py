@@ -51,7 +51,10 @@ def add_layer_norm(
 
     Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), equations 3 and 4.
     """
-    total, normalised = _ADD_LAYER_NORM(x, residual, weight, bias, eps, out_dtype, out=out, backend=backend)
+    needs_sum = True
+    total, normalised = _ADD_LAYER_NORM(
+        x, residual, weight, bias, eps, out_dtype, needs_sum, out=out, backend=backend
+    )
     return total, normalised
 
 

@@ -293,6 +293,7 @@ def _why_not_channels_last(x: Tensor) -> str | None:
 
 
 def _why_no_cpp(a: Arguments | BackwardArguments) -> str | None:
+    other: torch.dtype | None
     if isinstance(a, BackwardArguments):
         other = a.grad.dtype
         if a.grad_total is not None and a.grad_total.dtype != a.x.dtype:
