@@ -16,6 +16,7 @@ from titok.checkpoints.quirks import fold_shortcut_of_result, shortcut_of_result
 from titok.inference import cudnn, onednn
 from titok.inference.folded_upsample import FoldedUpsampleConv, fold_upsample_conv, upsample_conv
 from titok.inference.prepared import PreparableLayer, prepared_form, prepared_with, readable, replace_weights
+from titok.models.conv_gradient import conv3x3
 from titok.ops import layer_norm
 
 # Number of values in a weight below which calling oneDNN's op costs more than the packed layout saves.
@@ -123,7 +124,7 @@ class Conv3x3(nn.Conv2d, PreparableLayer):
                 return onednn.conv(x, prepared, self.bias, add)
             y = cudnn.conv(x, prepared, self.bias, self.out_channels)
             return y if add is None else y + add
-        y = F.conv2d(x, readable(self.weight), self.bias, padding=1)
+        y = conv3x3(x, readable(self.weight), self.bias)
         if shortcut is not None:
             return shortcut_of_result(y, shortcut)
         return y if add is None else y + add
@@ -166,4 +167,4 @@ class UpsampleConv(nn.Conv2d, PreparableLayer):
         if folded is not None:
             return upsample_conv(x, folded._replace(bias=self.bias))
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return F.conv2d(x, readable(self.weight), self.bias, padding=1)
+        return conv3x3(x, readable(self.weight), self.bias)

@@ -79,6 +79,11 @@ class TrainingConfig(Config):
         self._check_integer("warmup_steps", 0, f"an int in [0, steps = {self.steps})", self.steps - 1)
         self._check_integer("seed", 0, "an int in [0, 2^63)", (1 << 63) - 1)
 
+    def _check_std(self, name: str) -> None:
+        if getattr(self, name) is not None:
+            std = as_number(getattr(self, name))
+            self._set_if(name, std, std is not None and std > 0, "None or a finite number > 0")
+
     @property
     def micro_batches(self) -> int:
         """The number of micro-batches in a step."""
@@ -182,7 +187,8 @@ class ProxyTraining(TrainingConfig):
 
     Attributes:
         model: of a tokenizer with the head "proxy" and without a pixel decoder.
-        restart_every, restart_until: as in `TokenizerTraining`; the published training restarts no codes.
+        restart_every, restart_until, position_std: as in `TokenizerTraining`; the published training restarts no
+            codes.
         random_shift, random_flip: as in `ReconstructionTraining`.
     """
 
@@ -199,10 +205,12 @@ class ProxyTraining(TrainingConfig):
     restart_until: float = 0.7
     random_shift: int = 0
     random_flip: bool = True
+    position_std: float | None = None
 
     def __post_init__(self) -> None:
         self._check_nested("model", TokenizerConfig)
         super().__post_init__()
+        self._check_std("position_std")
         fits = self.model.head == "proxy" and not self.model.pixel_decoder
         self._check("model", fits, "a tokenizer with head 'proxy' and without a pixel decoder")
         self._check_integer("restart_every", 0, "an int >= 0")
@@ -281,9 +289,7 @@ class TokenizerTraining(ReconstructionTraining):
         self._check_number("kl_weight")
         self._check_integer("restart_every", 0, "an int >= 0")
         self._check_unit("restart_until")
-        if self.position_std is not None:
-            std = as_number(self.position_std)
-            self._set_if("position_std", std, std is not None and std > 0, "None or a finite number > 0")
+        self._check_std("position_std")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.losses import proxy_code_loss
 from titok.training.losses.precision import float32_or_wider
 from titok.training.metrics import Tracker
-from titok.training.objective import Losses, Objective, data_of, drawing_weights, load_initial
+from titok.training.objective import Losses, Objective, data_of, drawing_weights, load_initial, redraw_positions
 from titok.training.reconstruction import augment, compared, first_images
 from titok.training.run import train_on_images
 
@@ -53,6 +53,7 @@ def train_proxy(
     with open_folder(out_dir, resume=resume) as folder:
         with drawing_weights(config.seed):
             model = TiTok(config.model)
+            redraw_positions(model, config.position_std)
         data = {**data_of(images), **load_initial(model, initial)}
         data["proxy"] = fingerprint.of_weights(proxy.state_dict())
         model.to(device=device, dtype=torch.float32)

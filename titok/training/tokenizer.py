@@ -14,7 +14,7 @@ from titok.training.config import TokenizerTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.losses import kl_loss
 from titok.training.metrics import Tracker
-from titok.training.objective import data_of, drawing_weights, load_initial
+from titok.training.objective import data_of, drawing_weights, load_initial, redraw_positions
 from titok.training.reconstruction import Perceptual, ReconstructionObjective, augment, make_adversary
 from titok.training.run import train_on_images
 
@@ -67,10 +67,7 @@ def train_tokenizer(
     with open_folder(out_dir, resume=resume) as folder:
         with drawing_weights(config.seed):
             model = TiTok(config.model)
-            if config.position_std is not None:
-                for name, parameter in model.named_parameters():
-                    if name.endswith(("_positions", "_token", "_tokens")):
-                        torch.nn.init.normal_(parameter, std=config.position_std)
+            redraw_positions(model, config.position_std)
             adversary = make_adversary(config, config.model.channels, device)
         started = load_initial(model, initial)
         model.to(device=device, dtype=torch.float32)
