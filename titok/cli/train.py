@@ -58,8 +58,7 @@ def vqgan(
 
         size, channels = settings.image_size, settings.model.channels
         initial = None if common.init is None else MaskGITVQGAN.from_pretrained(common.init)
-        pictures = common.pictures(images, size, channels)
-        options = common.run_options(output, size, channels)
+        pictures, options = common.data(images, output, size, channels)
         train_vqgan(pictures, settings, folder, initial=initial, device=torch_device, **options)
         return f"a MaskGIT-VQGAN of {len(pictures)} pictures"
 
@@ -88,8 +87,7 @@ def proxy(
         size, channels = settings.model.image_size, settings.model.channels
         initial = None if common.init is None else TiTok.from_pretrained(common.init)
         vqgan = MaskGITVQGAN.from_pretrained(proxy)
-        pictures = common.pictures(images, size, channels)
-        options = common.run_options(output, size, channels)
+        pictures, options = common.data(images, output, size, channels)
         train_proxy(pictures, vqgan, settings, folder, initial=initial, device=torch_device, **options)
         return f"stage 1 of a tokenizer of {len(pictures)} pictures"
 
@@ -120,9 +118,8 @@ def decoder(
 
         size, channels = settings.model.image_size, settings.model.channels
         stage, vqgan = TiTok.from_pretrained(first), MaskGITVQGAN.from_pretrained(proxy)
-        pictures = common.pictures(images, size, channels)
-        options = common.run_options(output, size, channels)
-        train_decoder(pictures, stage, vqgan, settings, folder, device=torch_device, **options)
+        pictures, options = common.data(images, output, size, channels)
+        train_decoder(pictures, stage, vqgan, settings, folder, device=torch_device, measure=_figures, **options)
         return f"a tokenizer of {len(pictures)} pictures, {settings.model.num_latent_tokens} tokens each"
 
     _run(common, output, "decoder", [images, proxy, first], train)
@@ -162,9 +159,10 @@ def tokenizer(
 
         model = settings.model
         initial = None if common.init is None else TiTok.from_pretrained(common.init)
-        pictures = common.pictures(images, model.image_size, model.channels)
-        options = common.run_options(output, model.image_size, model.channels)
-        train_tokenizer(pictures, settings, folder, initial=initial, device=torch_device, **options)
+        pictures, options = common.data(images, output, model.image_size, model.channels)
+        train_tokenizer(
+            pictures, settings, folder, initial=initial, device=torch_device, measure=_figures, **options
+        )
         return f"a tokenizer of {len(pictures)} pictures, {model.num_latent_tokens} tokens each"
 
     sizes = {
@@ -175,7 +173,7 @@ def tokenizer(
 
 
 @app.command()
-@with_common_options("held_out")
+@with_common_options("held_out", "hold_out")
 def generator(
     images: Annotated[
         Path,
@@ -246,6 +244,13 @@ def generator(
 
     inputs: list[Path | str] = [images] if tokenizer is None else [images, tokenizer]
     _run(common, output, "generator", inputs, train, {"width": width, "layers": layers})
+
+
+def _figures(tokenizer: TiTok, images: Any) -> dict[str, float]:
+    """The figures of a tokenizer on images, which all processes share."""
+    from titok.evaluation.reconstruction import evaluate_reconstruction
+
+    return evaluate_reconstruction(tokenizer, images, progress=False).figures
 
 
 def _samples_of(tokenizer: TiTok) -> Callable[[MaskGIT], torch.Tensor]:

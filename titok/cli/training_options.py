@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -62,7 +63,11 @@ Changes = Annotated[
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the settings as JSON, and end.")]
 HeldOut = Annotated[
     Path | None,
-    typer.Option("--held-out", metavar="FOLDER", help="Pictures to show reconstructions of while training."),
+    typer.Option("--held-out", metavar="FOLDER", help="Pictures to show and to measure while training."),
+]
+HoldOut = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Hold out this share of the pictures instead, by a hash of their names."),
 ]
 Init = Annotated[
     str | None,
@@ -92,6 +97,7 @@ class Common:
     seed: Seed = 0
     resume: Resume = False
     held_out: HeldOut = None
+    hold_out: HoldOut = None
     log: Log = None
     skip_unreadable: SkipUnreadableOption = False
     ignore_orientation: IgnoreOrientationOption = False
@@ -143,12 +149,25 @@ class Common:
         options = SourceOptions(self.classes, self.labels, self.index)
         return image_folder(images, size, channels, how, skip_unreadable=self.skip_unreadable, options=options)
 
-    def run_options(self, output: Path, size: Any, channels: int) -> dict[str, Any]:
-        """The options of a training function that show what it does."""
-        # The options that say how the pictures are found are those of the training pictures.
-        plain = dataclasses.replace(self, classes=None, labels=None, index=None)
-        held_out = None if self.held_out is None else plain.pictures(self.held_out, size, channels)
-        return {"held_out": held_out, "trackers": self.trackers(output)}
+    def data(self, images: Path, output: Path, size: Any, channels: int) -> tuple[Pictures, dict[str, Any]]:
+        """The pictures to train on, and the options of a training function that show what it does."""
+        if self.held_out is not None and self.hold_out is not None:
+            raise ValueError("--hold-out: expected it without --held-out, which names the pictures already")
+        pictures = self.pictures(images, size, channels)
+        held_out = None
+        if self.held_out is not None:
+            # The options that say how the pictures are found are those of the training pictures.
+            plain = dataclasses.replace(self, classes=None, labels=None, index=None)
+            held_out = plain.pictures(self.held_out, size, channels)
+        if self.hold_out is not None:
+            from titok.evaluation.held_out import held_out_by_name
+
+            is_held_out, held_out = held_out_by_name(pictures.names, self.hold_out), copy.copy(pictures)
+            if not is_held_out.any():
+                raise ValueError(f"--hold-out: expected a share of at least one picture, got {self.hold_out}")
+            held_out.remove((~is_held_out).nonzero()[:, 0].tolist())
+            pictures.remove(is_held_out.nonzero()[:, 0].tolist())
+        return pictures, {"held_out": held_out, "trackers": self.trackers(output)}
 
     def trackers(self, output: Path) -> list[Tracker]:
         """The trackers of --log, in the first process."""

@@ -38,6 +38,8 @@ class TrainingConfig(Config):
         log_every: in steps, between two entries of `metrics.jsonl` and updates of the progress bar. The last step
             always makes an entry.
         picture_every: in steps, between two pictures of what the model does. 0 makes none.
+        evaluate_every: in steps, between two measurements of a tokenizer, with its averaged weights, on the pictures
+            that are held out; one follows the last step. 0 makes none.
     """
 
     steps: int
@@ -59,6 +61,7 @@ class TrainingConfig(Config):
     keep_every: int = 0
     log_every: int = 10
     picture_every: int = 0
+    evaluate_every: int = 0
 
     def __post_init__(self) -> None:
         betas = tuple(map(as_number, self.betas)) if isinstance(self.betas, (tuple, list)) else ()
@@ -69,7 +72,7 @@ class TrainingConfig(Config):
         self._check_choice("precision", ("float32", "tf32", "bfloat16", "float16"))
         self._check("ema_decay", self.ema_decay < 1, "a number in [0, 1)")
         self._check_flags("compile", "checkpoint_activations")
-        for name in ("keep_every", "picture_every"):
+        for name in ("keep_every", "picture_every", "evaluate_every"):
             self._check_integer(name, 0, "an int >= 0")
         if self.micro_batch_size is not None:
             self._check_counts("micro_batch_size")
