@@ -1,8 +1,8 @@
 """Trains the two-stage system of the paper on colour pictures, OpenMoji's emoji at 64 pixels, and writes a report.
 
-`titok quickstart --colour` runs it: a 2D tokenizer, stage 1 and stage 2 of a TiTok, and a generator, on a CPU. The option
-is hidden, because the system does not reach `REQUIRED_PSNR` yet: stage 1 learns too slowly. After 770 of 1,000 steps of 32
-emoji (256 codes in the 2D tokenizer, learning rate 1e-3) it predicted 18% of the held-out codes, for 10.6 dB.
+`titok quickstart --colour` runs it: a 2D tokenizer, stage 1 and stage 2 of a TiTok, and a generator, on a CPU. The
+option is hidden, because the system does not reach `REQUIRED_PSNR` yet: stage 1 learns too slowly. After 770 of 1,000
+steps of 32 emoji (256 codes in the 2D tokenizer, learning rate 1e-3) it predicted 18% of the held-out codes, for 10.6 dB.
 """
 
 from __future__ import annotations
