@@ -22,6 +22,7 @@ from titok.config import TOKENIZER_PRESETS
 
 COMMANDS = [["quickstart"], ["tokenize"], ["detokenize"], ["reconstruct"], ["generate"], ["info"]]
 COMMANDS += [["train", recipe] for recipe in ("vqgan", "proxy", "decoder", "tokenizer", "generator")]
+COMMANDS += [["evaluate", "reconstruction"], ["evaluate", "samples"], ["probe"]]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
