@@ -28,6 +28,9 @@ class EncoderLevel(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(*(ResidualBlock(before if i == 0 else width, width) for i in range(blocks)))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
 
 class PixelEncoder(nn.Module):
     """Images (B, 3, H, W) -> features (B, code_dim, h, w) of a MaskGIT-VQGAN."""
@@ -47,7 +50,7 @@ class PixelEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)
         for i, level in enumerate(self.levels):
-            x = level.blocks(x)
+            x = level(x)
             if i < len(self.levels) - 1:
                 x = F.avg_pool2d(x, 2)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))

@@ -77,7 +77,7 @@ class _Conv3x3(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad = grad.contiguous(memory_format=torch.channels_last)
-        of_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, padding=1) if needs_x else None
+        of_x = F.conv_transpose2d(grad, weight, padding=1) if needs_x else None
         of_weight = weight_gradient(x, grad) if needs_weight else None
         return of_x, of_weight, grad.sum((0, 2, 3)) if needs_bias else None
 

@@ -293,12 +293,9 @@ def _why_not_channels_last(x: Tensor) -> str | None:
 
 
 def _why_no_cpp(a: Arguments | BackwardArguments) -> str | None:
-    if isinstance(a, BackwardArguments):
-        other = a.grad.dtype
-        if a.grad_total is not None and a.grad_total.dtype != a.x.dtype:
-            return "the C++ kernel takes a gradient of the sum in x's dtype"
-    else:
-        other = a.out_dtype
+    other = a.grad.dtype if isinstance(a, BackwardArguments) else a.out_dtype
+    if isinstance(a, BackwardArguments) and a.grad_total is not None and a.grad_total.dtype != a.x.dtype:
+        return "the C++ kernel takes a gradient of the sum in x's dtype"
     reason = why_not_float32_or_bfloat16(a.x.dtype, other) or why_no_cpp(a.x)
     return reason or _why_not_channels_last(a.x)
 
