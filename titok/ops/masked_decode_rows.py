@@ -34,7 +34,7 @@ def pack_rows(
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
-    batch, length = tokens.shape
+    batch = len(tokens)
     columns = [_integer(name, value, tokens) for name, value in integers.items()]
     fraction = _number("top_p", top_p, tokens, 0.0, 1.0, exclude_least=True)
     if isinstance(fraction, Tensor):
@@ -50,7 +50,9 @@ def pack_rows(
     whole = torch.stack([_column(value, tokens, torch.int64) for value in columns], 1)
 
     guidance = _number("guidance", floats["guidance"], tokens, -_FLOAT_MAX, _FLOAT_MAX)
-    softmax = _number("softmax_temperature", floats["softmax_temperature"], tokens, 0.0, math.inf, exclude_least=True)
+    softmax = _number(
+        "softmax_temperature", floats["softmax_temperature"], tokens, 0.0, math.inf, exclude_least=True
+    )
     draw = _number("temperature", floats["temperature"], tokens, 0.0, math.inf)
     noise = _number("noise_temperature", floats["noise_temperature"], tokens, 0.0, math.inf)
     name, bound = limit

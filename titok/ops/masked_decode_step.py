@@ -141,7 +141,8 @@ def masked_decode_step(
             differs and whose probability exceeds this. None: no editing.
         editable: (B, N) bool, the decided positions that may be edited; None: all.
         step_map: (B, N) int32. The result has `step` where a token was accepted or edited, elsewhere the same values.
-        rows, uncond_rows: (B, N) int64 rows of the logits, read where a code is drawn; `uncond_rows` defaults to `rows`.
+        rows, uncond_rows: (B, N) int64 rows of the logits, read where a code is drawn; `uncond_rows` defaults to
+            `rows`.
         return_log_probabilities: also return the log-probabilities of the drawn codes.
         in_place: write the new tokens and step map to `tokens` and `step_map`, which are returned.
         backend: "plain", "cpp", or None for the fastest.
