@@ -230,28 +230,22 @@ class Draw {
   }
 
   // The logit in which unit `left` of the mass lies, counted from the largest logit down. Equal logits count as one.
-  // A search by digits of 11, 11 and 10 bits of the logit's sortable integer.
+  // A search by digits of eight bits of the logit's sortable integer.
   template <class Mass>
   float logit_at(int64_t left, Mass mass_of) {
     uint32_t found = 0;
-    constexpr int kShifts[] = {21, 10, 0};
-    int above = 32;
-    for (const int shift : kShifts) {
-      const int bits = above - shift;
-      const uint32_t digits = (1u << bits) - 1;
-      for (uint32_t digit = 0; digit <= digits; ++digit) masses_[digit] = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+      int64_t masses[256] = {};  // of the logits that begin with the digits found so far, by their next digit
       row_.each(0, in_.codes, [&](int, Floats y) {
         const Words mass = mass_of(y);
         for (int i = 0; i < kLanes; ++i) {
           const uint32_t key = sortable(y[i]);
-          const bool matches = above == 32 || (key >> above) == (found >> above);
-          masses_[(key >> shift) & digits] += matches ? mass[i] : 0;
+          if ((uint64_t{key} ^ found) >> (shift + 8) == 0) masses[key >> shift & 255] += mass[i];
         }
       });
-      uint32_t digit = digits;
-      while (left >= masses_[digit]) left -= masses_[digit--];
+      uint32_t digit = 255;
+      while (left >= masses[digit]) left -= masses[digit--];
       found |= digit << shift;
-      above = shift;
     }
     return bit_cast<float>(found & 0x80000000u ? found & 0x7FFFFFFFu : ~found);
   }
@@ -262,7 +256,6 @@ class Draw {
   float top_ = 0.0f;
   int top_block_ = 0;
   int64_t block_weights_[kBlocks];
-  int64_t masses_[2048];
 };
 
 template <class T>

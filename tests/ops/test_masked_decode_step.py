@@ -364,7 +364,7 @@ def good() -> dict[str, Any]:
         ({"cond_logits": torch.zeros(2, 3, 5, dtype=torch.float64)}, TypeError, "cond_logits"),
         ({"cond_logits": torch.zeros(6, 5), "rows": torch.full((2, 3), 6)}, ValueError, "rows"),
         ({"step_map": torch.zeros(2, 3)}, TypeError, "step_map"),
-        ({"tokens": torch.zeros(3)}, ValueError, "tokens"),
+        ({"tokens": torch.zeros(3)}, TypeError, "tokens"),
     ],
 )
 @pytest.mark.parametrize("backend", [None, "plain"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,7 +107,8 @@ def _words(a: Inputs, row: Tensor, position: Tensor) -> tuple[Tensor, ...]:
     sample, seed = a.integers[row, SAMPLE], a.integers[row, SEED]
     low, high = 0xFFFFFFFF, 32
     counter = (position, a.integers[row, STEP], sample & low, (sample >> high) & low)
-    return philox4x32(counter, (seed & low, (seed >> high) & low))
+    key: Any = (seed & low, (seed >> high) & low)  # tensors, one key for each position
+    return philox4x32(counter, key)
 
 
 def _draw_everywhere(a: Inputs, row: Tensor, position: Tensor, words: tuple[Tensor, ...]) -> _Drawn:

@@ -23,7 +23,9 @@ def pack_rows(
     top_p: Any,
     window: Any,
     floats: dict[str, Any],
-    limit: tuple[str, Any],
+    threshold: Any,
+    entropy_bound: Any,
+    bounds_entropy: bool,
     edit_threshold: Any,
 ) -> tuple[Tensor, Tensor]:
     """(B, 8) int64 and (B, 6) float32, with the columns that titok/ops/masked_decode_plain.py names.
@@ -55,12 +57,10 @@ def pack_rows(
     )
     draw = _number("temperature", floats["temperature"], tokens, 0.0, math.inf)
     noise = _number("noise_temperature", floats["noise_temperature"], tokens, 0.0, math.inf)
-    name, bound = limit
-    if name == "entropy_bound":
-        bound = _number(name, bound, tokens, 0.0, _FLOAT_MAX)
-        bound = bound.clamp_max(_MOST_NATS) if isinstance(bound, Tensor) else min(bound, _MOST_NATS)
-    else:
-        bound = _log_probability(name, bound, tokens)
+    nats = _number("entropy_bound", 0.0 if entropy_bound is None else entropy_bound, tokens, 0.0, _FLOAT_MAX)
+    nats = nats.clamp_max(_MOST_NATS) if isinstance(nats, Tensor) else min(nats, _MOST_NATS)
+    least = _log_probability("threshold", threshold, tokens)
+    bound = nats if bounds_entropy else least
     edit = _log_probability("edit_threshold", edit_threshold, tokens)
     # The divisor of the draw is rounded to float32 before its inverse is taken, as in `maskgit_decode_step`.
     inverses = (_inverse(_column(softmax, tokens, torch.float64)), _inverse(_column(draw, tokens, torch.float32)))

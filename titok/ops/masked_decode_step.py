@@ -29,7 +29,7 @@ a CUDA graph), a split of V over blocks or ranks, the margin between the two lik
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,6 +155,8 @@ def masked_decode_step(
     """
     check_tensor("tokens", tokens, shape=("B", "N"), dtypes=(torch.int64,))
     _check_choice("policy", policy, POLICIES)
+    if undecided is not None:
+        check_tensor("undecided", undecided, shape=tokens.shape, dtypes=(torch.bool,), device=tokens.device)
     if (mask_token is None) == (undecided is None):
         raise ValueError("mask_token: expected either mask_token or undecided, got both or none of them")
     if policy == "threshold" and threshold is None:
@@ -172,7 +174,9 @@ def masked_decode_step(
             "temperature": temperature,
             "noise_temperature": noise_temperature,
         },
-        limit=("entropy_bound", entropy_bound) if policy == "entropy" else ("threshold", threshold),
+        threshold=threshold,
+        entropy_bound=entropy_bound,
+        bounds_entropy=policy == "entropy",
         edit_threshold=edit_threshold,
     )
     if block_length is not None and check_int("block_length", block_length) < 1:
@@ -287,7 +291,7 @@ def _results(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
 def _contiguous_indices(a: Arguments) -> Arguments:
     """The arguments with contiguous tensors, but for the logits, whose strides the kernel takes."""
     logits = ("cond_logits", "uncond_logits")
-    given = {k: v for k, v in a._asdict().items() if isinstance(v, Tensor) and k not in logits}
+    given: dict[str, Any] = {k: v for k, v in a._asdict().items() if isinstance(v, Tensor) and k not in logits}
     return a._replace(**{name: tensor.contiguous() for name, tensor in given.items()})
 
 
@@ -311,8 +315,20 @@ def _plain(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if a.tokens.device.type == "cpu":
         _check_rows(a)
     undecided = a.tokens == a.mask_token if a.undecided is None else a.undecided
-    numbers = (a.integers, a.floats, a.policy, a.confidence, a.probabilities, a.renoise, a.edits, a.block_length)
-    inputs = Inputs(*a[:5], undecided, a.editable, a.step_map, *numbers)
+    inputs = Inputs(
+        *a[:5],
+        undecided=undecided,
+        editable=a.editable,
+        step_map=a.step_map,
+        integers=a.integers,
+        floats=a.floats,
+        policy=a.policy,
+        confidence=a.confidence,
+        law=a.probabilities,
+        renoise=a.renoise,
+        edits=a.edits,
+        block_length=a.block_length,
+    )
     new, confidences, log_probabilities, step_map = decode_plain(inputs)
     return new, confidences, log_probabilities if a.return_log_probabilities else None, step_map
 
