@@ -181,6 +181,7 @@ def masked_decode_step(
     )
     if block_length is not None and check_int("block_length", block_length) < 1:
         raise ValueError(f"block_length: expected at least 1, got {block_length}")
+    check_bool("return_log_probabilities", return_log_probabilities)
     mask = 0 if mask_token is None else check_int("mask_token", mask_token)
     outputs = (tokens, None, None, step_map) if check_bool("in_place", in_place) else None
     results = _MASKED_DECODE_STEP(
