@@ -66,6 +66,16 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "nearest_codebook": lambda: quantizer(return_quantized=True, out=torch.zeros(4).long()),
     "quantize": lambda: quantizer(commitment_cost=0.25),
     "code_mixture": lambda: {"logits": normal(4, 7), "codebook": normal(7, 6), "backend": None},
+    "masked_decode_step": lambda: {
+        "tokens": torch.full((2, 3), 5), "cond_logits": normal(6, 5), "uncond_logits": normal(6, 5),
+        "policy": "threshold", "mask_token": 5, "undecided": None, "count": 1, "threshold": 0.5,
+        "entropy_bound": 0.5, "window": (0, 2), "block_length": 2, "step": 1, "seed": 3, "sample": 4,
+        "guidance": 2.0, "softmax_temperature": 1.0, "temperature": 1.0, "noise_temperature": 1.0, "top_k": 3,
+        "top_p": 0.9, "confidence": "logit", "probabilities": "model", "renoise": True, "edit_threshold": 0.5,
+        "editable": torch.ones(2, 3, dtype=torch.bool), "step_map": torch.zeros(2, 3, dtype=torch.int32),
+        "rows": torch.arange(6).view(2, 3), "uncond_rows": torch.arange(6).view(2, 3),
+        "return_log_probabilities": True, "in_place": False, "backend": None,
+    },
     "maskgit_decode_step": lambda: step(**numbers(), final=False),
     "maskgit_decode_step_packed": lambda: step(
         params=ops.pack_step_params(**numbers()), num_masked=torch.ones(2).long(), workspace=torch.zeros(2).int(),

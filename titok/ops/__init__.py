@@ -10,11 +10,13 @@ from titok.ops.core.available import backends
 from titok.ops.core.mode import is_ordinary, is_plain, last_backend, last_backends, only_plain, through_dispatcher
 from titok.ops.group_norm_silu import group_norm_silu
 from titok.ops.masked_attention import masked_attention
+from titok.ops.masked_decode_step import DecodeStep, masked_decode_step
 from titok.ops.maskgit_decode_step import maskgit_decode_step, maskgit_decode_step_packed, pack_step_params
 from titok.ops.nearest_codebook import nearest_codebook
 from titok.ops.quantize import Quantized, quantize
 
 __all__ = [
+    "DecodeStep",
     "Quantized",
     "add_layer_norm",
     "backends",
@@ -27,6 +29,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_of_sum",
     "masked_attention",
+    "masked_decode_step",
     "maskgit_decode_step",
     "maskgit_decode_step_packed",
     "nearest_codebook",

@@ -1,0 +1,144 @@
+// titok._C.masked_decode_step: checks tensors and hands their memory to the launcher.
+#include <cfloat>
+
+#include "masked_decode/masked_decode.h"
+#include "module.h"
+
+namespace titok {
+namespace {
+
+// (batch, length, codes), or with rows (any number, codes).
+void check_logits(const TensorArg& logits, bool by_rows, int64_t batch, int64_t length, int64_t codes) {
+  if (by_rows) {
+    expect_shape(logits, {kAnySize, codes});
+  } else {
+    expect_shape(logits, {batch, length, codes});
+  }
+  expect_dense_last_dimension(logits);
+}
+
+void check_optional(const TensorArg& tensor, DType dtype, int64_t batch, int64_t length) {
+  if (tensor.given) expect_contiguous(tensor, {dtype}, {batch, length});
+}
+
+void check_numbers(const MaskedDecodeArgs& args) {
+  for (int b = 0; b < args.batch; ++b) {
+    const float scale = args.floats[b].draw_scale;
+    if (!(scale >= 0.0f && scale <= FLT_MAX)) {
+      raise_value_error("floats", "finite scales of the draw >= 0", std::to_string(scale));
+    }
+    const float bound = args.floats[b].limit;
+    if (args.policy == Policy::kEntropy && !(bound >= 0.0f && bound <= 1e6f)) {
+      raise_value_error("floats", "bounds of the entropy in [0, 1e6]", std::to_string(bound));
+    }
+    const int64_t top_p = args.integers[b].top_p;
+    if (top_p < 0 || top_p > kTopPOne) raise_value_error("integers", "top_p in [0, 2^32]", std::to_string(top_p));
+  }
+}
+
+PyObject* masked_decode_step(Call& call) {
+  const TensorArg tokens = call.tensor("tokens"), cond = call.tensor("cond"),
+                  uncond = call.optional_tensor("uncond");
+  const TensorArg rows = call.optional_tensor("rows"), uncond_rows = call.optional_tensor("uncond_rows");
+  const TensorArg undecided = call.optional_tensor("undecided"), editable = call.optional_tensor("editable"),
+                  step_map = call.optional_tensor("step_map");
+  const TensorArg integers = call.tensor("integers"), floats = call.tensor("floats");
+  MaskedDecodeArgs args{};
+  args.mask_token = call.integer("mask_token", INT64_MIN, INT64_MAX);
+  args.policy = static_cast<Policy>(call.integer("policy", 0, 4));
+  args.confidence = static_cast<Confidence>(call.integer("confidence", 0, 3));
+  args.model_law = call.boolean("model_law");
+  args.renoise = call.boolean("renoise");
+  args.edits = call.boolean("edits");
+  args.block_length = static_cast<int32_t>(call.integer("block_length", 0, INT32_MAX));
+  const TensorArg out = call.tensor("out"), confidences = call.tensor("confidences");
+  const TensorArg log_probabilities = call.optional_tensor("log_probabilities"),
+                  new_step_map = call.optional_tensor("new_step_map");
+  const int threads = static_cast<int>(call.integer("threads", 1, INT32_MAX));
+
+  expect_contiguous(tokens, {DType::kInt64}, {kAnySize, kAnySize});
+  const int64_t batch = tokens.size(0), length = tokens.size(1);
+  if (length > kMaskedDecodeTokens || batch * length > INT32_MAX) {
+    raise_value_error("tokens",
+                      "at most " + std::to_string(kMaskedDecodeTokens) + " tokens in a row and 2^31 - 1 in all",
+                      shape_of(tokens));
+  }
+  expect_dtype(cond, {DType::kFloat32, DType::kBFloat16});
+  check_logits(cond, rows.given, batch, length, kAnySize);
+  const int64_t codes = cond.size(-1);
+  if (codes < 1 || codes > kMaskedDecodeCodes) {
+    raise_value_error("cond", "1 to " + std::to_string(kMaskedDecodeCodes) + " codes in the last dimension",
+                      shape_of(cond));
+  }
+  if (uncond.given) {
+    expect_dtype(uncond, {cond.dtype});
+    check_logits(uncond, rows.given, batch, length, codes);
+    expect_given(uncond_rows, rows.given, rows.given ? "beside rows and uncond" : "without rows");
+  }
+  check_optional(rows, DType::kInt64, batch, length);
+  check_optional(uncond_rows, DType::kInt64, batch, length);
+  check_optional(undecided, DType::kBool, batch, length);
+  check_optional(editable, DType::kBool, batch, length);
+  check_optional(step_map, DType::kInt32, batch, length);
+  expect_contiguous(integers, {DType::kInt64}, {batch, sizeof(RowIntegers) / 8});
+  expect_contiguous(floats, {DType::kFloat32}, {batch, sizeof(RowFloats) / 4});
+  expect_contiguous(out, {DType::kInt64}, {batch, length});
+  expect_contiguous(confidences, {DType::kFloat32}, {batch, length});
+  check_optional(log_probabilities, DType::kFloat32, batch, length);
+  expect_given(new_step_map, step_map.given, step_map.given ? "beside step_map" : "without step_map");
+  check_optional(new_step_map, DType::kInt32, batch, length);
+
+  args.tokens = tokens.as<const int64_t>();
+  args.cond = cond.data;
+  args.uncond = uncond.given ? uncond.data : nullptr;
+  args.rows = rows.as<const int64_t>();
+  args.uncond_rows = uncond.given ? uncond_rows.as<const int64_t>() : nullptr;
+  args.undecided = undecided.as<const bool>();
+  args.editable = editable.as<const bool>();
+  args.step_map = step_map.as<const int32_t>();
+  args.integers = integers.as<const RowIntegers>();
+  args.floats = floats.as<const RowFloats>();
+  args.cond_stride_b = rows.given ? 0 : cond.stride(0);
+  args.cond_stride_n = cond.stride(-2);
+  args.cond_rows_count = cond.size(0);
+  if (uncond.given) {
+    args.uncond_stride_b = rows.given ? 0 : uncond.stride(0);
+    args.uncond_stride_n = uncond.stride(-2);
+    args.uncond_rows_count = uncond.size(0);
+  }
+  args.batch = static_cast<int32_t>(batch);
+  args.length = static_cast<int32_t>(length);
+  args.codes = static_cast<int32_t>(codes);
+  args.dtype = cond.dtype;
+  args.out = out.as<int64_t>();
+  args.confidences = confidences.as<float>();
+  args.log_probabilities = log_probabilities.as<float>();
+  args.new_step_map = new_step_map.as<int32_t>();
+  check_numbers(args);
+
+  const char* wrong = nullptr;
+  if (batch > 0 && length > 0) {
+    const WithoutGil released;
+    wrong = launch_masked_decode(args, threads);
+  }
+  if (wrong != nullptr) raise_value_error(wrong, "rows of the logits where a code is drawn", "another");
+  Py_RETURN_NONE;
+}
+
+PyMethodDef kFunctions[] = {
+    python_function<masked_decode_step, 22>(
+        "masked_decode_step",
+        "masked_decode_step($module, tokens, cond, uncond, rows, uncond_rows, undecided, editable, step_map,\n"
+        "                   integers, floats, mask_token, policy, confidence, model_law, renoise, edits,\n"
+        "                   block_length, out, confidences, log_probabilities, new_step_map, threads, /)\n"
+        "--\n\n"
+        "One decode step; titok.ops.masked_decode_step states the definition. CPU tensors.\n\n"
+        "integers (B, 8) int64 and floats (B, 6) float32 hold the numbers of each row, policy and confidence the\n"
+        "places of their names in titok.ops.masked_decode_plain."),
+    {}};
+
+}  // namespace
+
+int bind_masked_decode(PyObject* module) { return PyModule_AddFunctions(module, kFunctions); }
+
+}  // namespace titok

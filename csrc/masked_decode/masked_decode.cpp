@@ -1,0 +1,205 @@
+// One decode step on the CPU. Positions at which a code is drawn are shared among threads, and after them the rows,
+// in which the policy accepts.
+#include "masked_decode/masked_decode.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "masked_decode/masked_decode_simd.h"
+
+namespace titok {
+namespace {
+
+constexpr int kPositionsAtOnce = 4;       // that a thread takes at a time
+constexpr int64_t kCodesAlone = 1 << 15;  // up to so many (about 70 us of work) one thread is faster than all
+
+enum class Kind : uint8_t { kNone, kCandidate, kEditable };
+
+// What is known of each position of the batch.
+struct Positions {
+  explicit Positions(int64_t count) : kind(count, Kind::kNone), drawn(count), words(count), keys(count) {}
+  std::vector<Kind> kind;
+  std::vector<DrawnToken> drawn;
+  std::vector<uint32_t> words;  // random words of `renoise`
+  std::vector<uint64_t> keys;   // memory to sort in, because an exception must not leave a parallel region
+};
+
+// Fills the kinds of the positions of row b.
+void find_candidates(const MaskedDecodeArgs& args, int b, Kind* kind) {
+  const int64_t base = int64_t{b} * args.length;
+  const RowIntegers& row = args.integers[b];
+  const int64_t start = std::max<int64_t>(row.start, 0);
+  int64_t first = start, end = std::min<int64_t>(row.end, args.length);
+  const auto is_undecided = [&](int64_t n) {
+    return args.undecided != nullptr ? args.undecided[base + n] : args.tokens[base + n] == args.mask_token;
+  };
+  if (args.block_length > 0) {
+    while (first < end && !is_undecided(first)) ++first;
+    first = start + (first - start) / args.block_length * args.block_length;
+    end = std::min<int64_t>(end, first + args.block_length);
+  }
+  for (int64_t n = first; n < end; ++n) {
+    if (is_undecided(n)) {
+      kind[n] = Kind::kCandidate;
+    } else if (args.edits && (args.editable == nullptr || args.editable[base + n])) {
+      kind[n] = Kind::kEditable;
+    }
+  }
+}
+
+int64_t row_offset(const int64_t* rows, int64_t stride_b, int64_t stride_n, int b, int64_t n, int length) {
+  return rows == nullptr ? b * stride_b + n * stride_n : rows[int64_t{b} * length + n] * stride_n;
+}
+
+const void* row_at(const MaskedDecodeArgs& args, const void* logits, int64_t offset) {
+  return logits == nullptr ? nullptr : static_cast<const char*>(logits) + offset * bytes_of(args.dtype);
+}
+
+// Writes the confidence and log-probability of position i, and returns what was drawn.
+void draw_at(const MaskedDecodeArgs& args, DrawToken draw_token, int64_t i, Positions& positions) {
+  const int b = static_cast<int>(i / args.length);
+  const int64_t n = i % args.length;
+  const RowIntegers& row = args.integers[b];
+  const RowFloats& numbers = args.floats[b];
+  const int64_t cond = row_offset(args.rows, args.cond_stride_b, args.cond_stride_n, b, n, args.length);
+  const int64_t uncond = row_offset(args.uncond_rows, args.uncond_stride_b, args.uncond_stride_n, b, n, args.length);
+  const bool needs_entropy = args.policy == Policy::kEntropy || args.confidence == Confidence::kNegativeEntropy;
+  const bool needs_law = needs_entropy || args.confidence == Confidence::kLogProbability || args.edits ||
+                         args.policy == Policy::kThreshold || args.log_probabilities != nullptr;
+  const LogitRow logits = {row_at(args, args.cond, cond),
+                           row_at(args, args.uncond, uncond),
+                           args.dtype,
+                           args.codes,
+                           row.top_k,
+                           row.top_p,
+                           args.model_law,
+                           needs_law,
+                           needs_entropy};
+  const uint64_t seed = static_cast<uint64_t>(row.seed), sample = static_cast<uint64_t>(row.sample);
+  const PhiloxWords words =
+      philox4x32({static_cast<uint32_t>(n), static_cast<uint32_t>(row.step), static_cast<uint32_t>(sample),
+                  static_cast<uint32_t>(sample >> 32)},
+                 static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  DrawnToken drawn = draw_token(logits, numbers, uint64_t{words.w0} << 32 | words.w1);
+  float score = 0.0f;
+  switch (args.confidence) {
+    case Confidence::kLogit: score = drawn.logit; break;
+    case Confidence::kLogProbability: score = drawn.log_probability; break;
+    case Confidence::kNegativeEntropy: score = -drawn.entropy; break;
+    case Confidence::kRandom: break;
+  }
+  // The last addition turns -0 into +0, which would otherwise sort apart.
+  args.confidences[i] = (score + gumbel(words.w2) * numbers.noise) + 0.0f;
+  drawn.log_probability = std::min(drawn.log_probability, 0.0f);  // which rounding may have raised above 0
+  if (args.log_probabilities != nullptr) args.log_probabilities[i] = drawn.log_probability;
+  positions.drawn[i] = drawn;
+  positions.words[i] = words.w3;
+}
+
+// A key that sorts by a number, then by position.
+uint64_t key_of(uint32_t number, int64_t n) { return uint64_t{number} << 12 | static_cast<uint64_t>(n); }
+
+// Calls accept(n) for the positions of row b that the policy accepts.
+template <class Accept>
+void apply_policy(const MaskedDecodeArgs& args, int b, Positions& positions, Accept accept) {
+  const int64_t base = int64_t{b} * args.length;
+  const RowFloats& numbers = args.floats[b];
+  uint64_t* const keys = positions.keys.data() + base;
+  const DrawnToken* const drawn = positions.drawn.data() + base;
+  int64_t found = 0;
+  for (int64_t n = 0; n < args.length; ++n) {
+    if (positions.kind[base + n] != Kind::kCandidate) continue;
+    const uint32_t confidence = sortable(args.confidences[base + n]);
+    switch (args.policy) {
+      case Policy::kCount: keys[found++] = key_of(confidence, n); break;
+      case Policy::kEntropy:
+        keys[found++] = key_of(static_cast<uint32_t>(drawn[n].entropy * kEntropyUnit), n);
+        break;
+      case Policy::kLeftmost: keys[found++] = key_of(0, n); break;
+      default: keys[found++] = key_of(~confidence, n);
+    }
+  }
+  const int64_t count = std::clamp<int64_t>(args.integers[b].count, 0, found);
+  const auto position = [&](int64_t i) { return static_cast<int64_t>(keys[i] & (kMaskedDecodeTokens - 1)); };
+  if (args.policy == Policy::kEntropy) {
+    std::sort(keys, keys + found);
+    const int64_t bound = static_cast<int64_t>(numbers.limit * kEntropyUnit);
+    int64_t before = 0;
+    for (int64_t i = 0; i < found && (i < count || before <= bound); ++i) {
+      accept(position(i));
+      before += static_cast<int64_t>(keys[i] >> 12);
+    }
+    return;
+  }
+  if (count > 0 && count < found) std::nth_element(keys, keys + (count - 1), keys + found);
+  const int64_t first = args.policy == Policy::kCount ? count : 0;
+  const int64_t last = args.policy == Policy::kCount ? found : count;
+  for (int64_t i = first; i < last; ++i) accept(position(i));
+  for (int64_t i = last; args.policy == Policy::kThreshold && i < found; ++i) {
+    if (drawn[position(i)].log_probability > numbers.limit) accept(position(i));
+  }
+}
+
+// Writes the new tokens and the step map of row b.
+void write_row(const MaskedDecodeArgs& args, int b, Positions& positions) {
+  const int64_t base = int64_t{b} * args.length;
+  const auto accept = [&](int64_t n) {
+    args.out[base + n] = positions.drawn[base + n].code;
+    if (args.new_step_map != nullptr) args.new_step_map[base + n] = static_cast<int32_t>(args.integers[b].step);
+  };
+  for (int64_t i = base; i < base + args.length; ++i) {
+    int64_t token = args.tokens[i];
+    if (args.renoise && positions.kind[i] == Kind::kCandidate) {
+      token = static_cast<int64_t>(uint64_t{positions.words[i]} * static_cast<uint64_t>(args.codes) >> 32);
+    }
+    args.out[i] = token;
+    if (args.new_step_map != nullptr) args.new_step_map[i] = args.step_map[i];
+  }
+  apply_policy(args, b, positions, accept);
+  for (int64_t n = 0; args.edits && n < args.length; ++n) {
+    const DrawnToken& drawn = positions.drawn[base + n];
+    if (positions.kind[base + n] == Kind::kEditable && drawn.code != args.out[base + n] &&
+        drawn.log_probability > args.floats[b].edit_limit) {
+      accept(n);
+    }
+  }
+}
+
+}  // namespace
+
+const char* launch_masked_decode(const MaskedDecodeArgs& args, int threads) {
+  const int64_t count = int64_t{args.batch} * args.length;
+  Positions positions(count);
+  for (int b = 0; b < args.batch; ++b) find_candidates(args, b, &positions.kind[int64_t{b} * args.length]);
+  std::vector<int64_t> to_draw;
+  for (int64_t i = 0; i < count; ++i) {
+    if (positions.kind[i] == Kind::kNone) continue;
+    to_draw.push_back(i);
+    if (args.rows != nullptr && (args.rows[i] < 0 || args.rows[i] >= args.cond_rows_count)) return "rows";
+    if (args.uncond_rows != nullptr && (args.uncond_rows[i] < 0 || args.uncond_rows[i] >= args.uncond_rows_count))
+      return "uncond_rows";
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (positions.kind[i] != Kind::kNone) continue;
+    args.confidences[i] = std::numeric_limits<float>::infinity();
+    if (args.log_probabilities != nullptr) args.log_probabilities[i] = 0.0f;
+  }
+  const DrawToken draw_token = for_this_cpu([](auto isa) { return draw_token_kernel(isa); });
+  const int64_t draws = static_cast<int64_t>(to_draw.size());
+  // One thread or all: libgomp ends the threads that a smaller team leaves idle.
+  const int most = std::min(threads, std::max(omp_get_max_threads(), omp_get_num_procs()));
+  const int team = draws * args.codes <= kCodesAlone ? 1 : most;
+#pragma omp parallel num_threads(team)
+  {
+#pragma omp for schedule(dynamic, kPositionsAtOnce)
+    for (int64_t p = 0; p < draws; ++p) draw_at(args, draw_token, to_draw[p], positions);
+#pragma omp for schedule(dynamic, 1)
+    for (int b = 0; b < args.batch; ++b) write_row(args, b, positions);
+  }
+  return nullptr;
+}
+
+}  // namespace titok

@@ -1,0 +1,275 @@
+// Draws one code from one row of logits, compiled once per instruction set.
+//
+// All sums are of integers, which do not depend on their order, so every instruction set draws the same code and
+// returns the same numbers. A row is read from memory once; later passes find it in the caches.
+#include "masked_decode/masked_decode_simd.h"
+
+#include <cfloat>
+
+#include "common/simd.h"
+
+template <>
+struct titok::Lanes<titok::TITOK_ISA::Floats> {
+  using Int = TITOK_ISA::Ints;
+  static TITOK_HD Int truncate(TITOK_ISA::Floats x) { return __builtin_convertvector(x, TITOK_ISA::Ints); }
+};
+
+namespace titok::TITOK_ISA {
+namespace {
+
+// Codes whose largest logit and sum of weights are remembered, so that the last search is short.
+constexpr int kBlock = 512;
+constexpr int kBlocks = kMaskedDecodeCodes / kBlock;
+constexpr float kInfinity = __builtin_inff();
+
+TITOK_HD Floats load_logits(const float* from) { return read<Floats>(from); }
+TITOK_HD Floats load_logits(const BFloat16* from) { return widen(read<Halves>(from)); }
+
+// The finite logits y of a row, a vector at a time. Lanes past the last code are -inf, whose weight is 0.
+template <class T, bool kGuided>
+class Row {
+ public:
+  Row(const LogitRow& row, const RowFloats& numbers)
+      : cond_(static_cast<const T*>(row.cond)),
+        uncond_(static_cast<const T*>(row.uncond)),
+        guidance_(numbers.guidance),
+        inverse_temperature_(numbers.inverse_temperature) {}
+
+  // Calls visit(v, y of codes v ... v + kLanes - 1) over [begin, end); begin is a multiple of kLanes.
+  template <class Visit>
+  TITOK_HD void each(int begin, int end, Visit visit) const {
+    int v = begin;
+    for (; v + kLanes <= end; v += kLanes) visit(v, logits(cond_ + v, uncond_ + (kGuided ? v : 0)));
+    if (v < end) visit(v, tail(v, end - v));
+  }
+
+ private:
+  TITOK_HD Floats logits(const T* cond, const T* uncond) const {
+    Floats y = load_logits(cond);
+    if (kGuided) {
+      const Floats base = load_logits(uncond);
+      y = base + (y - base) * guidance_;
+    }
+    y = y * inverse_temperature_;
+    const Floats low = broadcast(-FLT_MAX), high = broadcast(FLT_MAX);
+    y = y > low ? y : low;  // NaN becomes the lowest float, too
+    return y < high ? y : high;
+  }
+
+  __attribute__((noinline)) Floats tail(int v, int count) const {
+    T cond[kLanes] = {}, uncond[kLanes] = {};
+    for (int i = 0; i < count; ++i) {
+      cond[i] = cond_[v + i];
+      if (kGuided) uncond[i] = uncond_[v + i];
+    }
+    Floats y = logits(cond, uncond);
+    for (int i = count; i < kLanes; ++i) y[i] = -kInfinity;
+    return y;
+  }
+
+  const T* cond_;
+  const T* uncond_;
+  float guidance_, inverse_temperature_;
+};
+
+// A sum of unsigned 32-bit numbers of at most kBlock / kLanes vectors. Their 16-bit halves are summed apart, so
+// that no lane overflows.
+class BlockSum {
+ public:
+  TITOK_HD void add(Words values) {
+    low_ += values & 0xFFFFu;
+    high_ += values >> 16;
+  }
+  TITOK_HD int64_t total() const {
+    int64_t sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += low_[i] + (int64_t{high_[i]} << 16);
+    return sum;
+  }
+
+ private:
+  Words low_ = {}, high_ = {};
+};
+
+// The weights of a row under one law: exp((y - top) * scale) of the codes whose y is at least `lowest`.
+struct Law {
+  float top, scale, lowest;
+
+  TITOK_HD Words weigh(Floats y) const {
+    const Words weight = bit_cast<Words>(exp_weight((y - top) * scale));
+    return y >= lowest ? weight : Words{};
+  }
+
+  // weight * (top - y) * scale, rounded to an integer below 2^30.
+  TITOK_HD Words entropy_product(Floats y, Words weight) const {
+    Floats x = (y - top) * scale;
+    const Floats least = broadcast(kLowestExponent);
+    x = x > least ? x : least;
+    const Floats wide = __builtin_convertvector(bit_cast<Ints>(weight), Floats);
+    return bit_cast<Words>(__builtin_convertvector(wide * -x + 0.5f, Ints));
+  }
+};
+
+struct Sums {
+  int64_t weights = 0, products = 0;
+};
+
+template <class T, bool kGuided>
+class Draw {
+ public:
+  Draw(const LogitRow& in, const RowFloats& numbers)
+      : in_(in), row_(in, numbers), blocks_((in.codes + kBlock - 1) / kBlock) {
+    if (blocks_ < 1) __builtin_unreachable();
+  }
+
+  DrawnToken run(float draw_scale, uint64_t uniform) {
+    find_top();
+    const bool greedy = draw_scale == 0.0f;
+    Law law = {top_, greedy ? 1.0f : draw_scale, -kInfinity};
+    if (!greedy) law.lowest = lowest_kept(law);
+    const bool same_law = greedy || !in_.model_law || (law.scale == 1.0f && law.lowest == -kInfinity);
+    Sums sums;
+    if (!greedy || in_.needs_law) sums = sum(law, same_law);
+    DrawnToken drawn = greedy ? first_largest() : find(law, scale_fraction(uniform, sums.weights));
+    if (!in_.needs_law) return drawn;
+    if (!same_law) {
+      law = {top_, 1.0f, -kInfinity};
+      sums = sum(law, true);
+    }
+    const float total = static_cast<float>(sums.weights), log_total = log_fixed(total) - kLogUnit;
+    drawn.log_probability = (drawn.logit - top_) * law.scale - log_total;
+    const float entropy = log_total + static_cast<float>(sums.products) / total;
+    drawn.entropy = entropy > 0.0f ? entropy : 0.0f;
+    return drawn;
+  }
+
+ private:
+  int end_of(int block) const {
+    const int end = block * kBlock + kBlock;
+    return end < in_.codes ? end : in_.codes;
+  }
+
+  void find_top() {
+    top_ = -kInfinity;
+    for (int block = 0; block < blocks_; ++block) {
+      Floats most = broadcast(-kInfinity);
+      row_.each(block * kBlock, end_of(block), [&](int, Floats y) { most = y > most ? y : most; });
+      float block_top = most[0];
+      for (int i = 1; i < kLanes; ++i) block_top = most[i] > block_top ? most[i] : block_top;
+      if (block_top > top_) {
+        top_ = block_top;
+        top_block_ = block;
+      }
+    }
+  }
+
+  DrawnToken first_largest() const {
+    DrawnToken drawn = {-1, top_, 0.0f, 0.0f};
+    row_.each(top_block_ * kBlock, end_of(top_block_), [&](int v, Floats y) {
+      for (int i = 0; i < kLanes && drawn.code < 0; ++i) {
+        if (y[i] == top_) drawn.code = v + i;
+      }
+    });
+    return drawn;
+  }
+
+  // The sums over all codes; the sum of the weights of each block is kept.
+  Sums sum(const Law& law, bool with_entropy) {
+    Sums all;
+    for (int block = 0; block < blocks_; ++block) {
+      BlockSum weights, products;
+      if (with_entropy && in_.needs_entropy) {
+        row_.each(block * kBlock, end_of(block), [&](int, Floats y) {
+          const Words weight = law.weigh(y);
+          weights.add(weight);
+          products.add(law.entropy_product(y, weight));
+        });
+        all.products += products.total();
+      } else {
+        row_.each(block * kBlock, end_of(block), [&](int, Floats y) { weights.add(law.weigh(y)); });
+      }
+      block_weights_[block] = weights.total();
+      all.weights += block_weights_[block];
+    }
+    return all;
+  }
+
+  // The code in which unit `left` of the cumulative weights lies: first the block, then the vector, then the lane.
+  DrawnToken find(const Law& law, int64_t left) const {
+    DrawnToken drawn = {-1, 0.0f, 0.0f, 0.0f};
+    int block = 0;
+    while (left >= block_weights_[block]) left -= block_weights_[block++];
+    row_.each(block * kBlock, end_of(block), [&](int v, Floats y) {
+      if (drawn.code >= 0) return;
+      const Words weight = law.weigh(y);
+      BlockSum all;
+      all.add(weight);
+      if (left >= all.total()) {
+        left -= all.total();
+        return;
+      }
+      int i = 0;
+      while (left >= static_cast<int64_t>(weight[i])) left -= weight[i++];
+      drawn.code = v + i;
+      drawn.logit = y[i];
+    });
+    return drawn;
+  }
+
+  // The smallest logit that truncation keeps, first of the top k, then of the top p of what is left.
+  float lowest_kept(Law law) {
+    if (in_.top_k > 0 && in_.top_k < in_.codes) {
+      const auto one = [](Floats y) { return bit_cast<Words>(y > -kInfinity ? Ints{} + 1 : Ints{}); };
+      law.lowest = logit_at(in_.top_k - 1, one);
+    }
+    if (in_.top_p < kTopPOne) {
+      const int64_t limit = scale_fraction(uint64_t(in_.top_p) << 32, sum(law, false).weights);
+      const float nucleus = logit_at(limit, [&](Floats y) { return law.weigh(y); });
+      law.lowest = nucleus > law.lowest ? nucleus : law.lowest;
+    }
+    return law.lowest;
+  }
+
+  // The logit in which unit `left` of the mass lies, counted from the largest logit down. Equal logits count as one.
+  // A search by digits of eight bits of the logit's sortable integer.
+  template <class Mass>
+  float logit_at(int64_t left, Mass mass_of) {
+    uint32_t found = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+      int64_t masses[256] = {};  // of the logits that begin with the digits found so far, by their next digit
+      row_.each(0, in_.codes, [&](int, Floats y) {
+        const Words mass = mass_of(y);
+        for (int i = 0; i < kLanes; ++i) {
+          const uint32_t key = sortable(y[i]);
+          if ((uint64_t{key} ^ found) >> (shift + 8) == 0) masses[key >> shift & 255] += mass[i];
+        }
+      });
+      uint32_t digit = 255;
+      while (left >= masses[digit]) left -= masses[digit--];
+      found |= digit << shift;
+    }
+    return bit_cast<float>(found & 0x80000000u ? found & 0x7FFFFFFFu : ~found);
+  }
+
+  const LogitRow& in_;
+  const Row<T, kGuided> row_;
+  const int blocks_;
+  float top_ = 0.0f;
+  int top_block_ = 0;
+  int64_t block_weights_[kBlocks];
+};
+
+template <class T>
+DrawnToken draw(const LogitRow& row, const RowFloats& numbers, uint64_t uniform) {
+  const bool guided = row.uncond != nullptr && numbers.guidance != 1.0f;
+  if (guided) return Draw<T, true>(row, numbers).run(numbers.draw_scale, uniform);
+  return Draw<T, false>(row, numbers).run(numbers.draw_scale, uniform);
+}
+
+DrawnToken draw_for_dtype(const LogitRow& row, const RowFloats& numbers, uint64_t uniform) {
+  return row.dtype == DType::kBFloat16 ? draw<BFloat16>(row, numbers, uniform) : draw<float>(row, numbers, uniform);
+}
+
+}  // namespace
+}  // namespace titok::TITOK_ISA
+
+titok::DrawToken titok::draw_token_kernel(TITOK_ISA::ThisIsa) { return TITOK_ISA::draw_for_dtype; }

@@ -1,0 +1,33 @@
+// The draw of one code from one row of logits, on the CPU.
+#pragma once
+
+#include "common/cpu_isa.h"
+#include "masked_decode/masked_decode.h"
+
+namespace titok {
+
+struct LogitRow {
+  const void* cond;    // (codes) dtype
+  const void* uncond;  // (codes) dtype, or null
+  DType dtype;         // float32 or bfloat16
+  int32_t codes;
+  int64_t top_k, top_p;  // as in RowIntegers
+  bool model_law;        // as in MaskedDecodeArgs
+  bool needs_law;        // whether the log-probability or the entropy is read
+  bool needs_entropy;
+};
+
+struct DrawnToken {
+  int32_t code;
+  float logit;            // y of the code
+  float log_probability;  // 0 unless needs_law
+  float entropy;          // 0 unless needs_entropy
+};
+
+// One instruction set's.
+using DrawToken = DrawnToken (*)(const LogitRow& row, const RowFloats& numbers, uint64_t uniform);
+DrawToken draw_token_kernel(Generic);
+DrawToken draw_token_kernel(Avx2);
+DrawToken draw_token_kernel(Avx512);
+
+}  // namespace titok
