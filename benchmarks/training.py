@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,26 +77,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    results, lines = Results(start(arguments)), []
-    for name in matching(CASES, arguments.rows):
-        row = measure(name, arguments, results)
-        ratios = sorted(p / o for p, o in zip(row["samples_s"][PUBLISHED], row["samples_s"][OURS], strict=True))
-        rates = (f"{row['count'] / row['median_s'][side]:.2f}" for side in (OURS, PUBLISHED))
-        memory = (
-            "-" if row["peak_bytes"][side] is None else f"{row['peak_bytes'][side] / 1e6:,.0f} MB"
-            for side in (OURS, PUBLISHED)
-        )
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        lines.append([name, *rates, spread, *memory])
-    header = [
-        "step",
-        "titok, samples/s",
-        "as published, samples/s",
-        "times as fast",
-        "titok, memory",
-        "as published",
-    ]
-    tables.show(header, lines, f"{arguments.preset}, {arguments.dtype}, {arguments.device}")
+    results = Results(start(arguments))
+    rows = [measure(name, arguments, results) for name in matching(CASES, arguments.rows)]
+    tables.show(*tables.training_table(rows), f"{arguments.preset}, {arguments.dtype}, {arguments.device}")
 
 
 def measure(name: str, arguments: argparse.Namespace, results: Results) -> dict[str, Any]:

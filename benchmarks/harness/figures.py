@@ -57,7 +57,18 @@ def figures(rows: Sequence[Row]) -> Figures:
     """
     on_cpu = [row for row in rows if measures.ran_on_cpu(row)]
     found: Figures = {"gpu_tables": gpu_tables.measured(rows)}
-    parts = (work, speedups, published, ladder, memory, waiting, instruction_sets, roofline, ops, dispatcher)
+    parts = (
+        work,
+        speedups,
+        published,
+        ladder,
+        memory,
+        waiting,
+        instruction_sets,
+        roofline,
+        ops,
+        dispatcher,
+    )
     for part in parts:
         found |= part(on_cpu)
     return found

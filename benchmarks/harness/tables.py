@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -244,6 +245,27 @@ def memory_table(row: Row) -> Table:
         shown = [f"{value / 1e6:,.0f}" if value else "-" for value in columns]
         share = "-" if name == "import torch" else f"{(found['loaded'] - base) / weights:.2f}"
         lines.append([name, *shown, share])
+    return header, lines
+
+
+def training_table(rows: Sequence[Row]) -> Table:
+    """Columns and lines: samples per second of a training step of both sides, their ratio, and memory of a step."""
+    header = [
+        "step",
+        "titok, samples/s",
+        "as published, samples/s",
+        "times as fast",
+        "titok, MB",
+        "as published, MB",
+    ]
+    sides, lines = (measures.OURS, "as published"), []
+    for row in rows:
+        ratios = sorted(p / o for p, o in zip(*(row["samples_s"][side] for side in reversed(sides)), strict=True))
+        rates = [f"{row['count'] / row['median_s'][side]:.2f}" for side in sides]
+        peaks = [row["peak_bytes"][side] for side in sides]
+        memory = ["-" if peak is None else f"{peak / 1e6:,.0f}" for peak in peaks]
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        lines.append([row["case"]["recipe"], *rates, spread, *memory])
     return header, lines
 
 
