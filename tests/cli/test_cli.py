@@ -207,10 +207,10 @@ def test_quickstart_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> No
     assert calls == [(Path("runs/colour"), 0, False), (Path("here"), 3, True)]
 
     def missing(*_: Any, **__: Any) -> None:
-        raise ModuleNotFoundError("the quickstart needs scikit-learn: pip install 'titok[quickstart]'")
+        raise ModuleNotFoundError("the quickstart needs scikit-learn: pip install 'titok-kernels[quickstart]'")
 
     monkeypatch.setattr(quickstart, "run", missing)
-    assert refused("quickstart") == "the quickstart needs scikit-learn: pip install 'titok[quickstart]'"
+    assert refused("quickstart") == "the quickstart needs scikit-learn: pip install 'titok-kernels[quickstart]'"
 
 
 # ---------------------------------------------------------------------------------------------------------------
