@@ -41,7 +41,7 @@ def add_layer_norm_forward(
     residual_ptr,  # (M, D)
     weight_ptr,  # (D,)
     bias_ptr,  # (D,)
-    total_ptr,  # (M, D), written
+    total_ptr,  # (M, D), written, or None
     normalised_ptr,  # (M, D), written
     eps,
     D: tl.constexpr,
@@ -52,9 +52,13 @@ def add_layer_norm_forward(
     offsets = tl.program_id(0).to(tl.int64) * D + channels
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    total = x.to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + offsets, total, mask=mask)
-    x = total.to(tl.float32)  # normalise the rounded sum: the backward pass reads nothing else
+    # The rounded sum is normalised: the backward pass reads nothing else.
+    if total_ptr is not None:
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offsets, total, mask=mask)
+        x = total.to(tl.float32)
+    elif x_ptr.dtype.element_ty == residual_ptr.dtype.element_ty:
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)  # of two dtypes the sum is float32
     centred = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
     weight = tl.load(weight_ptr + channels, mask=mask, other=0.0).to(tl.float32)
@@ -112,10 +116,10 @@ def forward(
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
-    total: torch.Tensor,
+    total: torch.Tensor | None,
     normalised: torch.Tensor,
 ) -> None:
-    """Fills total and normalised (..., D) from x and residual (..., D), weight and bias (D,).
+    """Fills normalised and, where given, total (..., D) from x and residual (..., D), weight and bias (D,).
 
     Every tensor is contiguous and of its own floating dtype; there is at least one row, and D is at most 8,192.
     """
@@ -193,4 +197,10 @@ def aot_variants() -> list[AotVariant]:
                 )
             branch = "" if stream == half else "+bf16"
             variants += label_launches(launches, f"{name_of(stream)}{branch} D={D}")
+            with record() as launches:
+                forward(
+                    *(meta(M, D, dtype=stream), meta(M, D, dtype=half), parameter, parameter, 1e-6),
+                    *(None, meta(M, D, dtype=half)),
+                )
+            variants += label_launches(launches, f"{name_of(stream)}{branch} D={D} without sum")
     return variants

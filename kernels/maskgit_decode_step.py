@@ -9,7 +9,8 @@ weights, and for the first code whose cumulative weight exceeds the random numbe
 do not depend on the order.
 
 `select`: one program for each sample. Of the positions that were masked, the least confident stay masked. Their keys
-(confidence, then position) are distinct integers, and the largest key among those that stay is found bit by bit.
+(confidence, then position) are distinct integers, and the largest key among those that stay is found bit by bit. It
+also writes the order of the positions for the next step: those that stay masked first.
 """
 
 from __future__ import annotations
@@ -214,6 +215,7 @@ def maskgit_decode_step_select(
     counts_ptr,  # (B,) int64, positions that stay masked; or None: as the params say
     params_ptr,  # (10,) int32
     out_ptr,  # (B, N) int64, written; may be tokens
+    order_ptr,  # (2, B, N) int64, written: the positions, masked ones first, and the place of each; or None
     N,
     mask_token,
     BLOCK_N: tl.constexpr,
@@ -243,6 +245,11 @@ def maskgit_decode_step_select(
     token = tl.where(masked, drawn, tl.load(tokens_ptr + offsets, mask=inside, other=0))
     stays = masked & (keep > 0) & (keys <= limit)
     tl.store(out_ptr + offsets, tl.where(stays, mask_token, token), mask=inside)
+    if order_ptr is not None:
+        until = tl.cumsum(stays.to(tl.int32), 0)  # positions up to this one that stay masked
+        place = tl.where(stays, until - 1, tl.sum(stays.to(tl.int32), 0) + positions - until)
+        tl.store(order_ptr + b * N + place, positions.to(tl.int64), mask=inside)
+        tl.store(order_ptr + tl.num_programs(0).to(tl.int64) * N + offsets, place.to(tl.int64), mask=inside)
 
 
 def forward(
@@ -257,8 +264,9 @@ def forward(
     is_maskgit: bool,
     out: torch.Tensor,
     confidences: torch.Tensor,
+    order: torch.Tensor | None,
 ) -> None:
-    """Fills out (B, N) int64, which may be tokens, and confidences (B, N) float32.
+    """Fills out (B, N) int64, which may be tokens, confidences (B, N) float32 and, where given, order (2, B, N) int64.
 
     Args:
         tokens, cond_logits, uncond_logits, rows, uncond_rows, mask_token: as of `titok.ops.maskgit_decode_step`.
@@ -289,7 +297,7 @@ def forward(
     launch(
         maskgit_decode_step_select,
         (B,),
-        *(tokens, drawn, confidences, counts, params, out, N, mask_token),
+        *(tokens, drawn, confidences, counts, params, out, order, N, mask_token),
         BLOCK_N=triton.next_power_of_2(N),
         num_warps=MASKGIT_DECODE_STEP_SELECT_WARPS,
         num_stages=1,
@@ -307,11 +315,11 @@ def aot_variants() -> list[AotVariant]:
         (torch.float32, 32, 4096, True),
     ):
         logits, index = meta(3 * N, V, dtype=dtype), meta(3, N, dtype=torch.int64)
-        params = meta(10, dtype=torch.int32)
+        params, order = meta(10, dtype=torch.int32), meta(2, 3, N, dtype=torch.int64)
         with record() as launches:
             forward(
                 *(index, logits, logits if is_guided else None, index, index if is_guided else None, None, params),
-                *(V, False, index, meta(3, N)),
+                *(V, False, index, meta(3, N), order),
             )
         label = f"{name_of(dtype)} N={N} V={V}{' guided' if is_guided else ''}"
         draw, select = label_launches(launches, label)

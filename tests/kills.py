@@ -38,6 +38,7 @@ from PIL import Image
 
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ViTConfig
 from titok.cli import app
+from titok.data import tokenizing
 from titok.data.folders import ImageFolder
 from titok.training import (
     GeneratorTraining,
@@ -50,8 +51,10 @@ from titok.training.metrics import SPEED
 
 MODELS = ["-t", "../inputs/tokenizer", "-g", "../inputs/generator"]
 TOKENIZE = ["tokenize", "../inputs/photos", "-t", "../inputs/tokenizer", "--batch-size", "4", "--overwrite"]
+TOKENIZE_SET = [*TOKENIZE, "--augment", "ten-crop"]
 RECONSTRUCT = ["reconstruct", "../inputs/photos", "-t", "../inputs/tokenizer", "--batch-size", "2", "--overwrite"]
 GENERATE = ["generate", *MODELS, "-n", "60", "--batch-size", "4", "--overwrite", "-o", "a.npz"]
+tokenizing.BLOCK = 5  # pictures, so that a set takes several blocks
 SECONDS = 120  # in which a command that nobody kills must end
 
 
@@ -131,6 +134,11 @@ SCENARIOS = {
     "generate, torchrun": Scenario(generate_under_torchrun, 0.7, torchrun=True),
     "tokenize to .npz": Scenario(command(*TOKENIZE, "-o", "t.npz")),
     "tokenize to .safetensors": Scenario(command(*TOKENIZE, "-o", "t.safetensors")),
+    "tokenize to .tokens": Scenario(command(*TOKENIZE_SET, "-o", "t.tokens")),
+    "tokenize to .jsonl": Scenario(command(*TOKENIZE_SET, "-o", "t.jsonl")),
+    "tokenize to .tokens, two processes": Scenario(
+        command(*TOKENIZE_SET, "-o", "t.tokens"), processes=2, launched=True
+    ),
     "reconstruct": Scenario(command(*RECONSTRUCT, "-o", "pairs")),
 }
 

@@ -16,6 +16,15 @@ class Case(NamedTuple):
     arguments: dict[str, Any]
 
 
+def order_of(masked: Tensor) -> Tensor:
+    """The positions of each sample, masked ones first, and the place of each position: (2, B, N) int64."""
+    order = torch.empty((2, *masked.shape), dtype=torch.int64)
+    for b, row in enumerate(masked.tolist()):
+        for place, n in enumerate(sorted(range(len(row)), key=lambda n: (not row[n], n))):
+            order[0, b, place], order[1, b, n] = n, place
+    return order
+
+
 def random_case(
     number: int, codes: tuple[int, ...] = (1, 2, 7, 40, 255, 1000, 1031), most_tokens: int = 12
 ) -> Case:

@@ -55,6 +55,7 @@ def quantizer(**more: Any) -> dict[str, Any]:
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "add_layer_norm": lambda: norm(x=normal(3, 6), residual=normal(3, 6), out=(normal(3, 6), normal(3, 6))),
     "layer_norm": lambda: norm(x=normal(3, 6)),
+    "layer_norm_of_sum": lambda: norm(x=normal(3, 6), residual=normal(3, 6)),
     "group_norm_silu": lambda: norm(
         x=image(2, 6, 3, 5), num_groups=3, residual=image(2, 6, 3, 5), out=(image(2, 6, 3, 5), image(2, 6, 3, 5))
     ),
@@ -67,7 +68,8 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "code_mixture": lambda: {"logits": normal(4, 7), "codebook": normal(7, 6), "backend": None},
     "maskgit_decode_step": lambda: step(**numbers(), final=False),
     "maskgit_decode_step_packed": lambda: step(
-        params=ops.pack_step_params(**numbers()), num_masked=torch.ones(2).long(), workspace=torch.zeros(2).int()
+        params=ops.pack_step_params(**numbers()), num_masked=torch.ones(2).long(), workspace=torch.zeros(2).int(),
+        return_order=True,
     ),
     "pack_step_params": numbers,
     "only_plain": lambda: {"on": True},

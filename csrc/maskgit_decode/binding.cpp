@@ -133,13 +133,16 @@ PyObject* maskgit_decode_step(Call& call) {
 PyObject* maskgit_decode_step_cuda(Call& call) {
   call.expect_device(DeviceKind::kCuda);
   DecodeArgs args = read_arguments(call);
-  const TensorArg drawn = call.tensor("drawn"), workspace = call.tensor("workspace");
+  const TensorArg order = call.optional_tensor("order"), drawn = call.tensor("drawn"),
+                  workspace = call.tensor("workspace");
   void* const stream = reinterpret_cast<void*>(call.unsigned_integer("stream"));
+  check_optional(order, DType::kInt64, {2, args.batch, args.length});
   expect_contiguous(drawn, {DType::kInt32}, {args.batch, args.length});
   expect_contiguous(workspace, {DType::kInt32}, {kAnySize});
   if (workspace.size(0) < args.batch) {
     raise_value_error("workspace", "at least " + std::to_string(args.batch) + " items", shape_of(workspace));
   }
+  args.order = order.as<int64_t>();
   args.drawn = drawn.as<int32_t>();
   args.arrivals = workspace.as<uint32_t>();
   if (args.batch == 0 || args.length == 0) Py_RETURN_NONE;
@@ -167,15 +170,16 @@ PyMethodDef kFunctions[] = {
         "None, holds the same numbers as bytes and replaces params. Returns 0, or the number of the argument\n"
         "that holds a value out of range: 1 tokens, 2 rows, 3 uncond_rows, 4 keep. Then nothing is written."),
 #if defined(TITOK_WITH_CUDA)
-    python_function<maskgit_decode_step_cuda, 15>(
+    python_function<maskgit_decode_step_cuda, 16>(
         "maskgit_decode_step_cuda",
         "maskgit_decode_step_cuda($module, tokens, cond, uncond, rows, uncond_rows, keep, packed, params,\n"
-        "                         mask_token, maskgit, out, confidence, drawn, workspace, stream, /)\n"
+        "                         mask_token, maskgit, out, confidence, order, drawn, workspace, stream, /)\n"
         "--\n\n"
         "maskgit_decode_step on tensors of the current CUDA device: one launch on `stream` (a cudaStream_t as an\n"
         "integer), without a synchronisation.\n\n"
-        "drawn (B, N) int32 takes the drawn codes, -1 at known positions. workspace, at least B zeros of int32,\n"
-        "is zero again afterwards. Values out of range are clamped, not reported."),
+        "order (2, B, N) int64 or None takes the positions of each sample, masked ones first, and the place of\n"
+        "each. drawn (B, N) int32 takes the drawn codes, -1 at known positions. workspace, at least B zeros of\n"
+        "int32, is zero again afterwards. Values out of range are clamped, not reported."),
 #endif
     {}};
 

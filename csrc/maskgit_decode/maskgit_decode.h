@@ -50,6 +50,9 @@ struct DecodeArgs {
   float* confidence;   // (batch, length), output: inf at positions that were known
   int32_t* drawn;      // (batch, length), GPU only, output: the drawn code, -1 at positions that were known
   uint32_t* arrivals;  // (batch), GPU only: zero before and after
+  // (2, batch, length), GPU only, output, or null: the positions of each sample, first those that are masked after the
+  // step, each kind ascending; and the place of each position among them.
+  int64_t* order;
   DecodeParams params;
 };
 

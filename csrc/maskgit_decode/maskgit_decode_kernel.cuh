@@ -273,6 +273,35 @@ __device__ void decide(const DecodeArgs& args, const DecodeParams& params, int b
   }
 }
 
+// The whole block writes the order of the positions of sample b, of which `keep` stay masked: those whose key is at
+// most `limit`.
+template <int kThreads>
+__device__ void write_order(const DecodeArgs& args, int b, uint32_t keep, uint64_t limit, const uint64_t* keys,
+                            Exchange<kThreads / 32>& exchange, int& turn) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int64_t* const positions = args.order + int64_t{b} * args.length;
+  int64_t* const places = positions + int64_t{args.batch} * args.length;
+  uint32_t before = 0;  // positions below `first` that stay masked
+  for (int first = 0; first < args.length; first += kThreads) {
+    const int n = first + static_cast<int>(threadIdx.x);
+    const bool stays = n < args.length && keep > 0 && keys[n] <= limit;
+    const uint32_t votes = __ballot_sync(kAllLanes, stays);
+    uint32_t* slot = exchange.slot[turn];
+    turn ^= 1;
+    if (lane == 0) slot[warp] = __popc(votes);
+    __syncthreads();
+    uint32_t below = before + __popc(votes & ((1u << lane) - 1));  // positions below n that stay masked
+    for (int other = 0; other < kThreads / 32; ++other) {
+      if (other < warp) below += slot[other];
+      before += slot[other];
+    }
+    if (n >= args.length) continue;
+    const uint32_t place = stays ? below : keep + static_cast<uint32_t>(n) - below;
+    positions[place] = n;
+    places[n] = place;
+  }
+}
+
 // The whole block selects the positions of sample b that stay masked, once all its codes are drawn: a radix
 // search, bit by bit, for the largest key among them. Keys are distinct, so exactly the wanted number stays.
 template <int kThreads>
@@ -309,6 +338,7 @@ __device__ void select(const DecodeArgs& args, const DecodeParams& params, int b
     const int64_t token = code >= 0 ? code : args.tokens[base + n];
     args.out[base + n] = keep > 0 && keys[n] <= limit ? args.mask_token : token;
   }
+  if (args.order != nullptr) write_order<kThreads>(args, b, keep, limit, keys, exchange, turn);
 }
 
 // Grid: batch * length blocks of kThreads. Dynamic shared memory: shared_bytes(args).

@@ -176,7 +176,7 @@ def test_train_both_and_generate(classes: Path) -> None:
 
 
 def test_train_refuses(classes: Path, models: Path) -> None:
-    assert "none: no such folder" in refused("train", "tokenizer", "none")
+    assert "none: no such file or folder" in refused("train", "tokenizer", "none")
     assert "multiples of the patch size 8, got (20, 20)" in refused(
         "train", "tokenizer", classes, "--image-size", 20
     )

@@ -28,11 +28,12 @@ MODELS = ("-t", "tok", "-g", "gen")
 SMALL = ("--width", 64, "--layers", 1, "--batch-size", 2, "--steps", 2)
 RESUME = "the same command with --resume goes on"
 OVERWRITE = "the same command with --overwrite starts anew"
+STARTS_ANEW = "the same command goes on with .tokens and .jsonl, and starts others anew"
 GENERATE = "the same command goes on with a .npz, and starts a .png anew"
 # Command, the first file that it writes, and how to go on after a signal.
 COMMANDS = [
-    (("tokenize", "photos", "-t", "tok", "-o", "t.npz"), "t.npz", "the same command starts anew"),
-    (("tokenize", "photos", "-t", "tok", "-o", "t.safetensors"), "t.safetensors", "the same command starts anew"),
+    (("tokenize", "photos", "-t", "tok", "-o", "t.npz"), "t.npz", STARTS_ANEW),
+    (("tokenize", "photos", "-t", "tok", "-o", "t.safetensors"), "t.safetensors", STARTS_ANEW),
     (("detokenize", "tokens.npz", "-t", "tok", "-o", "out"), "out/a.png", OVERWRITE),
     (("reconstruct", "photos", "-t", "tok", "-o", "out"), "out/a.png", OVERWRITE),
     (("reconstruct", "photos", "-t", "tok", "-o", "r.png"), "r.png", OVERWRITE),

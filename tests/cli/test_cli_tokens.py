@@ -127,7 +127,7 @@ def test_tokenize_refuses(models: Path, photos: Path) -> None:
     assert "notes.txt: not a readable picture" in refused("tokenize", photos / "notes.txt", "-t", model)
     assert "got a 'MaskGIT'" in refused("tokenize", photos, "-t", models / "generator")
     assert refused("tokenize", photos, "-t", "empty").startswith("empty: neither of model.safetensors")
-    wanted = "expected a name that ends in .npz or .safetensors"
+    wanted = "expected a name that ends in .npz or .safetensors or .jsonl or .tokens"
     assert refused("tokenize", photos, "-t", model, "-o", "tokens.txt") == f"tokens.txt: {wanted}"
     assert refused("tokenize", photos, "-t", model, "-o", "empty") == f"empty: {wanted}"
     Path("folder.npz").mkdir()

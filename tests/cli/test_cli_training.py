@@ -14,6 +14,7 @@ from PIL import Image
 
 from cli_runner import refused, titok
 from titok import MaskGITVQGAN, TiTok
+from titok.evaluation.held_out import held_out_by_name
 from titok.training.metrics import read_metrics
 from titok.training.presets import RECIPES, preset, preset_names
 
@@ -68,6 +69,33 @@ def test_from_pictures_to_generated_ones_in_four_runs(photos: Path) -> None:
     second[4] = "another"
     assert message in refused(*second, "--resume")
     titok("train", "vqgan", photos, "-o", "more", "--init", "vqgan", *TINY, *VQGAN)
+
+
+@pytest.mark.slow
+def test_a_share_of_the_pictures_is_held_out(photos: Path) -> None:
+    held_out = held_out_by_name([f"{name}.png" for name in ("cats/a", "cats/b", "dogs/a", "dogs/b")], 0.5)
+    assert 0 < held_out.sum() < 4
+    command = [
+        "train",
+        "tokenizer",
+        photos,
+        *TINY,
+        "--image-size",
+        16,
+        "--tokens",
+        4,
+        "--width",
+        64,
+        "--layers",
+        1,
+    ]
+    printed = titok(*command, "--hold-out", 0.5, "--set", "evaluate_every=2")
+    assert f"a tokenizer of {4 - int(held_out.sum())} pictures" in printed[-1]
+    assert [entry["step"] for entry in read_metrics("runs/tokenizer") if "held_out_psnr" in entry] == [2, 4]
+    assert "--hold-out: expected it without --held-out" in refused(
+        *command, "-o", "other", "--hold-out", 0.5, "--held-out", photos
+    )
+    assert "--hold-out: expected a share of at least one" in refused(*command, "-o", "other", "--hold-out", 1e-9)
 
 
 @pytest.mark.slow

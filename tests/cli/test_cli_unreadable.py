@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cli_runner import refused
 from titok.cli.app import app
-from titok.data import folders, images
+from titok.data import images, sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,7 +130,7 @@ def test_a_picture_that_disappears(which: int, models: Path, mixed: Path, monkey
         return found
 
     monkeypatch.setattr(images, "list_images", and_then_one_is_gone)
-    monkeypatch.setattr(folders, "list_images", and_then_one_is_gone)
+    monkeypatch.setattr(sources, "list_images", and_then_one_is_gone)
     result = CliRunner().invoke(app, [*map(str, commands(models)[which]), "--skip-unreadable"])
     assert result.exit_code == 0, result.output
     assert "mixed/class/m.png" in result.stderr

@@ -164,6 +164,7 @@ inline uint32_t __ballot_sync(uint32_t, bool set) {
   for (unsigned lane = 0; lane < cuda_host::kWarp; ++lane) votes |= static_cast<uint32_t>(all[lane]) << lane;
   return votes;
 }
+inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(uint32_t value) { return __builtin_ffs(static_cast<int>(value)); }
 inline uint32_t atomicInc(uint32_t* address, uint32_t limit) {
   const uint32_t old = *address;

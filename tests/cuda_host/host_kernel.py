@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maskgit_cases import DTYPES
+from maskgit_cases import DTYPES, order_of
 from titok.ops import pack_step_params
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ class DecodeArgs(ctypes.Structure):
         ("mask_token", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("batch", "length", "codes", "dtype")),
         ("maskgit", ctypes.c_bool),
-        *((name, ctypes.c_void_p) for name in ("out", "confidence", "drawn", "arrivals")),
+        *((name, ctypes.c_void_p) for name in ("out", "confidence", "drawn", "arrivals", "order")),
         ("params", ctypes.c_int32 * 10),
     )
 
@@ -72,6 +72,7 @@ def load(library: Path) -> Kernel:
         confidence = torch.full(tokens.shape, torch.nan)
         drawn = torch.full(tokens.shape, -7, dtype=torch.int32)
         arrivals = torch.zeros(len(tokens), dtype=torch.int32)
+        positions = torch.full((2, *tokens.shape), -7)
         args = DecodeArgs(
             tokens=(new if in_place else tokens).data_ptr(),
             cond=cond.data_ptr(),
@@ -96,9 +97,11 @@ def load(library: Path) -> Kernel:
             confidence=confidence.data_ptr(),
             drawn=drawn.data_ptr(),
             arrivals=arrivals.data_ptr(),
+            order=positions.data_ptr(),
         )
         assert function(ctypes.byref(args), threads, rounds, order) == 0
         assert not arrivals.any()  # a launch leaves the counters as it found them
+        assert torch.equal(positions, order_of(new == mask_token))
         return new, confidence
 
     return run

@@ -45,7 +45,7 @@ def test_linked_folders_are_classes_and_those_of_programs_are_not(tmp_path: Path
     data = ImageFolder(tmp_path / "data", 8)
     assert data.classes == ["cat", "eel"]
     assert data.labels.tolist() == [0, 1]
-    assert data.found.left_out == {"hidden": 2, "__MACOSX": 1, "@eaDir": 1}
+    assert data.source.left_out == "left out: 1 @eaDir, 1 __MACOSX, 2 hidden"
 
 
 def test_grey_and_oblong(folder: Path) -> None:

@@ -13,7 +13,7 @@ import ctypes
 import importlib
 import pkgutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +73,10 @@ class Recorder(TorchDispatchMode):
             masks = args[1] if name in ("aten::index", "aten::index_put", "aten::index_put_") else ()
             if name in WAITING or any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in masks):
                 self._find(f"{name}: the host waits")
+        if name == "aten::cudnn_convolution":  # which has no fake implementation
+            x, weight, padding, stride, dilation, groups = args[:6]
+            func = torch.ops.aten.convolution.default
+            args = (x, weight, None, stride, padding, dilation, False, (0, 0), groups)
         try:
             result = self._run(self._ops[name], args) if name in self._ops else func(*args, **kwargs)
         except Exception as error:
@@ -99,10 +103,20 @@ class Recorder(TorchDispatchMode):
         is_norm = name in ("titok::group_norm_silu", "aten::native_group_norm")
         if is_norm and not given[0].is_contiguous(memory_format=torch.channels_last):
             self._find(f"{name}: a map {tuple(given[0].shape)} that is not channels-last")
+        if name == "aten::convolution":
+            self._look_at_convolution(*args[:3])
         memory = {_storage(t) for t in given}
         is_view = not func._schema.is_mutable and made and all(_storage(t) in memory for t in made)
         if short not in FREE and name not in self._ops and not is_view:
             self.device_ops.append(name)
+
+    def _look_at_convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Adds what PyTorch launches around cuDNN's kernel."""
+        layout = torch.channels_last
+        if x.is_contiguous(memory_format=layout) and not weight.is_contiguous(memory_format=layout):
+            self.device_ops.append("the weight of a convolution is laid out again")
+        if bias is not None:
+            self.device_ops.append("the bias of a convolution is added")
 
     def _look_at_copy(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
         where = f"a copy {tuple(source.shape)} from {source.device} to {target.device}"
@@ -191,6 +205,7 @@ def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
             ("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
             ("torch.cuda.device", on_device),
             ("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
+            ("torch.backends.cudnn.is_available", lambda: True),
             ("torch._C._conv_determine_backend_memory_format", conv_format),
             ("titok.ops.core.available._load", lambda name: there.get(name) or load(name)),
         ):
@@ -230,3 +245,27 @@ def build(make: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> Any
                 values = torch.empty(parameter.shape, dtype=dtype, device=device)
                 module._parameters[name] = nn.Parameter(values, requires_grad=False)
     return model.eval()
+
+
+@contextlib.contextmanager
+def prepared(model: Any) -> Iterator[None]:
+    """Within, the layers of a fake model compute from prepared weights. To be called within `fake_gpus`.
+
+    `replace_weights` cannot make a `PreparedParameter` of a fake tensor: what it prepares is kept beside the weights.
+    """
+    forms: dict[int, Any] = {}
+
+    def replace(weights: Iterable[Tensor], prepare: Callable[[], Any], original: Any = None) -> None:
+        forms.update(dict.fromkeys(map(id, weights), prepare()))
+
+    def form_of(weight: Tensor, x: Tensor | None = None) -> Any:
+        return forms.get(id(weight))
+
+    patches = {"replace_weights": replace, "prepared_form": form_of, "prepared_with": form_of}
+    with contextlib.ExitStack() as stack:
+        for module in ("titok.models.layers", "titok.models.vqgan"):
+            for name, function in patches.items():
+                if hasattr(importlib.import_module(module), name):
+                    stack.enter_context(mock.patch(f"{module}.{name}", function))
+        model.prepare()
+        yield

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import oracles
-from titok.ops import add_layer_norm, last_backend, layer_norm
+from titok.ops import add_layer_norm, last_backend, layer_norm, layer_norm_of_sum
 
 pytestmark = pytest.mark.usefixtures("device_of_backend")
 
@@ -85,6 +85,35 @@ def test_matches_float64(backend: str, dtypes: tuple[torch.dtype, ...], shape: t
     if backend == "cpp" and F16 in dtypes:
         pytest.skip("the C++ kernel takes float32 and bfloat16")
     check_against_oracle(inputs(shape, *dtypes[:3]), dtypes[3], backend)
+
+
+@pytest.mark.parametrize("dtypes", [*DTYPES, (F16, BF16, F16, None)], ids=lambda d: "-".join(map(str, d)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norm_of_a_sum_that_nobody_reads(backend: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """The bits of the norm beside the sum, and with gradients the gradients of it."""
+    if backend == "cpp" and F16 in dtypes:
+        pytest.skip("the C++ kernel takes float32 and bfloat16")
+    leaves, options = inputs((7, 33), *dtypes[:3]), {"out_dtype": dtypes[3], "backend": backend}
+    with torch.no_grad():
+        want = add_layer_norm(*leaves, EPS, **options)[1]
+        got = layer_norm_of_sum(*leaves, EPS, **options)
+    assert last_backend("add_layer_norm") == backend
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
+    grad = torch.randn_like(want)
+    results = (add_layer_norm(*leaves, EPS, **options)[1], layer_norm_of_sum(*leaves, EPS, **options))
+    first, second = (torch.autograd.grad(result, leaves, grad) for result in results)
+    assert all(map(torch.equal, first, second))
+
+
+def test_without_the_sum_the_registered_op_has_no_gradient() -> None:
+    leaves = inputs((2, 4), F32, F32, F32, "cpu")
+    with torch.no_grad():
+        total, normalised = OP(*leaves, EPS, None, False)
+        assert total.numel() == 0
+        assert torch.equal(normalised, layer_norm_of_sum(*leaves, EPS))
+    with pytest.raises(RuntimeError, match="needs_sum=True"):
+        OP(*leaves, EPS, None, False)
 
 
 # every combination that the C++ kernel has loops for, with and without a whole vector, and rows for two threads
@@ -271,9 +300,9 @@ def test_only_one_result_is_used(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     leaves = inputs((2, 3, 20), F32, BF16, F32)
-    torch.library.opcheck(OP, (*leaves, EPS, BF16, backend))
+    torch.library.opcheck(OP, (*leaves, EPS, BF16, True, backend))
     strided = [leaves[0].detach().mT.contiguous().mT, *leaves[1:]]
-    torch.library.opcheck(OP, (*strided, EPS, None, backend))
+    torch.library.opcheck(OP, (*strided, EPS, None, True, backend))
     total, normalised = (t.detach() for t in add_layer_norm(*leaves, EPS))
     backward = torch.ops.titok.add_layer_norm_backward.default
     for grad_total in (torch.randn_like(total), None):

@@ -392,6 +392,6 @@ def test_chunks_of_rows() -> None:
 @pytest.mark.skipif(not cpp.with_cuda, reason="titok._C was built without nvcc")
 def test_cuda_function_refuses_tensors_of_the_cpu() -> None:
     arguments = list(decode_arguments().values())[:-1]
-    workspace = [torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 0]
+    workspace = [None, torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 0]
     with pytest.raises(ValueError, match=r"^tokens: expected device cuda:0, got cpu$"):
         cpp.maskgit_decode_step_cuda(*arguments, *workspace)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import oracles
-from maskgit_cases import DTYPES, random_case
+from maskgit_cases import DTYPES, order_of, random_case
 from titok.ops import maskgit_decode_step, maskgit_decode_step_packed, pack_step_params
 from titok.ops.core.available import why_no_cpp
 
@@ -359,10 +359,12 @@ def test_packed_parameters(backend: str) -> None:
             mask_token=mask_token,
             confidence=confidence,
             return_confidence=True,
+            return_order=True,
             backend=backend,
         )
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1], want[1])
+        assert torch.equal(got[2], order_of(got[0] == mask_token))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -379,7 +381,7 @@ def test_nothing_to_do(backend: str) -> None:
 @pytest.mark.slow
 def test_opcheck_and_compile() -> None:
     tokens, cond, uncond = torch.tensor([[7, 2, 7]]), torch.randn(1, 3, 7), torch.randn(1, 3, 7)
-    numbers = (-5, 3, 1, 1, 2.0, 1.0, 1.0, 1.0, 7, "titok", "auto")
+    numbers = (-5, 3, 1, 1, 2.0, 1.0, 1.0, 1.0, 7, "titok", True, "auto")
     torch.library.opcheck(
         torch.ops.titok.maskgit_decode_step.default, (tokens, cond, uncond, None, None, None, None, None, *numbers)
     )

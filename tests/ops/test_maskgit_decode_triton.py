@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_cases import random_case
+from maskgit_cases import order_of, random_case
 from titok.ops import last_backend, maskgit_decode_step, maskgit_decode_step_packed, pack_step_params
 from titok.ops.core.available import why_no_cpp
 
@@ -88,9 +88,24 @@ def test_packed_numbers_and_output_in_place() -> None:
     numbers |= {"first_sample": (1 << 40) + 3}
     want = maskgit_decode_step(tokens.cpu(), logits.cpu(), mask_token=30, backend=REFERENCE, **numbers)
     params = pack_step_params(**numbers).to(DEVICE)
-    got = maskgit_decode_step_packed(tokens, logits, params=params, mask_token=30, out=tokens, backend="triton")
+    got, order = maskgit_decode_step_packed(
+        tokens, logits, params=params, mask_token=30, out=tokens, return_order=True, backend="triton"
+    )
     assert got is tokens
     assert torch.equal(tokens.cpu(), want)
+    assert torch.equal(order.cpu(), order_of(want == 30))
+
+
+def test_the_order_of_many_positions() -> None:
+    """None, some and all of the positions stay masked; some were known before."""
+    tokens = torch.where(torch.arange(3 * 37).view(3, 37) % 5 == 2, 1, 4)
+    logits, params = torch.randn(3, 37, 4), pack_step_params(step=0, steps=2, num_masked=0).to(DEVICE)
+    arguments = {"params": params, "mask_token": 4, "num_masked": torch.tensor([0, 11, 37], device=DEVICE)}
+    new, order = maskgit_decode_step_packed(
+        tokens.to(DEVICE), logits.to(DEVICE), **arguments, return_order=True, backend="triton"
+    )
+    assert torch.equal((new == 4).sum(1).cpu(), torch.tensor([0, 11, int((tokens[2] == 4).sum())]))
+    assert torch.equal(order.cpu(), order_of(new.cpu() == 4))
 
 
 COMPILE = """

@@ -107,7 +107,7 @@ def test_all_stages(emoji: Emoji, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow
 def test_resuming_changes_nothing(emoji: Emoji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = few(emoji, 4)
+    pictures = few(emoji, 8)
     whole = colour.run(tmp_path / "whole", steps=FEW_STEPS, samples_per_class=1, emoji=pictures, progress=False)
     calls = []
 

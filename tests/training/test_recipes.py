@@ -14,6 +14,7 @@ from test_training import Stop, content, same_weights, stop_at
 
 from titok import MaskGIT, MaskGITVQGAN, TiTok
 from titok.checkpoints.files import read_weights
+from titok.evaluation.reconstruction import evaluate_reconstruction
 from titok.training import (
     DecoderTraining,
     join_stages,
@@ -188,6 +189,29 @@ def test_pictures_of_held_out_images(kind: str, tmp_path: Path) -> None:
         assert image.size == (3 * 16 + 2 * 2, 3 * 16 + 2 * 2)
         first = torch.from_numpy(np.array(image)[:16, :16].astype(np.int64))
     assert torch.equal(first, (held_out[0] * 255).round().movedim(0, -1).long())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decoder", "tokenizer", "vae"])
+def test_measurements_of_held_out_images(kind: str, tmp_path: Path) -> None:
+    """They are of the averaged weights, which are those of the model that is saved."""
+    held_out = pictures(5)
+
+    def measure(model: TiTok, images: Any) -> dict[str, float]:
+        return evaluate_reconstruction(model, images, progress=False).figures
+
+    measured = train(kind, tmp_path / "a", {"evaluate_every": 5}, held_out=held_out, measure=measure)
+    assert same_weights(measured, train(kind, tmp_path / "b")), "they do not change the training"
+    found = {entry["step"]: entry for entry in read_metrics(tmp_path / "a") if "held_out_psnr" in entry}
+    assert sorted(found) == [5, 10, 12]
+    model = TiTok.from_pretrained(tmp_path / "a").eval()
+    with torch.no_grad():
+        levels = (model.decode(model.encode(held_out)).clamp(0, 1) * 255).round() / 255
+    exact = (held_out * 255).round() / 255
+    errors = (levels - exact).double().square().mean((1, 2, 3))
+    assert found[12]["held_out_psnr"] == pytest.approx(float((-10 * errors.log10()).mean()), abs=1e-3)
+    assert found[5]["held_out_psnr"] != found[12]["held_out_psnr"]
+    assert ("held_out_codebook_usage" in found[12]) == (kind != "vae")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ AFTER_A_SIGNAL = {
     "train": "the same command with --resume goes on",
     "quickstart": "the same command with --resume goes on",
     "generate": "the same command goes on with a .npz, and starts a .png anew",
-    "tokenize": "the same command starts anew",
+    "tokenize": "the same command goes on with .tokens and .jsonl, and starts others anew",
     "detokenize": "the same command with --overwrite starts anew",
     "evaluate": "the same command starts anew",
     "probe": "the same command starts anew",

@@ -6,17 +6,19 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from titok.cli.errors import note
 from titok.cli.options import parse_dtype, select_device
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from titok import MaskGIT, TiTok
-    from titok.data.folders import ImageFolder
+    from titok.data.folders import Pictures
     from titok.data.images import Preprocessing
+    from titok.data.sources import PictureSource
 
 
 def load_tokenizer(source: str, device: str, dtype: str) -> TiTok:
@@ -48,33 +50,52 @@ def _load(model_class: Any, config_class: Any, source: str, device: str, dtype: 
         return model_class(config).to(torch_dtype).eval().prepare()
 
 
-def find_pictures(source: Path) -> list[Path]:
-    """The pictures that the argument IMAGES of a command names; what is left out is said on stderr."""
-    from titok.data.images import list_images
+class SourceOptions(NamedTuple):
+    """The values of the options that say how pictures are found."""
 
-    images = list_images(source)
-    if text := images.describe_left_out():
-        note(f"note: {source}: {text}")
-    return images.paths
+    class_order: str | None = None
+    labels_file: Path | None = None
+    shard_index: Path | None = None
+
+
+def open_source(source: Path | str, options: SourceOptions = SourceOptions()) -> PictureSource:  # noqa: B008
+    """The pictures that an argument of a command names; what is left out is said on stderr, by the first process."""
+    from titok.data.opening import open_pictures
+    from titok.data.sources import read_class_names
+    from titok.processes import own_part
+
+    classes: str | list[str] = options.class_order or "sorted"
+    if classes not in ("sorted", "natural"):
+        classes = read_class_names(Path(cast("str", classes)))
+    pictures = open_pictures(source, classes=classes, labels_file=options.labels_file, index=options.shard_index)
+    if pictures.left_out and own_part()[0] == 0:
+        note(f"note: {source}: {pictures.left_out}")
+    return pictures
 
 
 def image_folder(
-    source: Path, size: tuple[int, int], channels: int, how: Preprocessing, *, skip_unreadable: bool
-) -> ImageFolder:
+    source: Path | str,
+    size: int | tuple[int, int],
+    channels: int,
+    how: Preprocessing,
+    *,
+    skip_unreadable: bool,
+    options: SourceOptions = SourceOptions(),  # noqa: B008
+) -> Pictures:
     """The pictures to train on. Every one is read once, so that a damaged one does not end the training later.
 
     What is left out is said on stderr. Of several processes that train together, the first reads the pictures.
 
     Raises:
-        ValueError: a picture cannot be read and `skip_unreadable` is False, or none can be read.
+        ValueError: a picture cannot be read and `skip_unreadable` is False, or none can be read; or some pictures are
+            in sub-folders, which are classes, and others are not.
     """
-    from titok.data.folders import ImageFolder
+    from titok.data.folders import Pictures
     from titok.processes import in_first_process, own_part
 
-    pictures = ImageFolder(source, size, channels, preprocessing=how)
+    pictures = Pictures(open_source(source, options), size, channels, preprocessing=how)
+    _ = pictures.labels  # raises
     first = own_part()[0] == 0
-    if first and (text := pictures.found.describe_left_out()):
-        note(f"note: {source}: {text}")
     problems = in_first_process(pictures.find_unreadable)
     if problems and not skip_unreadable:
         others = f" (and {len(problems) - 1} other pictures)" if len(problems) > 1 else ""
@@ -92,68 +113,92 @@ def preprocessing(ignore_orientation: bool, ignore_transparency: bool) -> Prepro
     return Preprocessing(apply_orientation=not ignore_orientation, white_background=not ignore_transparency)
 
 
-class _Pictures:
-    """The pictures at `paths` by index, as the tokenizer takes them, for `titok.data.folders.read_batches`.
-
-    A picture that cannot be read raises `ValueError` or `OSError`. With `skip_unreadable` it is reported on stderr,
-    its index is added to `damaged`, and a black picture takes its place in the batch.
-    """
-
-    def __init__(
-        self, paths: Sequence[Path], tokenizer: TiTok, how: Preprocessing, *, skip_unreadable: bool
-    ) -> None:
-        self.paths, self.how, self.skip_unreadable = paths, how, skip_unreadable
-        self.size, self.channels = tokenizer.config.image_size, tokenizer.config.channels
-        self.damaged: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        import torch
-
-        from titok.data.images import read_image
-
-        try:
-            return read_image(self.paths[index], self.size, self.channels, preprocessing=self.how)
-        except (OSError, ValueError) as error:
-            if not self.skip_unreadable:
-                raise
-            if index not in self.damaged:  # `read_batches` reads the first picture twice
-                note(str(error))
-            self.damaged.add(index)
-            return torch.zeros(self.channels, *self.size)
-
-
 def read_pictures(
-    paths: Sequence[Path], tokenizer: TiTok, batch_size: int, how: Preprocessing, *, skip_unreadable: bool = False
-) -> Iterator[tuple[list[Path], Tensor]]:
+    pictures: Pictures, batch_size: int, device: torch.device, *, skip_unreadable: bool = False
+) -> Iterator[tuple[list[int], Tensor]]:
     """Batches of pictures with a progress bar; threads read the next batches meanwhile.
 
     Yields:
-        the paths of a batch and its pictures, float32 (B, channels, H, W) in [0, 1] on the tokenizer's device.
-        With `skip_unreadable`, damaged pictures are left out, and so is a batch that has no other.
+        the indices of a batch and its images, float32 (B, channels, H, W) in [0, 1] on `device`. With
+        `skip_unreadable`, damaged pictures are left out and named on stderr, and so is a batch that has no other.
 
     Raises:
         ValueError, OSError: a picture cannot be read and `skip_unreadable` is False.
     """
     import torch
 
-    from titok.data.folders import read_batches
+    from titok.data.folders import ReadablePictures, read_batches
 
-    pictures = _Pictures(paths, tokenizer, how, skip_unreadable=skip_unreadable)
-    batches = torch.arange(len(paths)).split(batch_size)
-    with progress(len(paths), "pictures") as bar:
-        for indices, images in zip(batches, read_batches(pictures, batches), strict=True):
-            readable = [row for row, index in enumerate(indices.tolist()) if index not in pictures.damaged]
+    noting = ReadablePictures(pictures)
+    batches = torch.arange(len(pictures)).split(batch_size)
+    with progress(len(pictures), "pictures") as bar:
+        stream = read_batches(noting if skip_unreadable else pictures, batches)
+        for indices, images in zip(batches, stream, strict=True):
+            numbers = indices.tolist()
+            readable = [row for row, index in enumerate(numbers) if index not in noting.problems]
+            for index in numbers:
+                if index in noting.problems:
+                    note(noting.problems[index])
             if readable:
-                yield [paths[indices[row]] for row in readable], images[readable].to(tokenizer.device)
+                yield [numbers[row] for row in readable], images[readable].to(device)
             bar.update(len(indices))
 
 
-def picture_name(path: Path, source: Path) -> str:
-    """The name that a token file gives a picture: relative to `source`, the IMAGES argument of a command."""
-    return path.name if path == source else path.relative_to(source).as_posix()
+def tokenize_source(
+    tokenizer: TiTok,
+    source: PictureSource | Pictures,
+    output: Path,
+    augment: str,
+    how: Preprocessing,
+    *,
+    skip_unreadable: bool = False,
+    anew: bool = False,
+    batch_size: int = 64,
+) -> tuple[int, int]:
+    """Writes a set of tokens of pictures, by all processes of the group, with a progress bar.
+
+    Args:
+        source: of the pictures; or pictures, of which those that were taken out are left out.
+        augment: a key of `titok.data.crops.COPIES`.
+        skip_unreadable, anew, batch_size: as for `titok.data.tokenizing.tokenize_set`.
+
+    Returns:
+        how many pictures the output holds, and how many copies of each.
+    """
+    from titok.data.crops import COPIES
+    from titok.data.folders import Pictures
+    from titok.data.tokenizing import tokenize_set
+    from titok.processes import in_first_process, own_part
+    from titok.training import fingerprint
+
+    transform, copies = COPIES[augment]
+    kept = source.indices if isinstance(source, Pictures) else None
+    source = source.source if isinstance(source, Pictures) else source
+    config = tokenizer.config
+    pictures = Pictures(source, config.image_size, config.channels, preprocessing=how, transform=transform)
+    pictures.indices = pictures.indices if kept is None else kept
+
+    def made_of() -> dict[str, Any]:
+        names = hashlib.sha256("\n".join(pictures.names).encode(errors="surrogateescape"))
+        return {
+            "pictures": fingerprint.of_images(pictures).get("pictures"),
+            "names": names.hexdigest(),
+            "labels": fingerprint.of_tensor(pictures.labels),
+            "classes": pictures.classes,
+            "augment": augment,
+            "orientation": how.apply_orientation,
+            "white_background": how.white_background,
+            "tokenizer": fingerprint.of_weights(tokenizer.state_dict()),
+            "dtype": str(tokenizer.dtype),
+        }
+
+    first = own_part()[0] == 0
+    with progress(len(pictures), "pictures", show=first) as bar:
+        count = tokenize_set(
+            tokenizer, pictures, output, copies=copies, made_of=in_first_process(made_of), batch_size=batch_size,
+            skip_unreadable=skip_unreadable, anew=anew, progress=bar.update, report=note,
+        )  # fmt: skip
+    return count, copies
 
 
 def png_names(names: Sequence[str]) -> list[str]:
@@ -188,8 +233,9 @@ def _shortened(file: PurePosixPath) -> PurePosixPath:
     return file.with_name(encoded[: 255 - len(end)].decode(errors="ignore") + end)
 
 
-def progress(total: int, name: str) -> Any:
-    """A progress bar on stderr; none where stderr is not a terminal."""
+def progress(total: int, name: str, *, show: bool = True) -> Any:
+    """A progress bar on stderr; none where stderr is not a terminal, or `show` is False."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=name, unit="img", disable=None, file=sys.stderr, leave=False)
+    hide = None if show else True  # None hides it where stderr is no terminal
+    return tqdm(total=total, desc=name, unit="img", disable=hide, file=sys.stderr, leave=False)

@@ -24,7 +24,27 @@ ImagesArgument = Annotated[
     Path,
     typer.Argument(
         metavar="IMAGES",
-        help="A picture, or a folder that is searched with its sub-folders and links; hidden files are left out.",
+        help="A picture; a folder, searched with its sub-folders and links; .tar shards; or hf:FOLDER, hf:NAME:SPLIT.",
+    ),
+]
+ClassesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--classes",
+        metavar="ORDER",
+        help="Order of the classes: sorted, natural (2 before 10), or a file with a name on each line.",
+    ),
+]
+LabelsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels", metavar="FILE", help="For a folder: a file with the name and the class of each picture."
+    ),
+]
+IndexOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--index", metavar="FILE", help="For .tar shards: a .npz that keeps their index for the next time."
     ),
 ]
 SkipUnreadableOption = Annotated[

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from titok import TiTok
-    from titok.data.folders import ImageFolder
+    from titok.data.folders import Pictures
 
 
 def probe(
@@ -105,7 +105,7 @@ def probe(
         epochs=epochs, warmup_epochs=warmup_epochs, batch_size=probe_batch_size, base_rate=base_rate, seed=seed
     )
 
-    def pictures_of(folder: Path, model: TiTok) -> ImageFolder:
+    def pictures_of(folder: Path, model: TiTok) -> Pictures:
         size, channels = model.config.image_size, model.config.channels
         if skip_unreadable:  # reads every picture once more
             return image_folder(folder, size, channels, how, skip_unreadable=True)
@@ -176,11 +176,11 @@ def _as_share(text: str) -> float | None:
     return share
 
 
-def _split(encoded: dict[str, Any], folder: ImageFolder, share: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(encoded: dict[str, Any], folder: Pictures, share: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """Features to train on and to be tested on. Raises `ValueError` where one of the two would be empty."""
     from titok.evaluation.held_out import held_out_by_name
 
-    chosen = held_out_by_name([path.relative_to(folder.root).as_posix() for path in folder.paths], share)
+    chosen = held_out_by_name(folder.names, share)
     if chosen.all() or not chosen.any():
         raise ValueError(f"--held-out: expected a share that leaves pictures on both sides, got {share}")
     training, tested = {}, {}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from titok.cli.errors import say
-from titok.cli.inputs import find_pictures, load_tokenizer, picture_name, png_names, preprocessing, read_pictures
+from titok.cli.inputs import load_tokenizer, open_source, png_names, preprocessing, read_pictures
 from titok.cli.options import (
     BatchSizeOption,
     DeviceOption,
@@ -60,27 +60,27 @@ def reconstruct(
     check_apart(output, [images, tokenizer])
     import torch
 
+    from titok.data.folders import Pictures
     from titok.data.images import grid, psnr, to_uint8, write_image
 
-    paths = find_pictures(images)
-    if one_file and len(paths) > PAIRS_LIMIT:
+    source = open_source(images)
+    if one_file and len(source) > PAIRS_LIMIT:
         raise ValueError(
-            f"{output}: expected a folder, because {len(paths)} pictures are too many for one file ({PAIRS_LIMIT})"
+            f"{output}: expected a folder, because {len(source)} pictures are too many for one file ({PAIRS_LIMIT})"
         )
-    names = [picture_name(path, images) for path in paths]
+    names = source.names
     files = [output / file for file in png_names(names)]
-    check_files([output] if one_file else files, paths, overwrite=overwrite)
+    check_files([output] if one_file else files, source.files(range(len(source))), overwrite=overwrite)
     model = load_tokenizer(tokenizer, device, dtype)
-    number_of = {path: number for number, path in enumerate(paths)}
+    how = preprocessing(ignore_orientation, ignore_transparency)
+    pictures = Pictures(source, model.config.image_size, model.config.channels, preprocessing=how)
     ratios: list[float] = []
     pairs = []
-    how = preprocessing(ignore_orientation, ignore_transparency)
-    for read, pictures in read_pictures(paths, model, batch_size, how, skip_unreadable=skip_unreadable):
-        originals = to_uint8(pictures).cpu()
-        copies = to_uint8(model.decode(model.encode(pictures))).cpu()
+    for numbers, batch in read_pictures(pictures, batch_size, model.device, skip_unreadable=skip_unreadable):
+        originals = to_uint8(batch).cpu()
+        copies = to_uint8(model.decode(model.encode(batch))).cpu()
         values = psnr(copies, originals).tolist()
-        for path, original, copy, ratio in zip(read, originals, copies, values, strict=True):
-            number = number_of[path]
+        for number, original, copy, ratio in zip(numbers, originals, copies, values, strict=True):
             say(f"{ratio:6.2f} dB  {names[number]}")
             pair = grid(torch.stack([original, copy]), columns=2)
             if one_file:
@@ -92,6 +92,6 @@ def reconstruct(
         raise ValueError(f"{images}: none of its pictures is readable")
     if one_file:
         write_image(output, grid(torch.stack(pairs), gap=8))
-    left_out = f" ({len(paths) - len(ratios)} left out)" if len(ratios) < len(paths) else ""
+    left_out = f" ({len(names) - len(ratios)} left out)" if len(ratios) < len(names) else ""
     say(f"{sum(ratios) / len(ratios):6.2f} dB  mean of {len(ratios)}{left_out}")
     say(f"{output}: originals left, reconstructions right")

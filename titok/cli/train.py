@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from titok.cli.errors import say
-from titok.cli.inputs import load_tokenizer
-from titok.cli.options import (
-    TokenizerOption,
-    select_device,
-)
+from titok.cli.inputs import load_tokenizer, tokenize_source
+from titok.cli.options import select_device
 from titok.cli.outputs import check_apart, check_files, check_output
 from titok.cli.training_options import (
     Common,
@@ -61,8 +58,7 @@ def vqgan(
 
         size, channels = settings.image_size, settings.model.channels
         initial = None if common.init is None else MaskGITVQGAN.from_pretrained(common.init)
-        pictures = common.pictures(images, size, channels)
-        options = common.run_options(output, size, channels)
+        pictures, options = common.data(images, output, size, channels)
         train_vqgan(pictures, settings, folder, initial=initial, device=torch_device, **options)
         return f"a MaskGIT-VQGAN of {len(pictures)} pictures"
 
@@ -91,8 +87,7 @@ def proxy(
         size, channels = settings.model.image_size, settings.model.channels
         initial = None if common.init is None else TiTok.from_pretrained(common.init)
         vqgan = MaskGITVQGAN.from_pretrained(proxy)
-        pictures = common.pictures(images, size, channels)
-        options = common.run_options(output, size, channels)
+        pictures, options = common.data(images, output, size, channels)
         train_proxy(pictures, vqgan, settings, folder, initial=initial, device=torch_device, **options)
         return f"stage 1 of a tokenizer of {len(pictures)} pictures"
 
@@ -123,9 +118,8 @@ def decoder(
 
         size, channels = settings.model.image_size, settings.model.channels
         stage, vqgan = TiTok.from_pretrained(first), MaskGITVQGAN.from_pretrained(proxy)
-        pictures = common.pictures(images, size, channels)
-        options = common.run_options(output, size, channels)
-        train_decoder(pictures, stage, vqgan, settings, folder, device=torch_device, **options)
+        pictures, options = common.data(images, output, size, channels)
+        train_decoder(pictures, stage, vqgan, settings, folder, device=torch_device, measure=_figures, **options)
         return f"a tokenizer of {len(pictures)} pictures, {settings.model.num_latent_tokens} tokens each"
 
     _run(common, output, "decoder", [images, proxy, first], train)
@@ -165,9 +159,10 @@ def tokenizer(
 
         model = settings.model
         initial = None if common.init is None else TiTok.from_pretrained(common.init)
-        pictures = common.pictures(images, model.image_size, model.channels)
-        options = common.run_options(output, model.image_size, model.channels)
-        train_tokenizer(pictures, settings, folder, initial=initial, device=torch_device, **options)
+        pictures, options = common.data(images, output, model.image_size, model.channels)
+        train_tokenizer(
+            pictures, settings, folder, initial=initial, device=torch_device, measure=_figures, **options
+        )
         return f"a tokenizer of {len(pictures)} pictures, {model.num_latent_tokens} tokens each"
 
     sizes = {
@@ -178,10 +173,21 @@ def tokenizer(
 
 
 @app.command()
-@with_common_options("held_out")
+@with_common_options("held_out", "hold_out")
 def generator(
-    images: Folder,
-    tokenizer: TokenizerOption,
+    images: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TOKENS|IMAGES",
+            help="What `titok tokenize` wrote (.tokens or .jsonl); or pictures to tokenise first.",
+        ),
+    ],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer", "-t", metavar="MODEL", help="Of the tokens; for pictures, and to show samples."
+        ),
+    ] = None,
     output: Output = Path("runs/generator"),
     flip: Annotated[bool, typer.Option("--flip", help="Learn from mirrored pictures too.")] = False,
     width: Width = None,
@@ -191,36 +197,60 @@ def generator(
 ) -> None:
     """Train a MaskGIT on a tokenizer's tokens. Sub-folders, sorted, are classes 0, 1, 2, ...: see classes.json.
 
+    Pictures are tokenised first, into the folder `training.tokens` of the run.
+
     \b
     titok train generator photos -t runs/tokenizer -o runs/generator
+    titok train generator photos.tokens -o runs/generator
     """
 
     def train(settings: Any, folder: RunFolder, torch_device: torch.device) -> str:
         from titok import MaskGIT
         from titok.checkpoints.files import write_json
+        from titok.data.token_sets import is_token_set, open_tokens
         from titok.processes import in_first_process
-        from titok.training import tokenize_images, train_generator
+        from titok.training import train_generator
 
-        model = load_tokenizer(tokenizer, str(torch_device), "float32")
-        size, channels = model.config.image_size, model.config.channels
-        pictures = common.pictures(images, size, channels)
-        # What the tokenizer and the pictures decide.
-        of_data = {
-            "num_latent_tokens": model.config.num_latent_tokens,
-            "codebook_size": model.config.codebook_size,
-            "num_classes": len(pictures.classes),
+        model = None if tokenizer is None else load_tokenizer(tokenizer, str(torch_device), "float32")
+        if is_token_set(images):
+            if flip:
+                raise ValueError(f"--flip: expected pictures, got tokens: {images}")
+            tokens = open_tokens(images)
+        elif model is None:
+            raise ValueError(f"--tokenizer: expected the tokenizer for the pictures in {images}, got none")
+        else:
+            pictures = common.pictures(images, model.config.image_size, model.config.channels)
+            place, copies = output / "training.tokens", "evaluation-and-mirror" if flip else "none"
+            tokenize_source(model, pictures, place, copies, pictures.preprocessing)
+            tokens = open_tokens(place)
+        if model is not None:
+            tokens.check(model)
+        # What the tokens decide. A .jsonl does not tell the size of the codebook.
+        of_data: dict[str, Any] = {
+            "num_latent_tokens": tokens.tokens.shape[-1],
+            "num_classes": len(tokens.classes),
         }
+        codes = tokens.info.get("codebook_size") or (model and model.config.codebook_size)
+        of_data |= {"codebook_size": codes} if codes else {}
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **of_data))
         initial = None if common.init is None else MaskGIT.from_pretrained(common.init)
-        rows = tokenize_images(model, pictures, flip=flip)
         train_generator(
-            rows, pictures.labels, settings, folder, initial=initial, samples=_samples_of(model),
-            device=model.device, trackers=common.trackers(output),
+            tokens.tokens, tokens.labels, settings, folder, initial=initial,
+            samples=None if model is None else _samples_of(model),
+            device=torch_device, trackers=common.trackers(output),
         )  # fmt: skip
-        in_first_process(lambda: write_json(output / "classes.json", pictures.classes))
-        return f"a generator of {len(pictures.classes)} classes"
+        in_first_process(lambda: write_json(output / "classes.json", tokens.classes))
+        return f"a generator of {len(tokens.classes)} classes"
 
-    _run(common, output, "generator", [images, tokenizer], train, {"width": width, "layers": layers})
+    inputs: list[Path | str] = [images] if tokenizer is None else [images, tokenizer]
+    _run(common, output, "generator", inputs, train, {"width": width, "layers": layers})
+
+
+def _figures(tokenizer: TiTok, images: Any) -> dict[str, float]:
+    """The figures of a tokenizer on images, which all processes share."""
+    from titok.evaluation.reconstruction import evaluate_reconstruction
+
+    return evaluate_reconstruction(tokenizer, images, progress=False).figures
 
 
 def _samples_of(tokenizer: TiTok) -> Callable[[MaskGIT], torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -11,20 +12,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from titok.cli.inputs import image_folder, preprocessing
+from titok.cli.inputs import SourceOptions, image_folder, preprocessing
 from titok.cli.options import (
+    ClassesOption,
     DeviceOption,
     IgnoreOrientationOption,
     IgnoreTransparencyOption,
+    IndexOption,
+    LabelsOption,
     SkipUnreadableOption,
 )
 
 if TYPE_CHECKING:
-    from titok.data.folders import ImageFolder
+    from titok.data.folders import Pictures
     from titok.training import TrainingConfig
     from titok.training.metrics import Tracker
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures; every sub-folder is a class.")]
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="IMAGES", help="A folder whose sub-folders are classes; .tar shards; hf:FOLDER, hf:NAME:SPLIT."
+    ),
+]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FOLDER", help="For the model and the checkpoint of the run.")
 ]
@@ -54,7 +63,11 @@ Changes = Annotated[
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the settings as JSON, and end.")]
 HeldOut = Annotated[
     Path | None,
-    typer.Option("--held-out", metavar="FOLDER", help="Pictures to show reconstructions of while training."),
+    typer.Option("--held-out", metavar="FOLDER", help="Pictures to show and to measure while training."),
+]
+HoldOut = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Hold out this share of the pictures instead, by a hash of their names."),
 ]
 Init = Annotated[
     str | None,
@@ -84,10 +97,14 @@ class Common:
     seed: Seed = 0
     resume: Resume = False
     held_out: HeldOut = None
+    hold_out: HoldOut = None
     log: Log = None
     skip_unreadable: SkipUnreadableOption = False
     ignore_orientation: IgnoreOrientationOption = False
     ignore_transparency: IgnoreTransparencyOption = False
+    classes: ClassesOption = None
+    labels: LabelsOption = None
+    index: IndexOption = None
     device: DeviceOption = "auto"
 
     def settings(self, recipe: str, model: dict[str, Any], more: dict[str, Any] | None = None) -> TrainingConfig:
@@ -126,15 +143,31 @@ class Common:
             config = dataclasses.replace(config, model=small_model(recipe, config, named))  # type: ignore[call-arg]
         return with_changes(config, self.changes or [])
 
-    def pictures(self, images: Path, size: Any, channels: int) -> ImageFolder:
-        """The folder of pictures, each of which was read once."""
+    def pictures(self, images: Path, size: Any, channels: int) -> Pictures:
+        """The pictures to train on, each of which was read once."""
         how = preprocessing(self.ignore_orientation, self.ignore_transparency)
-        return image_folder(images, size, channels, how, skip_unreadable=self.skip_unreadable)
+        options = SourceOptions(self.classes, self.labels, self.index)
+        return image_folder(images, size, channels, how, skip_unreadable=self.skip_unreadable, options=options)
 
-    def run_options(self, output: Path, size: Any, channels: int) -> dict[str, Any]:
-        """The options of a training function that show what it does."""
-        held_out = None if self.held_out is None else self.pictures(self.held_out, size, channels)
-        return {"held_out": held_out, "trackers": self.trackers(output)}
+    def data(self, images: Path, output: Path, size: Any, channels: int) -> tuple[Pictures, dict[str, Any]]:
+        """The pictures to train on, and the options of a training function that show what it does."""
+        if self.held_out is not None and self.hold_out is not None:
+            raise ValueError("--hold-out: expected it without --held-out, which names the pictures already")
+        pictures = self.pictures(images, size, channels)
+        held_out = None
+        if self.held_out is not None:
+            # The options that say how the pictures are found are those of the training pictures.
+            plain = dataclasses.replace(self, classes=None, labels=None, index=None)
+            held_out = plain.pictures(self.held_out, size, channels)
+        if self.hold_out is not None:
+            from titok.evaluation.held_out import held_out_by_name
+
+            is_held_out, held_out = held_out_by_name(pictures.names, self.hold_out), copy.copy(pictures)
+            if not is_held_out.any():
+                raise ValueError(f"--hold-out: expected a share of at least one picture, got {self.hold_out}")
+            held_out.remove((~is_held_out).nonzero()[:, 0].tolist())
+            pictures.remove(is_held_out.nonzero()[:, 0].tolist())
+        return pictures, {"held_out": held_out, "trackers": self.trackers(output)}
 
     def trackers(self, output: Path) -> list[Tracker]:
         """The trackers of --log, in the first process."""

@@ -1,4 +1,4 @@
-"""Folders of pictures, and reading batches of images by threads."""
+"""Images for models: pictures of any source, resized and cropped when they are asked for, and read in batches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from titok.data.images import UPRIGHT_ON_WHITE, Preprocessing, check_size, list_images, read_image
+from titok.data.augment import random_numbers
+from titok.data.crops import Transform, evaluation, random_crop, to_tensor
+from titok.data.images import UPRIGHT_ON_WHITE, Preprocessing, check_size, transform_picture
+from titok.data.sources import FolderSource, PictureSource
 
 
 class Images(Protocol):
@@ -23,58 +27,85 @@ class Images(Protocol):
     def __getitem__(self, index: int, /) -> Tensor: ...
 
 
-class ImageFolder:
-    """The pictures below a folder, each read when it is asked for. The class of a picture is its sub-folder.
-
-    Pictures are found by `titok.data.images.list_images`, and resized and cropped by `read_image`. Sub-folders are
-    numbered in sorted order; one without pictures is no class, and a folder without sub-folders is one class. A
-    picture in a deeper folder belongs to the sub-folder directly below `root`.
+class Pictures:
+    """The pictures of a source as images, each read when it is asked for.
 
     Args:
-        root: the folder.
+        source: of the pictures.
         size: (height, width) in pixels, or an integer for a square.
         channels: 3 for RGB, 1 for grey.
         preprocessing: what happens to EXIF orientation and transparency.
+        transform: makes an image, or copies of it, of a picture; that of the evaluation by default.
 
     Attributes:
-        found: what `list_images` found and left out.
-        paths: of the pictures, sorted.
-        classes: names of the sub-folders, sorted; [""] where there are none.
-        labels: (n,) int64, the class of each picture.
+        indices: of the pictures in the source, those that `remove` took out left out.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no picture in it.
-        TypeError, ValueError: `size` is not as described.
-        ValueError: some pictures are in sub-folders and others in `root` itself; on access, a file is no picture.
+        TypeError, ValueError: `size` is not as described. On access: a file is no picture.
     """
 
     def __init__(
         self,
-        root: str | os.PathLike[str],
+        source: PictureSource,
         size: int | Sequence[int],
         channels: int = 3,
         *,
         preprocessing: Preprocessing = UPRIGHT_ON_WHITE,
+        transform: Transform = evaluation,
     ) -> None:
-        self.root, self.channels, self.preprocessing = Path(root), channels, preprocessing
+        self.source, self.channels, self.preprocessing, self.transform = source, channels, preprocessing, transform
         self.size = check_size(size)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root}: no such folder")
-        self.found = list_images(self.root)
-        self.paths = self.found.paths
-        folders = [p.relative_to(self.root).parts[0] if p.parent != self.root else "" for p in self.paths]
-        self.classes = sorted(set(folders))
+        self.indices: Sequence[int] = range(len(source))
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, by label."""
+        return self.source.classes
+
+    @property
+    def labels(self) -> Tensor:
+        """The class of each picture, (n,) int64.
+
+        Raises:
+            ValueError: some pictures of a folder are in sub-folders and others are not.
+        """
+        labels = self.source.labels[torch.as_tensor(self.indices, dtype=torch.int64, device="cpu")]
         if len(self.classes) > 1 and "" in self.classes:
-            loose = self.paths[folders.index("")]
+            loose = self.source.describe(int((self.source.labels == self.classes.index("")).nonzero()[0]))
             raise ValueError(f"{loose}: expected every picture in a sub-folder (its class), as others here are")
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = torch.tensor([number[name] for name in folders])
+        return labels
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the pictures."""
+        return [self.source.names[index] for index in self.indices]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that hold the pictures."""
+        return self.source.files(self.indices)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Tensor:
-        return read_image(self.paths[index], self.size, self.channels, preprocessing=self.preprocessing)
+        return self.read(index, self.transform)
+
+    def read(self, index: int, transform: Transform) -> Tensor:
+        """A picture with another transform than that of this object."""
+        number = self.indices[index]
+        return transform_picture(
+            self.source[number].content,
+            transform,
+            self.size,
+            self.channels,
+            preprocessing=self.preprocessing,
+            name=self.source.describe(number),
+        )
+
+    def augmented(self, seed: int, *, crop: bool = True, flip: bool = False) -> AugmentedPictures:
+        """The same pictures with crops, and mirror images, that are drawn anew in each epoch."""
+        return AugmentedPictures(self, seed, crop=crop, flip=flip)
 
     def find_unreadable(self) -> dict[int, str]:
         """Reads every picture once, by threads, and returns what is wrong with those that cannot be read, by index."""
@@ -94,11 +125,10 @@ class ImageFolder:
             ValueError: no picture would be left.
         """
         removed = set(indices)
-        kept = [index for index in range(len(self)) if index not in removed]
+        kept = [number for index, number in enumerate(self.indices) if index not in removed]
         if not kept:
-            raise ValueError(f"{self.root}: none of its pictures is readable")
-        self.paths = [self.paths[index] for index in kept]
-        self.labels = self.labels[kept]
+            raise ValueError(f"{self.source.where}: none of its pictures is readable")
+        self.indices = kept
 
     def _problem(self, index: int) -> str:
         try:
@@ -108,21 +138,146 @@ class ImageFolder:
         return ""
 
 
-def read_batches(images: Images | Tensor, batches: Iterable[Tensor], *, ahead: int = 2) -> Iterator[Tensor]:
+class ImageFolder(Pictures):
+    """The pictures below a folder, each read when it is asked for. The class of a picture is its sub-folder.
+
+    Pictures are found by `titok.data.images.list_images`, and resized and cropped as by `read_image`. Sub-folders are
+    numbered in sorted order; one without pictures is no class, and a folder without sub-folders is one class. A
+    picture in a deeper folder belongs to the sub-folder directly below `root`.
+
+    Args:
+        root: the folder.
+        size, channels, preprocessing: as for `Pictures`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no picture in it.
+        TypeError, ValueError: `size` is not as described.
+        ValueError: some pictures are in sub-folders and others in `root` itself; on access, a file is no picture.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        size: int | Sequence[int],
+        channels: int = 3,
+        *,
+        preprocessing: Preprocessing = UPRIGHT_ON_WHITE,
+    ) -> None:
+        size = check_size(size)
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"{root}: no such folder")
+        super().__init__(FolderSource(root), size, channels, preprocessing=preprocessing)
+        _ = self.labels  # raises
+
+
+class AugmentedPictures:
+    """Pictures with random crops and mirror images. They are images by the number of a draw, not of a picture.
+
+    Draw number epoch * n + index is picture `index` of n in that epoch. Its crop depends on (seed, epoch, index) alone:
+    not on the process or thread that reads it, nor on what was read before. `titok.training.order` makes the numbers.
+
+    Args:
+        pictures: that are drawn from.
+        seed: in [0, 2^63).
+        crop: True takes a window of the resized picture that is anywhere with equal chance; False takes the centre.
+        flip: True mirrors left to right with probability 1/2.
+    """
+
+    def __init__(self, pictures: Pictures, seed: int, *, crop: bool, flip: bool) -> None:
+        self.pictures, self.seed, self.crop, self.flip = pictures, seed, crop, flip
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, draw: int) -> Tensor:
+        epoch, index = divmod(draw, len(self.pictures))
+        down, right, mirror = random_numbers(self.seed, epoch, index, count=3)
+        transform: Transform = evaluation
+        if self.crop:
+            transform = lambda picture, size: to_tensor(random_crop(picture, size, down, right))  # noqa: E731
+        image = self.pictures.read(index, transform)
+        return image.flip(-1) if self.flip and mirror >> 63 else image
+
+
+class ReadablePictures:
+    """Pictures, of which those that cannot be read are noted in place of raising an error.
+
+    Attributes:
+        problems: what is wrong with each picture that was asked for and cannot be read, by index. In its place there
+            is a black image.
+    """
+
+    def __init__(self, pictures: Pictures, *, copies: int | None = None) -> None:
+        self.pictures, self.problems = pictures, dict[int, str]()
+        self._shape = (*(() if copies is None else (copies,)), pictures.channels, *pictures.size)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            return self.pictures[index]
+        except (OSError, ValueError) as error:
+            self.problems[index] = str(error)
+            return torch.zeros(self._shape, device="cpu")
+
+
+def read_batches(
+    images: Images | Tensor,
+    batches: Iterable[Tensor],
+    *,
+    ahead: int = 2,
+    workers: int | None = None,
+    processes: bool = False,
+) -> Iterator[Tensor]:
     """Yields the images at each batch of indices (B,), as one tensor (B, C, H, W).
 
-    Threads read the next `ahead` batches meanwhile, because decoding and resizing release Python's global lock. A
-    tensor is only indexed.
+    The next batches are read meanwhile. Neither the images nor their order depend on how. A tensor is only indexed.
+
+    Args:
+        ahead: batches that threads read in advance.
+        workers: that read images; None means as many threads as `ThreadPoolExecutor` starts, and one process for each
+            core. 0 reads in the thread that asks, nothing in advance.
+        processes: True reads by processes in place of threads. Threads are the better default, because decoding and
+            resizing release Python's global lock: see docs/data.md.
 
     Raises:
         ValueError: an image has another shape than the first one. Errors of reading an image pass through.
     """
     if isinstance(images, Tensor):
         yield from (images[indices] for indices in batches)
-        return
+    elif workers == 0:
+        first: Tensor | None = None
+        for indices in batches:
+            rows = [images[index] for index in indices.tolist()]
+            first = rows[0] if first is None else first
+            for row in rows:
+                _check_shape(row, first)
+            yield torch.stack(rows)
+    elif processes:
+        yield from _read_by_processes(images, batches, workers or os.cpu_count() or 1)
+    else:
+        yield from _read_by_threads(images, batches, ahead, workers)
+
+
+def _read_by_processes(images: Images, batches: Iterable[Tensor], workers: int) -> Iterator[Tensor]:
+    loader: DataLoader[Tensor] = DataLoader(
+        images,  # type: ignore[arg-type]
+        batch_sampler=(indices.tolist() for indices in batches),
+        num_workers=workers,
+        collate_fn=torch.stack,
+        # Its own generator, because the loader would draw a number from PyTorch's global one.
+        generator=torch.Generator("cpu"),
+    )
+    yield from loader
+
+
+def _read_by_threads(
+    images: Images, batches: Iterable[Tensor], ahead: int, workers: int | None
+) -> Iterator[Tensor]:
     pending: deque[_PendingBatch] = deque()
     first: Tensor | None = None
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(workers) as pool:
         try:
             for indices in batches:
                 numbers = indices.tolist()
@@ -158,6 +313,10 @@ class _PendingBatch(NamedTuple):
 
 def _read_into(row: Tensor, images: Images, index: int) -> None:
     image = images[index]
-    if image.shape != row.shape:
-        raise ValueError(f"images: expected {tuple(row.shape)}, as the first, got {tuple(image.shape)}")
+    _check_shape(image, row)
     row.copy_(image)
+
+
+def _check_shape(image: Tensor, first: Tensor) -> None:
+    if image.shape != first.shape:
+        raise ValueError(f"images: expected {tuple(first.shape)}, as the first, got {tuple(image.shape)}")

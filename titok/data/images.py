@@ -12,21 +12,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from titok.checkpoints.writing import atomic_path
 from titok.checks import check_tensor
 from titok.config import Rounding, as_integer
+from titok.data.crops import Transform, evaluation
 
 # Pillow recognises files of these formats and cannot read their pixels, or runs another program for it (EPS).
 UNREADABLE_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 # Folders that archives, network disks and Windows add to folders of pictures. Hidden ones are left out anyway.
 FOLDERS_OF_PROGRAMS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"})
 MAX_PIXELS = 178_956_970  # of a picture that is read; Pillow's own limit by default
-# A picture is cropped before it is resized where resizing all of it would make more than this many times as many
-# pixels as the result has. That is so for pictures that are thinner than 1 to 64.
-MAX_ENLARGEMENT = 64
 _TRANSPOSITIONS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -120,61 +118,46 @@ def read_image(
         ValueError: the file is no readable picture, its pixels have 32 bits and so no known white level, or it has
             too many pixels.
     """
+    size = check_size(size)
+    return transform_picture(path, evaluation, size, channels, preprocessing=preprocessing, name=str(path))
+
+
+def transform_picture(
+    content: bytes | str | os.PathLike[str],
+    transform: Transform,
+    size: tuple[int, int],
+    channels: int = 3,
+    *,
+    preprocessing: Preprocessing = UPRIGHT_ON_WHITE,
+    name: str,
+) -> Tensor:
+    """Decodes one picture and applies a transform, as `read_image` does, with the same limits.
+
+    Args:
+        content: of a file, or the path of a file.
+        transform: takes the picture, of mode RGB or L, and `size` = (height, width).
+        name: of the picture, for messages.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`.
+    """
     if channels not in (1, 3):
         raise ValueError(f"channels: expected 1 or 3, got {channels}")
-    height, width = check_size(size)
     try:
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
             picture = _as_8_bits(opened, preprocessing).convert("RGB" if channels == 3 else "L")
             turn = _orientation(opened) if preprocessing.apply_orientation else None
         if turn is not None:
             picture = picture.transpose(turn)
-        array = np.asarray(_resize_and_crop(picture, (height, width)), dtype=np.float32) / 255
+        return transform(picture, size)
     except FileNotFoundError:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not a readable picture (Pillow knows no such format)") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise ValueError(f"{path}: not a readable picture ({error})") from error
-    return torch.from_numpy(array).reshape(height, width, channels).permute(2, 0, 1).contiguous()
-
-
-def _resize_and_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    height, width = size
-    # The two roundings are those of torchvision's Resize and CenterCrop, which the published evaluation used.
-    if width * picture.height >= height * picture.width:
-        resized = (width, width * picture.height // picture.width)
-    else:
-        resized = (height * picture.width // picture.height, height)
-    left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
-    window = (left, top, left + width, top + height)
-    if resized[0] * resized[1] > MAX_ENLARGEMENT * width * height:
-        return _resize_window(picture, resized, window)
-    if resized != picture.size:
-        picture = picture.resize(resized, Image.Resampling.BICUBIC)
-    return picture.crop(window)
-
-
-def _resize_window(
-    picture: Image.Image, resized: tuple[int, int], window: tuple[int, int, int, int]
-) -> Image.Image:
-    """`picture.resize(resized).crop(window)`, up to rounding, without the rest of the resized picture."""
-    scale_x, scale_y = picture.width / resized[0], picture.height / resized[1]
-    left, top, right, bottom = window
-    exact = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
-    # The bicubic filter reaches 2 pixels far, of the larger of the two pictures.
-    margin_x, margin_y = math.ceil(2 * max(scale_x, 1)) + 1, math.ceil(2 * max(scale_y, 1)) + 1
-    first_x, first_y = max(0, math.floor(exact[0]) - margin_x), max(0, math.floor(exact[1]) - margin_y)
-    end_x = min(picture.width, math.ceil(exact[2]) + margin_x)
-    end_y = min(picture.height, math.ceil(exact[3]) + margin_y)
-    part = picture.crop((first_x, first_y, end_x, end_y))
-    box = (
-        exact[0] - first_x,
-        exact[1] - first_y,
-        min(exact[2] - first_x, part.width),
-        min(exact[3] - first_y, part.height),
-    )
-    return part.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box=box)
+        raise ValueError(f"{name}: not a readable picture ({error})") from error
 
 
 def _orientation(picture: Image.Image) -> Image.Transpose | None:

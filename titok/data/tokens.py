@@ -89,7 +89,7 @@ def read_tokens(path: str | os.PathLike[str], tokenizer: TiTok) -> TokenFile:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     written = arrays.get("signature")
-    if written is not None and not _same_signature(written, signature(tokenizer)):
+    if written is not None and not same_signature(written, signature(tokenizer)):
         raise ValueError(f"{path}: made by a tokenizer with other weights than the one given")
     return TokenFile(tokens, names or [f"{i:06}" for i in range(len(tokens))], signed=written is not None)
 
@@ -105,7 +105,7 @@ def signature(tokenizer: TiTok) -> Tensor:
     return flat[torch.linspace(0, len(flat) - 1, 8).long().to(flat.device)].float().cpu()
 
 
-def _same_signature(written: Tensor, expected: Tensor) -> bool:
+def same_signature(written: Tensor, expected: Tensor) -> bool:
     """True for the same weights, also when one of the two models was loaded in bfloat16."""
     return written.shape == expected.shape and torch.allclose(written.float(), expected, rtol=0.02, atol=1e-6)
 

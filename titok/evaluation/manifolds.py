@@ -27,7 +27,7 @@ def precision_and_recall(
     of reference vectors in at least one ball of the samples. A vector on the surface is inside.
 
     Distances are computed from products of vectors, in float64, in blocks of `block_size` rows. ADM's evaluator
-    computes them in float16, which moves its figures in the third decimal.
+    computes them in float16, so that its figures differ slightly.
 
     Args:
         reference: (N, D) of any floating dtype.

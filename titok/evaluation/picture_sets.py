@@ -206,7 +206,7 @@ class FolderPictures:
     """The pictures below a folder, as RGB.
 
     They are resized and cropped at the centre as TiTok's evaluation does it. ADM's reference files were made from
-    pictures that were halved by a box filter first, which differs in the first decimal of FID.
+    pictures that were halved by a box filter first, so that distances to them differ.
 
     Args:
         root: the folder.

@@ -31,8 +31,9 @@ def ssim(pictures: Tensor, references: Tensor) -> Tensor:
     check_ssim()
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    both = (images.permute(0, 3, 1, 2).double() / 255 for images in (pictures, references))
-    values: Tensor = structural_similarity_index_measure(*both, data_range=1.0, reduction="none")
+    ours, theirs = (images.permute(0, 3, 1, 2).double() / 255 for images in (pictures, references))
+    values = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
+    assert isinstance(values, Tensor)  # a pair only where the full map is asked for
     return values.reshape(len(pictures))
 
 

@@ -26,6 +26,7 @@ from titok.generation.request import GenerationRequest
 from titok.generation.schedules import masked_counts, schedule
 from titok.models.generator import MaskGIT
 from titok.ops import maskgit_decode_step_packed, pack_step_params
+from titok.ops.maskgit_decode_plain import masked_first_order
 from titok.profiling import each
 
 
@@ -102,11 +103,13 @@ class HostInputs(NamedTuple):
             distinct_labels, label_index = request.labels.unique(return_inverse=True)
         if num_distinct is not None:
             distinct_labels = padded(distinct_labels, num_distinct)
+        first_class = generator.mask_token + 1
+        no_class = torch.tensor([first_class + generator.config.num_classes], dtype=torch.int64, device="cpu")
         parts = {
             "step_params": torch.stack(step_params).view(torch.int64),
-            "labels": request.labels,
-            "distinct_labels": distinct_labels,
-            "label_index": label_index,
+            "class_tokens": torch.stack([first_class + request.labels, no_class.expand(len(request))]),
+            "shared_class_tokens": torch.cat([first_class + distinct_labels, no_class]),
+            "shared_rows": label_index[:, None] * length + torch.arange(length, device="cpu"),
         }
         if not have_equal_counts:
             parts["masked_counts_by_sample"] = torch.tensor(counts, dtype=torch.int64, device="cpu")
@@ -133,27 +136,40 @@ def padded(x: Tensor, size: int) -> Tensor:
 class DecodeBatch:
     """What one run of the loop reads. All tensors are on the generator's device.
 
+    A pass is one sequence that the generator reads. Where every token of every sample is masked, samples with the same
+    label share a pass, and all samples share the unconditional one ("shared" below). In all other steps each sample has
+    passes of its own.
+
     Attributes:
-        inputs: (n,) int64, the copy of `HostInputs.packed`. The tensors below but `tokens` are views of it.
+        inputs: (n,) int64, the copy of `HostInputs.packed`, of which some of the tensors below are views.
         tokens: (B, K) int64 to start from.
-        labels: (B,) int64.
-        distinct_labels: (U,) int64, the labels without repetitions.
-        label_index: (B,) int64: `labels` is `distinct_labels[label_index]`.
+        order: (2, B, K) int64 of these tokens, as `maskgit_decode_step_packed` returns it.
+        class_tokens: (2, B) int64, the class token of each sample in its conditional and its unconditional pass.
+        shared_class_tokens: (U + 1,) int64, the class token of each shared pass, of which the unconditional is the
+            last.
+        shared_rows: (B, K) int64, which row each position reads of the logits of all shared conditional passes.
+        shared_uncond_rows: (B, K) int64, the same for the shared unconditional pass.
+        samples: (B,) int64, from 0 to B - 1.
         step_params: (steps, 10) int32, the numbers of each step in the form of `titok.ops.pack_step_params`.
         masked_counts: (steps + 1, B) as nested lists, so that shapes are known without asking the device: how many
             tokens of each sample are masked before the first step, then after each step.
         masked_counts_by_sample: the same as a tensor (steps + 1, B) int64, or None where all samples have the same
             counts; `step_params` then holds them.
+        workspace: (B,) int32 zeros for the decoding step on a GPU, which leaves them zero; None on a CPU.
     """
 
     inputs: Tensor
     tokens: Tensor
-    labels: Tensor
-    distinct_labels: Tensor
-    label_index: Tensor
+    order: Tensor
+    class_tokens: Tensor
+    shared_class_tokens: Tensor
+    shared_rows: Tensor
+    shared_uncond_rows: Tensor
+    samples: Tensor
     step_params: Tensor
     masked_counts: list[list[int]]
     masked_counts_by_sample: Tensor | None
+    workspace: Tensor | None
 
     @classmethod
     def prepare(
@@ -166,6 +182,8 @@ class DecodeBatch:
     def copied(cls, generator: MaskGIT, host: HostInputs, init_tokens: Tensor | None = None) -> DecodeBatch:
         """The batch whose inputs were packed before, copied to the device of the generator at once.
 
+        Whatever is the same in every step is computed here, so that a captured graph of the steps does not repeat it.
+
         Args:
             init_tokens: what `HostInputs.pack` was given.
         """
@@ -174,21 +192,26 @@ class DecodeBatch:
         sizes = [math.prod(shape) for shape in host.shapes.values()]
         named = zip(host.shapes.items(), inputs.split(sizes), strict=True)
         parts = {name: part.view(shape) for (name, shape), part in named}
+        batch, length = host.shapes["shared_rows"]
         tokens = parts.get("tokens")
         if init_tokens is None:
-            size = (len(parts["labels"]), generator.config.num_latent_tokens)
-            tokens = torch.full(size, generator.mask_token, device=device)
+            tokens = torch.full((batch, length), generator.mask_token, device=device)
         elif tokens is None:  # they are on a GPU already
             tokens = init_tokens.to(device, copy=True)
+        on_gpu = device.type == "cuda"
         return cls(
             inputs=inputs,
             tokens=tokens,
-            labels=parts["labels"],
-            distinct_labels=parts["distinct_labels"],
-            label_index=parts["label_index"],
+            order=masked_first_order(tokens, generator.mask_token),
+            class_tokens=parts["class_tokens"],
+            shared_class_tokens=parts["shared_class_tokens"],
+            shared_rows=parts["shared_rows"],
+            shared_uncond_rows=torch.arange(length, device=device).repeat(batch, 1),
+            samples=torch.arange(batch, device=device),
             step_params=parts["step_params"].view(torch.int32),
             masked_counts=host.masked_counts,
             masked_counts_by_sample=parts.get("masked_counts_by_sample"),
+            workspace=torch.zeros(batch, dtype=torch.int32, device=device) if on_gpu else None,
         )
 
 
@@ -204,14 +227,18 @@ def decode(
     Returns:
         tokens (B, K) int64, all decided.
     """
-    tokens = batch.tokens
+    tokens, order = batch.tokens, batch.order
     for step in each("step", schedule(sampling)):
         before, after = batch.masked_counts[step.index], batch.masked_counts[step.index + 1]
         if after == before and history is None:
             continue  # the step would draw tokens and mask all of them again
-        logits = _masked_logits(generator, tokens, batch, before, guided=step.guidance != 1.0)
+        is_guided = step.guidance != 1.0
+        if min(before, default=0) == tokens.shape[1]:
+            logits = _shared_logits(generator, tokens, batch, guided=is_guided)
+        else:
+            logits = _masked_logits(generator, tokens, order, batch, max(before, default=0), guided=is_guided)
         by_sample = batch.masked_counts_by_sample
-        result = maskgit_decode_step_packed(
+        tokens, confidences, order = maskgit_decode_step_packed(
             tokens,
             logits.cond,
             logits.uncond,
@@ -221,11 +248,12 @@ def decode(
             num_masked=None if by_sample is None else by_sample[step.index + 1],
             rows=logits.cond_rows,
             uncond_rows=logits.uncond_rows,
+            workspace=batch.workspace,
             return_confidence=True,  # the op computes the confidences in any case
+            return_order=True,
         )
-        tokens = result[0]
         if history is not None:
-            history.append(StepResult(*result))
+            history.append(StepResult(tokens, confidences))
     return tokens
 
 
@@ -237,7 +265,7 @@ class _MaskedLogits(NamedTuple):
         uncond: (R', V) of the unconditional passes, or None without guidance.
         cond_rows: (B, K) int64, the row of `cond` that each position reads. Entries at decided positions are never
             read.
-        uncond_rows: (B, K) int64, the same for `uncond`, or None without guidance.
+        uncond_rows: (B, K) int64, the same for `uncond`; None without guidance, and where it is `cond_rows`.
     """
 
     cond: Tensor
@@ -246,62 +274,46 @@ class _MaskedLogits(NamedTuple):
     uncond_rows: Tensor | None
 
 
-def _masked_logits(
-    generator: MaskGIT, tokens: Tensor, batch: DecodeBatch, num_masked: list[int], *, guided: bool
-) -> _MaskedLogits:
-    """Runs the forward passes of one step.
+def _shared_logits(generator: MaskGIT, tokens: Tensor, batch: DecodeBatch, *, guided: bool) -> _MaskedLogits:
+    """Runs the forward passes of a step in which every token of every sample is masked.
 
     Args:
         tokens: (B, K) int64.
-        num_masked: how many tokens of each sample are masked.
-        guided: also run unconditional passes.
+        guided: also run the unconditional pass.
     """
-    max_masked = max(num_masked, default=0)
-    # The positions of each sample, the masked ones first; `slots` is where each position stands in that order. The
-    # first max_masked of them get logits. A sample with fewer masked positions is filled up with decided ones,
-    # whose logits nothing reads.
-    positions = (tokens != generator.mask_token).to(torch.int8).argsort(dim=1, stable=True)  # (B, K)
-    slots = positions.argsort(dim=1)  # (B, K)
-    positions = positions[:, :max_masked]
-
-    # A pass is one sequence that the generator reads; `cond_pass` and `uncond_pass` (B,) say which pass serves a
-    # sample.
-    fully_masked = min(num_masked, default=0) == tokens.shape[1]
-    if fully_masked:  # all rows of `tokens` and of `positions` are equal, so any of them serves a pass
-        cond_labels, cond_pass = batch.distinct_labels, batch.label_index
-        num_uncond, uncond_pass = 1, torch.zeros_like(batch.label_index)
-    else:
-        cond_labels, cond_pass = batch.labels, torch.arange(len(tokens), device=tokens.device)
-        num_uncond, uncond_pass = len(tokens), cond_pass
-    num_cond = len(cond_labels)
-    cond_rows = cond_pass[:, None] * max_masked + slots
+    class_tokens = batch.shared_class_tokens if guided else batch.shared_class_tokens[:-1]
+    length = tokens.shape[1]
+    ids = torch.cat([class_tokens[:, None], tokens[:1].expand(len(class_tokens), length)], dim=1)
+    logits = _logits_of(generator, generator.features(ids).contiguous())
     if not guided:
-        cond = _logits_at(generator, tokens[:num_cond], cond_labels, positions[:num_cond])
-        return _MaskedLogits(cond, None, cond_rows, None)
-
-    no_class = torch.full_like(cond_labels[:num_uncond], generator.no_class)
-    both = _logits_at(
-        generator,
-        torch.cat([tokens[:num_cond], tokens[:num_uncond]]),
-        torch.cat([cond_labels, no_class]),
-        torch.cat([positions[:num_cond], positions[:num_uncond]]),
-    )
-    cond, uncond = both.split([num_cond * max_masked, num_uncond * max_masked])
-    return _MaskedLogits(cond, uncond, cond_rows, uncond_pass[:, None] * max_masked + slots)
+        return _MaskedLogits(logits, None, batch.shared_rows, None)
+    return _MaskedLogits(logits[:-length], logits[-length:], batch.shared_rows, batch.shared_uncond_rows)
 
 
-def _logits_at(generator: MaskGIT, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-    """The logits of sequences at some of their positions.
+def _masked_logits(
+    generator: MaskGIT, tokens: Tensor, order: Tensor, batch: DecodeBatch, max_masked: int, *, guided: bool
+) -> _MaskedLogits:
+    """Runs the forward passes of one step, one or two for each sample.
 
     Args:
-        tokens: (P, K) int64.
-        labels: (P,) int64.
-        positions: (P, M) int64 in [0, K).
-
-    Returns:
-        (P * M, V), the positions of the first sequence first; of a float64 model in float32.
+        tokens: (B, K) int64.
+        order: (2, B, K) int64 of these tokens, as `maskgit_decode_step_packed` returns it.
+        max_masked: the largest number of masked tokens of a sample.
+        guided: also run unconditional passes.
     """
-    features = generator.features(tokens, labels)
-    picked = features.gather(1, positions[:, :, None].expand(-1, -1, features.shape[-1]))
-    logits = generator.lm_head(picked).flatten(0, 1)
+    # The first max_masked positions of each sample get logits. A sample with fewer masked positions is filled up with
+    # decided ones, whose logits nothing reads.
+    (size, length), passes = tokens.shape, 2 if guided else 1
+    ids = torch.cat([batch.class_tokens[:passes, :, None], tokens.expand(passes, size, length)], dim=2)
+    features = generator.features(ids.flatten(0, 1)).unflatten(0, (passes, size))
+    positions = order[0, :, :max_masked, None].expand(passes, size, max_masked, features.shape[-1])
+    logits = _logits_of(generator, features.gather(2, positions).flatten(0, 1))
+    rows = torch.add(order[1], batch.samples[:, None], alpha=max_masked)
+    cond, uncond = logits[: size * max_masked], logits[size * max_masked :]
+    return _MaskedLogits(cond, uncond if guided else None, rows, None)
+
+
+def _logits_of(generator: MaskGIT, features: Tensor) -> Tensor:
+    """Features (P, M, D), contiguous, to logits (P * M, V), of a float64 model in float32."""
+    logits: Tensor = generator.lm_head(features).flatten(0, 1)
     return logits.float() if logits.dtype == torch.float64 else logits  # the decoding step takes no float64

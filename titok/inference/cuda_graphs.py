@@ -11,9 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from titok.inference import cudnn
+
 T = TypeVar("T")
 
-# PyTorch allows one capture at a time in a process.
+# PyTorch allows one capture at a time in a process. cuDNN's tuning in the warm-up gives memory back to the driver,
+# which must not happen during a capture either.
 _CAPTURING = threading.Lock()
 
 
@@ -127,11 +130,12 @@ class GraphCache:
         memory.stream.wait_stream(current)
         try:
             # `torch.cuda.graph` leaves its stream the current one where a capture fails; this context does not.
-            with torch.cuda.stream(memory.stream):
-                compute()  # kernels may be compiled and tuned on first use, which cannot be captured
+            with torch.cuda.stream(memory.stream), _CAPTURING:
+                with cudnn.tuning():
+                    compute()  # kernels may be compiled and tuned on first use, which cannot be captured
                 graph = torch.cuda.CUDAGraph()
                 options: Any = {"pool": memory.pool.id, "stream": memory.stream}
-                with _CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
                     result = compute()
         finally:
             current.wait_stream(memory.stream)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from titok.checks import FLOAT_DTYPES, check_tensor
+from titok.inference import cudnn
 from titok.inference.onednn import add_conv, conv
 from titok.inference.workspace import Buffers
 
@@ -81,9 +82,13 @@ def upsample_conv(x: Tensor, folded: FoldedUpsampleConv) -> Tensor:
     check_tensor("x", x, shape=("B", channels, "H", "W"), dtypes=dtypes, device=weight[0].device)
     batch, _, height, width = x.shape
     result = x.new_empty(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
-    twice_bias = None if bias is None else torch.cat([bias, bias])
-    for parity in (0, 1):
-        copy_windows(result, conv(x, weight[parity], twice_bias), parity)
+    if cudnn.is_used(x):
+        for parity in (0, 1):
+            copy_windows(result, cudnn.conv(x, weight[parity], None, 2 * outputs), parity, bias)
+    else:
+        twice_bias = None if bias is None else torch.cat([bias, bias])
+        for parity in (0, 1):
+            copy_windows(result, conv(x, weight[parity], twice_bias), parity)
     return result if x.stride(1) == 1 else result.contiguous()
 
 
@@ -107,7 +112,7 @@ def upsample_conv_in(buffers: Buffers, x: Tensor, folded: FoldedUpsampleConv) ->
     return result
 
 
-def copy_windows(result: Tensor, windows: Tensor, parity: int) -> None:
+def copy_windows(result: Tensor, windows: Tensor, parity: int, bias: Tensor | None = None) -> None:
     """Copies the result of one 2x2 convolution to the rows of the enlarged map that it computed.
 
     A 2x2 convolution of the padded map has H + 1 rows of W + 1 windows. Window (i, j) holds the small map's rows i - 1
@@ -120,7 +125,12 @@ def copy_windows(result: Tensor, windows: Tensor, parity: int) -> None:
         result: (B, O, 2H, 2W), channels-last.
         windows: (B, 2 * O, H + 1, W + 1).
         parity: 0 for even rows of the result, 1 for odd ones.
+        bias: (O,), added on the way; None adds nothing.
     """
     batch, outputs, height, width = result.shape
     columns = windows.permute(0, 2, 3, 1).reshape(batch, height // 2 + 1, width + 2, outputs)
-    result.permute(0, 2, 3, 1)[:, parity::2] = columns[:, parity : parity + height // 2, 1:-1]
+    rows, read = result.permute(0, 2, 3, 1)[:, parity::2], columns[:, parity : parity + height // 2, 1:-1]
+    if bias is None:
+        rows.copy_(read)
+    else:
+        torch.add(read, bias, out=rows)

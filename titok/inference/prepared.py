@@ -1,14 +1,16 @@
 """Weights prepared for inference: what layers compute from in place of a weight, and how a model takes it up.
 
-`model.prepare()` lays weights out for the device that they are on: in oneDNN's blocked layout on a CPU, with the
-upsampling or the shortcut of a convolution folded into it on any device. The prepared form replaces the weight, so
+`model.prepare()` lays weights out for the device that they are on: in oneDNN's blocked layout on a CPU, those of
+convolutions channels-last on a GPU, with the upsampling or the shortcut of a convolution folded into it on any device.
+The prepared form replaces the weight, so
 that the model is in memory once. The weight stays a parameter of its layer, by name, shape, dtype and device, but it
 holds no values any more: what reads or writes them raises `PreparedError`. So no change of a weight can be missed.
 
 - `unprepare()`, and whatever needs the values (`train`, `to`, `state_dict`, `load_state_dict`, `copy.deepcopy`,
   pickling), gives the original values back, bit for bit.
 - A weight whose memory somebody else holds too (a view, a numpy array, another process) is not prepared, because it
-  could be changed from there. Its layer computes from the weight itself.
+  could be changed from there. Its layer computes from the weight itself. Of memory on a GPU, PyTorch does not say
+  whether another process holds it.
 
 In plain mode (`with plain():`) models compute as in training and without the kernels of `titok.ops`. It is there to
 check the fast path against.
@@ -235,7 +237,8 @@ def _is_sole_owner(weight: Tensor) -> bool:
     if type(weight) is not nn.Parameter or weight.device.type == "meta" or weight.is_inference():
         return False
     counts = _reference_counts(weight)
-    return counts is not None and counts == _counts_of_a_sole_owner() and not weight.is_shared()
+    is_shared = not weight.is_cuda and weight.is_shared()  # PyTorch says so of all memory on a GPU
+    return counts is not None and counts == _counts_of_a_sole_owner() and not is_shared
 
 
 def _reference_counts(weight: Tensor) -> tuple[int, ...] | None:

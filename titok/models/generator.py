@@ -97,24 +97,23 @@ class MaskGIT(Pretrained):
                 raise ValueError(
                     f"labels: expected one for each of {tokens.shape[0]} rows of tokens, got {labels.shape[0]}"
                 )
-        return self.lm_head(self.features(tokens, labels, dropout=self.config.dropout if self.training else 0.0))
+        ids = torch.cat([(self.mask_token + 1 + labels)[:, None], tokens], dim=1)
+        return self.lm_head(self.features(ids, dropout=self.config.dropout if self.training else 0.0))
 
     @ranged("generator")
-    def features(self, tokens: Tensor, labels: Tensor, *, dropout: float = 0.0) -> Tensor:
+    def features(self, ids: Tensor, *, dropout: float = 0.0) -> Tensor:
         """What `lm_head` reads, for callers that need logits at some positions only.
 
         The arguments are not checked: `forward` and `sample_tokens` call this behind their own checks. Whether the
         model is in training mode makes no difference here.
 
         Args:
-            tokens: (B, K) int64, codes or `mask_token`.
-            labels: (B,) int64 classes or `no_class`.
+            ids: (B, 1 + K) int64 rows of the embedding table: the class token, then codes or `mask_token`.
             dropout: probability of dropout, which the "uvit" architecture does not have and ignores.
 
         Returns:
             (B, K, D).
         """
-        ids = torch.cat([(self.mask_token + 1 + labels)[:, None], tokens], dim=1)
         x = F.embedding(ids, self.embedding.weight) + self.positions
         x = self.trunk(x, dropout=dropout) if isinstance(self.trunk, PostNormTransformer) else self.trunk(x)
         return x[:, 1:]

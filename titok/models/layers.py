@@ -8,11 +8,12 @@ original weights, which it restores for the call.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok.checkpoints.quirks import fold_shortcut_of_result, shortcut_of_result
-from titok.inference import onednn
+from titok.inference import cudnn, onednn
 from titok.inference.folded_upsample import FoldedUpsampleConv, fold_upsample_conv, upsample_conv
 from titok.inference.prepared import PreparableLayer, prepared_form, prepared_with, readable, replace_weights
 from titok.models.conv_gradient import conv3x3
@@ -89,9 +90,14 @@ class Conv3x3(nn.Conv2d, PreparableLayer):
 
             def fold() -> Tensor:
                 folded = fold_shortcut_of_result(weight.detach(), shortcut.weight.detach())
+                if cudnn.is_used(folded):
+                    return cudnn.lay_out(folded)
                 return onednn.pack_conv(folded, self.size) if pack else folded
 
             replace_weights(folds, fold)
+        elif cudnn.is_used(weight):
+            outputs = self.out_channels
+            replace_weights([weight], lambda: cudnn.lay_out(weight), lambda laid, _: cudnn.restore(laid, outputs))
         elif pack:
             dtype = weight.dtype
             replace_weights(
@@ -114,7 +120,10 @@ class Conv3x3(nn.Conv2d, PreparableLayer):
         """
         prepared = prepared_form(self.weight, x)
         if prepared is not None and self.is_prepared_with(shortcut):
-            return onednn.conv(x, prepared, self.bias, add)
+            if not cudnn.is_used(x):
+                return onednn.conv(x, prepared, self.bias, add)
+            y = cudnn.conv(x, prepared, self.bias, self.out_channels)
+            return y if add is None else y + add
         y = conv3x3(x, readable(self.weight), self.bias)
         if shortcut is not None:
             return shortcut_of_result(y, shortcut)
@@ -143,6 +152,9 @@ class UpsampleConv(nn.Conv2d, PreparableLayer):
 
         def fold() -> FoldedUpsampleConv:
             folded = fold_upsample_conv(weight.detach())
+            if cudnn.is_used(weight):
+                laid_out = [row.contiguous(memory_format=torch.channels_last) for row in folded.weight]
+                return folded._replace(weight=tuple(laid_out))
             if not onednn.packs(weight):
                 return folded
             return folded._replace(weight=tuple(onednn.pack_conv(row, self.size) for row in folded.weight))

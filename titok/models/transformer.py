@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from titok.models.layers import LayerNorm, Linear
-from titok.ops import add_layer_norm, masked_attention
+from titok.ops import add_layer_norm, layer_norm_of_sum, masked_attention
 
 T = TypeVar("T")
 
@@ -104,14 +104,18 @@ class Block(nn.Module):
         `dropout` acts on the attention weights, on the result of attention and on that of the MLP.
         """
         attended = self.attn.attend(self.attn.qkv(x), dropout=dropout)
-        _, x = add_norm(x, F.dropout(attended, dropout), self.norm1)
-        _, x = add_norm(x, F.dropout(self.mlp(x), dropout), self.norm2)
-        return x
+        x = norm_of_sum(x, F.dropout(attended, dropout), self.norm1)
+        return norm_of_sum(x, F.dropout(self.mlp(x), dropout), self.norm2)
 
 
 def add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """x and residual (B, N, D) -> x + residual, and norm of it, in one pass."""
     return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+
+
+def norm_of_sum(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """norm(x + residual), of x and residual (B, N, D), where nobody reads the sum."""
+    return layer_norm_of_sum(x, residual, norm.weight, norm.bias, norm.eps)
 
 
 class Stack(nn.Module):
@@ -158,7 +162,7 @@ class Transformer(Stack):
         for block, next_block in itertools.pairwise(blocks):
             x, qkv = self.run_block(functools.partial(_block_and_next_qkv, block, next_block), x, qkv)
         x, h = blocks[-1].attend(x, qkv, query_range)
-        return add_norm(x, blocks[-1].mlp(h), self.norm_post)[1]
+        return norm_of_sum(x, blocks[-1].mlp(h), self.norm_post)
 
 
 def _block_and_next_qkv(block: Block, next_block: Block, x: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from titok.checkpoints import official
 from titok.checkpoints.pretrained import Pretrained
 from titok.checks import check_images, check_tensor, check_tokens
 from titok.config import VQGANConfig
-from titok.inference import onednn
+from titok.inference import cudnn, onednn
 from titok.inference.folded_upsample import FoldedUpsampleConv, upsample_conv_in
 from titok.inference.prepared import PreparableLayer, prepared_form, readable
 from titok.inference.workspace import Buffers, Workspace
@@ -48,6 +48,18 @@ def _norm_silu(x: Tensor, norm: nn.GroupNorm, out: Tensor | None = None) -> Tens
     """
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     return group_norm_silu(x, norm.num_groups, weight, bias, norm.eps, out=out)
+
+
+def _sum(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x if residual is None else x + residual
+
+
+def _sum_norm_silu(x: Tensor, residual: Tensor | None, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """x + residual, or x alone, and silu(norm(...)) of it, in one op."""
+    if residual is None:
+        return x, _norm_silu(x, norm)
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    return group_norm_silu(x, norm.num_groups, weight, bias, norm.eps, residual=residual)
 
 
 class ResidualBlock(PreparableLayer):
@@ -89,6 +101,21 @@ class ResidualBlock(PreparableLayer):
             return self.conv2(h, shortcut=self.nin_shortcut)
         return self.conv2(h, add=self.nin_shortcut(x))
 
+    def summands(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The two summands of the block's result, where its input is x + residual. None stands for nothing to add.
+
+        On a GPU, in inference, the norm that reads a sum takes it in the same pass. Elsewhere the sum is taken here.
+        """
+        if not cudnn.is_used(x) or torch.is_grad_enabled():
+            return self(_sum(x, residual)), None
+        x, h = _sum_norm_silu(x, residual, self.norm1)
+        h = _norm_silu(self.conv1(h), self.norm2)
+        if self.nin_shortcut is None:
+            return self.conv2(h), x
+        if self.shortcut_of_result:
+            return self.conv2(h, shortcut=self.nin_shortcut), None
+        return self.conv2(h), self.nin_shortcut(x)
+
     def forward_in(self, buffers: Buffers, packed: PackedWeights, x: Tensor) -> Tensor:
         """`forward` from packed weights in buffers. x is overwritten, and the result may be in the block "map"."""
         h = _norm_silu(x, self.norm1, out=buffers.map("normed", x.shape, x.dtype))
@@ -129,6 +156,12 @@ class Level(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x if self.upsample is None else self.upsample(x)
+
+    def summands(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The two summands of the level's result, as `ResidualBlock.summands`."""
+        for block in self.blocks:
+            x, residual = block.summands(x, residual)  # type: ignore[operator]
+        return (x, residual) if self.upsample is None else (self.upsample(_sum(x, residual)), None)
 
     def forward_in(self, buffers: Buffers, packed: PackedWeights, x: Tensor) -> Tensor:
         """`forward` from packed weights in buffers. x is overwritten, and the result may be in the block "map"."""
@@ -232,12 +265,10 @@ class VQGANDecoder(nn.Module):
         if packed is not None:
             with (workspace or Workspace()).borrow() as buffers:
                 return self._decode_in(buffers, packed, x)
-        x = self.conv_in(x)
-        for block in self.mid:
-            x = block(x)
-        for level in reversed(self.levels):
-            x = level(x)
-        return self.conv_out(_norm_silu(x, self.norm_out))
+        x, residual = self.conv_in(x), None
+        for part in (*self.mid, *reversed(self.levels)):
+            x, residual = part.summands(x, residual)
+        return self.conv_out(_sum_norm_silu(x, residual, self.norm_out)[1])
 
     def _packed_weights(self, x: Tensor) -> PackedWeights | None:
         """The weights of all convolutions, if oneDNN packed them and x can be decoded from them; otherwise None."""

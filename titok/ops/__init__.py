@@ -4,7 +4,7 @@ Every op has a plain-PyTorch path that runs anywhere; `backends()` tells which f
 Importing this package registers the ops: `torch.export.load` needs that for a program that calls them.
 """
 
-from titok.ops.add_layer_norm import add_layer_norm, layer_norm
+from titok.ops.add_layer_norm import add_layer_norm, layer_norm, layer_norm_of_sum
 from titok.ops.code_mixture import code_mixture
 from titok.ops.core.available import backends
 from titok.ops.core.mode import is_ordinary, is_plain, last_backend, last_backends, only_plain, through_dispatcher
@@ -25,6 +25,7 @@ __all__ = [
     "last_backend",
     "last_backends",
     "layer_norm",
+    "layer_norm_of_sum",
     "masked_attention",
     "maskgit_decode_step",
     "maskgit_decode_step_packed",

@@ -51,8 +51,32 @@ def add_layer_norm(
 
     Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), equations 3 and 4.
     """
-    total, normalised = _ADD_LAYER_NORM(x, residual, weight, bias, eps, out_dtype, out=out, backend=backend)
+    needs_sum = True
+    total, normalised = _ADD_LAYER_NORM(
+        x, residual, weight, bias, eps, out_dtype, needs_sum, out=out, backend=backend
+    )
     return total, normalised
+
+
+def layer_norm_of_sum(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm(x + residual) over the last axis: the second result of `add_layer_norm`, bit for bit.
+
+    For post-norm blocks, which do not read the sum. On a GPU it is not written then, unless gradients are enabled.
+
+    Args, errors and source: as of `add_layer_norm`.
+    """
+    needs_sum = torch.is_grad_enabled()  # the backward pass reads it
+    normalised: Tensor = _ADD_LAYER_NORM(x, residual, weight, bias, eps, out_dtype, needs_sum, backend=backend)[1]
+    return normalised
 
 
 def layer_norm(
@@ -144,6 +168,7 @@ class AddLayerNormArguments(NamedTuple):
     bias: Tensor
     eps: float
     out_dtype: torch.dtype | None = None
+    needs_sum: bool = True  # False returns no sum, and has no gradient
 
 
 def _check(a: AddLayerNormArguments) -> None:
@@ -151,27 +176,35 @@ def _check(a: AddLayerNormArguments) -> None:
     check_tensor("residual", a.residual, shape=tuple(a.x.shape), dtypes=FLOAT_DTYPES, device=a.x.device)
 
 
-def _results(a: AddLayerNormArguments) -> tuple[Tensor, Tensor]:
+def _results(a: AddLayerNormArguments) -> tuple[Tensor | None, Tensor]:
     dtype = torch.promote_types(a.x.dtype, a.residual.dtype)
-    total = torch.empty_like(a.x, dtype=dtype, memory_format=torch.contiguous_format)
-    return total, torch.empty_like(total, dtype=a.out_dtype)
+    normalised = torch.empty_like(a.x, dtype=a.out_dtype or dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(normalised, dtype=dtype) if a.needs_sum else None, normalised
 
 
-def _cpp(a: AddLayerNormArguments, total: Tensor, normalised: Tensor) -> None:
+def _cpp(a: AddLayerNormArguments, total: Tensor | None, normalised: Tensor) -> None:
     check_eps(a.eps)
+    if total is None:  # the kernel writes it in any case
+        total = torch.empty_like(normalised, dtype=torch.promote_types(a.x.dtype, a.residual.dtype))
     extension().add_layer_norm(a.x, a.residual, a.weight, a.bias, a.eps, total, normalised)
 
 
-def _triton(a: AddLayerNormArguments, total: Tensor, normalised: Tensor) -> None:
+def _triton(a: AddLayerNormArguments, total: Tensor | None, normalised: Tensor) -> None:
     from titok.kernels import add_layer_norm as kernels
 
-    x, residual = _rows(a.x), _rows(a.residual)
-    kernels.forward(x, residual, a.weight, a.bias, a.eps, _rows(total), _rows(normalised))
+    x, residual, total = _rows(a.x), _rows(a.residual), None if total is None else _rows(total)
+    kernels.forward(x, residual, a.weight, a.bias, a.eps, total, _rows(normalised))
 
 
-def _plain(a: AddLayerNormArguments) -> tuple[Tensor, Tensor]:
+def _plain(a: AddLayerNormArguments) -> tuple[Tensor | None, Tensor]:
     total = (a.x + a.residual).contiguous()
-    return total, _normalised(total, a.weight, a.bias, a.eps, a.out_dtype)
+    return total if a.needs_sum else None, _normalised(total, a.weight, a.bias, a.eps, a.out_dtype)
+
+
+def _save(a: AddLayerNormArguments, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not a.needs_sum:
+        raise RuntimeError("add_layer_norm: it has a gradient with needs_sum=True only")
+    return outputs[0], a.weight
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -270,7 +303,7 @@ def _for_backward(a: BackwardArguments) -> BackwardArguments:
 
 def _is_float32_on_cpu(a: AddLayerNormArguments) -> bool:
     """For contiguous float32 rows PyTorch's own gradient is as fast as ours, and its call costs less."""
-    x, residual, weight, bias, eps, out_dtype = a
+    x, residual, weight, bias, eps, out_dtype, _ = a
     if not all(isinstance(t, Tensor) for t in (x, residual, weight, bias)):
         return False
     if not (x.is_cpu and x.dtype is residual.dtype is weight.dtype is torch.float32 and out_dtype is None):
@@ -312,7 +345,7 @@ _ADD_LAYER_NORM = Op(
     ),
     gradient=Gradient(
         _BACKWARD,
-        save=lambda a, outputs: (outputs[0], a.weight),
+        save=_save,
         arguments=lambda grads, saved, a, needs: None if grads[1] is None else (*grads, *saved, a.eps),
         gradients=lambda grads, returned: (
             (returned[0], returned[0], *returned[1]) if returned else (grads[0], grads[0], None, None)

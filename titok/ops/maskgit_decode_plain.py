@@ -68,6 +68,19 @@ def decode_plain(inputs: StepTensors, mask_token: int, maskgit: bool, params: St
     return new.masked_fill_(again, mask_token), confidence
 
 
+def masked_first_order(tokens: Tensor, mask_token: int) -> Tensor:
+    """The positions of each sample, the masked ones first, and each kind in ascending order.
+
+    Args:
+        tokens: (B, N) int64, codes or `mask_token`.
+
+    Returns:
+        (2, B, N) int64: [0] the positions in that order; [1] the place of each position in it.
+    """
+    positions = (tokens != mask_token).to(torch.int8).argsort(dim=1, stable=True)
+    return torch.stack([positions, positions.argsort(dim=1)])
+
+
 def _pick(logits: Tensor, rows: Tensor | None, sample: Tensor, position: Tensor) -> Tensor:
     picked = logits[sample, position] if rows is None else logits[rows[sample, position]]
     return picked.to(torch.float32)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from titok.checks import check_bool, check_int, check_integer, check_number, che
 from titok.ops.core.available import extension, why_no_cpp, why_no_cuda, why_no_triton, why_too_old
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Kernel
-from titok.ops.maskgit_decode_plain import StepParams, StepTensors, decode_plain
+from titok.ops.maskgit_decode_plain import StepParams, StepTensors, decode_plain, masked_first_order
 
 CONFIDENCE_RULES = ("titok", "maskgit")
 MAX_CODES = 262_144  # so that the sum of the weights stays within 2^48
@@ -119,7 +119,8 @@ def maskgit_decode_step(
     numbers = _step_params(step, steps, count, guidance, *temperatures, confidence, seed, first_sample)
     uncond_rows = rows if uncond_rows is None else uncond_rows
     tensors = (tokens, cond_logits, uncond_logits, rows, uncond_rows, counts, None, None)
-    return _decide(tensors, numbers, mask_token, confidence, out, return_confidence, backend)
+    new, scores, _ = _decide(tensors, numbers, mask_token, confidence, False, out, return_confidence, backend)
+    return (new, scores) if return_confidence else new
 
 
 def pack_step_params(
@@ -161,8 +162,9 @@ def maskgit_decode_step_packed(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     return_confidence: bool = False,
+    return_order: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`maskgit_decode_step` with its numbers in a tensor on the tokens' device.
 
     A CUDA graph that captured it reads seed, first sample, step, guidance, temperatures and count at every replay,
@@ -173,7 +175,13 @@ def maskgit_decode_step_packed(
         num_masked: int64 (B,) counts by sample, or None for the one in `params`.
         workspace: int32 (B,) zeros, which the step leaves zero; used on a GPU, where it spares a captured graph the
             zeroing of its own. Launches that may run side by side must not share one.
+        return_order: also return the order of the positions for the next step.
         the others: as of `maskgit_decode_step`.
+
+    Returns:
+        The new tokens (B, N) int64, alone or first in a tuple with the confidences (B, N) float32 and with the order
+        (2, B, N) int64, as far as these are asked for. `order[0]` holds the positions of each sample, first those that
+        are masked after the step, each kind ascending; `order[1]` the place of each position in `order[0]`.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
@@ -181,7 +189,12 @@ def maskgit_decode_step_packed(
     check_tensor("params", params)
     uncond_rows = rows if uncond_rows is None else uncond_rows
     tensors = (tokens, cond_logits, uncond_logits, rows, uncond_rows, num_masked, params, workspace)
-    return _decide(tensors, _READ_FROM_PACKED, mask_token, confidence, out, return_confidence, backend)
+    check_bool("return_order", return_order)
+    new, scores, order = _decide(
+        tensors, _READ_FROM_PACKED, mask_token, confidence, return_order, out, return_confidence, backend
+    )
+    asked = (new, *([scores] if return_confidence else []), *([order] if return_order else []))
+    return asked if len(asked) > 1 else new
 
 
 def _decide(
@@ -189,19 +202,20 @@ def _decide(
     numbers: StepParams,
     mask_token: int,
     confidence: str,
+    with_order: bool,
     out: Tensor | None,
     return_confidence: bool,
     backend: str | None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Calls the op. `tensors` are those of `Arguments`, in order; with params among them, `numbers` are not read."""
     mask_token = check_int("mask_token", mask_token)
     check_bool("return_confidence", return_confidence)
     seed = numbers.seed - (1 << 64) if numbers.seed >> 63 else numbers.seed
-    outputs = None if out is None else (out, None)
-    new, scores = _MASKGIT_DECODE_STEP(
-        *tensors, seed, *numbers[1:], mask_token, confidence, out=outputs, backend=backend
+    outputs = None if out is None else (out, None, None)
+    new, scores, order = _MASKGIT_DECODE_STEP(
+        *tensors, seed, *numbers[1:], mask_token, confidence, with_order, out=outputs, backend=backend
     )
-    return (new, scores) if return_confidence else new
+    return new, scores, order
 
 
 def why_no_captured_step(device: torch.device) -> str | None:
@@ -298,6 +312,7 @@ class Arguments(NamedTuple):
     draw_scale: float
     mask_token: int
     confidence: str
+    with_order: bool = False
 
     def tensors(self) -> StepTensors:
         return StepTensors(*self[:6])
@@ -367,10 +382,11 @@ def _check_values(a: Arguments) -> None:
         raise ValueError(f"num_masked: expected counts >= 0, got {int(a.counts.min())}")
 
 
-def _results(a: Arguments) -> tuple[Tensor, Tensor]:
-    """The new tokens and the confidences, (B, N) both."""
+def _results(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The new tokens and the confidences, (B, N) both, and where it is asked for the order (2, B, N)."""
     new = torch.empty_like(a.tokens, memory_format=torch.contiguous_format)
-    return new, torch.empty_like(new, dtype=torch.float32)
+    order = new.new_empty((2, *new.shape)) if a.with_order else None
+    return new, torch.empty_like(new, dtype=torch.float32), order
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -384,7 +400,7 @@ def _contiguous_indices(a: Arguments) -> Arguments:
     return a._replace(**{name: tensor.contiguous() for name, tensor in given.items()})
 
 
-def _cpp(a: Arguments, new: Tensor, confidences: Tensor) -> None:
+def _cpp(a: Arguments, new: Tensor, confidences: Tensor, order: Tensor | None) -> None:
     _check_rule(a.confidence)
     _check_workspace(a)  # the kernel needs none
     is_maskgit = a.confidence == "maskgit"
@@ -393,6 +409,8 @@ def _cpp(a: Arguments, new: Tensor, confidences: Tensor) -> None:
     )
     if found_bad_value:
         _check_values(a)
+    if order is not None:
+        order.copy_(masked_first_order(new, a.mask_token))
 
 
 def _why_no_cuda(a: Arguments) -> str | None:
@@ -401,7 +419,7 @@ def _why_no_cuda(a: Arguments) -> str | None:
     return why_no_cuda(a.tokens)
 
 
-def _cuda(a: Arguments, new: Tensor, confidences: Tensor) -> None:
+def _cuda(a: Arguments, new: Tensor, confidences: Tensor, order: Tensor | None) -> None:
     with torch.cuda.device(a.tokens.device):
         drawn = torch.empty_like(a.tokens, dtype=torch.int32)
         workspace = a.workspace
@@ -410,7 +428,7 @@ def _cuda(a: Arguments, new: Tensor, confidences: Tensor) -> None:
         stream = torch.cuda.current_stream().cuda_stream
         is_maskgit = a.confidence == "maskgit"
         extension().maskgit_decode_step_cuda(
-            *a[:7], a.numbers(), a.mask_token, is_maskgit, new, confidences, drawn, workspace, stream
+            *a[:7], a.numbers(), a.mask_token, is_maskgit, new, confidences, order, drawn, workspace, stream
         )
 
 
@@ -420,29 +438,30 @@ def _why_no_triton(a: Arguments) -> str | None:
     return why_no_triton(a.tokens)
 
 
-def _triton(a: Arguments, new: Tensor, confidences: Tensor) -> None:
+def _triton(a: Arguments, new: Tensor, confidences: Tensor, order: Tensor | None) -> None:
     from titok.kernels import maskgit_decode_step as kernels
 
     params = a.params
     if params is None:
         packed = bytearray(_PACKED.pack(*a.numbers()))
         params = torch.frombuffer(packed, dtype=torch.int32).to(a.tokens.device)
-    kernels.forward(*a[:6], params, a.mask_token, a.confidence == "maskgit", new, confidences)
+    kernels.forward(*a[:6], params, a.mask_token, a.confidence == "maskgit", new, confidences, order)
 
 
-def _plain(a: Arguments) -> tuple[Tensor, Tensor]:
+def _plain(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None]:
     if a.tokens.device.type == "cpu":
         _check_values(a)
     numbers = a.numbers()
     if a.params is not None:
         numbers = StepParams(*_PACKED.unpack(a.params.cpu().numpy().tobytes()))
-    return decode_plain(a.tensors(), a.mask_token, a.confidence == "maskgit", numbers)
+    new, confidences = decode_plain(a.tensors(), a.mask_token, a.confidence == "maskgit", numbers)
+    return new, confidences, masked_first_order(new, a.mask_token) if a.with_order else None
 
 
 _MASKGIT_DECODE_STEP = Op(
     "maskgit_decode_step",
     Arguments,
-    2,
+    3,
     check=_check,
     results=_results,
     backends=(

@@ -84,7 +84,7 @@ def swap_rows(tokenizer: TiTok, images: Tensor) -> list[tuple[str, Tensor]]:
     count = tokenizer.config.num_latent_tokens
     positions = [position * count // SWAPS for position in range(SWAPS)]
     rows = []
-    for first, second in tokenizer.encode(images[:8]).unflatten(0, (4, 2)):
+    for first, second in tokenizer.encode(images[:8]).unflatten(0, (-1, 2)):
         mixed = first.repeat(SWAPS, 1)
         for row, position in enumerate(positions):
             mixed[row, position] = second[position]

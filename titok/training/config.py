@@ -38,6 +38,8 @@ class TrainingConfig(Config):
         log_every: in steps, between two entries of `metrics.jsonl` and updates of the progress bar. The last step
             always makes an entry.
         picture_every: in steps, between two pictures of what the model does. 0 makes none.
+        evaluate_every: in steps, between two measurements of a tokenizer, with its averaged weights, on the pictures
+            that are held out; one follows the last step. 0 makes none.
     """
 
     steps: int
@@ -59,6 +61,7 @@ class TrainingConfig(Config):
     keep_every: int = 0
     log_every: int = 10
     picture_every: int = 0
+    evaluate_every: int = 0
 
     def __post_init__(self) -> None:
         betas = tuple(map(as_number, self.betas)) if isinstance(self.betas, (tuple, list)) else ()
@@ -69,7 +72,7 @@ class TrainingConfig(Config):
         self._check_choice("precision", ("float32", "tf32", "bfloat16", "float16"))
         self._check("ema_decay", self.ema_decay < 1, "a number in [0, 1)")
         self._check_flags("compile", "checkpoint_activations")
-        for name in ("keep_every", "picture_every"):
+        for name in ("keep_every", "picture_every", "evaluate_every"):
             self._check_integer(name, 0, "an int >= 0")
         if self.micro_batch_size is not None:
             self._check_counts("micro_batch_size")
@@ -109,6 +112,8 @@ class ReconstructionTraining(TrainingConfig):
         random_shift: in pixels. Each training image is moved by a random number of pixels up to this one, both
             down and right; the pixels at its edge are repeated.
         random_flip: True mirrors each training image left to right with probability 1/2.
+        random_crop: True crops each training picture at a random place, as the published training does, and not at the
+            centre. The place depends on the seed, the epoch and the picture.
     """
 
     reconstruction_kind: Literal["l2", "l1"] = "l2"
@@ -124,6 +129,7 @@ class ReconstructionTraining(TrainingConfig):
     discriminator_grid: int = 16
     random_shift: int = 0
     random_flip: bool = True
+    random_crop: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,7 +143,7 @@ class ReconstructionTraining(TrainingConfig):
         for name in ("adversarial_start", "discriminator_warmup_steps"):
             self._check_integer(name, 0, "an int >= 0")
         self._check_integer("random_shift", 0, "an int >= 0")
-        self._check_flags("random_flip")
+        self._check_flags("random_flip", "random_crop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +195,7 @@ class ProxyTraining(TrainingConfig):
         model: of a tokenizer with the head "proxy" and without a pixel decoder.
         restart_every, restart_until, position_std: as in `TokenizerTraining`; the published training restarts no
             codes.
-        random_shift, random_flip: as in `ReconstructionTraining`.
+        random_shift, random_flip, random_crop: as in `ReconstructionTraining`.
     """
 
     model: TokenizerConfig
@@ -205,6 +211,7 @@ class ProxyTraining(TrainingConfig):
     restart_until: float = 0.7
     random_shift: int = 0
     random_flip: bool = True
+    random_crop: bool = False
     position_std: float | None = None
 
     def __post_init__(self) -> None:
@@ -216,7 +223,7 @@ class ProxyTraining(TrainingConfig):
         self._check_integer("restart_every", 0, "an int >= 0")
         self._check_unit("restart_until")
         self._check_integer("random_shift", 0, "an int >= 0")
-        self._check_flags("random_flip")
+        self._check_flags("random_flip", "random_crop")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.metrics import Tracker
 from titok.training.objective import data_of, drawing_weights
 from titok.training.proxy import check_proxy
-from titok.training.reconstruction import Perceptual, ReconstructionObjective, make_adversary
+from titok.training.reconstruction import Measure, Perceptual, ReconstructionObjective, make_adversary
 from titok.training.run import train_on_images
 
 
@@ -58,6 +58,7 @@ def train_decoder(
     *,
     perceptual: Perceptual | None = None,
     held_out: Images | Tensor | None = None,
+    measure: Measure | None = None,
     resume: bool = False,
     progress: bool = True,
     trackers: Sequence[Tracker] = (),
@@ -66,8 +67,8 @@ def train_decoder(
     """Trains the second stage of a tokenizer, and saves it in `out_dir` with `TiTok.save_pretrained`.
 
     Args:
-        images, config, out_dir, perceptual, held_out, resume, progress, trackers, device: as `train_tokenizer` takes
-            them.
+        images, config, out_dir, perceptual, held_out, measure, resume, progress, trackers, device: as
+            `train_tokenizer` takes them.
         first, proxy: of which `join_stages` makes the model that the training starts from.
 
     Returns:
@@ -86,7 +87,9 @@ def train_decoder(
         data = data_of(images)
         data["initial"] = fingerprint.of_weights(model.state_dict())
         model.to(device=device, dtype=torch.float32)
-        objective = DecoderObjective(model, config, perceptual=perceptual, adversary=adversary, held_out=held_out)
+        objective = DecoderObjective(
+            model, config, perceptual=perceptual, adversary=adversary, held_out=held_out, measure=measure
+        )
         return train_on_images(
             objective, config, folder, images, name="stage 2", data=data, adversary=adversary,
             progress=progress, trackers=trackers,

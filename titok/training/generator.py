@@ -82,7 +82,8 @@ def train_generator(
     """Trains a generator, and saves it in `out_dir` with `MaskGIT.save_pretrained`.
 
     Args:
-        tokens: (n, K) of any integer dtype, or (n, copies, K). A copy counts as a sample of its own.
+        tokens: (n, K) of any integer dtype, or (n, copies, K). A copy counts as a sample of its own. Those of a
+            `titok.data.token_sets.TokenSet` may be mapped from a file: they are never in memory as a whole.
         labels: (n,) classes, of any integer dtype.
         config: settings of the model and of the run.
         out_dir, initial, resume, trackers, device: as `train_tokenizer` takes them.
@@ -98,18 +99,15 @@ def train_generator(
         FileExistsError, FloatingPointError: as `train_tokenizer`.
         TypeError, ValueError: tokens or labels do not fit the model or each other, or `out_dir` holds another run.
     """
-    length, codes = config.model.num_latent_tokens, config.model.codebook_size
-    has_copies = isinstance(tokens, Tensor) and tokens.ndim == 3
-    copies = tokens.shape[1] if has_copies else 1
-    flat = check_tokens(tokens.flatten(0, 1) if has_copies else tokens, length, codes)
+    flat = tokens.flatten(0, 1) if isinstance(tokens, Tensor) and tokens.ndim == 3 else tokens
+    _check_rows(flat, config.model.num_latent_tokens, config.model.codebook_size)
     labels = check_labels(labels, config.model.num_classes)
     if not len(tokens) == len(labels) > 0:
         raise ValueError(
             f"labels: expected one for each of {len(tokens)} samples, at least one, got {len(labels)}"
         )
     with open_folder(out_dir, resume=resume) as folder:
-        data = {"tokens": fingerprint.of_tensor(flat), "labels": fingerprint.of_tensor(labels)}
-        flat, labels = flat.to(device), labels.repeat_interleave(copies).to(device)
+        data = {"tokens": fingerprint.of_integers(flat), "labels": fingerprint.of_tensor(labels)}
         with drawing_weights(config.seed):
             model = MaskGIT(config.model)
         data |= load_initial(model, initial)
@@ -119,12 +117,20 @@ def train_generator(
         return run.train(run.batches(len(flat)), name="generator", progress=progress, trackers=trackers)
 
 
+def _check_rows(tokens: Tensor, length: int, codes: int) -> None:
+    """`check_tokens` without a copy of all tokens, of which there may be more than fit into the memory."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2:
+        check_tokens(tokens, length, codes)
+    for rows in tokens.split(fingerprint.ROWS_AT_A_TIME):
+        check_tokens(rows, length, codes)
+
+
 class GeneratorObjective(Objective[MaskGIT]):
     """The masked-token loss of a batch, which is given by the indices of its samples.
 
     Args:
-        tokens: (n, K) int64, on the device of the model.
-        labels: (n,) int64, on the device of the model.
+        tokens: (n * copies, K) of any integer dtype. Each batch is moved to the device of the model.
+        labels: (n,) int64, one for all copies of a sample.
         samples: as `train_generator` takes it.
     """
 
@@ -139,13 +145,15 @@ class GeneratorObjective(Objective[MaskGIT]):
     ) -> None:
         super().__init__(model)
         self.config, self.tokens, self.labels, self._samples = config, tokens, labels, samples
+        self._copies = len(tokens) // len(labels)
 
     def forward(self, batch: Tensor, step: int) -> Losses:
         """The loss of the samples with the indices `batch` (B,) int64; the figure is the "accuracy"."""
-        config, device = self.config, self.tokens.device
+        config, device = self.config, self.model.device
         length = self.tokens.shape[1]
         uniform = torch.rand(len(batch), length + 2, dtype=torch.float32, device="cpu").to(device)
-        targets, classes = self.tokens[batch.to(device)], self.labels[batch.to(device)]
+        targets = self.tokens[batch.to(self.tokens.device)].long().to(device)
+        classes = self.labels[batch.to(self.labels.device) // self._copies].to(device)
         classes = drop_classes(classes, self.model.no_class, uniform[:, 0], config.class_dropout)
         mask = random_mask(uniform[:, 1], uniform[:, 2:])
         logits = self.model(targets.masked_fill(mask, self.model.mask_token), classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,8 @@ class Log:
         run, config = self.run, self.run.config
         self.steps, self.waited, self.taken = self.steps + 1, self.waited + waited, self.taken + taken
         last = run.step == config.steps
-        logs = last or run.step % config.log_every == 0
+        evaluates = bool(config.evaluate_every) and (last or run.step % config.evaluate_every == 0)
+        logs = last or evaluates or run.step % config.log_every == 0
         if not logs and run.step % config.checkpoint_every and not self._makes_picture():
             return
         figures = {**figures, **run.objective.shared_figures()}
@@ -47,6 +48,9 @@ class Log:
         if logs:
             speed = (self.steps * config.batch_size / max(self.taken, 1e-9), self.waited / max(self.taken, 1e-9))
             entry = {"step": run.step, **means, **dict(zip(SPEED, speed, strict=True))}
+            if evaluates:
+                with self._averages_in_eval_mode():
+                    entry |= {f"held_out_{name}": value for name, value in run.objective.evaluate().items()}
             if self.metrics is not None:
                 self.metrics.append(entry)
             for tracker in self.trackers:
@@ -65,16 +69,23 @@ class Log:
         run = self.run
         if run.rank != 0:
             return
-        averages = run.ema.swapped() if run.ema is not None else contextlib.nullcontext()
-        run.objective.eval()
-        with torch.no_grad(), torch.random.fork_rng([]), averages:
+        with self._averages_in_eval_mode():
             picture = run.objective.picture()
-        run.objective.train()
         if picture is not None:
             path = run.folder / PICTURES / f"{run.step:08}.png"
             save_png(path, picture)
             for tracker in self.trackers:
                 tracker.picture(run.step, path)
+
+    @contextlib.contextmanager
+    def _averages_in_eval_mode(self) -> Iterator[None]:
+        """Within, the model has its averaged weights, if there are any, and is in eval mode."""
+        run = self.run
+        averages = run.ema.swapped() if run.ema is not None else contextlib.nullcontext()
+        run.objective.eval()
+        with torch.no_grad(), torch.random.fork_rng([]), averages:
+            yield
+        run.objective.train()
 
     def flush(self) -> None:
         """Returns when all entries are on the disk."""

@@ -106,6 +106,10 @@ class Objective(nn.Module, Generic[M]):
         """Figures of shape () of what all processes did, called in every process before figures are written."""
         return {} if self.restarts is None else self.restarts.figures()
 
+    def evaluate(self) -> dict[str, float]:
+        """Figures on pictures that are held out, called in every process and the same in all of them."""
+        return {}
+
     def picture(self) -> Tensor | None:
         """A picture of what the model does now, (C, H, W) in [0, 1], or None."""
         return None

@@ -20,11 +20,11 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def shuffled_batches(count: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
-    """Yields the indices of the samples in each step from `first_step` on, (batch_size,) int64, without an end.
+def shuffled_draws(count: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
+    """Yields the draws of each step from `first_step` on, (batch_size,) int64, without an end.
 
-    Each epoch is a random permutation of all `count` samples. A batch may contain the end of one epoch and the
-    start of the next.
+    Draw number epoch * count + index is sample `index` in that epoch. Each epoch is a random permutation of all `count`
+    samples. A batch may contain the end of one epoch and the start of the next.
     """
 
     @lru_cache(maxsize=2)  # a step rarely needs more than the epoch of the step before
@@ -37,8 +37,16 @@ def shuffled_batches(count: int, batch_size: int, seed: int, first_step: int = 0
         # In all epochs, one after the other.
         positions = torch.arange(step * batch_size, (step + 1) * batch_size, device="cpu")
         epochs = positions // count
-        indices = [order_of(int(epoch))[positions[epochs == epoch] % count] for epoch in epochs.unique()]
-        yield torch.cat(indices)
+        draws = [
+            epoch * count + order_of(int(epoch))[positions[epochs == epoch] % count] for epoch in epochs.unique()
+        ]
+        yield torch.cat(draws)
+
+
+def shuffled_batches(count: int, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
+    """Yields the indices of the samples in each step, as `shuffled_draws` yields the draws."""
+    for draws in shuffled_draws(count, batch_size, seed, first_step):
+        yield draws % count
 
 
 def micro_batches(batches: Iterator[Tensor], size: int, rank: int, world_size: int) -> Iterator[Tensor]:

@@ -83,11 +83,13 @@ def _single_stage() -> list[str]:
 
 def _proxy(name: str) -> ProxyTraining:
     model = dataclasses.replace(TokenizerConfig.preset(name), pixel_decoder=False)
-    return ProxyTraining(model=model, micro_batch_size=32, precision="float16", **_RUN)
+    return ProxyTraining(model=model, micro_batch_size=32, precision="float16", random_crop=True, **_RUN)
 
 
 def _decoder(name: str) -> DecoderTraining:
-    return DecoderTraining(model=TokenizerConfig.preset(name), micro_batch_size=32, precision="float16", **_RUN)
+    return DecoderTraining(
+        model=TokenizerConfig.preset(name), micro_batch_size=32, precision="float16", random_crop=True, **_RUN
+    )
 
 
 def _tokenizer(name: str) -> TokenizerTraining:
@@ -96,7 +98,8 @@ def _tokenizer(name: str) -> TokenizerTraining:
         model=TokenizerConfig.preset(name), steps=650_000, batch_size=1_024, micro_batch_size=32,
         precision="float16", warmup_steps=10_000, betas=(0.9, 0.999), reconstruction_weight=1.0,
         perceptual="lpips-convnext_s-1.0-0.1", perceptual_weight=1.1, adversarial_weight=0.1,
-        adversarial_start=200_000, discriminator_warmup_steps=10_000, restart_every=0, random_flip=True, **_RUN,
+        adversarial_start=200_000, discriminator_warmup_steps=10_000, restart_every=0, random_flip=True,
+        random_crop=True, **_RUN,
     )  # fmt: skip
 
 
@@ -108,7 +111,7 @@ def _generator(name: str) -> GeneratorTraining:
 
 
 def _vqgan(_: str) -> VQGANTraining:
-    return VQGANTraining(model=VQGANConfig(), micro_batch_size=16, precision="bfloat16", **_RUN)
+    return VQGANTraining(model=VQGANConfig(), micro_batch_size=16, precision="bfloat16", random_crop=True, **_RUN)
 
 
 def _small(recipe: str) -> TrainingConfig:

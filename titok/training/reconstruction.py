@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from titok.training.objective import Losses, M, Objective
 from titok.training.pictures import rows_of_images
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
+Measure = Callable[[Any, Images | Tensor], dict[str, float]]  # of a model and images
 
 SHOWN = 8  # held-out images in a picture
 
@@ -55,7 +57,8 @@ class ReconstructionObjective(Objective[M]):
         config: weights of the terms.
         perceptual: a distance (images, images) -> (); None takes the one that the configuration names.
         adversary: gives the adversarial term; None where its weight is 0.
-        held_out: images of which pictures are made.
+        held_out: images of which pictures are made, and on which the model is measured.
+        measure: figures of the model on the held-out images.
     """
 
     def __init__(
@@ -66,9 +69,10 @@ class ReconstructionObjective(Objective[M]):
         perceptual: Perceptual | None = None,
         adversary: Adversary | None = None,
         held_out: Images | Tensor | None = None,
+        measure: Measure | None = None,
     ) -> None:
         super().__init__(model)
-        self.config = config
+        self.config, self._measure = config, measure
         self.device = next(model.parameters()).device
         if perceptual is None and config.perceptual_weight:
             # The first process downloads the weights, if they are not there.
@@ -76,7 +80,7 @@ class ReconstructionObjective(Objective[M]):
             perceptual = PerceptualLoss.from_name(config.perceptual).to(self.device)
         # In tuples, so that their parameters are not those of this module.
         self._perceptual, self._adversary = (perceptual,), (adversary,)
-        self._held_out = first_images(held_out, self.device)
+        self._held_out, self._shown = (held_out,), first_images(held_out, self.device)
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """The reconstruction (B, C, H, W), not clamped, and the loss () of the bottleneck, if it is trained."""
@@ -108,10 +112,15 @@ class ReconstructionObjective(Objective[M]):
 
     def picture(self) -> Tensor | None:
         """Held-out images, their reconstructions, and the differences, one row each."""
-        images = self._held_out
+        images = self._shown
         if images is None:
             return None
         return compared(images, self.reconstruct(images, -1)[0])
+
+    def evaluate(self) -> dict[str, float]:
+        """What `measure` says of the model on the held-out images."""
+        (images,) = self._held_out
+        return {} if images is None or self._measure is None else self._measure(self.model, images)
 
 
 class Adversary(nn.Module):

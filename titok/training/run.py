@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from titok.data.folders import Images, read_batches
+from titok.data.folders import Images, Pictures, read_batches
 from titok.processes import in_first_process, is_distributed, own_part
 from titok.profiling import annotate, each
 from titok.training import checkpoint
-from titok.training.config import TrainingConfig
+from titok.training.config import ProxyTraining, ReconstructionTraining, TrainingConfig
 from titok.training.ema import EMA
 from titok.training.folder import RAW, RunFolder
 from titok.training.log import Log
 from titok.training.metrics import Tracker
 from titok.training.objective import Losses, M, Objective, switched_trunks
 from titok.training.optim import learning_rate, make_optimizer
-from titok.training.order import micro_batches, seed_of, shuffled_batches
+from titok.training.order import micro_batches, seed_of, shuffled_draws
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -176,8 +176,13 @@ class Run(Generic[M]):
 
     def batches(self, count: int) -> Iterator[Tensor]:
         """The indices of the samples that this process computes, (micro_batch_size,) for each micro-batch to come."""
+        for draws in self.draws(count):
+            yield draws % count
+
+    def draws(self, count: int) -> Iterator[Tensor]:
+        """The same as draws of samples, which number epoch and sample: see `titok.training.order.shuffled_draws`."""
         config = self.config
-        order = shuffled_batches(count, config.batch_size, config.seed, self.step)
+        order = shuffled_draws(count, config.batch_size, config.seed, self.step)
         return micro_batches(order, config.batch_size // config.micro_batches, self.rank, self.world_size)
 
     # -----------------------------------------------------------------------------------------------------------
@@ -329,7 +334,7 @@ class Run(Generic[M]):
 
 def train_on_images(
     objective: Objective[M],
-    config: TrainingConfig,
+    config: ProxyTraining | ReconstructionTraining,
     folder: RunFolder,
     images: Images | Tensor,
     *,
@@ -339,9 +344,21 @@ def train_on_images(
     progress: bool = True,
     trackers: Sequence[Tracker] = (),
 ) -> M:
-    """Runs the steps of a recipe whose samples are images: `Run.train`, with the images that its order asks for."""
+    """Runs the steps of a recipe whose samples are images: `Run.train`, with the images that its order asks for.
+
+    Raises:
+        ValueError: the settings ask for random crops, and `images` are not pictures that are read from files.
+    """
+    if config.random_crop and not isinstance(images, Pictures):
+        raise ValueError(
+            "random_crop: expected pictures that are read from files, such as titok.data.folders.ImageFolder, "
+            f"got {type(images).__name__}"
+        )
     run = Run(objective, config, folder, data=data, adversary=adversary)
-    batches = read_batches(images, run.batches(len(images)))
+    if config.random_crop and isinstance(images, Pictures):
+        batches = read_batches(images.augmented(config.seed), run.draws(len(images)))
+    else:
+        batches = read_batches(images, run.batches(len(images)))
     return run.train(batches, name=name, progress=progress, trackers=trackers)
 
 

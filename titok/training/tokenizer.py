@@ -15,7 +15,7 @@ from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.losses import kl_loss
 from titok.training.metrics import Tracker
 from titok.training.objective import data_of, drawing_weights, load_initial, redraw_positions
-from titok.training.reconstruction import Perceptual, ReconstructionObjective, augment, make_adversary
+from titok.training.reconstruction import Measure, Perceptual, ReconstructionObjective, augment, make_adversary
 from titok.training.run import train_on_images
 
 
@@ -27,6 +27,7 @@ def train_tokenizer(
     initial: TiTok | None = None,
     perceptual: Perceptual | None = None,
     held_out: Images | Tensor | None = None,
+    measure: Measure | None = None,
     resume: bool = False,
     progress: bool = True,
     trackers: Sequence[Tracker] = (),
@@ -47,6 +48,9 @@ def train_tokenizer(
         initial: whose weights the training starts from; None starts from random ones.
         perceptual: a distance (images, images) -> () in place of the one that the configuration names.
         held_out: images that are not trained on, of which pictures are made every `picture_every` steps.
+        measure: called with the model and the held-out images every `evaluate_every` steps, in every process. It
+            returns figures, such as those of `titok.evaluation.reconstruction.evaluate_reconstruction`, which must be
+            the same in all processes; `metrics.jsonl` has them as "held_out_<name>".
         resume: True continues from the checkpoint in `out_dir`, or starts where there is none. A `RunFolder` has been
             asked for this already.
         progress: True shows, on a terminal, a progress bar with the figures of the run.
@@ -72,7 +76,7 @@ def train_tokenizer(
         started = load_initial(model, initial)
         model.to(device=device, dtype=torch.float32)
         objective = TokenizerObjective(
-            model, config, perceptual=perceptual, adversary=adversary, held_out=held_out
+            model, config, perceptual=perceptual, adversary=adversary, held_out=held_out, measure=measure
         )
         data = {**data_of(images), **started}
         return train_on_images(
