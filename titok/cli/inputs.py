@@ -40,9 +40,15 @@ def _load(model_class: Any, config_class: Any, source: str, device: str, dtype: 
 
     torch_device = select_device(device)
     torch_dtype = parse_dtype(dtype, torch_device)
-    if not source.startswith("preset:"):
-        return model_class.from_pretrained(source, dtype=torch_dtype, device=torch_device, prepare=True)
-    config = config_class.preset(source.removeprefix("preset:"))
+    name, _, weights = source.removeprefix("preset:").partition(":")
+    if weights or not source.startswith("preset:"):
+        options: dict[str, Any] = {"preset": name, "path_or_repo": weights}
+        if not source.startswith("preset:"):
+            # A path may hold an @; what exists is never read as a repository.
+            repo, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+            options = {"path_or_repo": repo, "revision": revision or None}
+        return model_class.from_pretrained(dtype=torch_dtype, device=torch_device, prepare=True, **options)
+    config = config_class.preset(name)
     note(f"WARNING: {source} has random weights: its tokens mean nothing and its pictures are noise")
     # One seed, so that two commands with the same preset use the same weights.
     with torch.random.fork_rng(), torch.device(torch_device):
