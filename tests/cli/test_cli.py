@@ -56,6 +56,22 @@ def find_command(command: list[str]) -> Any:
     return found
 
 
+def test_short_help_and_completion() -> None:
+    assert titok("-h") == titok("--help")
+    assert titok("train", "tokenizer", "-h") == titok("train", "tokenizer", "--help")
+    assert any("--install-completion" in line for line in titok("--help"))
+
+
+def test_quiet_shows_errors_alone() -> None:
+    command = ["generate", "-t", "preset:titok-s-128", "-g", "preset:none", "-o", "a.png"]
+    loud, quiet = (CliRunner().invoke(app, [*flags, *command]) for flags in ([], ["--quiet"]))
+    assert "WARNING: " in loud.stderr
+    assert quiet.exit_code == 2
+    assert quiet.stderr == "".join(
+        line for line in loud.stderr.splitlines(keepends=True) if line.startswith("error: ")
+    )
+
+
 def test_every_command_is_tested_for_its_help() -> None:
     def leaves(command: Any, path: list[str]) -> list[list[str]]:
         """The paths of all commands below `command` that have no commands below themselves."""

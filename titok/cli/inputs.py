@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from titok.cli.errors import note
+from titok.cli.errors import is_quiet, note
 from titok.cli.options import parse_dtype, select_device
 
 if TYPE_CHECKING:
@@ -240,8 +240,8 @@ def _shortened(file: PurePosixPath) -> PurePosixPath:
 
 
 def progress(total: int, name: str, *, show: bool = True) -> Any:
-    """A progress bar on stderr; none where stderr is not a terminal, or `show` is False."""
+    """A progress bar on stderr; none where stderr is not a terminal, with --quiet, or where `show` is False."""
     from tqdm import tqdm
 
-    hide = None if show else True  # None hides it where stderr is no terminal
+    hide = None if show and not is_quiet() else True  # None hides it where stderr is no terminal
     return tqdm(total=total, desc=name, unit="img", disable=hide, file=sys.stderr, leave=False)
