@@ -1,6 +1,6 @@
 """Did anything get slower? `python -m benchmarks.regression before.json after.json`
 
-Both files come from `pytest benchmarks/bench_models.py --benchmark-only --benchmark-save=NAME`. Each time is
+Both files come from `pytest benchmarks/bench_models.py --benchmark-only --benchmark-json=FILE`. Each time is
 divided by the time of the calibration product in the same run, so that runs on a busy or on another machine can be
 compared. The exit status is 1 if the calibrated minimum of any benchmark grew by more than `--tolerance`.
 """
@@ -46,12 +46,19 @@ def calibrated(path: Path) -> dict[str, float]:
     """Benchmark -> its fastest call, which noise disturbs least, in multiples of the calibration's fastest call.
 
     Raises:
-        ValueError: the file does not hold exactly one calibration.
+        ValueError: the file cannot be read, or does not hold exactly one calibration.
     """
-    found = {b["fullname"]: (b["group"], b["stats"]["min"]) for b in json.loads(path.read_text())["benchmarks"]}
+    try:
+        benchmarks = json.loads(path.read_text())["benchmarks"]
+        found = {b["fullname"]: (b["group"], b["stats"]["min"]) for b in benchmarks}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a file of --benchmark-json, got {error!r:.200}") from error
     yardsticks = [seconds for group, seconds in found.values() if group == CALIBRATION]
     if len(yardsticks) != 1:
-        raise ValueError(f"{path}: expected one benchmark of group {CALIBRATION!r}, got {len(yardsticks)}")
+        raise ValueError(
+            f"{path}: expected one benchmark of group {CALIBRATION!r}, as benchmarks/bench_models.py has it, "
+            f"got {len(yardsticks)}"
+        )
     return {name: seconds / yardsticks[0] for name, (group, seconds) in found.items() if group != CALIBRATION}
 
 
@@ -64,9 +71,12 @@ def compare(before: Path, after: Path) -> list[Change]:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    changes = compare(arguments.before, arguments.after)
+    try:
+        changes = compare(arguments.before, arguments.after)
+    except ValueError as error:
+        parser().error(str(error))
     if not changes:
-        raise ValueError(f"{arguments.after}: expected a benchmark that {arguments.before} has too, got none")
+        parser().error(f"{arguments.after}: expected a benchmark that {arguments.before} has too, got none")
     slower = [change for change in changes if change.ratio > 1 + arguments.tolerance]
     for change in changes:
         mark = "slower" if change in slower else ""

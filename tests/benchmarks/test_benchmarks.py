@@ -136,6 +136,26 @@ def test_regression_check_is_by_ratio_to_the_calibration(tmp_path, capsys):
         regression.calibrated(empty)
 
 
+def test_regression_check_says_what_is_wrong_with_a_file(tmp_path, capsys):
+    fine, other = tmp_path / "fine.json", tmp_path / "other.json"
+    fine.write_text(
+        json.dumps({"benchmarks": [{"fullname": "c", "group": regression.CALIBRATION, "stats": {"min": 1}}]})
+    )
+    for text, problem in (
+        (None, "other.json: expected a file of --benchmark-json"),
+        ("{", "other.json: expected a file of --benchmark-json"),
+        ("[]", "other.json: expected a file of --benchmark-json"),
+        ('{"benchmarks": []}', "other.json: expected one benchmark of group"),
+        (fine.read_text(), "fine.json: expected a benchmark that"),
+    ):
+        if text is not None:
+            other.write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            regression.main([str(other), str(fine)])
+        assert ended.value.code == 2
+        assert problem in capsys.readouterr().err
+
+
 def test_memory_of_a_piece_of_work():
     def work():
         mmap.mmap(-1, 1 << 26).write(bytes(1 << 26))  # a mapping of its own, so that no memory is reused

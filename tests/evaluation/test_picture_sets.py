@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from titok.data.images import read_image, to_uint8
-from titok.evaluation.picture_sets import FolderPictures, NpzPictures, PictureFiles
+from titok.data.opening import open_pictures
+from titok.evaluation.picture_sets import NpzPictures, SourcePictures
 
 PICTURES = oracles.random_pictures(9, 0)
 
@@ -79,23 +80,11 @@ def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
 def test_a_folder_is_read_by_the_evaluation_transform(tmp_path: Path) -> None:
     Image.fromarray(PICTURES[0]).save(tmp_path / "fits.png")
     Image.fromarray(oracles.random_pictures(1, 1, (40, 33))[0]).save(tmp_path / "other.png")
-    found = FolderPictures(tmp_path, (16, 24))
+    found = SourcePictures(open_pictures(tmp_path), (16, 24))
     (batch,) = found.batches([torch.arange(2)])
     assert np.array_equal(batch[0], PICTURES[0])
     assert torch.equal(batch[1], to_uint8(read_image(tmp_path / "other.png", (16, 24))))
     (warning,) = found.warnings()
     assert "1 of 2 pictures looked at are not 24 x 16 pixels" in warning
     (tmp_path / "other.png").unlink()
-    assert FolderPictures(tmp_path, (16, 24)).warnings() == []
-
-
-def test_unreadable_pictures_are_taken_out(tmp_path: Path) -> None:
-    Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"no picture")
-    files = PictureFiles(tmp_path, (16, 24))
-    (problem,) = files.remove_unreadable()
-    assert "b.png: not a readable picture" in problem
-    assert [path.name for path in files.paths] == ["a.png"]
-    (tmp_path / "a.png").unlink()
-    with pytest.raises(ValueError, match="none of its pictures is readable"):
-        PictureFiles(tmp_path, (16, 24)).remove_unreadable()
+    assert SourcePictures(open_pictures(tmp_path), (16, 24)).warnings() == []

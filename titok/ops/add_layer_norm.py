@@ -168,7 +168,7 @@ class AddLayerNormArguments(NamedTuple):
     bias: Tensor
     eps: float
     out_dtype: torch.dtype | None = None
-    needs_sum: bool = True  # False returns no sum, and has no gradient
+    needs_sum: bool = True  # False returns no sum
 
 
 def _check(a: AddLayerNormArguments) -> None:
@@ -202,9 +202,17 @@ def _plain(a: AddLayerNormArguments) -> tuple[Tensor | None, Tensor]:
 
 
 def _save(a: AddLayerNormArguments, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if not a.needs_sum:
-        raise RuntimeError("add_layer_norm: it has a gradient with needs_sum=True only")
-    return outputs[0], a.weight
+    return (outputs[0], a.weight) if a.needs_sum else (a.x, a.residual, a.weight)
+
+
+def _backward_arguments(grads: Any, saved: Any, a: Any, needs: Any) -> tuple[Any, ...] | None:
+    grad_total, grad_normalised = grads
+    if grad_normalised is None:
+        return None
+    if a.needs_sum:
+        return grad_total, grad_normalised, *saved, a.eps
+    x, residual, weight = saved
+    return None, grad_normalised, x + residual, weight, a.eps
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -346,7 +354,7 @@ _ADD_LAYER_NORM = Op(
     gradient=Gradient(
         _BACKWARD,
         save=_save,
-        arguments=lambda grads, saved, a, needs: None if grads[1] is None else (*grads, *saved, a.eps),
+        arguments=_backward_arguments,
         gradients=lambda grads, returned: (
             (returned[0], returned[0], *returned[1]) if returned else (grads[0], grads[0], None, None)
         ),

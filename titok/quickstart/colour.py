@@ -1,6 +1,8 @@
 """Trains the two-stage system of the paper on colour pictures, OpenMoji's emoji at 64 pixels, and writes a report.
 
-`titok quickstart --colour` runs it: a 2D tokenizer, stage 1 and stage 2 of a TiTok, and a generator, on a CPU.
+`titok quickstart --colour` runs it: a 2D tokenizer, stage 1 and stage 2 of a TiTok, and a generator, on a CPU. The
+option is hidden, because the system does not reach `REQUIRED_PSNR` yet: stage 1 learns too slowly. After 770 of 1,000
+steps of 32 emoji it predicted 18% of the 256 held-out codes of a picture, for 10.6 dB.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ VQGAN = VQGANConfig(
     hidden_channels=32,
     channel_multipliers=(1, 2, 2),
     blocks_per_level=1,
-    codebook_size=1024,
-    code_dim=32,
+    codebook_size=256,
+    code_dim=16,
     shortcut_of_result=False,
 )
 _TRANSFORMER = ViTConfig(width=128, layers=3, heads=4, patch_size=8)
@@ -116,7 +118,7 @@ def vqgan_training(steps: int = STEPS["vqgan"], seed: int = 0) -> VQGANTraining:
 
 def proxy_training(steps: int = STEPS["proxy"], seed: int = 0) -> ProxyTraining:
     """Settings of stage 1."""
-    run = _run_settings(steps, seed, 2e-3)
+    run = _run_settings(steps, seed, 1e-3)
     return ProxyTraining(model=FIRST_STAGE, batch_size=32, restart_every=25, position_std=0.7, **run)
 
 
