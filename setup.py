@@ -275,10 +275,9 @@ class BuildExtension(build_ext):
     def copy_extensions_to_source(self) -> None:
         """For an editable installation: the extension, and the file beside it."""
         super().copy_extensions_to_source()
-        for ext in self.extensions:
-            built = Path(self.get_ext_fullpath(ext.name)).with_name(LEFT_OUT_FILE)
-            if built.is_file() and built.parent.resolve() != ROOT / "titok":
-                shutil.copy(built, ROOT / "titok" / LEFT_OUT_FILE)
+        built = Path(self.build_lib, "titok", LEFT_OUT_FILE)
+        if built.is_file():
+            shutil.copy(built, ROOT / "titok" / LEFT_OUT_FILE)
 
     def _build(self, target: Path, mode: str) -> None:
         if mode == "none":
