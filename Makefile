@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build quickstart test test-fast sanitize lint format kernels gpu bench clean
+.PHONY: help setup build quickstart test test-fast sanitize lint format kernels gpu bench wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,11 @@ gpu:  ## with a GPU: build, GPU tests, benchmarks against DiT, sanitizers, tunin
 bench: $(STAMP)  ## TiTok against DiT-XL/2 at 512 pixels, then every op against its peers; about 15 minutes
 	$(BIN)/python -m benchmarks.speedup --limit 480
 	for op in $(OPS); do $(BIN)/python -m benchmarks.bench_$$op --seconds 2 || exit 1; done
+
+# The wheel is of this Python and platform. It bundles no OpenMP runtime: PyTorch's is loaded first and has the same name.
+wheels: $(STAMP)  ## build the source distribution and the wheel of this Python into dist/
+	$(BIN)/python -c "import setuptools.build_meta as build; build.build_sdist('dist')"
+	TITOK_BUILD=strict $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt -w dist .
 
 clean:  ## remove what was built, except .venv and runs/
 	rm -rf build dist *.egg-info titok/_C*.so

@@ -1,8 +1,9 @@
-"""setup.py: what is built where nvcc is missing, fails or is too old. No compiler runs."""
+"""setup.py: what is built, and what is left out and recorded. A compiler runs in the slow test alone."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ def build(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         path.chmod(0o755)
         monkeypatch.setattr(script, "find_nvcc", lambda: None if nvcc is None else str(path))
         monkeypatch.setattr(script, "compile_and_link", compile_and_link)
+        monkeypatch.setattr(script, "accepts", lambda cxx, flags: True)
         monkeypatch.setenv("TITOK_BUILD", mode)
         command = script.BuildExtension(Distribution())
         monkeypatch.setattr(command, "get_ext_fullpath", lambda name: str(tmp_path / "_C.so"))
@@ -112,3 +114,84 @@ def test_a_strict_build_raises(build: Build) -> None:
         build(GOOD, cuda_fails=True, mode="strict")
     with pytest.raises(subprocess.CalledProcessError):
         build(None, cpp_fails=True, mode="strict")
+
+
+def test_what_was_left_out_is_written_beside_the_extension(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = tmp_path / "_C.left_out.txt"
+    build(GOOD)
+    assert written.read_text() == ""
+    build(None, cpp_fails=True)
+    cuda, everything = written.read_text().splitlines()
+    assert cuda == "the CUDA half of titok._C: no nvcc found"
+    assert everything.startswith("titok._C: the build failed (")
+    build(GOOD, mode="none")
+    assert written.read_text() == "titok._C: TITOK_BUILD=none\n"
+
+
+def test_an_unknown_mode_is_refused(build: Build) -> None:
+    with pytest.raises(SystemExit, match="TITOK_BUILD: expected one of auto, cpu, none, strict, got 'CPU'"):
+        build(GOOD, mode="CPU")
+
+
+@pytest.mark.parametrize(("lacking", "named"), [("-mavx512bf16", "avx512bf16"), ("-mavx512vl", "avx512")])
+def test_a_missing_instruction_set_takes_the_one_below(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacking: str, named: str
+) -> None:
+    monkeypatch.setattr(script, "accepts", lambda cxx, flags: lacking not in flags)
+    monkeypatch.setattr(script, "is_x86", lambda: True)
+    features = script.find_features(["g++"])
+    assert any(
+        line.startswith(f"instruction set {named}: the compiler has no {lacking}") for line in features.left_out
+    )
+    commands = {job.object.name: job.command for job in script.jobs(tmp_path, ["g++"], None, features)}
+    command = commands["masked_attention-masked_attention_simd.avx512bf16.o"]
+    assert lacking not in command
+    assert "-DTITOK_ISA=avx512bf16" in command  # csrc/common/cpu_isa.h refers to every namespace
+    assert "-DTITOK_ISA_AVX512BF16" not in command
+    assert ("-DTITOK_ISA_AVX512" in command) == (named == "avx512bf16")
+    assert ("-DTITOK_ISA_AVX2" in command) == (named == "avx512")
+
+
+def test_a_compiler_without_openmp_costs_the_threads(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(script, "accepts", lambda cxx, flags: "-fopenmp" not in flags)
+    features = script.find_features(["g++"])
+    assert features.left_out == ["threads of the C++ kernels: the compiler has no OpenMP"]
+    assert not any("-fopenmp" in job.command for job in script.jobs(tmp_path, ["g++"], None, features))
+
+
+def test_compilers_and_flags_of_the_environment(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(script, "accepts", lambda cxx, flags: True)
+    monkeypatch.setattr(script.shutil, "which", lambda name: f"/bin/{name}" if "++" in name else None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("CC", "ccache gcc-12 -m64")
+    assert script.find_cxx() == ["ccache", "g++-12", "-m64"]
+    assert script.host_compiler(script.find_cxx()) == "g++-12"
+    monkeypatch.setenv("CXX", "'/a b/g++' -m64")
+    monkeypatch.setenv("CXXFLAGS", "-g '-DNAME=a b'")
+    assert script.find_cxx() == ["/a b/g++", "-m64"]
+    command = script.jobs(tmp_path, script.find_cxx(), None)[0].command
+    assert command[:2] == ["/a b/g++", "-m64"]
+    assert command.index("-DNAME=a b") > command.index("-O3")
+
+
+@pytest.mark.slow
+def test_paths_with_spaces(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = tmp_path / "a $folder: with 'spaces'"
+    folder.mkdir()
+    source = folder / "source file.cpp"
+    source.write_text("int main() { return VALUE; }\n")
+    job = script.Job(source, folder / "object file.o", ["g++", "-DVALUE=(1 + 2)"])
+    monkeypatch.setenv("MAX_JOBS", "1")
+    script.compile_and_link(folder, [job], ["g++"], folder / "the program")
+    assert subprocess.run([folder / "the program"], check=False).returncode == 3
+    monkeypatch.setenv("MAX_JOBS", "none")
+    with pytest.raises(SystemExit, match="MAX_JOBS: expected an integer >= 1, got 'none'"):
+        script.compile_and_link(folder, [job], ["g++"], folder / "the program")

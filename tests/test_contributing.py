@@ -139,7 +139,7 @@ def test_one_version() -> None:
     assert re.search(r'^dynamic = \["version"\]$', (ROOT / "pyproject.toml").read_text(), flags=re.M)
     assert f"\n## {titok.__version__} - " in (ROOT / "CHANGELOG.md").read_text()
     try:
-        installed = importlib.metadata.version("titok")
+        installed = importlib.metadata.version("titok-kernels")
     except importlib.metadata.PackageNotFoundError:
         return
     assert installed == titok.__version__
@@ -152,7 +152,7 @@ def test_source_distribution(tmp_path: Path) -> None:
     code = "import os, sys; os.chdir(sys.argv[1]); import setuptools.build_meta as b; print(b.build_sdist(sys.argv[2]))"
     run = [sys.executable, "-c", code, str(copy_of_tracked_files(tmp_path / "copy")), str(tmp_path)]
     subprocess.run(run, check=True, capture_output=True, text=True)
-    with tarfile.open(tmp_path / f"titok-{titok.__version__}.tar.gz") as archive:
+    with tarfile.open(tmp_path / f"titok_kernels-{titok.__version__}.tar.gz") as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     needed = {path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*.*")}
     needed = {name for name in needed if re.match(r"(titok|kernels|csrc)/.*\.|[^/]*\.(py|md|txt|toml)$", name)}

@@ -164,7 +164,7 @@ def test_nvtx_of_pytorch_where_the_package_is_missing(monkeypatch):
 def test_neither_nvtx(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvtx", None)
     monkeypatch.delattr(torch._C, "_nvtx", raising=False)
-    with pytest.raises(RuntimeError, match=r"pip install 'titok\[profile\]'"), profiling.enabled():
+    with pytest.raises(RuntimeError, match=r"pip install 'titok-kernels\[profile\]'"), profiling.enabled():
         pass
 
 

@@ -50,7 +50,8 @@ class NVTX:
             self._package = nvtx
         if self._package is None and not hasattr(torch._C, "_nvtx"):
             raise RuntimeError(
-                "NVTX ranges need the package nvtx (pip install 'titok[profile]') or a PyTorch that was built with CUDA"
+                "NVTX ranges need the package nvtx (pip install 'titok-kernels[profile]') "
+                "or a PyTorch that was built with CUDA"
             )
 
     def push(self, name: str) -> None:

@@ -57,6 +57,22 @@ def find_command(command: list[str]) -> Any:
     return found
 
 
+def test_short_help_and_completion() -> None:
+    assert titok("-h") == titok("--help")
+    assert titok("train", "tokenizer", "-h") == titok("train", "tokenizer", "--help")
+    assert any("--install-completion" in line for line in titok("--help"))
+
+
+def test_quiet_shows_errors_alone() -> None:
+    command = ["generate", "-t", "preset:titok-s-128", "-g", "preset:none", "-o", "a.png"]
+    loud, quiet = (CliRunner().invoke(app, [*flags, *command]) for flags in ([], ["--quiet"]))
+    assert "WARNING: " in loud.stderr
+    assert quiet.exit_code == 2
+    assert quiet.stderr == "".join(
+        line for line in loud.stderr.splitlines(keepends=True) if line.startswith("error: ")
+    )
+
+
 def test_every_command_is_tested_for_its_help() -> None:
     def leaves(command: Any, path: list[str]) -> list[list[str]]:
         """The paths of all commands below `command` that have no commands below themselves."""
@@ -208,10 +224,10 @@ def test_quickstart_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> No
     assert calls == [(Path("runs/colour"), 0, False), (Path("here"), 3, True)]
 
     def missing(*_: Any, **__: Any) -> None:
-        raise ModuleNotFoundError("the quickstart needs scikit-learn: pip install 'titok[quickstart]'")
+        raise ModuleNotFoundError("the quickstart needs scikit-learn: pip install 'titok-kernels[quickstart]'")
 
     monkeypatch.setattr(quickstart, "run", missing)
-    assert refused("quickstart") == "the quickstart needs scikit-learn: pip install 'titok[quickstart]'"
+    assert refused("quickstart") == "the quickstart needs scikit-learn: pip install 'titok-kernels[quickstart]'"
 
 
 # ---------------------------------------------------------------------------------------------------------------

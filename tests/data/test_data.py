@@ -127,5 +127,5 @@ def test_digits_are_split_by_class() -> None:
 
 def test_missing_scikit_learn_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ModuleNotFoundError, match=r"titok\[quickstart\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"titok-kernels\[quickstart\]"):
         load_digits()

@@ -364,7 +364,7 @@ def test_options_of_another_kind_of_source_are_refused(tmp_path: Path) -> None:
 
 def test_huggingface_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"titok\[hf\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"titok-kernels\[hf\]"):
         open_pictures("hf:folder")
 
 

@@ -87,13 +87,13 @@ def test_what_is_missing_is_named_with_the_way_out(
     monkeypatch.setattr(importlib, "import_module", without_packages)
     command: tuple[Any, ...] = ("evaluate", "reconstruction", photos, "-t", models / "tokenizer")
     message = refused(*command, *FEATURES)
-    assert message.startswith("SSIM needs torchmetrics: pip install 'titok[eval]'")
+    assert message.startswith("SSIM needs torchmetrics: pip install 'titok-kernels[eval]'")
     assert message.endswith("--without ssim leaves it out")
     message = refused(*command, *FEATURES, "--without", "ssim")
     assert "torchvision" in message
     assert message.endswith("--without lpips leaves it out")
     message = refused(*command, "--without", "ssim", "--without", "lpips", "--features", "efficientnet")
-    assert "need efficientnet-lite-pytorch: pip install 'titok[eval]'" in message
+    assert "need efficientnet-lite-pytorch: pip install 'titok-kernels[eval]'" in message
     assert message.endswith("--without distance leaves it out")
 
 

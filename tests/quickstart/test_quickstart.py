@@ -69,7 +69,7 @@ def test_from_nothing_to_a_report(
 def test_missing_packages_are_named_before_any_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib: pip install 'titok\[quickstart\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib: pip install 'titok-kernels\[quickstart\]'"):
         quickstart.run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -54,12 +54,11 @@ def instruction_sets() -> dict[str, str | None]:
     flags = {
         flag.replace("_", "") for line in info.splitlines() if line.startswith("flags") for flag in line.split()
     }
-    sets = {**setup.ISA_FLAGS, **next(iter(setup.EXTRA_ISA_FLAGS.values()))}
     able: dict[str, str | None] = {}
-    for name, options in sets.items():
+    for name, options in setup.ISA_FLAGS.items():
         needed = {o.removeprefix("-m") for o in options if o.startswith("-m") and "=" not in o}
         if needed <= flags:
-            able[name] = name if name in setup.ISA_FLAGS else None
+            able[name] = None if name == "avx512bf16" else name
         else:
             say(f"skipped: {name} code, because this CPU has no {', '.join(sorted(needed - flags))}")
     return able
@@ -103,7 +102,7 @@ def build_address(compiler: str, sets: Collection[str]) -> Path:
     for link, path in links.items():
         link.symlink_to(path)
     objects = BUILD / "address"
-    listed = instrumented(setup.jobs(objects, compiler, None), ADDRESS, sets)
+    listed = instrumented(setup.jobs(objects, [compiler], None), ADDRESS, sets)
     setup.compile_and_link(objects, listed, [compiler, "-shared", "-fopenmp", *ADDRESS], package / "_C.so")
     library = BUILD / "cuda_host.so"
     host_kernel.build(compiler, library, ADDRESS)
@@ -113,7 +112,7 @@ def build_address(compiler: str, sets: Collection[str]) -> Path:
 def build_thread(compiler: str, sets: Collection[str]) -> Path:
     """Builds the program of threads.cpp."""
     objects, program = BUILD / "thread", BUILD / "threads"
-    listed = [job for job in setup.jobs(objects, compiler, None) if job.source.name not in PYTHON_SOURCES]
+    listed = [job for job in setup.jobs(objects, [compiler], None) if job.source.name not in PYTHON_SOURCES]
     plain = next(job.command for job in listed if job.source.name == "cpu_isa.cpp")
     for name in ("openmp", "threads"):
         listed.append(setup.Job(ROOT / "tests" / "sanitize" / f"{name}.cpp", objects / f"{name}.o", plain))
@@ -142,7 +141,7 @@ def run_threads(program: Path, sets: Mapping[str, str | None]) -> bool:
         fixed = []
     passed = True
     for name, isa in sets.items():
-        if name in setup.ISA_FLAGS:  # the further ones are of single files and change no parallel region
+        if name != "avx512bf16":  # its files are of single files and change no parallel region
             passed &= run(f"ThreadSanitizer, {name}", [*fixed, str(program)], TITOK_CPU_ISA=isa)
     return passed
 
@@ -184,7 +183,7 @@ def main() -> int:
     options = parser.parse_args()
     # ninja is installed beside Python.
     os.environ.update({"PATH": os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])})
-    compiler = setup.find_cxx()
+    compiler = setup.host_compiler(setup.find_cxx())
     if shutil.which(compiler) is None:
         sys.exit(f"sanitize: no C++ compiler ({compiler})")
     # libstdc++ is loaded with the sanitizer, which otherwise does not find the function that throws exceptions.

@@ -231,14 +231,15 @@ def test_wrong_arguments_are_named() -> None:
 def test_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
     for module in ("torchvision", "torchvision.models"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"'{loss}' needs torchvision.*: pip install 'titok\[train\]'"):
+    hint = rf"'{loss}' needs torchvision.*: pip install 'titok-kernels\[train\]'"
+    with pytest.raises(ModuleNotFoundError, match=hint):
         PerceptualLoss.from_name(loss)
 
 
 def test_missing_lpips_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"'lpips' needs lpips: pip install 'titok\[train\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"'lpips' needs lpips: pip install 'titok-kernels\[train\]'"):
         lpips_distance()
 
 

@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -28,6 +28,8 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
+# The official code reads YAML and publishes JSON of the same layout.
+CONFIG_FILES = ("config.json", "config.yaml")
 MAX_JSON_BYTES = 16 << 20  # config.json and indices take some kB; a larger file would only fill the memory
 
 
@@ -148,18 +150,64 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def locate_checkpoint(path_or_repo: str | os.PathLike[str], revision: str | None) -> tuple[Path, Path | None]:
-    """The weights file and the config.json of a checkpoint; None where there is no config.json.
+class HubOptions(NamedTuple):
+    """Where a repository is read from, as `huggingface_hub.hf_hub_download` takes it.
+
+    Attributes:
+        revision: branch, tag or commit; None takes the latest.
+        token: of the hub; None takes the one that the machine is logged in with.
+        cache_dir: folder of downloaded files; None takes that of the hub's client.
+        local_files_only: do not ask the hub, and take what the cache has.
+        subfolder: of the repository or of a local folder, in which the files of the model are.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    subfolder: str | None = None
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Those that were given, by name."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        if not self.local_files_only:
+            del given["local_files_only"]
+        return given
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The values of a configuration file: YAML by its suffix .yaml or .yml, else JSON. Raises `ValueError`."""
+    if path.suffix not in (".yaml", ".yml"):
+        return read_json(path)
+    import yaml  # huggingface_hub depends on it
+
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MiB")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not a readable YAML file ({first_line(error)})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a YAML mapping, got {type(values).__name__}")
+    return values
+
+
+def locate_checkpoint(
+    path_or_repo: str | os.PathLike[str], hub: HubOptions, *, needs_config: bool = True
+) -> tuple[Path, Path | None]:
+    """The weights file and the configuration file of a checkpoint; None where there is no configuration file.
 
     Args:
         path_or_repo: a folder, a weights file, or else the id of a Hugging Face repository, which is downloaded.
-        revision: of the repository; None takes the latest.
+        hub: how the repository is read.
+        needs_config: False downloads the weights of a repository without its config.json.
 
     Raises:
         FileNotFoundError: none of the three exists, or there are no weights in it.
     """
     path = Path(path_or_repo)
     if path.is_dir():
+        path = path / (hub.subfolder or "")
         found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
         if not found:
             raise FileNotFoundError(f"{path}: neither of {', '.join(WEIGHT_FILES)} is in this folder")
@@ -171,12 +219,12 @@ def locate_checkpoint(path_or_repo: str | os.PathLike[str], revision: str | None
         owner, *name = str(path_or_repo).split("/")
         if len(name) != 1 or Path(owner).is_dir():
             raise FileNotFoundError(f"{path}: no such file or folder (a repository is called owner/name)")
-        return _download(str(path_or_repo), revision)
-    config = weights.parent / "config.json"
-    return weights, config if config.is_file() else None
+        return _download(str(path_or_repo), hub, needs_config)
+    configs = [weights.parent / name for name in CONFIG_FILES]
+    return weights, next((config for config in configs if config.is_file()), None)
 
 
-def _download(repo: str, revision: str | None) -> tuple[Path, Path]:
+def _download(repo: str, hub: HubOptions, needs_config: bool) -> tuple[Path, Path | None]:
     """Weights, or the index of all shards, and config.json of a repository, in the cache of the hub's client."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -186,12 +234,15 @@ def _download(repo: str, revision: str | None) -> tuple[Path, Path]:
         RepositoryNotFoundError,
     )
 
+    def download(name: str) -> Path:
+        return Path(hf_hub_download(repo, name, **hub.as_arguments()))
+
     not_cached = False
     try:
-        config = Path(hf_hub_download(repo, "config.json", revision=revision))
+        config = download("config.json") if needs_config else None
         for name in WEIGHT_FILES:
             try:
-                weights = Path(hf_hub_download(repo, name, revision=revision))
+                weights = download(name)
             except LocalEntryNotFoundError:  # a kind of EntryNotFoundError: the hub was not asked
                 not_cached = True
                 continue
@@ -199,7 +250,7 @@ def _download(repo: str, revision: str | None) -> tuple[Path, Path]:
                 continue
             if name.endswith(".index.json"):
                 for shard in sorted(set(read_shard_names(weights).values())):
-                    hf_hub_download(repo, shard, revision=revision)
+                    download(shard)
             return weights, config
     except (HFValidationError, RepositoryNotFoundError, EntryNotFoundError, OSError) as error:
         if isinstance(error, LocalEntryNotFoundError):

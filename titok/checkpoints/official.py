@@ -5,6 +5,7 @@ Mistakes of the official code that the published weights depend on are in `titok
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -180,12 +181,14 @@ def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def vqgan_weights(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def vqgan_weights(weights: Mapping[str, LazyTensor], config: VQGANConfig | None = None) -> dict[str, LazyTensor]:
     """Tensors of an official MaskGIT-VQGAN under the names of `MaskGITVQGAN`."""
     return _rename(weights, _VQGAN_RULES)
 
 
-def tokenizer_weights(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def tokenizer_weights(
+    weights: Mapping[str, LazyTensor], config: TokenizerConfig | None = None
+) -> dict[str, LazyTensor]:
     """Tensors of an official TiTok under the names of `TiTok`.
 
     Weights of 1x1 convolutions (O, C, 1, 1) become those of linear layers (O, C).
@@ -197,14 +200,38 @@ def tokenizer_weights(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor
     return renamed
 
 
-def generator_weights(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Tensors of an official generator, "ViT" or "UViT", under the names of `MaskGIT`."""
+def generator_weights(
+    weights: Mapping[str, LazyTensor], config: GeneratorConfig | None = None
+) -> dict[str, LazyTensor]:
+    """Tensors of an official generator, "ViT" or "UViT", under the names of `MaskGIT`.
+
+    With `config`, the file may lack the weight of the output layer: see `_untied`.
+    """
     if any(name.startswith("model.") for name in weights):
-        return _bert_weights(weights)
+        return _bert_weights(weights if config is None else _untied(weights, config.codebook_size))
     renamed = _rename(weights, _UVIT_RULES)
     if "positions" in renamed:
         renamed["positions"] = LazyTensor.computed(lambda table: table.squeeze(0), renamed["positions"])
     return renamed
+
+
+def _untied(weights: Mapping[str, LazyTensor], codebook_size: int) -> dict[str, LazyTensor]:
+    """Tensors of an official "ViT" generator with a weight of the output layer.
+
+    Releases of transformers from 2024 on tie the output layer to the embeddings of all tokens: codes, classes, mask and
+    "no class". A file that was saved under one of them lacks the weight, and the bias has one value for each of these
+    tokens. The first `codebook_size` rows of both belong to the codes, and nothing else may be predicted.
+    """
+    table, bias = (weights.get(f"model.{name}") for name in ("embeddings.word_embeddings.weight", "lm_head.bias"))
+    if "model.lm_head.weight" in weights or table is None or bias is None:
+        return dict(weights)
+    table = table._replace(load=functools.cache(table.load))  # two tensors are made of it
+    return {
+        **weights,
+        "model.embeddings.word_embeddings.weight": table,
+        "model.lm_head.weight": LazyTensor.computed(lambda rows: rows[:codebook_size].clone(), table),
+        "model.lm_head.bias": LazyTensor.computed(lambda values: values[:codebook_size].clone(), bias),
+    }
 
 
 def _bert_weights(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -16,7 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from titok.checkpoints.files import locate_checkpoint, read_json, write_json, write_safetensors
+from titok.checkpoints.files import (
+    HubOptions,
+    locate_checkpoint,
+    read_config_file,
+    write_json,
+    write_safetensors,
+)
 from titok.checkpoints.lazy import LazyTensor, open_weights
 from titok.inference.prepared import PreparableLayer, PreparableModel, own_memory, readable
 
@@ -36,8 +42,8 @@ class Pretrained(PreparableModel):
     config: Any
 
     @staticmethod
-    def convert_official(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """The tensors of an official checkpoint under this model's parameter names."""
+    def convert_official(weights: Mapping[str, LazyTensor], config: Any = None) -> dict[str, LazyTensor]:
+        """The tensors of an official checkpoint under the parameter names of a model with this configuration."""
         raise NotImplementedError
 
     @classmethod
@@ -59,18 +65,29 @@ class Pretrained(PreparableModel):
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        preset: str | None = None,
+        config: str | os.PathLike[str] | None = None,
         revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        subfolder: str | None = None,
         prepare: bool = False,
     ) -> M:
         """Loads a model, in eval mode, from a folder, from one weights file, or from a Hugging Face repository.
 
         Args:
             path_or_repo: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, or the
-                `.index.json` of either and its shards; one such file, with `config.json` beside it; else the id of a
-                repository, which is downloaded.
+                `.index.json` of either and its shards; one such file, with `config.json` or the official
+                `config.yaml` beside it; else the id of a repository, which is downloaded.
             dtype: of the networks. The codebook of a vector quantizer stays in float32 at least.
             device: of the networks.
-            revision: of the repository; None takes the latest.
+            preset: name of the configuration of weights that have no configuration file, such as "titok-l-32" for
+                the official `tokenizer_titok_l32.bin`.
+            config: path of a configuration file that is not beside the weights: ours, or the official JSON or YAML.
+            revision, token, cache_dir, local_files_only: of the repository, as `huggingface_hub.hf_hub_download`
+                takes them.
+            subfolder: of the repository or folder, in which the files of the model are.
             prepare: prepare the model for inference (`prepare()`), layer by layer while it is loaded, so that the
                 weights are never in memory twice.
 
@@ -80,34 +97,30 @@ class Pretrained(PreparableModel):
         Raises:
             FileNotFoundError: there is no such folder, file or repository, or it holds no weights.
             ValueError: the file is damaged or carries code, or the configuration and the weights contradict each
-                other; lists missing, unexpected and misshapen names.
+                other; lists missing, unexpected and misshapen names. Or there is no such preset, or both `preset`
+                and `config` are given.
         """
-        weights_file, config_file = locate_checkpoint(path_or_repo, revision)
-        values = read_json(config_file) if config_file else {}
-        if values.get("format") == FORMAT:
-            if values.get("model") != cls.__name__:
-                raise ValueError(f"{config_file}: expected a {cls.__name__}, got a {values.get('model')!r:.60}")
-            described = values.get("config")
-            if not isinstance(described, dict):
-                raise ValueError(f"{config_file}: config: expected a JSON object, got {type(described).__name__}")
-            values = described
-        try:
-            config, official = cls.read_config(values)
-        except (TypeError, ValueError) as error:
-            if config_file is None:
-                message = f"{weights_file}: no config.json beside it to tell what model this is"
-                raise ValueError(message) from error
-            raise ValueError(f"{config_file}: {error}") from error
-        weights = open_weights(weights_file)
+        if preset is not None and config is not None:
+            raise ValueError(f"preset: expected None beside config={os.fspath(config)!r}, got {preset!r}")
+        hub = HubOptions(revision, token, cache_dir, local_files_only, subfolder)
+        needs_config = preset is None and config is None
+        weights_file, config_file = locate_checkpoint(path_or_repo, hub, needs_config=needs_config)
+        if preset is not None:
+            model_config, config_file = cls.preset_config(preset), None
+            weights = open_weights(weights_file)
+            official = _has_other_names(cls._empty(model_config), weights)
+        else:
+            config_file = config_file if config is None else Path(config)
+            model_config, official = cls._read_config_file(weights_file, config_file)
+            weights = open_weights(weights_file)
         if official:
             try:
-                weights = cls.convert_official(weights)
+                weights = cls.convert_official(weights, model_config)
             except (RuntimeError, IndexError) as error:
                 raise ValueError(
                     f"{weights_file}: tensors have other shapes than in the official layout"
                 ) from error
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls._empty(model_config)
         expected = {name: t.shape for name, t in model.state_dict().items()}
         if (count := sum(shape.numel() for shape in expected.values())) > MAX_PARAMETERS:
             message = f"expected a model of at most {MAX_PARAMETERS} parameters, got {count}"
@@ -133,13 +146,74 @@ class Pretrained(PreparableModel):
             warnings.warn(f"{weights_file}: values that are not finite in {', '.join(broken[:5])}", stacklevel=2)
         return model.prepare() if prepare else model
 
+    @classmethod
+    def preset_config(cls, name: str) -> Any:
+        """The configuration that `preset` names. Raises `ValueError` where there is none of that name."""
+        raise ValueError(f"preset: expected None, because {cls.__name__} has no presets, got {name!r}")
+
+    @classmethod
+    def _empty(cls: type[M], config: Any) -> M:
+        """A model whose parameters have shapes and no memory."""
+        with torch.device("meta"):
+            return cls(config)
+
+    @classmethod
+    def class_of_file(cls) -> type[Pretrained]:
+        """The class that config.json names: of a subclass, the model of titok that it derives from."""
+        return next(c for c in cls.__mro__ if Pretrained in c.__bases__)
+
+    @classmethod
+    def _read_config_file(cls, weights_file: Path, config_file: Path | None) -> tuple[Any, bool]:
+        """As `read_config`, from a file; the errors name the file."""
+        values = read_config_file(config_file) if config_file else {}
+        if values.get("format") == FORMAT:
+            expected = cls.class_of_file().__name__
+            if values.get("model") != expected:
+                raise ValueError(f"{config_file}: expected a {expected}, got a {values.get('model')!r:.60}")
+            described = values.get("config")
+            if not isinstance(described, dict):
+                raise ValueError(f"{config_file}: config: expected a JSON object, got {type(described).__name__}")
+            values = described
+        try:
+            return cls.read_config(values)
+        except (TypeError, ValueError) as error:
+            if config_file is None:
+                message = (
+                    f"{weights_file}: no config.json beside it to tell what model this is (`preset` may name it)"
+                )
+                raise ValueError(message) from error
+            raise ValueError(f"{config_file}: {error}") from error
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` into `directory`, which is made where it is missing."""
         directory = Path(directory)
-        config = {"format": FORMAT, "model": type(self).__name__, "config": self.config.to_dict()}
+        config = {"format": FORMAT, "model": self.class_of_file().__name__, "config": self.config.to_dict()}
         weights = {name: readable(parameter).detach() for name, parameter in self.named_parameters()}
-        write_safetensors(directory / "model.safetensors", weights)
+        write_safetensors(directory / "model.safetensors", weights, {"format": "pt"})
         write_json(directory / "config.json", config)
+
+    def push_to_hub(
+        self, repo: str, *, private: bool = False, token: str | None = None, subfolder: str | None = None
+    ) -> str:
+        """Uploads the model and a model card to a repository of the Hugging Face hub, which is made where missing.
+
+        Args:
+            repo: the id, owner/name.
+            private: whether a repository that is made can be seen by its owner alone.
+            token: of the hub; None takes the one that the machine is logged in with.
+            subfolder: of the repository, for the files of this model.
+
+        Returns:
+            the address of the commit.
+        """
+        from titok.checkpoints.hub import upload
+
+        return upload({subfolder or "": self}, repo, private=private, token=token)
+
+
+def _has_other_names(model: nn.Module, weights: Mapping[str, LazyTensor]) -> bool:
+    """Whether weights have other names than the model's own, so that they are in the official layout."""
+    return model.state_dict().keys() != weights.keys()
 
 
 def _check_names(path: Path, expected: Mapping[str, torch.Size], weights: Mapping[str, LazyTensor]) -> None:

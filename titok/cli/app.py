@@ -24,7 +24,7 @@ from titok.cli.waiting import set_waiting_policy
 app = typer.Typer(
     cls=ErrorGroup,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -38,6 +38,9 @@ app.add_typer(evaluate.app, name="evaluate", help="Measure reconstructions or ge
 def titok(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show no notes, warnings and progress bars; errors are shown.")
+    ] = False,
 ) -> None:
     """TiTok: pictures as short sequences of tokens, and MaskGIT to generate them.
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NoReturn, TextIO
 
 import typer
@@ -28,6 +29,9 @@ AFTER_A_SIGNAL = {
 }
 
 
+_QUIET = ContextVar("_QUIET", default=False)
+
+
 class Interrupted(BaseException):
     """The process received a signal that asks it to end. The first argument is its number."""
 
@@ -42,6 +46,7 @@ class ErrorGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _signals_raise() as received, warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            token = _QUIET.set(ctx.params["quiet"])
             try:
                 return super().invoke(ctx)
             except typer.Exit:
@@ -55,6 +60,8 @@ class ErrorGroup(TyperGroup):
                     raise
                 note(f"error: {_in_words(error)}")
                 raise typer.Exit(2) from None
+            finally:
+                _QUIET.reset(token)
 
     def _end_by_signal(self, ctx: Any, number: int) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":  # one line from all processes that torchrun started
@@ -120,8 +127,14 @@ def _in_words(error: Exception) -> str:
 
 
 def note(text: str) -> None:
-    """Prints a line on stderr, so that stdout holds a command's results alone."""
-    typer.echo(_printable(text), err=True)
+    """Prints a line on stderr, so that stdout holds a command's results alone. --quiet lets errors through alone."""
+    if text.startswith("error: ") or not is_quiet():
+        typer.echo(_printable(text), err=True)
+
+
+def is_quiet() -> bool:
+    """Whether the running command was given --quiet: `titok --quiet COMMAND`."""
+    return _QUIET.get()
 
 
 def say(text: str) -> None:

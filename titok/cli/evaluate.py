@@ -218,6 +218,6 @@ def _or_without(name: str, load: Any) -> Any:
         return load()
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"{error} (the extra titok[eval] has all that evaluation needs); --without {name} leaves it out",
+            f"{error} (the extra titok-kernels[eval] has all that evaluation needs); --without {name} leaves it out",
             name=error.name,
         ) from error

@@ -26,6 +26,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
         return
     for section, values in facts.items():
         typer.echo(section)
+        if not values:
+            typer.echo("  nothing")
         for name, value in values.items():
             typer.echo(f"  {name:<12} {' '.join(value) if isinstance(value, list) else value}")
 
@@ -34,11 +36,13 @@ def collect_facts() -> dict[str, dict[str, Any]]:
     """What `titok info` prints: values (strings or lists of strings) by section and name."""
     from titok import ops
     from titok.config import GENERATOR_PRESETS, TOKENIZER_PRESETS
+    from titok.ops.core.available import left_out
 
     return {
         "versions": _versions(),
         "devices": _devices(),
         "backends": dict(ops.backends()),
+        "left out of the build": dict(line.partition(": ")[::2] for line in left_out()),
         "presets": {"tokenizers": list(TOKENIZER_PRESETS), "generators": list(GENERATOR_PRESETS)},
     }
 

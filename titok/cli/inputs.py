@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from titok.cli.errors import note
+from titok.cli.errors import is_quiet, note
 from titok.cli.options import parse_dtype, select_device
 
 if TYPE_CHECKING:
@@ -40,9 +40,15 @@ def _load(model_class: Any, config_class: Any, source: str, device: str, dtype: 
 
     torch_device = select_device(device)
     torch_dtype = parse_dtype(dtype, torch_device)
-    if not source.startswith("preset:"):
-        return model_class.from_pretrained(source, dtype=torch_dtype, device=torch_device, prepare=True)
-    config = config_class.preset(source.removeprefix("preset:"))
+    name, _, weights = source.removeprefix("preset:").partition(":")
+    if weights or not source.startswith("preset:"):
+        options: dict[str, Any] = {"preset": name, "path_or_repo": weights}
+        if not source.startswith("preset:"):
+            # A path may hold an @; what exists is never read as a repository.
+            repo, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+            options = {"path_or_repo": repo, "revision": revision or None}
+        return model_class.from_pretrained(dtype=torch_dtype, device=torch_device, prepare=True, **options)
+    config = config_class.preset(name)
     note(f"WARNING: {source} has random weights: its tokens mean nothing and its pictures are noise")
     # One seed, so that two commands with the same preset use the same weights.
     with torch.random.fork_rng(), torch.device(torch_device):
@@ -234,8 +240,8 @@ def _shortened(file: PurePosixPath) -> PurePosixPath:
 
 
 def progress(total: int, name: str, *, show: bool = True) -> Any:
-    """A progress bar on stderr; none where stderr is not a terminal, or `show` is False."""
+    """A progress bar on stderr; none where stderr is not a terminal, with --quiet, or where `show` is False."""
     from tqdm import tqdm
 
-    hide = None if show else True  # None hides it where stderr is no terminal
+    hide = None if show and not is_quiet() else True  # None hides it where stderr is no terminal
     return tqdm(total=total, desc=name, unit="img", disable=hide, file=sys.stderr, leave=False)

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
     from titok.config import Rounding
 
-_MODEL = "Folder, weights file or Hugging Face repository of the {}; preset:NAME tries one with random weights."
+_MODEL = (
+    "Folder, weights file or Hugging Face repository (also owner/name@REVISION) of the {}; preset:NAME:FILE for a "
+    "weights file without config.json; preset:NAME tries one with random weights."
+)
 TokenizerOption = Annotated[
     str, typer.Option("--tokenizer", "-t", metavar="MODEL", help=_MODEL.format("tokenizer"))
 ]

@@ -31,7 +31,7 @@ def load_digits() -> Digits:
         from sklearn import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "scikit-learn, which carries the digits, is not installed: pip install 'titok[quickstart]'"
+            "scikit-learn, which carries the digits, is not installed: pip install 'titok-kernels[quickstart]'"
         ) from error
     raw = datasets.load_digits()
     small = torch.from_numpy(raw.images).float()[:, None] / 16

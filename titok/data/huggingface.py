@@ -1,4 +1,4 @@
-"""Pictures in a dataset of the Hugging Face library `datasets` (extra `titok[hf]`)."""
+"""Pictures in a dataset of the Hugging Face library `datasets` (extra `titok-kernels[hf]`)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class HuggingFaceSource:
             import datasets
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "datasets, which reads the data, is not installed: pip install 'titok[hf]'"
+                "datasets, which reads the data, is not installed: pip install 'titok-kernels[hf]'"
             ) from error
         dataset = _split_of(self.where, *_load(name))
         features = dataset.features

@@ -184,5 +184,6 @@ def _import(module: str, features: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"features {features!r} need {module.replace('_', '-')}: pip install 'titok[eval]'", name=module
+            f"features {features!r} need {module.replace('_', '-')}: pip install 'titok-kernels[eval]'",
+            name=module,
         ) from error

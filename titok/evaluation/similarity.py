@@ -42,7 +42,8 @@ def check_ssim() -> None:
     try:
         importlib.import_module("torchmetrics.functional.image")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("SSIM needs torchmetrics: pip install 'titok[eval]'", name=error.name) from error
+        message = "SSIM needs torchmetrics: pip install 'titok-kernels[eval]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
     except RuntimeError as error:  # it imports torchvision, which may have been built for another torch
         message = f"SSIM needs torchmetrics, which cannot be imported here ({error})"
         raise ModuleNotFoundError(message, name="torchmetrics") from error

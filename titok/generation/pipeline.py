@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from titok.checkpoints.hub import upload
 from titok.config import Rounding, SamplingConfig
 from titok.data.images import to_uint8
 from titok.generation.batches import BatchSize, check_batch_size, generate_batches, one_by_one
@@ -80,16 +82,24 @@ class Pipeline:
     def from_pretrained(
         cls,
         tokenizer: str | os.PathLike[str],
-        generator: str | os.PathLike[str],
+        generator: str | os.PathLike[str] | None = None,
         *,
         dtype: Dtype = "auto",
         device: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
         engine: Literal["fast", "plain"] = "fast",
         prepare: bool = True,
     ) -> Pipeline:
         """Both models from folders, files or repository ids.
 
         Args:
+            tokenizer: as `TiTok.from_pretrained` takes it.
+            generator: as `MaskGIT.from_pretrained` takes it. None takes both models from one folder or repository,
+                which `Pipeline.save_pretrained` or `Pipeline.push_to_hub` wrote.
+            revision, token, cache_dir, local_files_only: of the repositories, as `TiTok.from_pretrained` takes them.
             dtype: of the networks; "auto" is bfloat16 on a GPU that multiplies it, and float32 on any other device.
             device: of both models.
 
@@ -97,13 +107,37 @@ class Pipeline:
             TypeError: `dtype` is neither a dtype nor "auto".
             As `TiTok.from_pretrained` and `Pipeline`.
         """
-        at_once, dtype = prepare and engine == "fast", choose_dtype(dtype, device)
+        subfolders = (None, None) if generator is not None else ("tokenizer", "generator")
+        options: dict[str, Any] = {
+            "dtype": choose_dtype(dtype, device), "device": device, "prepare": prepare and engine == "fast",
+            "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
+        }  # fmt: skip
         return cls(
-            TiTok.from_pretrained(tokenizer, dtype=dtype, device=device, prepare=at_once),
-            MaskGIT.from_pretrained(generator, dtype=dtype, device=device, prepare=at_once),
+            TiTok.from_pretrained(tokenizer, subfolder=subfolders[0], **options),
+            MaskGIT.from_pretrained(
+                tokenizer if generator is None else generator, subfolder=subfolders[1], **options
+            ),
             engine=engine,
             prepare=prepare,
         )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes both models into the sub-folders `tokenizer` and `generator`, for `Pipeline.from_pretrained`."""
+        self.tokenizer.save_pretrained(Path(directory, "tokenizer"))
+        self.generator.save_pretrained(Path(directory, "generator"))
+
+    def push_to_hub(self, repo: str, *, private: bool = False, token: str | None = None) -> str:
+        """Uploads both models and a model card, as `TiTok.push_to_hub` does; returns the address of the commit."""
+        models = {"tokenizer": self.tokenizer, "generator": self.generator}
+        return upload(models, repo, private=private, token=token)
+
+    def to(self, device: str | torch.device) -> Pipeline:
+        """Moves both models to a device, frees what the pipeline holds on the former one, and returns the pipeline."""
+        self.release()
+        self.tokenizer.to(device)
+        self.generator.to(device)
+        self._prepare()
+        return self
 
     def _prepare(self) -> None:
         """Prepares the models that are in eval mode, if the pipeline may."""

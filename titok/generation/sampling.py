@@ -65,6 +65,19 @@ def sample_tokens(
 ) -> tuple[Tensor, Trace]: ...
 
 
+@overload
+def sample_tokens(
+    generator: MaskGIT,
+    labels: Tensor | Sequence[int],
+    sampling: SamplingConfig | None = ...,
+    *,
+    seed: int = ...,
+    first_sample: int = ...,
+    init_tokens: Tensor | None = ...,
+    trace: bool,
+) -> Tensor | tuple[Tensor, Trace]: ...
+
+
 @torch.no_grad()
 @ranged("sample tokens")
 def sample_tokens(

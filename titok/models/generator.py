@@ -130,3 +130,4 @@ class MaskGIT(Pretrained):
         return GeneratorConfig.from_dict(values), False
 
     convert_official = staticmethod(official.generator_weights)
+    preset_config = GeneratorConfig.preset

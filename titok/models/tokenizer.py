@@ -301,3 +301,4 @@ class TiTok(Pretrained):
         return TokenizerConfig.from_dict(values), False
 
     convert_official = staticmethod(official.tokenizer_weights)
+    preset_config = TokenizerConfig.preset

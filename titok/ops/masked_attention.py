@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def masked_attention(
     num_heads: int,
     *,
     key_mask: Tensor | None = None,
-    query_range: tuple[int, int] | None = None,
+    query_range: Sequence[int] | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -51,7 +52,7 @@ def masked_attention(
         num_heads: H.
         key_mask: (B, N) bool, True where a token is visible as a key. A query that sees no key gives 0 and
             passes no gradient. Hidden tokens must be finite all the same: 0 * inf is NaN (but not in "cpp").
-        query_range: (start, stop): compute these rows only, 0 <= start <= stop <= N; None: all.
+        query_range: (start, stop), a tuple or a list: compute these rows only, 0 <= start <= stop <= N; None: all.
         scale: default D ** -0.5.
         backend: "triton" (D up to 128, no float64), "cpp" (CPU, float32 and bfloat16), "sdpa", "flash-attn" (16
             bits, no key_mask), "plain", or None for the fastest that can run. The backward of "sdpa" on a GPU and of

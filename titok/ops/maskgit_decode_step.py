@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -148,6 +148,66 @@ def pack_step_params(
     return torch.cat([integers, torch.tensor(numbers[4:], dtype=torch.float32, device="cpu").view(torch.int32)])
 
 
+@overload
+def maskgit_decode_step_packed(
+    tokens: Tensor,
+    cond_logits: Tensor,
+    uncond_logits: Tensor | None = ...,
+    *,
+    params: Tensor,
+    mask_token: int,
+    confidence: str = ...,
+    num_masked: Tensor | None = ...,
+    rows: Tensor | None = ...,
+    uncond_rows: Tensor | None = ...,
+    out: Tensor | None = ...,
+    workspace: Tensor | None = ...,
+    return_confidence: Literal[False] = ...,
+    return_order: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def maskgit_decode_step_packed(
+    tokens: Tensor,
+    cond_logits: Tensor,
+    uncond_logits: Tensor | None = ...,
+    *,
+    params: Tensor,
+    mask_token: int,
+    confidence: str = ...,
+    num_masked: Tensor | None = ...,
+    rows: Tensor | None = ...,
+    uncond_rows: Tensor | None = ...,
+    out: Tensor | None = ...,
+    workspace: Tensor | None = ...,
+    return_confidence: Literal[True],
+    return_order: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def maskgit_decode_step_packed(
+    tokens: Tensor,
+    cond_logits: Tensor,
+    uncond_logits: Tensor | None = ...,
+    *,
+    params: Tensor,
+    mask_token: int,
+    confidence: str = ...,
+    num_masked: Tensor | None = ...,
+    rows: Tensor | None = ...,
+    uncond_rows: Tensor | None = ...,
+    out: Tensor | None = ...,
+    workspace: Tensor | None = ...,
+    return_confidence: bool = ...,
+    return_order: bool = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
+
+
 def maskgit_decode_step_packed(
     tokens: Tensor,
     cond_logits: Tensor,
@@ -164,7 +224,7 @@ def maskgit_decode_step_packed(
     return_confidence: bool = False,
     return_order: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, ...]:
     """`maskgit_decode_step` with its numbers in a tensor on the tokens' device.
 
     A CUDA graph that captured it reads seed, first sample, step, guidance, temperatures and count at every replay,
@@ -193,8 +253,10 @@ def maskgit_decode_step_packed(
     new, scores, order = _decide(
         tensors, _READ_FROM_PACKED, mask_token, confidence, return_order, out, return_confidence, backend
     )
-    asked = (new, *([scores] if return_confidence else []), *([order] if return_order else []))
-    return asked if len(asked) > 1 else new
+    asked = [new, *([scores] if return_confidence else [])]
+    if return_order and order is not None:
+        asked.append(order)
+    return tuple(asked) if len(asked) > 1 else new
 
 
 def _decide(

@@ -43,6 +43,18 @@ def nearest_codebook(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def nearest_codebook(
+    latents: Tensor,
+    codebook: Tensor,
+    *,
+    normalize: bool = ...,
+    return_quantized: bool,
+    out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def nearest_codebook(
     latents: Tensor,
     codebook: Tensor,

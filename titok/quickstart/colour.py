@@ -187,7 +187,7 @@ def run(
             settings.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("the quickstart needs matplotlib: pip install 'titok[colour]'")
+        raise ModuleNotFoundError("the quickstart needs matplotlib: pip install 'titok-kernels[colour]'")
     steps = {**STEPS, **(steps or {})}
     folder = Path(out_dir)
     wall_start, cpu_start = time.perf_counter(), time.process_time()

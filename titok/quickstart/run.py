@@ -136,7 +136,8 @@ def run(
     packages = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}  # by the name of the module
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ModuleNotFoundError(f"the quickstart needs {' and '.join(missing)}: pip install 'titok[quickstart]'")
+        needed = " and ".join(missing)
+        raise ModuleNotFoundError(f"the quickstart needs {needed}: pip install 'titok-kernels[quickstart]'")
     folder = Path(out_dir)
     wall_start, cpu_start = time.perf_counter(), time.process_time()
     with (

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -36,10 +38,28 @@ def _load(name: str) -> ModuleType | str:
     try:
         module = importlib.import_module(name)
     except Exception as error:  # a broken installation may raise anything; it must disable one back end only
-        return f"{name} does not import here ({type(error).__name__}: {error})".splitlines()[0]
+        reason = f"{name} does not import here ({type(error).__name__}: {error})".splitlines()[0]
+        found = [line for line in left_out() if line.startswith(f"{name}: ")]
+        return f"{reason}; it was left out of the build: {found[0].removeprefix(f'{name}: ')}" if found else reason
     if name == "titok._C" and (missing := sorted(EXTENSION_FUNCTIONS.difference(dir(module)))):
         return f"titok._C is older than this source, it lacks {', '.join(missing)}: rebuild it (pip install -e .)"
     return module
+
+
+def left_out() -> list[str]:
+    """What the build of `titok._C` left out, each with the reason in one line; setup.py writes the file."""
+    try:
+        return (Path(__file__).parents[2] / "_C.left_out.txt").read_text().splitlines()
+    except OSError:
+        return []
+
+
+@functools.cache
+def _warn_of_failed_build() -> None:
+    """Warns once in a process that the build lost the C++ kernels, unless it was told to leave them out."""
+    found = [line for line in left_out() if line.startswith("titok._C: ") and "TITOK_BUILD=" not in line]
+    if found:
+        warnings.warn(f"ops run in plain PyTorch, because the build left out {found[0]}", stacklevel=2)
 
 
 def extension() -> Any:
@@ -60,6 +80,8 @@ def why_no_cpp(*tensors: torch.Tensor | None) -> str | None:
     """Whether the C++ kernels can take these tensors."""
     module = _load("titok._C")
     if isinstance(module, str):
+        if tensors:  # an op would run here
+            _warn_of_failed_build()
         return module
     on_cpu = all(t is None or t.device.type == "cpu" for t in tensors)
     return None if on_cpu else "the C++ kernels take CPU tensors"
@@ -105,7 +127,8 @@ def why_no_cuda(*tensors: torch.Tensor | None) -> str | None:
     if isinstance(module, str):
         return module
     if not module.with_cuda:
-        return "titok._C was built without nvcc"
+        cause = next((line for line in left_out() if line.startswith("the CUDA half of titok._C: ")), "")
+        return f"titok._C was built without nvcc{cause.removeprefix('the CUDA half of titok._C')}"
     if not all(t is None or t.is_cuda for t in tensors):
         return "the CUDA kernels take CUDA tensors"
     return _why_no_gpu_of(tensors)

@@ -1,7 +1,7 @@
 """Perceptual losses: distances of two images as a pretrained network sees them.
 
 The published second stage compares the class logits of ConvNeXt-S. LPIPS (Zhang et al. 2018) compares feature maps of
-VGG-16. torchvision and lpips are imported when such a loss is made; the extra `titok[train]` installs them.
+VGG-16. torchvision and lpips are imported when such a loss is made; the extra `titok-kernels[train]` installs them.
 
 A distance maps images (B, 3, H, W) and targets of the same shape, both in [0, 1] or slightly outside, to a tensor of
 shape (). Gradients reach its first argument alone.
@@ -294,7 +294,7 @@ def _torchvision_models(loss: str) -> Any:
 
 def _missing(package: str, loss: str) -> ModuleNotFoundError:
     """The error for a package that the loss named `loss` needs."""
-    message = f"the perceptual loss {loss!r} needs {package}: pip install 'titok[train]'"
+    message = f"the perceptual loss {loss!r} needs {package}: pip install 'titok-kernels[train]'"
     return ModuleNotFoundError(message, name=package)
 
 
