@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -103,24 +102,3 @@ def test_all_stages(emoji: Emoji, tmp_path: Path, capsys: pytest.CaptureFixture[
     page = (tmp_path / "report.html").read_text()
     assert "CC BY-SA 4.0" in page
     assert page.count("data:image/png;base64,") == 3
-
-
-@pytest.mark.slow
-def test_resuming_changes_nothing(emoji: Emoji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = few(emoji)
-    whole = colour.run(tmp_path / "whole", steps=FEW_STEPS, samples_per_class=1, emoji=pictures, progress=False)
-    calls = []
-
-    def stop(*_: Any, **__: Any) -> None:
-        calls.append(1)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(colour, "train_decoder", stop)
-        with pytest.raises(KeyboardInterrupt):
-            colour.run(tmp_path / "stopped", steps=FEW_STEPS, samples_per_class=1, emoji=pictures, progress=False)
-    assert calls
-    resumed = colour.run(
-        tmp_path / "stopped", steps=FEW_STEPS, samples_per_class=1, emoji=pictures, progress=False, resume=True
-    )
-    assert resumed["metrics"] == whole["metrics"]
