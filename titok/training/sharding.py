@@ -4,7 +4,7 @@ It keeps the same part of the gradient, of the average and of the optimizer's st
 or of a residual block of a convolutional network, are gathered while that block computes, all others while the
 objective does. Everything that is written to files is whole, so that a run may go on with or without sharding.
 
-A discriminator is not sharded: it has 3 million parameters and is trained as in any run of several processes.
+A discriminator is not sharded: it has 2 million parameters and is trained as in any run of several processes.
 """
 
 from __future__ import annotations
