@@ -137,9 +137,7 @@ def measure(
     return results.row("training", about, samples, count=case.samples, peak_bytes=peaks, first_loss=first[OURS])
 
 
-def measure_claim(
-    arguments: argparse.Namespace, results: Results, argv: Sequence[str] | None
-) -> dict[str, Any]:
+def measure_claim(arguments: argparse.Namespace, results: Results, argv: Sequence[str] | None) -> dict[str, Any]:
     """Times titok's steps of generators of 32 and of 256 tokens and writes them to the results."""
     names = {tokens: f"generator of {tokens}" for tokens in TOKENS}
     peaks = {tokens: peak_bytes(name, OURS, arguments, argv) for tokens, name in names.items()}
@@ -247,7 +245,12 @@ def single_stage(arguments: argparse.Namespace, common: dict[str, Any]) -> Case:
         raise SystemExit(f"--single: expected a vector-quantised tokenizer, got {arguments.single}")
     nn.init.normal_(model.quantizer.codebook)
     config = TokenizerTraining(
-        model=model_config, batch_size=arguments.batch, restart_every=0, reconstruction_weight=1.0, **ALONE, **common
+        model=model_config,
+        batch_size=arguments.batch,
+        restart_every=0,
+        reconstruction_weight=1.0,
+        **ALONE,
+        **common,
     )
     images = torch.rand(arguments.batch, model_config.channels, *model_config.image_size, device=arguments.device)
     rival = PublishedSingleStage(model).train()
@@ -257,7 +260,9 @@ def single_stage(arguments: argparse.Namespace, common: dict[str, Any]) -> Case:
 def generator(length: int, arguments: argparse.Namespace, common: dict[str, Any]) -> Case:
     """A published generator on sequences of `length` random tokens, without dropout."""
     count, device = arguments.sequences, arguments.device
-    model_config = dataclasses.replace(GeneratorConfig.preset(arguments.generator), num_latent_tokens=length, dropout=0.0)
+    model_config = dataclasses.replace(
+        GeneratorConfig.preset(arguments.generator), num_latent_tokens=length, dropout=0.0
+    )
     model = MaskGIT(model_config).to(device)
     tokens = torch.randint(model_config.codebook_size, (count, length), device=device)
     labels = torch.randint(model_config.num_classes, (count,), device=device)

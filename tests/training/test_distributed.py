@@ -49,11 +49,12 @@ def train_in_float64(out: Path) -> None:
         run.train((images[indices] for indices in run.batches(len(images))), name="", progress=False)
 
 
-def train_and_stop(kind: str, out: Path) -> None:
-    """Trains until an exception in step 15."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        stop_at(patch, 15)
-        train(kind, out, TWO)
+def train_and_stop(kind: str, out: Path, changes: dict[str, Any], call: int) -> None:
+    """Trains until an exception when gradients are clipped for the time `call`, from 0."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, call)
+        with pytest.raises(Stop):
+            train(kind, out, changes)
 
 
 def train_too_few_micro_batches(out: Path) -> None:
@@ -73,7 +74,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind in KINDS:
             train(kind, out / kind, test.TWO)
         for kind in test.STOPPED:
-            test.train_and_stop(kind, out / "stopped" / kind)
+            test.train_and_stop(kind, out / "stopped" / kind, test.TWO, 15)
         train("vit", out / "four", test.FOUR)
         test.train_in_float64(out / "float64")
         test.train_too_few_micro_batches(out / "refused")
@@ -127,7 +128,7 @@ def test_four_micro_batches_in_float64(tmp_path: Path, two: Path, four: Path) ->
 
 @pytest.mark.parametrize("kind", STOPPED)
 def test_a_run_goes_on_by_another_number_of_processes(kind: str, one: Path, two: Path) -> None:
-    assert read_run_info(two / "stopped" / kind / CHECKPOINT)["step"] == 15
+    assert 0 < read_run_info(two / "stopped" / kind / CHECKPOINT)["step"] < 20
     train(kind, two / "stopped" / kind, TWO, resume=True)
     assert content(one / kind) == content(two / "stopped" / kind)
 

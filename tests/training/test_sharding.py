@@ -14,8 +14,8 @@ from recipes import FIRST, config_of, perceptual, seeded, train
 from recipes import pictures as colour_pictures
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_distributed import difference
-from test_training import Stop, pictures, stop_at, tokenizer_training
+from test_distributed import difference, train_and_stop
+from test_training import pictures, tokenizer_training
 
 from titok import TiTok
 from titok.training.folder import CHECKPOINT, RunFolder
@@ -68,12 +68,6 @@ def check_shares(run: Run[TiTok]) -> None:
         assert 0.4 < kept / sum(tensor.numel() for tensor in sharded) < 0.6
 
 
-def train_and_stop(kind: str, out: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        stop_at(patch, 4)
-        train(kind, out, CHANGES)
-
-
 def figures(out: Path) -> list[dict[str, Any]]:
     """The entries of a run without what says how fast it was. The norm of gradients that overflow is NaN."""
     return [
@@ -93,7 +87,7 @@ def check_figures(a: Path, b: Path) -> None:
 def test_two_processes_share_the_state(tmp_path: Path) -> None:
     """One start of two processes for all cases, because starting them takes longer than the cases do."""
     one, two = tmp_path / "one", tmp_path / "two"
-    train_and_stop("vqgan", two / "begun by one process")
+    train_and_stop("vqgan", two / "begun by one process", CHANGES, 4)
     code = f"""
         import test_sharding as test
         two = Path({str(two)!r})
@@ -101,7 +95,7 @@ def test_two_processes_share_the_state(tmp_path: Path) -> None:
         test.train_decoder(two / "decoder")
         train("uvit", two / "float16", {{**test.CHANGES, "precision": "float16"}})
         train("vqgan", two / "begun by one process", test.CHANGES, resume=True)
-        test.train_and_stop("vit", two / "begun by two processes")
+        test.train_and_stop("vit", two / "begun by two processes", test.CHANGES, 4)
     """
     in_processes(2, code)
     train("vit", two / "begun by two processes", {**CHANGES, "shard": False}, resume=True)
@@ -137,5 +131,7 @@ def test_one_process_shares_nothing(tmp_path: Path) -> None:
 
 
 def test_compiled_networks_are_not_sharded() -> None:
-    with pytest.raises(ValueError, match=r"shard: expected False where compile is True: use one of the two, got True"):
+    with pytest.raises(
+        ValueError, match=r"shard: expected False where compile is True: use one of the two, got True"
+    ):
         config_of("vit", shard=True, compile=True)

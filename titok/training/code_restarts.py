@@ -34,9 +34,7 @@ class CodeRestarts:
         used: (V,) bool, codes that some latent of this process used since the last replacement.
     """
 
-    def __init__(
-        self, owner: nn.Module, *, l2_normalize: bool, every: int, until: float, seed: int
-    ) -> None:
+    def __init__(self, owner: nn.Module, *, l2_normalize: bool, every: int, until: float, seed: int) -> None:
         self.owner, self.l2_normalize = owner, l2_normalize
         self.every, self.until, self.seed = every, until, seed
         codes, device = len(self._codebook), self._codebook.device

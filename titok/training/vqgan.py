@@ -75,9 +75,7 @@ class VQGANObjective(ReconstructionObjective[MaskGITVQGAN]):
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """See `ReconstructionObjective.reconstruct`."""
         features = self._features(images)
-        quantized = quantize(
-            features, self.model.codebook, normalize=False, commitment_cost=self._commitment_cost
-        )
+        quantized = quantize(features, self.model.codebook, normalize=False, commitment_cost=self._commitment_cost)
         if self.restarts is not None and self.training:
             self.restarts.observe(features, quantized.counts, step)
         codes = rearrange(quantized.quantized, "b h w c -> b c h w").to(features.dtype)
