@@ -162,15 +162,6 @@ def drawing_weights(seed: int) -> Iterator[None]:
         yield
 
 
-def redraw_positions(model: nn.Module, std: float | None) -> None:
-    """Draws the learned tokens and positions of a tokenizer from a normal distribution; None leaves them."""
-    if std is None:
-        return
-    for name, parameter in model.named_parameters():
-        if name.endswith(("_positions", "_token", "_tokens")):
-            nn.init.normal_(parameter, std=std)
-
-
 def load_initial(model: nn.Module, initial: nn.Module | None) -> dict[str, str]:
     """Copies the weights of `initial`, if any, into `model`. Returns their hash, as an entry of a run's data.
 
