@@ -54,9 +54,9 @@ from titok.training.decoder import DecoderObjective, join_stages
 from titok.training.generator import GeneratorObjective
 from titok.training.masking import random_mask
 from titok.training.objective import Objective
+from titok.training.optimized import Optimized
 from titok.training.order import seed_of
 from titok.training.proxy import ProxyObjective
-from titok.training.run import Optimized
 from titok.training.tokenizer import TokenizerObjective
 from titok.training.vqgan import VQGANObjective
 

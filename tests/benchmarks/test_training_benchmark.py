@@ -32,7 +32,9 @@ def test_every_recipe_against_the_published_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vit = ViTConfig(width=32, layers=2, heads=2, patch_size=32)
-    proxy = VQGANConfig(hidden_channels=32, channel_multipliers=(1, 1, 1, 1, 1), codebook_size=16, code_dim=8)
+    proxy = VQGANConfig(
+        hidden_channels=32, channel_multipliers=(1, 1, 1, 1, 1), blocks_per_level=1, codebook_size=16, code_dim=8
+    )
     two_stages = TokenizerConfig(64, vit, vit, 5, 6, 20, head="proxy", proxy=proxy, pixel_decoder=True)
     single = dataclasses.replace(two_stages, head="pixels", proxy=None, pixel_decoder=False, signed_pixels=True)
     monkeypatch.setitem(config.TOKENIZER_PRESETS, "tiny-two", two_stages)

@@ -47,7 +47,7 @@ def shard(objective: nn.Module) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, gathered by all processes; another tensor as it is."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole_in_first_process(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
