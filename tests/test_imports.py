@@ -30,6 +30,7 @@ LEVELS = {
     "training": 4,
     "data": 3,
     "models": 3,
+    "nn": 2,
     "checkpoints": 2,
     "inference": 2,
     "engine": 2,
