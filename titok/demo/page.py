@@ -23,6 +23,12 @@ CONTENT_SECURITY_POLICY = (
     "media-src 'self' data: blob:; frame-ancestors 'none'"
 )
 NO_CLASS = "no class"
+STYLE = """
+.tokens textarea { font-family: ui-monospace, monospace; }
+.steps .grid-wrap { min-height: 0 !important; }
+.steps .grid-container { grid-template-rows: none !important; }
+@media (max-width: 640px) { .steps .grid-container { grid-template-columns: repeat(2, 1fr) !important; } }
+"""
 
 
 def serve(demo: Demo, port: int) -> None:
@@ -51,7 +57,7 @@ def make_server(demo: Demo) -> fastapi.FastAPI:
         path="/",
         server_name=ADDRESS,
         theme=theme,
-        css=".tokens textarea { font-family: ui-monospace, monospace; }",
+        css=STYLE,
         footer_links=[],
         ssr_mode=False,
         max_file_size="20mb",
@@ -71,9 +77,9 @@ def make_page(demo: Demo) -> gr.Blocks:
             _generate_tab(demo)
         with gr.Tab("Reconstruct"):
             _reconstruct_tab(demo)
-        with gr.Tab("Edit tokens"):
+        with gr.Tab("Edit"):
             _edit_tab(demo)
-        with gr.Tab("Swap tokens"):
+        with gr.Tab("Swap"):
             _swap_tab(demo)
     return page
 
@@ -95,7 +101,7 @@ def _generate_tab(demo: Demo) -> None:
         with gr.Column(scale=2):
             picture = _picture("Picture", "generated")
             tokens = _tokens("Its tokens")
-    gallery = _gallery("Step by step: tokens still masked count as the mean of all codes", "steps")
+    gallery = _gallery("Step by step. Tokens that are still masked count as the mean of all codes.", "steps")
 
     def act(label: str, seed: float, steps: int, guidance: float, temperature: float) -> Iterator[Any]:
         stages = demo.generate(
@@ -111,7 +117,7 @@ def _reconstruct_tab(demo: Demo) -> None:
     upload = _upload("Your picture", "upload")
     button = gr.Button("Reconstruct", variant="primary")
     with gr.Row():
-        original, copy = _picture("As the tokenizer reads it", "original"), _picture("From its tokens", "copy")
+        original, copy = _picture("Original", "original"), _picture("From tokens", "copy")
     ratio = gr.Textbox(label="PSNR", interactive=False, elem_id="psnr")
     tokens = _tokens("Its tokens")
 
@@ -141,7 +147,7 @@ def _edit_tab(demo: Demo) -> None:
             inpaint = gr.Button("In-paint", variant="primary")
         with gr.Column(scale=1):
             picture = _picture("Picture", "edited")
-    gallery = _gallery("In-painting, step by step", "inpaint-steps")
+    gallery = _gallery("In-painting, step by step.", "inpaint-steps")
 
     def take(path: str | None) -> Iterator[Any]:
         result = demo.reconstruct(path)
@@ -171,11 +177,8 @@ def _swap_tab(demo: Demo) -> None:
     )
     button = gr.Button("Swap", variant="primary")
     with gr.Row():
-        pictures = [
-            _picture(f"{name} picture with tokens of the other", f"swapped-{name.lower()}")
-            for name in ("First", "Second")
-        ]
-    texts = [_tokens(f"Tokens of the {name} picture now") for name in ("first", "second")]
+        pictures = [_picture(f"{name}, swapped", f"swapped-{name.lower()}") for name in ("First", "Second")]
+    texts = [_tokens(f"Tokens of the {name} picture, swapped") for name in ("first", "second")]
 
     def act(first: str | None, second: str | None, places: str) -> Iterator[Any]:
         tokens = [demo.reconstruct(path).tokens for path in (first, second)]
@@ -196,12 +199,21 @@ def _class_and_seed(demo: Demo, name: str = "generate") -> tuple[gr.Dropdown, gr
 
 
 def _picture(label: str, name: str) -> gr.Image:
-    return gr.Image(label=label, interactive=False, format="png", height=300, elem_id=name)
+    return gr.Image(label=label, interactive=False, format="png", height=300, elem_id=name, buttons=["download"])
 
 
-def _gallery(label: str, name: str) -> gr.Gallery:
+def _gallery(heading: str, name: str) -> gr.Gallery:
+    gr.Markdown(heading)
     return gr.Gallery(
-        label=label, columns=5, height="auto", format="png", interactive=False, elem_id=name, object_fit="contain"
+        show_label=False,
+        columns=5,
+        height="auto",
+        format="png",
+        interactive=False,
+        elem_id=name,
+        elem_classes=["steps"],
+        object_fit="contain",
+        buttons=[],
     )
 
 
@@ -212,7 +224,7 @@ def _tokens(label: str, *, interactive: bool = False, value: str = "", name: str
 
 
 def _upload(label: str, name: str) -> gr.Image:
-    upload = gr.Image(label=label, sources=["upload"], type="filepath", height=300, elem_id=name)
+    upload = gr.Image(label=label, sources=["upload"], type="filepath", height=300, elem_id=name, buttons=[])
     # Reading the file is left to `Demo`, which explains in a sentence why a file cannot be read.
     upload.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return upload
