@@ -61,12 +61,15 @@ def main(arguments: list[str] | None = None) -> torch.Tensor:
     start = torch.full_like(first, generator.mask_token)
     start[:, options.keep] = first[:, options.keep]
     draws = [
-        sample_tokens(generator, labels, seed=options.seed + 1 + i, init_tokens=start) for i in range(options.draws)
+        sample_tokens(generator, labels, seed=options.seed + 1 + i, init_tokens=start)
+        for i in range(options.draws)
     ]
     tokens = torch.stack([first, *draws], dim=1)
     pictures = to_uint8(tokenizer.decode(tokens.flatten(0, 1)))
     write_image(options.output, grid(pictures, columns=1 + options.draws))
-    print(f"{options.output}: a generated picture of each class, then {options.draws} with tokens {options.keep} kept")
+    print(
+        f"{options.output}: a generated picture of each class, then {options.draws} with tokens {options.keep} kept"
+    )
     return tokens
 
 

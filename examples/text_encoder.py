@@ -66,7 +66,9 @@ def padded(texts: list[str]) -> Tensor:
 def export(model: TextEncoder) -> torch.export.ExportedProgram:
     """The model as a program for any number of texts and any length up to the longest."""
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=len(model.positions))
-    return torch.export.export(model, (torch.ones(2, 8, dtype=torch.int64),), dynamic_shapes=({0: batch, 1: length},))
+    return torch.export.export(
+        model, (torch.ones(2, 8, dtype=torch.int64),), dynamic_shapes=({0: batch, 1: length},)
+    )
 
 
 def main(arguments: list[str] | None = None) -> float:

@@ -142,7 +142,9 @@ class EMAVectorQuantizer(nn.Module):
         return f"{size}, {width}, normalize={self.normalize}, decay={self.decay}, dim={self.dim}"
 
 
-def _sum_over_processes(counts: Tensor, sums: Tensor, candidates: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _sum_over_processes(
+    counts: Tensor, sums: Tensor, candidates: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Each of them summed over the processes of the group, if there is one, in one exchange."""
     if not is_distributed():
         return counts, sums, candidates

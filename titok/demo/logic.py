@@ -160,7 +160,7 @@ class Demo:
                 )
             found.update(range(int(bounds[0]), int(bounds[1]) + 1))
         if not found:
-            raise ValueError("Say at least one position, such as 0-3.")
+            raise ValueError("Positions are missing: give at least one, such as 0-3.")
         return sorted(found)
 
     # -----------------------------------------------------------------------------------------------------------
@@ -182,9 +182,7 @@ class Demo:
         labels = torch.tensor([self.generator.no_class if label is None else label])
         check_labels(labels, self.num_classes)
         init_tokens = torch.tensor([start])
-        _, trace = sample_tokens(
-            self.generator, labels, sampling, seed=seed, init_tokens=init_tokens, trace=True
-        )
+        _, trace = sample_tokens(self.generator, labels, sampling, seed=seed, init_tokens=init_tokens, trace=True)
         return self._stages(trace.tokens[:, 0])
 
     def _stages(self, history: Tensor) -> Iterator[Stage]:
@@ -197,7 +195,9 @@ class Demo:
                 continue
             before = count
             caption = f"step {step}: {self.length - count} of {self.length} tokens" if step else "start"
-            shown = [None if hidden else token for token, hidden in zip(tokens.tolist(), masked.tolist(), strict=True)]
+            shown = [
+                None if hidden else token for token, hidden in zip(tokens.tolist(), masked.tolist(), strict=True)
+            ]
             yield Stage(_shown(self._decode(tokens[None], masked[None])[0]), caption, shown)
 
     @torch.no_grad()

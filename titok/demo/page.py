@@ -157,9 +157,7 @@ def _edit_tab(demo: Demo) -> None:
         yield demo.decode(demo.parse_tokens(text))
 
     def draw(text: str, places: str, label: str, seed: float) -> Iterator[Any]:
-        stages = demo.inpaint(
-            demo.parse_tokens(text), demo.parse_positions(places), _class(label), _seed(seed)
-        )
+        stages = demo.inpaint(demo.parse_tokens(text), demo.parse_positions(places), _class(label), _seed(seed))
         # The tokens stay as they are until the last step, so that a visitor can draw again from the same ones.
         for shown, _, steps in _as_they_come(stages):
             yield shown, steps
