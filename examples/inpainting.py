@@ -19,7 +19,7 @@ from titok.data.images import grid, to_uint8, write_image
 
 
 def load_models(folder: str | None) -> tuple[TiTok, MaskGIT]:
-    """The models in the sub-folders tokenizer and generator of a folder; without one, small ones with random weights."""
+    """The models in the sub-folders tokenizer and generator of a folder; without one, small random ones."""
     if folder is not None:
         pipe = Pipeline.from_pretrained(f"{folder}/tokenizer", f"{folder}/generator")
         return pipe.tokenizer, pipe.generator

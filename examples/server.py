@@ -120,7 +120,7 @@ def make_app(pipe: Pipeline, *, seed: int = 0, max_batch: int = 16) -> FastAPI:
 
 
 def load_pipeline(folder: str | None) -> Pipeline:
-    """The models in the sub-folders tokenizer and generator of a folder; without one, small ones with random weights."""
+    """The models in the sub-folders tokenizer and generator of a folder; without one, small random ones."""
     if folder is not None:
         return Pipeline.from_pretrained(f"{folder}/tokenizer", f"{folder}/generator")
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def test_generation_ends_with_the_picture_of_the_pipeline(demo: Demo) -> None:
     assert np.array_equal(stages[-1].picture[::11, ::11], demo.pipe([2], seed=5)[0].numpy())
     decided = [sum(token is not None for token in stage.tokens) for stage in stages]
     assert decided == sorted(set(decided)), "every stage decides a token"
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         assert all(old in (None, new) for old, new in zip(before.tokens, after.tokens, strict=True))
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from test_examples import load
 
 pytest.importorskip("fastapi")

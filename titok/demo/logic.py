@@ -202,7 +202,7 @@ class Demo:
 
     @torch.no_grad()
     def _decode(self, tokens: Tensor, masked: Tensor | None = None) -> Tensor:
-        """Tokens (B, K) to pictures (B, H, W, channels) uint8 on the CPU; masked ones count as the mean of all codes."""
+        """Tokens (B, K) to pictures (B, H, W, channels) uint8 on the CPU; masked ones are the mean of all codes."""
         if masked is None or not bool(masked.any()):
             return to_uint8(self.tokenizer.decode(tokens)).cpu()
         quantizer = _quantizer(self.tokenizer)
@@ -233,7 +233,7 @@ def _is_number(text: str) -> bool:
 
 
 def _shown(picture: Tensor) -> Picture:
-    """A picture (H, W, channels) as the page shows it: enlarged by a whole factor, and without the channel of grey."""
+    """A picture (H, W, channels) as the page shows it: enlarged by a whole factor, (H, W) where it is grey."""
     factor = max(1, math.ceil(SHOWN_PIXELS / max(picture.shape[:2])))
     enlarged = picture.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1).numpy()
     return enlarged[..., 0] if enlarged.shape[-1] == 1 else enlarged

@@ -70,8 +70,8 @@ def make_page(demo: Demo) -> gr.Blocks:
     height, width = config.image_size
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(
-            f"# {TITLE}\nThis tokenizer turns a picture of {width} x {height} pixels into {demo.length} tokens, each one "
-            f"of {demo.codes} codes. The generator draws tokens for one of {demo.num_classes} classes."
+            f"# {TITLE}\nThis tokenizer turns a picture of {width} x {height} pixels into {demo.length} tokens, each "
+            f"one of {demo.codes} codes. The generator draws tokens for one of {demo.num_classes} classes."
         )
         with gr.Tab("Generate"):
             _generate_tab(demo)
@@ -130,8 +130,8 @@ def _reconstruct_tab(demo: Demo) -> None:
 
 def _edit_tab(demo: Demo) -> None:
     gr.Markdown(
-        "Change tokens by hand and look at the picture; or give positions, and the generator draws new tokens there that "
-        "fit the others (in-painting). The tokens can be those of a picture of yours, or copied from another tab."
+        "Change tokens by hand and look at the picture; or give positions, and the generator draws new tokens there "
+        "that fit the others (in-painting). The tokens can be those of a picture of yours, or copied from another tab."
     )
     with gr.Row():
         with gr.Column(scale=1):
