@@ -222,9 +222,9 @@ def _tokens(label: str, *, interactive: bool = False, value: str = "", name: str
 
 
 def _upload(label: str, name: str) -> gr.Image:
-    upload = gr.Image(label=label, sources=["upload"], type="filepath", height=300, elem_id=name, buttons=[])
+    upload: Any = gr.Image(label=label, sources=["upload"], type="filepath", height=300, elem_id=name, buttons=[])
     # Reading the file is left to `Demo`, which explains in a sentence why a file cannot be read.
-    upload.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+    upload.preprocess = lambda payload: None if payload is None else payload.path
     return upload
 
 
