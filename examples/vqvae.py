@@ -32,7 +32,7 @@ class VQVAE(nn.Module):
             nn.Conv2d(width, width, 4, stride=2, padding=1), nn.SiLU(),
             nn.Conv2d(width, code_dim, 1),
         )  # fmt: skip
-        self.quantizer = EMAVectorQuantizer(codes, code_dim, dim=1, restart_below=0.1)
+        self.quantizer = EMAVectorQuantizer(codes, code_dim, dim=1, decay=0.9, restart_below=0.5)
         self.decoder = nn.Sequential(
             nn.Conv2d(code_dim, width, 3, padding=1), nn.SiLU(),
             nn.ConvTranspose2d(width, width, 4, stride=2, padding=1), nn.SiLU(),
