@@ -92,8 +92,10 @@ class Demo:
     ) -> Iterator[Stage]:
         """Draws the tokens at `positions` anew, step by step, and keeps the others.
 
-        Raises:
-            ValueError: a position is given that the tokens do not have, or none at all; as `generate`.
+        Args:
+            tokens: K of them, as `parse_tokens` returns them.
+            positions: in [0, K), as `parse_positions` returns them.
+            label, seed: as of `generate`, which also says what is raised.
         """
         start = list(tokens)
         for position in positions:
