@@ -196,7 +196,7 @@ class Demo:
             if count == before:
                 continue
             before = count
-            caption = f"step {step}: {self.length - count} of {self.length} tokens" if step else "start"
+            caption = f"step {step}: {self.length - count} of {self.length}" if step else "start"
             shown = [
                 None if hidden else token for token, hidden in zip(tokens.tolist(), masked.tolist(), strict=True)
             ]
