@@ -33,6 +33,7 @@ LEVELS = {
     "data": 3,
     "images": 3,
     "models": 3,
+    "nn": 2,
     "checkpoints": 2,
     "inference": 2,
     "engine": 2,

@@ -20,7 +20,7 @@ from titok import TiTok, __version__
 from titok.cli.commands import app
 from titok.config import TOKENIZER_PRESETS
 
-COMMANDS = [["quickstart"], ["tokenize"], ["detokenize"], ["reconstruct"], ["generate"], ["info"]]
+COMMANDS = [["quickstart"], ["tokenize"], ["detokenize"], ["reconstruct"], ["generate"], ["demo"], ["info"]]
 COMMANDS += [["train", recipe] for recipe in ("vqgan", "proxy", "decoder", "tokenizer", "generator")]
 COMMANDS += [["evaluate", "reconstruction"], ["evaluate", "samples"], ["probe"]]
 
