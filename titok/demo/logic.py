@@ -179,7 +179,7 @@ class Demo:
         temperature: float | None = None,
     ) -> Iterator[Stage]:
         options = {"steps": steps, "guidance_scale": guidance, "temperature": temperature}
-        given = {name: value for name, value in options.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         sampling = dataclasses.replace(self.generator.config.sampling, **given)
         labels = torch.tensor([self.generator.no_class if label is None else label])
         check_labels(labels, self.num_classes)
