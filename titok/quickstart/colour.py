@@ -55,15 +55,16 @@ VQGAN = VQGANConfig(
     code_dim=16,
     shortcut_of_result=False,
 )
-_TRANSFORMER = ViTConfig(width=128, layers=3, heads=4, patch_size=8)
+_TRANSFORMER = ViTConfig(width=128, layers=2, heads=4, patch_size=8)
 FIRST_STAGE = TokenizerConfig(
     image_size=(SIZE, SIZE),
     encoder=_TRANSFORMER,
     decoder=_TRANSFORMER,
     num_latent_tokens=64,
-    code_dim=12,
-    codebook_size=1024,
+    code_dim=24,
+    codebook_size=4096,
     l2_normalize=True,
+    signed_pixels=True,
     head="proxy",
     proxy=VQGAN,
 )
@@ -72,10 +73,10 @@ GENERATOR = GeneratorConfig(
     num_latent_tokens=FIRST_STAGE.num_latent_tokens,
     codebook_size=FIRST_STAGE.codebook_size,
     num_classes=len(CLASSES),
-    width=192,
-    layers=6,
+    width=128,
+    layers=4,
     heads=4,
-    mlp_width=768,
+    mlp_width=512,
     sampling=SamplingConfig(
         steps=12,
         guidance_scale=2.0,
@@ -85,7 +86,7 @@ GENERATOR = GeneratorConfig(
         confidence="maskgit",
     ),
 )
-STEPS = {"vqgan": 700, "proxy": 1_200, "decoder": 500, "generator": 1_500}
+STEPS = {"vqgan": 450, "proxy": 900, "decoder": 500, "generator": 1_200}
 MODELS = ("vqgan", "proxy", "tokenizer", "generator")  # folders, in the order in which they are trained
 
 # Held-out PSNR in dB that the finished tokenizer must reach.
@@ -118,8 +119,11 @@ def vqgan_training(steps: int = STEPS["vqgan"], seed: int = 0) -> VQGANTraining:
 
 def proxy_training(steps: int = STEPS["proxy"], seed: int = 0) -> ProxyTraining:
     """Settings of stage 1."""
-    run = _run_settings(steps, seed, 1e-3)
-    return ProxyTraining(model=FIRST_STAGE, batch_size=32, restart_every=25, position_std=0.7, **run)
+    run = _run_settings(steps, seed, 2e-3)
+    return ProxyTraining(
+        model=FIRST_STAGE, batch_size=32, restart_every=25, restart_until=0.8, start_as_patches=True,
+        quantize_from=steps // 4, **run,
+    )  # fmt: skip
 
 
 def decoder_training(steps: int = STEPS["decoder"], seed: int = 0) -> DecoderTraining:
@@ -231,6 +235,7 @@ def run(
             "cpu_seconds": round(time.process_time() - cpu_start, 1),
             "seconds": seconds,
             "steps": steps,
+            "codebook_size": tokenizer.config.codebook_size,
             "pictures": {"trained on": len(images), "held out": len(held_out)},
         }
         write_json(folder / "metrics.json", metrics)

@@ -115,7 +115,7 @@ def _table(metrics: dict[str, Any], counts: dict[str, int]) -> str:
         "</td><td></td></tr>"
     )
     rows.append(
-        f"<tr><td>codes in use, of 1,024</td><td class='n'><b>{figures['codes']:,}</b></td>"
+        f"<tr><td>codes in use, of {metrics['codebook_size']:,}</td><td class='n'><b>{figures['codes']:,}</b></td>"
         f"<td class='n'>{figures['entropy']:.2f} bits</td></tr>"
     )
     return "\n".join(rows)
