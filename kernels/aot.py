@@ -53,8 +53,9 @@ SHARED_LIMITS = {
 }
 
 
-# Instructions of the PTX code, which are those of the machine code: products on tensor cores, by their kind; loads from
-# global memory, with the number of values and the bits of each; asynchronous copies, with their bytes; copies of a tile.
+# Instructions of the PTX code, which the machine code has one for one: products on tensor cores, by their kind; loads
+# from global memory, with the number of values and the bits of each; asynchronous copies, with their bytes; copies of
+# whole tiles.
 MATRIX = re.compile(r"\b(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)\b")
 LOAD = re.compile(r"\bld\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\s")
 ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)")
@@ -165,7 +166,9 @@ def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         usage = dump("-res-usage")
-        registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL"))
+        registers, stack, local = (
+            int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL")
+        )
         if not stack + local:
             return registers, 0
         return registers, len(re.findall(r"\s(?:STL|LDL)\b", dump("-sass")))  # which takes most of a second

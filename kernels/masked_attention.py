@@ -190,7 +190,7 @@ def masked_attention_forward_whole(
     out_ptr += sample * NQ * (H * D) + head * D
     block = tl.program_id(0) % blocks
     first = block * BLOCK_M
-    if ROW_TAIL > 0:
+    if ROW_TAIL > 0:  # noqa: SIM102 (the outer condition is known to the compiler)
         if block == blocks - 1:
             _attend_to_all(
                 q_ptr, k_ptr, v_ptr, key_mask_ptr, out_ptr, lse_ptr, first, stride_qkvn, H, N, NQ, scale_log2,
@@ -309,7 +309,7 @@ def masked_attention_forward_tiled(
     out_ptr += sample * NQ * (H * D) + head * D
     block = tl.program_id(0) % blocks
     first = block * BLOCK_M
-    if ROW_TAIL > 0:
+    if ROW_TAIL > 0:  # noqa: SIM102 (the outer condition is known to the compiler)
         if block == blocks - 1:
             _attend_in_blocks(
                 q_ptr, k_ptr, v_ptr, key_mask_ptr, out_ptr, lse_ptr, first, stride_qkvn, H, N, NQ, scale_log2,
@@ -336,10 +336,10 @@ def key_blocks(N: int) -> tuple[int, int]:
 
 
 def row_tail(NQ: int, rows: int) -> int:
-    """Rows of the last tile of NQ queries in tiles of `rows`: a power of two and at least 16; 0 where that is `rows`."""
+    """Rows of the last tile where NQ queries lie in tiles of `rows`: a power of two, at least 16; 0 for `rows`."""
     rest = NQ % rows
     tail = max(16, triton.next_power_of_2(rest))
-    return tail if 0 < rest and tail < rows else 0
+    return tail if rest > 0 and tail < rows else 0
 
 
 def tuning_key(dtype: torch.dtype, D: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from titok.data.images import to_uint8
 from titok.generation.decode_loop import DecodeBatch, HostInputs, decode, padded
 from titok.generation.request import GenerationRequest
 from titok.generation.schedules import schedule
+from titok.inference import fused_linear
 from titok.inference.cuda_graphs import CapturedGraph, GraphCache
 from titok.inference.prepared import weights_of
 from titok.models.generator import MaskGIT
@@ -99,6 +100,7 @@ class StaticDecode:
         self._sampling, self._picture_decoder = request.sampling, picture_decoder
         with torch.inference_mode(False):  # buffers that are made within inference mode are written outside of it
             self._buffers = DecodeBatch.copied(generator, self._padded_inputs(generator, request))
+            self._counters = fused_linear.new_counters(generator.device)
         self._graph: CapturedGraph | None = None
         if graphs is not None:
             self._graph = graphs.capture(functools.partial(self._compute, generator), generator.device)
@@ -118,8 +120,9 @@ class StaticDecode:
         return self._graph.result[: len(request)].clone()
 
     def _compute(self, generator: MaskGIT) -> Tensor:
-        tokens = decode(generator, self._sampling, self._buffers)
-        return tokens if self._picture_decoder is None else self._picture_decoder(tokens)
+        with fused_linear.counters(self._counters):
+            tokens = decode(generator, self._sampling, self._buffers)
+            return tokens if self._picture_decoder is None else self._picture_decoder(tokens)
 
     def _padded_inputs(self, generator: MaskGIT, request: GenerationRequest) -> HostInputs:
         """The inputs of a request, filled up with copies of its first label."""

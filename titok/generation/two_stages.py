@@ -21,6 +21,7 @@ from torch import Tensor
 
 from titok.generation.captured import BUCKETS, PictureDecoder, bucket
 from titok.generation.request import GenerationRequest
+from titok.inference import fused_linear
 from titok.inference.cuda_graphs import CapturedGraph, GraphCache
 from titok.inference.prepared import weights_of
 from titok.profiling import annotate
@@ -98,6 +99,7 @@ class StaticPictures:
         length, device = decoder.tokenizer.config.num_latent_tokens, decoder.tokenizer.device
         with torch.inference_mode(False):  # a buffer that is made within inference mode is written outside of it
             self._tokens = torch.zeros(size, length, dtype=torch.int64, device=device)
+            self._counters = fused_linear.new_counters(device)
         self._graph: CapturedGraph | None = None
         if graphs is not None:
             self._graph = graphs.capture(self._compute, device)
@@ -112,7 +114,8 @@ class StaticPictures:
         return self._graph.result[: len(tokens)].clone()
 
     def _compute(self) -> Tensor:
-        return self._decoder(self._tokens)
+        with fused_linear.counters(self._counters):
+            return self._decoder(self._tokens)
 
 
 def pictures_captured(
