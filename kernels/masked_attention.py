@@ -13,13 +13,10 @@ more (33, 65, 129, 289), so keys come in full blocks, which need no bounds check
     N = 65, `whole`:    | BLOCK_N = 64 keys | TAIL = 16: 1 key, 15 masked |         80 columns rather than 128
     N = 289, `tiled`:   | 64 | 64 | 64 | 64 | TAIL = 64: 33 keys, 31 masked |
 
-In the same way, the last program of a head takes a tile of ROW_TAIL queries where these are enough: 65 queries are
-computed as 64 + 16 rows rather than as 128. The number of programs, and what they read, stay the same.
-
 `masked_attention_forward_whole` holds all scores of its queries in registers and takes one softmax. Where they do not
 fit, `masked_attention_forward_tiled` walks over the blocks with a running maximum (online softmax: Milakov and
 Gimelshein 2018, arXiv:1805.02867; FlashAttention: Dao et al. 2022, arXiv:2205.14135). Tile sizes are in `_tuning.py`.
-Scores are in units of log2, because exp2 is one instruction.
+Scores are in units of log2, because exp2 is one instruction. The file is long because the two kernels share most parts.
 """
 
 from __future__ import annotations
@@ -94,6 +91,9 @@ def masked_scores(q, k, visible, scale_log2, HAS_HIDDEN_KEYS: tl.constexpr, PREC
 
 
 # --- Forward
+#
+# As keys have a tail, so have queries. The last program of a head takes a tile of ROW_TAIL queries where these are
+# enough: 65 queries are computed as 64 + 16 rows rather than as 128. As many programs run, and they read as much.
 
 
 @triton.jit

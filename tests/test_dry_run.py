@@ -39,7 +39,7 @@ OPS_OF_A_BLOCK = 8  # four linear layers, GELU, attention, and two residual sums
 OPS_OF_A_STEP = 8  # beside the blocks
 OPS_BEFORE_THE_STEPS = 12  # of a run; in a captured one they come before the graph
 OPS_OF_A_PICTURE = {"prepared": 129, "not prepared": 159}  # tokens to 8 bits, with one decoder layer
-# TiTok-L-64 at 512 pixels, of which the blocks take 1,728 or 1,080: with separate launches, and with fused linear layers
+# TiTok-L-64 at 512 pixels. With separate launches the blocks take 1,728 of them, with fused linear layers 1,080.
 OPS_OF_A_CALL = {"separate": 1919, "fused": 1271}
 OPS_OF_A_FUSED_BLOCK = 5  # attention and four linear layers, with GELU or with a residual sum and its norm
 # What a step must not do, because it can be done once or by the decoding step's kernel.

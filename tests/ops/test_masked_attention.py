@@ -126,7 +126,15 @@ def test_triton_in_16_bits(tokens, head_dim, dtype):
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 @pytest.mark.parametrize(
     ("tokens", "queries", "computed"),
-    [(33, 33, 64), (65, 65, 80), (129, 129, 144), (289, 289, 320), (321, 321, 336), (385, 385, 400), (289, 32, 32)],
+    [
+        (33, 33, 64),
+        (65, 65, 80),
+        (129, 129, 144),
+        (289, 289, 320),
+        (321, 321, 336),
+        (385, 385, 400),
+        (289, 32, 32),
+    ],
 )
 def test_rows_that_a_head_computes(tokens, queries, computed):
     """In 16 bits, for the tokens and queries of the presets: the last tile is no larger than it has to be."""
