@@ -16,7 +16,7 @@ more (33, 65, 129, 289), so keys come in full blocks, which need no bounds check
 `masked_attention_forward_whole` holds all scores of its queries in registers and takes one softmax. Where they do not
 fit, `masked_attention_forward_tiled` walks over the blocks with a running maximum (online softmax: Milakov and
 Gimelshein 2018, arXiv:1805.02867; FlashAttention: Dao et al. 2022, arXiv:2205.14135). Tile sizes are in `_tuning.py`.
-Scores are in units of log2, because exp2 is one instruction. The file is long because the two kernels share most parts.
+Scores are in units of log2, because exp2 is one instruction. The file is long: its two kernels share most parts.
 """
 
 from __future__ import annotations
@@ -335,11 +335,13 @@ def key_blocks(N: int) -> tuple[int, int]:
     return (half, tail) if tail < half else (whole, 0)
 
 
-def row_tail(NQ: int, rows: int) -> int:
-    """Rows of the last tile where NQ queries lie in tiles of `rows`: a power of two, at least 16; 0 for `rows`."""
+def query_blocks(NQ: int, rows: int) -> tuple[int, int]:
+    """(BLOCK_M, ROW_TAIL) for NQ queries in tiles of `rows`. The last tile is a power of two, no larger than needed."""
     rest = NQ % rows
     tail = max(16, triton.next_power_of_2(rest))
-    return tail if rest > 0 and tail < rows else 0
+    if rest == 0 or tail >= rows:
+        return rows, 0
+    return (tail, 0) if NQ < rows else (rows, tail)
 
 
 def tuning_key(dtype: torch.dtype, D: int) -> tuple[int, int]:
@@ -397,12 +399,12 @@ def forward(
     tile = whole_tile(MASKED_ATTENTION_FORWARD_WHOLE[key], N)
     if tile is None:
         kernel, tile = masked_attention_forward_tiled, MASKED_ATTENTION_FORWARD[key]
+    block_m, row_tail = query_blocks(NQ, tile.rows)
     launch(
         kernel,
-        (triton.cdiv(NQ, tile.rows) * batch * num_heads,),
+        (triton.cdiv(NQ, block_m) * batch * num_heads,),
         *(qkv, key_mask, out, lse, qkv.stride(0), qkv.stride(1), num_heads, N, start, NQ, scale * LOG2_E),
-        ROW_TAIL=row_tail(NQ, tile.rows),
-        **constexprs_of(tile, qkv.dtype, D, N),
+        **constexprs_of(tile, qkv.dtype, D, N) | {"BLOCK_M": block_m, "ROW_TAIL": row_tail},
     )
 
 
