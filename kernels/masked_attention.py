@@ -341,7 +341,7 @@ def query_blocks(NQ: int, rows: int) -> tuple[int, int]:
     tail = max(16, triton.next_power_of_2(rest))
     if rest == 0 or tail >= rows:
         return rows, 0
-    return (tail, 0) if NQ < rows else (rows, tail)
+    return (tail, 0) if rows > NQ else (rows, tail)
 
 
 def tuning_key(dtype: torch.dtype, D: int) -> tuple[int, int]:
