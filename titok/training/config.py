@@ -28,6 +28,8 @@ class TrainingConfig(Config):
         ema_decay: of the exponential moving average of the weights, in [0, 1). The model that a run saves has the
             averages; the weights themselves are beside it in the folder `raw`. 0 keeps no averages. The decay of the
             n-th update is min(ema_decay, n / (n + 9)).
+        shard: True shares weights, gradients, averages and the optimizer's state between the processes
+            (`titok.training.sharding`), for models that outgrow a GPU. In one process it changes nothing.
         compile: True compiles the transformers, or the convolutional networks, with torch.compile.
         checkpoint_activations: True computes the activations of each transformer block again in the backward pass,
             in place of keeping them: less memory, about a third more work.
@@ -53,6 +55,7 @@ class TrainingConfig(Config):
     clip_norm: float = 1.0
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     ema_decay: float = 0.0
+    shard: bool = False
     compile: bool = False
     checkpoint_activations: bool = False
     seed: int = 0
@@ -71,7 +74,8 @@ class TrainingConfig(Config):
         self._check_number("learning_rate", "final_learning_rate", "weight_decay", "clip_norm", "ema_decay")
         self._check_choice("precision", ("float32", "tf32", "bfloat16", "float16"))
         self._check("ema_decay", self.ema_decay < 1, "a number in [0, 1)")
-        self._check_flags("compile", "checkpoint_activations")
+        self._check_flags("shard", "compile", "checkpoint_activations")
+        self._check("shard", not (self.shard and self.compile), "False where compile is True: use one of the two")
         for name in ("keep_every", "picture_every", "evaluate_every"):
             self._check_integer(name, 0, "an int >= 0")
         if self.micro_batch_size is not None:

@@ -91,7 +91,7 @@ class ProxyObjective(Objective[TiTok]):
         self.config, self.quantizer = config, (model.quantizer,)
         self._proxy = (proxy,)  # in a tuple, so that its parameters are not those of this module
         self._held_out = first_images(held_out, model.device)
-        self.restart_codes(model.quantizer, config)
+        self.restart_codes(model.quantizer, config, l2_normalize=config.model.l2_normalize)
 
     def forward(self, batch: Tensor, step: int) -> Losses:
         """The loss of images (B, C, H, W) in [0, 1].

@@ -32,6 +32,7 @@ from titok.training.metrics import Tracker
 from titok.training.objective import Losses, M, Objective, switched_trunks
 from titok.training.optim import learning_rate, make_optimizer
 from titok.training.order import micro_batches, seed_of, shuffled_draws
+from titok.training.sharding import shard, whole, whole_in_first_process, whole_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,6 +45,7 @@ class Optimized:
         objective: a module that contains it and returns `Losses`.
         first_step: of the run, in which its training starts, and from which its learning rate is counted.
         warmup_steps: of its learning rate.
+        sharded: whether the network is sharded over all processes; by default each has all of it.
     """
 
     def __init__(
@@ -54,14 +56,17 @@ class Optimized:
         *,
         first_step: int,
         warmup_steps: int,
+        sharded: bool = False,
     ) -> None:
+        if sharded:
+            shard(objective)
         self.network, self.objective, self.config = network, objective, config
         self.first_step, self.warmup_steps = first_step, warmup_steps
         self.names: dict[Tensor, str] = {p: name for name, p in network.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(network, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.called: nn.Module = objective
-        if is_distributed():
+        if is_distributed() and not sharded:
             self.called = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     @property
@@ -106,10 +111,13 @@ class Optimized:
         with annotate("optimizer"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return results, {"learning_rate": rate, "gradient_norm": norm}  # type: ignore[dict-item]
+        return results, {"learning_rate": rate, "gradient_norm": whole(norm)}  # type: ignore[dict-item]
 
     def _averages_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """The context of a micro-batch: after the last one, the gradients are averaged over the processes."""
+        """The context of a micro-batch: after the last one, the gradients are averaged over the processes.
+
+        A sharded network averages them after each one, so that no process keeps the gradients of all weights.
+        """
         if isinstance(self.called, DistributedDataParallel) and not last:
             return self.called.no_sync()
         return contextlib.nullcontext()
@@ -161,7 +169,17 @@ class Run(Generic[M]):
         self.folder, self.adversary = folder.path, adversary
         self.step = 0
         objective.train()
-        self.parts = {"": Optimized(self.model, objective, config, first_step=0, warmup_steps=config.warmup_steps)}
+        self.sharded = config.shard and self.world_size > 1
+        self.parts = {
+            "": Optimized(
+                self.model,
+                objective,
+                config,
+                first_step=0,
+                warmup_steps=config.warmup_steps,
+                sharded=self.sharded,
+            )
+        }
         if adversary is not None:
             self.parts["discriminator_"] = Optimized(
                 adversary.discriminator,
@@ -194,9 +212,11 @@ class Run(Generic[M]):
         If the process is killed meanwhile, each of the files is either the one from before or complete.
         """
         self.objective.before_saving()
-        in_first_process(self._write)
+        parts = self._tensors()
+        in_first_process(lambda: self._write(parts))
 
-    def _write(self) -> None:
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint by part and name; where the run is sharded, in the first process alone."""
         parts = {"model": self.model.state_dict(), "extra": dict(self.objective.state)}
         if self.ema is not None:
             parts["averages"] = self.ema.state_dict()
@@ -209,19 +229,36 @@ class Run(Generic[M]):
                 for key, value in part.scaler.state_dict().items():
                     number = torch.tensor(float(value), dtype=torch.float64, device="cpu")
                     parts["extra"][f"{prefix}scaler/{key}"] = number
+        return {name: whole_in_first_process(tensors) for name, tensors in parts.items()}
+
+    def _write(self, parts: dict[str, dict[str, Tensor]]) -> None:
         checkpoint.write_checkpoint(self.folder, self.step, self.config, self.data, parts)
         checkpoint.keep_checkpoint(
             self.folder, self.step, last=self.config.keep_last, every=self.config.keep_every
         )
-        self._write_model()
+        self._write_model(parts)
 
-    def _write_model(self) -> None:
-        if self.ema is None:
-            self.model.save_pretrained(self.folder)
-            return
-        self.model.save_pretrained(self.folder / RAW)
-        with self.ema.swapped():
-            self.model.save_pretrained(self.folder)
+    def _write_model(self, parts: dict[str, dict[str, Tensor]]) -> None:
+        weights = parts["model"]
+        whole_model(self.model, weights).save_pretrained(self.folder / RAW if self.ema else self.folder)
+        if self.ema is not None:
+            averages = self.ema.by_name(parts["averages"])
+            whole_model(self.model, {**weights, **averages}).save_pretrained(self.folder)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the objective's model has its averaged weights, if there are any. Called by every process.
+
+        Where the run is sharded, it is a copy that has all of the weights and computes without the other processes.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.ema is not None:
+                stack.enter_context(self.ema.swapped())
+            if self.sharded:
+                weights = {name: whole(value) for name, value in self.model.state_dict().items()}
+                self.objective.model = whole_model(self.model, weights)
+                stack.callback(setattr, self.objective, "model", self.model)
+            yield
 
     def _load(self) -> None:
         path = self.folder / checkpoint.CHECKPOINT
@@ -277,7 +314,8 @@ class Run(Generic[M]):
         config = self.config
         device = self.parts[""].device
         if self.step == config.steps:  # the run may have been stopped between the files of its last save
-            in_first_process(self._write_model)
+            parts = self._tensors()
+            in_first_process(lambda: self._write_model(parts))
         hide = None if progress and self.rank == 0 else True  # None hides it where stderr is no terminal
         bar = tqdm(total=config.steps, initial=self.step, desc=name, unit="step", disable=hide, leave=True)
         devices = [device] if device.type == "cuda" else []
@@ -310,10 +348,11 @@ class Run(Generic[M]):
                     log.flush()
                     self.save()
         self.objective.eval()
-        if self.ema is not None:
-            with self.ema.swapped():
-                averages = {name: value.clone() for name, value in self.model.state_dict().items()}
-            self.model.load_state_dict(averages)
+        with self.averaged():
+            if self.sharded:
+                return self.objective.model
+            averages = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(averages)
         return self.model
 
     def _one_step(self, inputs: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ class TokenizerObjective(ReconstructionObjective[TiTok]):
         super().__init__(model, config, **options)
         self.kl_weight = config.kl_weight
         if model.quantizer is not None:
-            self.restart_codes(model.quantizer, config)
+            self.restart_codes(model.quantizer, config, l2_normalize=config.model.l2_normalize)
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """See `ReconstructionObjective.reconstruct`."""
