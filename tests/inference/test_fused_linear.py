@@ -114,3 +114,16 @@ def test_where_they_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         assert run() == (False, False), "no layer is chosen before a measurement"
     assert fused_linear.new_counters(torch.device("cuda")) is None
+
+
+def test_a_prepared_layer_is_not_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is fused, asking for it must not unpack a weight, which would take longer than the layer."""
+
+    def unpack(*_: Any) -> Tensor:
+        raise AssertionError("unpacked")
+
+    layer, norm = Linear(512, 512).requires_grad_(False), LayerNorm(512)
+    layer.prepare_weights()
+    monkeypatch.setattr("titok.models.layers.onednn.unpack", unpack)
+    with torch.no_grad():
+        assert layer.add_norm(torch.randn(3, 512), torch.randn(3, 512), norm) is None

@@ -44,6 +44,11 @@ def counters(zeros: Tensor | None) -> Iterator[None]:
         _counters.reset(token)
 
 
+def is_counting() -> bool:
+    """Whether `counters` gave this context something to count in."""
+    return _counters.get() is not None
+
+
 def gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """gelu(x @ weight^T + bias), the exact GELU, or None where the layer is not chosen or cannot be computed so.
 

@@ -53,6 +53,8 @@ class Linear(nn.Linear, PreparableLayer):
 
         x (..., inputs), residual (..., outputs) -> two tensors (..., outputs).
         """
+        if not fused_linear.is_counting():  # before the weight is read, which restores a prepared one
+            return None
         parameters = (norm.weight, norm.bias, norm.eps)
         return fused_linear.add_norm(x, readable(self.weight), self.bias, residual, *parameters)
 
