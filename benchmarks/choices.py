@@ -63,10 +63,10 @@ def gelu_layers(device: str) -> Iterator[tuple[str, Runs]]:
                 with in_place("LINEAR_GELU_LAYERS", frozenset(GELU_LAYERS)):
                     return fused_linear.gelu(x, weight, bias)
 
-            yield (
-                f"M={rows} K={K} N={N}",
-                {CURRENT: lambda x=x, w=weight, b=bias: F.gelu(F.linear(x, w, b)), "one launch": fused},
-            )
+            def separate(x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Any:
+                return F.gelu(F.linear(x, weight, bias))
+
+            yield f"M={rows} K={K} N={N}", {CURRENT: separate, "one launch": fused}
 
 
 def add_norm_layers(device: str) -> Iterator[tuple[str, Runs]]:
@@ -80,7 +80,8 @@ def add_norm_layers(device: str) -> Iterator[tuple[str, Runs]]:
 
             def fused(x: Tensor = x, residual: Tensor = residual, layer: Any = layer, norm: Any = norm) -> Any:
                 with in_place("LINEAR_ADD_NORM_LAYERS", frozenset(ADD_NORM_LAYERS)), fused_linear.counters(zeros):
-                    return fused_linear.add_norm(x, *layer, residual, *norm)
+                    weight, bias = layer
+                    return fused_linear.add_norm(x, weight, bias, residual, *norm)
 
             def separate(x: Tensor = x, residual: Tensor = residual, layer: Any = layer, norm: Any = norm) -> Any:
                 return layer_norm_of_sum(residual, F.linear(x, *layer), *norm)

@@ -18,6 +18,8 @@ last. No model uses these kernels before a measurement has shown where they are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -141,7 +143,7 @@ def row_blocks(M: int) -> int:
     return triton.cdiv(M, LINEAR.rows)
 
 
-def _blocks(tile: Tile) -> dict[str, int]:
+def _blocks(tile: Tile) -> dict[str, Any]:
     return {
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,

@@ -13,6 +13,7 @@ fill a GPU, while the feature maps of a pixel decoder limit how many pictures fi
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -148,6 +149,6 @@ def pictures_captured(
     with graphs.exclusive(decoder.tokenizer.device):
         for some in tokens.split(BUCKETS[-1]):
             size = bucket(len(some))
-            static = graphs.get((size, decoder), lambda size=size: make(size), weights_of(decoder.tokenizer))
+            static = graphs.get((size, decoder), functools.partial(make, size), weights_of(decoder.tokenizer))
             pictures.append(decoder(some) if static is None else static.run(some))
     return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
