@@ -8,7 +8,7 @@ says what is there, and stops where the CUDA or the Triton kernels cannot run. T
     3  every op against its peers, at few shapes
     4  small cases under compute-sanitizer: memcheck and racecheck
     5  the ladder from eager PyTorch to titok, and the roofline
-    6  the times of all kernels, tuning of the three slowest, and ncu on them
+    6  the times of all kernels, tuning of the three slowest, what is off by default, and ncu on the slowest
 
 Each part consists of commands with a time limit each. The time budget is divided among the commands that are left, so
 that what one of them leaves over goes to the next. All results go to one file of JSON lines as they come: a cut loses

@@ -18,6 +18,7 @@ Files:
 
     _launch.py    launches every kernel, or records the launch
     _aot.py       what a module tells `python -m titok.kernels.aot` to compile
+    _spills.py    which kernels may spill registers, and why
     _tuning.py    tile sizes, warps and pipeline stages of every kernel
     aot.py        compiles recorded launches for GPUs that are not present and checks the machine code
     RESOURCES.md  the table that it writes

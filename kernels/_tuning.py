@@ -89,3 +89,13 @@ MASKED_ATTENTION_BACKWARD_KEYS = {
 # maskgit_decode_step. Columns are codes. A block of 1,024 leaves eight codes to a thread, with their 64-bit sums.
 MASKGIT_DECODE_STEP_DRAW = Tile(1, 1024, 4, 1)
 MASKGIT_DECODE_STEP_SELECT_WARPS = 4
+
+# linear_gelu and linear_add_norm. Rows are rows of x, columns are outputs. Tiles of 64 x 64 make 36 programs of the
+# smallest product of a generator at batch 1 (130 rows, 768 outputs), where tiles of 128 x 128 would make 12.
+LINEAR = Tile(64, 64, 4, 3)
+LINEAR_DEPTH = 64  # inputs in one step of the loop
+LINEAR_NORM_VALUES = 4096  # that a program normalises at once
+# Layers (K, N) that are computed by these kernels rather than by a matrix product of PyTorch's and separate launches.
+# Both are empty until a measurement shows where they are faster.
+LINEAR_GELU_LAYERS: frozenset[tuple[int, int]] = frozenset()
+LINEAR_ADD_NORM_LAYERS: frozenset[tuple[int, int]] = frozenset()

@@ -7,9 +7,9 @@
 Every module's `aot_variants()` calls its own launchers with the shapes of the presets, on tensors without memory, and
 returns the launches that were recorded (`_launch.py`): what is compiled here is what runs. Each kernel is also compiled
 with all of its integers equal to 1, to 16 and to 17, the three ways in which Triton compiles them. A variant fails when
-it does not compile, needs more shared memory than a block can have, spills registers where `ALLOWED_SPILLS` does not
-name it, or lacks the tensor-core instructions or 16-byte loads that it is expected to contain (`AotVariant`). Triton's
-wheel brings the tools, ptxas and cuobjdump.
+it does not compile, needs more shared memory than a block can have, spills more registers than `_spills.py` allows it,
+or lacks the tensor-core instructions or 16-byte loads that it is expected to contain (`AotVariant`). Triton's wheel
+brings the tools, ptxas and cuobjdump. Only kernels that use local memory are disassembled, to count their spills.
 
 Another release of Triton, in a folder of its own, compiles the same (`make kernels SECOND_TRITON=FOLDER`):
 
@@ -20,6 +20,7 @@ Another release of Triton, in a folder of its own, compiles the same (`make kern
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import pkgutil
@@ -38,6 +39,7 @@ from triton.compiler import ASTSource
 
 from titok.kernels._aot import AotVariant, with_other_integers
 from titok.kernels._launch import Launch
+from titok.kernels._spills import most_spills
 
 TABLE = Path(__file__).parent / "RESOURCES.md"
 # Compute capability -> most bytes of shared memory for one block (CUDA programming guide, "Compute Capabilities")
@@ -51,151 +53,13 @@ SHARED_LIMITS = {
 }
 
 
-class AllowedSpills(NamedTuple):
-    """Variants that may spill registers.
-
-    Attributes:
-        kernel: its name.
-        labels: a regular expression for their labels.
-        archs: compute capabilities.
-        triton: the releases of Triton start with this, or with one of these.
-        reason: why they may.
-    """
-
-    kernel: str
-    labels: str
-    archs: tuple[int, ...]
-    triton: str | tuple[str, ...]
-    reason: str
-
-
-ALLOWED_SPILLS: tuple[AllowedSpills, ...] = (
-    AllowedSpills(
-        kernel="maskgit_decode_step_draw",
-        labels=", integers 1$",
-        archs=tuple(SHARED_LIMITS),
-        triton="",
-        reason="two instructions, where rows of logits lie one number apart: only one code has such rows",
-    ),
-    AllowedSpills(
-        kernel="maskgit_decode_step_draw",
-        labels="^fp32",
-        archs=(120,),
-        triton="3.7",
-        reason="three instructions, because the tiles are chosen for sm_80, sm_90 and sm_100",
-    ),
-    AllowedSpills(
-        kernel="masked_attention_backward_keys",
-        labels="key_mask|fp32 D=48",
-        archs=(120,),
-        triton="3.7",
-        reason="at most 11 instructions, because the tiles are chosen for sm_80, sm_90 and sm_100",
-    ),
-    AllowedSpills(
-        kernel="masked_attention_backward_queries",
-        labels="key_mask",
-        archs=(120,),
-        triton="3.7",
-        reason="at most 23 instructions, and no preset has a key mask",
-    ),
-    AllowedSpills(
-        kernel="masked_attention_forward_tiled",
-        labels="D=72|, integers ",
-        archs=(120,),
-        triton="3.7",
-        reason="at most 10 instructions, and no preset has heads of 72 channels or rows that are not aligned",
-    ),
-    AllowedSpills(
-        kernel="code_mixture_dcodebook",
-        labels="^bf16",
-        archs=(120,),
-        triton="3.7",
-        reason="29 instructions, 98 where rows are no multiple of 16; a gradient, which generation does not compute",
-    ),
-    AllowedSpills(
-        kernel="code_mixture_dcodebook",
-        labels="^bf16",
-        archs=(80, 86, 89),
-        triton=("3.6", "3.7"),
-        reason="48 instructions, 96 where rows are no multiple of 16: the tiles are chosen for sm_90 and sm_100",
-    ),
-    AllowedSpills(
-        kernel="code_mixture_dcodebook",
-        labels="^fp32.*integers 17$",
-        archs=(80, 100),
-        triton="3.7",
-        reason="two instructions, and no preset has rows that are no multiple of 16",
-    ),
-    AllowedSpills(
-        kernel="code_mixture_forward",
-        labels="^bf16",
-        archs=(80, 86, 89),
-        triton=("3.6", "3.7"),
-        reason="at most 18 instructions: the tiles are chosen for sm_90 and sm_100",
-    ),
-    AllowedSpills(
-        kernel="masked_attention_forward_tiled",
-        labels="integers 1$",
-        archs=(80,),
-        triton="3.7",
-        reason="six instructions, where every integer is 1, as in no preset",
-    ),
-    AllowedSpills(
-        kernel="masked_attention_backward_keys",
-        labels="^fp32 D=48",
-        archs=(86, 89),
-        triton="3.7",
-        reason="17 instructions, in training in float32 alone: the tiles are chosen for sm_80, sm_90 and sm_100",
-    ),
-    AllowedSpills(
-        kernel="maskgit_decode_step_draw",
-        labels="integers 17$",
-        archs=(80, 86, 89, 90),
-        triton=("3.6", "3.7"),
-        reason="two instructions, where rows of logits are not aligned, as in no preset",
-    ),
-    AllowedSpills(
-        kernel="masked_attention_forward_tiled",
-        labels="^bf16 D=72 N=321$",
-        archs=(80,),
-        triton="3.6",
-        reason="two instructions, and no preset has heads of 72 channels",
-    ),
-    AllowedSpills(
-        kernel="masked_attention_forward_tiled",
-        labels="^fp32 D=(72|128) ",
-        archs=(100, 120),
-        triton="3.6",
-        reason="at most 111 instructions, in float32, and no preset has heads of more than 64 channels",
-    ),
-    AllowedSpills(
-        kernel="masked_attention_backward_queries",
-        labels="^fp32",
-        archs=(100,),
-        triton="3.6",
-        reason="at most 45 instructions, in training in float32 alone: the tiles are chosen for sm_80 and sm_90",
-    ),
-    AllowedSpills(
-        kernel="masked_attention_backward_keys",
-        labels="^bf16 D=64 N=129 key_mask$",
-        archs=(86, 89),
-        triton="3.6",
-        reason="27 instructions, and no preset has a key mask",
-    ),
-    AllowedSpills(
-        kernel="add_layer_norm_backward",
-        labels="integers 16$",
-        archs=(100,),
-        triton="3.6",
-        reason="three instructions, where every integer is 16, as in no preset",
-    ),
-)
-
-
-# Instructions of the machine code (SASS): tensor cores; loads from global memory with their width; copies of a tile
-MATRIX = re.compile(r"\s(HMMA|HGMMA|UTC\w*MMA|IMMA|IGMMA|QMMA|QGMMA|DMMA)\b")
-LOAD = re.compile(r"\s(?:LDG|LDGSTS)\.([\w.]+)")
-BULK_LOAD = re.compile(r"\s(?:UTMALDG|UBLKCP)\b")
+# Instructions of the PTX code, which the machine code has one for one: products on tensor cores, by their kind; loads
+# from global memory, with the number of values and the bits of each; asynchronous copies, with their bytes; copies of
+# whole tiles.
+MATRIX = re.compile(r"\b(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)\b")
+LOAD = re.compile(r"\bld\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\s")
+ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)")
+BULK_COPY = re.compile(r"\bcp\.async\.bulk\.(?:tensor\.)?[^;]*?shared::cluster\.global")
 HEADER = """\
 | kernel | variant | warps | stages | registers | spills | shared KiB | matrix instructions | 16-byte loads |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
@@ -228,6 +92,7 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"titok.kernels.{name}")
 
 
+@functools.cache
 def variants_of(module: str) -> list[AotVariant]:
     """What is compiled of a module: the launches of the presets, then those with other integers."""
     presets: list[AotVariant] = _module(module).aot_variants()
@@ -251,37 +116,27 @@ def examine(variant: AotVariant, arch: int) -> Report:
         failure = f"{where}: {type(error).__name__}: {cause[-1]}"
         row = f"{start} does not compile | | | | |"
         return Report(arch, name, variant.is_preset, row, (0, 0, 0), [failure])
-    usage, sass = _disassemble(compiled.asm["cubin"])
-    registers = int(re.findall(r"REG:(\d+)", usage)[0])
-    spills = len(re.findall(r"\s(?:STL|LDL)\b", sass))
+    registers, spills = _registers_and_spills(compiled.asm["cubin"])
     shared = compiled.metadata.shared
-    matrix = Counter(MATRIX.findall(sass))
-    loads = [".128" in f".{kind}" for kind in LOAD.findall(sass)]
-    bulk = len(BULK_LOAD.findall(sass))
-    wide, total = sum(loads) + bulk, len(loads) + bulk
+    ptx = compiled.asm["ptx"]
+    matrix = Counter(MATRIX.findall(ptx))
+    loads = [int(values or 1) * int(bits) // 8 for values, bits in LOAD.findall(ptx)]
+    loads += [int(size, 0) for size in ASYNC_COPY.findall(ptx)] + [16] * len(BULK_COPY.findall(ptx))
+    wide = sum(size >= 16 for size in loads)
 
     failures = []
-    if spills and _reason_to_spill(variant, arch) is None:
-        failures.append(f"{spills} spill instructions")
+    if spills > (allowed := most_spills(name, variant.label, arch, triton.__version__)):
+        failures.append(f"{spills} spill instructions, allowed are {allowed}")
     if shared > SHARED_LIMITS[arch]:
         failures.append(f"{shared} bytes of shared memory, a block can have {SHARED_LIMITS[arch]}")
     if variant.expects_tensor_cores and not matrix:
         failures.append("no tensor-core instruction")
     if variant.expects_wide_loads and not wide:
-        failures.append(f"none of {total} loads is 16 bytes wide")
+        failures.append(f"none of {len(loads)} loads is 16 bytes wide")
     units = ", ".join(f"{count} {unit}" for unit, count in sorted(matrix.items())) or "none"
-    row = f"{start} {registers} | {spills} | {shared / 1024:.1f} | {units} | {wide} of {total} |"
+    row = f"{start} {registers} | {spills} | {shared / 1024:.1f} | {units} | {wide} of {len(loads)} |"
     found = [f"{where}: {failure}" for failure in failures]
     return Report(arch, name, variant.is_preset, row, (registers, spills, shared), found)
-
-
-def _reason_to_spill(variant: AotVariant, arch: int) -> str | None:
-    """The reason why `ALLOWED_SPILLS` names a variant; None where it does not."""
-    for allowed in ALLOWED_SPILLS:
-        of_triton = arch in allowed.archs and triton.__version__.startswith(allowed.triton)
-        if of_triton and allowed.kernel == variant.kernel.__name__ and re.search(allowed.labels, variant.label):
-            return allowed.reason
-    return None
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
@@ -300,17 +155,23 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code (SASS), as cuobjdump prints them."""
+def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and how many instructions of the machine code move registers to or from memory."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    def dump(flag: str) -> str:
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
+        usage = dump("-res-usage")
+        registers, stack, local = (
+            int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL")
         )
-    return usage, sass
+        if not stack + local:
+            return registers, 0
+        return registers, len(re.findall(r"\s(?:STL|LDL)\b", dump("-sass")))  # which takes most of a second
 
 
 def table(reports: list[Report]) -> str:
@@ -318,8 +179,9 @@ def table(reports: list[Report]) -> str:
         "# Resources of the Triton kernels",
         "",
         f"Written by `make kernels` with Triton {triton.__version__}; no GPU was involved. Variants are launches of",
-        "the presets. Spills are instructions that move registers to or from memory. The last column counts loads from",
-        "global memory that are 16 bytes wide; the others read one number per row, a mask or an unaligned tail.",
+        "the presets. Spills are instructions that move registers to or from memory. The last two columns count",
+        "instructions of the PTX code: products on tensor cores, and loads from global memory that are at least 16",
+        "bytes wide; the others read one number per row, a mask or an unaligned tail.",
     ]
     for arch in dict.fromkeys(report.arch for report in reports):
         of_arch = [report for report in reports if report.arch == arch]

@@ -16,7 +16,7 @@ more (33, 65, 129, 289), so keys come in full blocks, which need no bounds check
 `masked_attention_forward_whole` holds all scores of its queries in registers and takes one softmax. Where they do not
 fit, `masked_attention_forward_tiled` walks over the blocks with a running maximum (online softmax: Milakov and
 Gimelshein 2018, arXiv:1805.02867; FlashAttention: Dao et al. 2022, arXiv:2205.14135). Tile sizes are in `_tuning.py`.
-Scores are in units of log2, because exp2 is one instruction.
+Scores are in units of log2, because exp2 is one instruction. The file is long: its two kernels share most parts.
 """
 
 from __future__ import annotations
@@ -91,6 +91,9 @@ def masked_scores(q, k, visible, scale_log2, HAS_HIDDEN_KEYS: tl.constexpr, PREC
 
 
 # --- Forward
+#
+# As keys have a tail, so have queries. The last program of a head takes a tile of ROW_TAIL queries where these are
+# enough: 65 queries are computed as 64 + 16 rows rather than as 128. As many programs run, and they read as much.
 
 
 @triton.jit
@@ -106,36 +109,32 @@ def _store_result(
         tl.store(lse_ptr + rows, lse, mask=rows < NQ)
 
 
-@triton.jit(do_not_specialize=["N", "start", "NQ"])
-def masked_attention_forward_whole(
-    qkv_ptr,  # (B, N, 3*H*D)
-    key_mask_ptr,  # (B, N) bool or None
-    out_ptr,  # (B, NQ, H*D), written
-    lse_ptr,  # (B, H, NQ) float32, written, or None
-    stride_qkvb,
+@triton.jit
+def _attend_to_all(
+    q_ptr,  # of the first query
+    k_ptr,
+    v_ptr,
+    key_mask_ptr,
+    out_ptr,
+    lse_ptr,
+    first,  # query of the tile
     stride_qkvn,
     H,
     N,
-    start,
     NQ,
-    scale_log2,  # scale * log2(e)
+    scale_log2,
+    ROWS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head, all keys (BLOCK_N + TAIL) at once."""
-    blocks = tl.cdiv(NQ, BLOCK_M)
-    sample, head, position, q_ptr, k_ptr, v_ptr = locate_head(qkv_ptr, stride_qkvb, H, blocks, D)
-    if key_mask_ptr is not None:
-        key_mask_ptr += sample * N
+    """ROWS queries of one head, with all keys at once."""
     HAS_HIDDEN_KEYS: tl.constexpr = key_mask_ptr is not None or TAIL == 0
-
-    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = first + tl.arange(0, ROWS)
     keys = tl.arange(0, BLOCK_N)
-    q = load_rows(q_ptr + start * stride_qkvn, rows, NQ, stride_qkvn, True, D, BLOCK_D)
+    q = load_rows(q_ptr, rows, NQ, stride_qkvn, True, D, BLOCK_D)
     k = load_rows(k_ptr, keys, N, stride_qkvn, TAIL == 0, D, BLOCK_D)
     v = load_rows(v_ptr, keys, N, stride_qkvn, TAIL == 0, D, BLOCK_D)
     s = masked_scores(q, k, visible_keys(key_mask_ptr, keys, N), scale_log2, HAS_HIDDEN_KEYS, PRECISION)
@@ -156,10 +155,52 @@ def masked_attention_forward_whole(
         tail_p = tl.exp2(tail_s - row_max[:, None])
         row_sum += tl.sum(tail_p, 1)
         acc = tl.dot(tail_p.to(v.dtype), tail_v, acc, input_precision=PRECISION)
+    _store_result(acc, row_max, row_sum, out_ptr, lse_ptr, rows, NQ, H * D, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["N", "start", "NQ"])
+def masked_attention_forward_whole(
+    qkv_ptr,  # (B, N, 3*H*D)
+    key_mask_ptr,  # (B, N) bool or None
+    out_ptr,  # (B, NQ, H*D), written
+    lse_ptr,  # (B, H, NQ) float32, written, or None
+    stride_qkvb,
+    stride_qkvn,
+    H,
+    N,
+    start,
+    NQ,
+    scale_log2,  # scale * log2(e)
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROW_TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_M or ROW_TAIL queries of one head, all keys (BLOCK_N + TAIL) at once."""
+    blocks = tl.cdiv(NQ, BLOCK_M)
+    sample, head, position, q_ptr, k_ptr, v_ptr = locate_head(qkv_ptr, stride_qkvb, H, blocks, D)
+    if key_mask_ptr is not None:
+        key_mask_ptr += sample * N
     if lse_ptr is not None:
         lse_ptr += position * NQ
+    q_ptr += start * stride_qkvn
     out_ptr += sample * NQ * (H * D) + head * D
-    _store_result(acc, row_max, row_sum, out_ptr, lse_ptr, rows, NQ, H * D, D, BLOCK_D)
+    block = tl.program_id(0) % blocks
+    first = block * BLOCK_M
+    if ROW_TAIL > 0:  # noqa: SIM102 (the outer condition is known to the compiler)
+        if block == blocks - 1:
+            _attend_to_all(
+                q_ptr, k_ptr, v_ptr, key_mask_ptr, out_ptr, lse_ptr, first, stride_qkvn, H, N, NQ, scale_log2,
+                ROW_TAIL, D, BLOCK_N, TAIL, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            return
+    _attend_to_all(
+        q_ptr, k_ptr, v_ptr, key_mask_ptr, out_ptr, lse_ptr, first, stride_qkvn, H, N, NQ, scale_log2,
+        BLOCK_M, D, BLOCK_N, TAIL, BLOCK_D, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -193,6 +234,49 @@ def _online_step(
     return acc, new_max, row_sum * rescale + tl.sum(p, 1)
 
 
+@triton.jit
+def _attend_in_blocks(
+    q_ptr,  # as for _attend_to_all
+    k_ptr,
+    v_ptr,
+    key_mask_ptr,
+    out_ptr,
+    lse_ptr,
+    first,
+    stride_qkvn,
+    H,
+    N,
+    NQ,
+    scale_log2,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """ROWS queries of one head, with one block of keys after the other."""
+    rows = first + tl.arange(0, ROWS)
+    q = load_rows(q_ptr, rows, NQ, stride_qkvn, True, D, BLOCK_D)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    row_max = tl.full([ROWS], -float("inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    end = N // BLOCK_N * BLOCK_N
+    for first_key in range(0, end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        acc, row_max, row_sum = _online_step(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, key_mask_ptr, keys, N, stride_qkvn, scale_log2, False,
+            D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    if TAIL > 0:
+        keys = end + tl.arange(0, TAIL)
+        acc, row_max, row_sum = _online_step(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, key_mask_ptr, keys, N, stride_qkvn, scale_log2, True,
+            D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    _store_result(acc, row_max, row_sum, out_ptr, lse_ptr, rows, NQ, H * D, D, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=["N", "start", "NQ"])
 def masked_attention_forward_tiled(
     qkv_ptr,  # as for masked_attention_forward_whole
@@ -208,39 +292,34 @@ def masked_attention_forward_tiled(
     scale_log2,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROW_TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head, the keys in full blocks of BLOCK_N and then their tail."""
+    """One program: BLOCK_M or ROW_TAIL queries of one head, the keys in blocks of BLOCK_N and then their tail."""
     blocks = tl.cdiv(NQ, BLOCK_M)
     sample, head, position, q_ptr, k_ptr, v_ptr = locate_head(qkv_ptr, stride_qkvb, H, blocks, D)
     if key_mask_ptr is not None:
         key_mask_ptr += sample * N
-
-    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr + start * stride_qkvn, rows, NQ, stride_qkvn, True, D, BLOCK_D)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    end = N // BLOCK_N * BLOCK_N
-    for first in range(0, end, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
-        acc, row_max, row_sum = _online_step(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, key_mask_ptr, keys, N, stride_qkvn, scale_log2, False,
-            D, BLOCK_D, PRECISION,
-        )  # fmt: skip
-    if TAIL > 0:
-        keys = end + tl.arange(0, TAIL)
-        acc, row_max, row_sum = _online_step(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, key_mask_ptr, keys, N, stride_qkvn, scale_log2, True,
-            D, BLOCK_D, PRECISION,
-        )  # fmt: skip
     if lse_ptr is not None:
         lse_ptr += position * NQ
+    q_ptr += start * stride_qkvn
     out_ptr += sample * NQ * (H * D) + head * D
-    _store_result(acc, row_max, row_sum, out_ptr, lse_ptr, rows, NQ, H * D, D, BLOCK_D)
+    block = tl.program_id(0) % blocks
+    first = block * BLOCK_M
+    if ROW_TAIL > 0:  # noqa: SIM102 (the outer condition is known to the compiler)
+        if block == blocks - 1:
+            _attend_in_blocks(
+                q_ptr, k_ptr, v_ptr, key_mask_ptr, out_ptr, lse_ptr, first, stride_qkvn, H, N, NQ, scale_log2,
+                ROW_TAIL, D, BLOCK_N, TAIL, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            return
+    _attend_in_blocks(
+        q_ptr, k_ptr, v_ptr, key_mask_ptr, out_ptr, lse_ptr, first, stride_qkvn, H, N, NQ, scale_log2,
+        BLOCK_M, D, BLOCK_N, TAIL, BLOCK_D, PRECISION,
+    )  # fmt: skip
 
 
 # --- Launchers
@@ -254,6 +333,15 @@ def key_blocks(N: int) -> tuple[int, int]:
         return whole, 0
     tail = max(16, triton.next_power_of_2(N - half))
     return (half, tail) if tail < half else (whole, 0)
+
+
+def query_blocks(NQ: int, rows: int) -> tuple[int, int]:
+    """(BLOCK_M, ROW_TAIL) for NQ queries in tiles of `rows`. The last tile is a power of two, no larger than needed."""
+    rest = NQ % rows
+    tail = max(16, triton.next_power_of_2(rest))
+    if rest == 0 or tail >= rows:
+        return rows, 0
+    return (tail, 0) if rows > NQ else (rows, tail)
 
 
 def tuning_key(dtype: torch.dtype, D: int) -> tuple[int, int]:
@@ -311,11 +399,12 @@ def forward(
     tile = whole_tile(MASKED_ATTENTION_FORWARD_WHOLE[key], N)
     if tile is None:
         kernel, tile = masked_attention_forward_tiled, MASKED_ATTENTION_FORWARD[key]
+    block_m, row_tail = query_blocks(NQ, tile.rows)
     launch(
         kernel,
-        (triton.cdiv(NQ, tile.rows) * batch * num_heads,),
+        (triton.cdiv(NQ, block_m) * batch * num_heads,),
         *(qkv, key_mask, out, lse, qkv.stride(0), qkv.stride(1), num_heads, N, start, NQ, scale * LOG2_E),
-        **constexprs_of(tile, qkv.dtype, D, N),
+        **constexprs_of(tile, qkv.dtype, D, N) | {"BLOCK_M": block_m, "ROW_TAIL": row_tail},
     )
 
 
@@ -350,4 +439,7 @@ def aot_variants() -> list[AotVariant]:
                 forward(qkv, key_mask, H, 0, D**-0.5, out, lse)
             label = aot_label(dtype, D, N, has_key_mask)
             variants += label_launches(launches, label, expects_tensor_cores=True)
+        with record() as launches:  # the last layer of an encoder: queries are the latent tokens alone
+            forward(meta(1, 289, 3072, dtype=dtype), None, 16, 257, 0.125, meta(1, 32, 1024, dtype=dtype), None)
+        variants += label_launches(launches, f"{name_of(dtype)} D=64 N=289 queries=32", expects_tensor_cores=True)
     return variants

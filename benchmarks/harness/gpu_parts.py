@@ -178,7 +178,7 @@ def _roofline(preset: str, batch: int) -> Callable[[Context, float], list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 6: the slowest kernels
+# 6: the slowest kernels, and choices that are off
 
 
 def _kernel_times(context: Context, seconds: float) -> list[str]:
@@ -214,6 +214,10 @@ def _tuning(context: Context, seconds: float) -> list[str]:
     return context.module(
         "benchmarks.tune", *kernels, "--limit", limit_within(seconds), "--json", str(context.results)
     )
+
+
+def _choices(context: Context, seconds: float) -> list[str]:
+    return context.module("benchmarks.choices", "--limit", limit_within(seconds), "--json", str(context.results))
 
 
 def _ncu(context: Context, seconds: float) -> list[str]:
@@ -261,13 +265,14 @@ PARTS: dict[int, Part] = {
         ),
     ),
     6: Part(
-        "the slowest kernels",
+        "the slowest kernels, and choices that are off",
         (
             # CUPTI, which the profiler uses, is not to be unloaded while graphs are replayed.
             Command(
                 "times of all kernels", 3, _kernel_times, {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
             ),
             Command("tuning", 6, _tuning),
+            Command("choices that are off by default", 4, _choices),
             Command("ncu", 2, _ncu),
         ),
     ),

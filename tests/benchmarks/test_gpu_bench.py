@@ -329,6 +329,8 @@ def test_an_empty_selection_is_an_error(tmp_path: Path) -> None:
 def test_tests_are_selected(part: int, number: int, tmp_path: Path) -> None:
     """Collected as `make gpu DRY=1` does; a run of no tests would have another exit status."""
     line = PARTS[part].commands[number].line(Context(tmp_path / "r.jsonl", dry=True), 60.0)
+    if line[-1] == "tests":  # of which these stand for all: to collect every test takes a minute
+        line[-1:] = ["tests/gpu", "tests/ops/test_masked_attention.py"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert len(re.findall("^tests/.*::", done.stdout, re.MULTILINE)) >= 10

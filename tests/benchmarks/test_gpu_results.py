@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_report, kernel_times, tune
+from benchmarks import choices, gpu_report, kernel_times, tune
 from benchmarks.harness import gpu_tables
 from benchmarks.harness.compiled import compiled_parts
 from benchmarks.harness.results import Results, read
+from titok import Pipeline
 
 # ---------------------------------------------------------------------------------------------------------------
 # Report
@@ -183,3 +184,25 @@ def test_tuning_writes_a_row_for_each_shape(
     shown = capsys.readouterr().out
     assert "M=3 D=512" in shown
     assert "no time left" in shown
+
+
+@pytest.mark.slow
+def test_choices_that_are_off_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any, tiny_generator: Any
+) -> None:
+    """In the interpreter, at small sizes: each choice computes what the default computes."""
+    monkeypatch.setattr(choices, "GELU_LAYERS", ((64, 64),))
+    monkeypatch.setattr(choices, "ADD_NORM_LAYERS", ((64, 128),))
+    monkeypatch.setattr(choices, "ROWS", (3,))
+    with torch.no_grad():
+        for shape, runs in (*choices.gelu_layers("cpu"), *choices.add_norm_layers("cpu")):
+            results = [run() for run in runs.values()]
+            results = [result[1] if isinstance(result, tuple) else result for result in results]
+            assert len(results) == 2, shape
+            assert tune.is_close(*reversed(results))
+    pipe = Pipeline(tiny_tokenizer(), tiny_generator())
+    monkeypatch.setattr(Pipeline, "generate_many", lambda self, labels, **options: [calls.append(options)])
+    calls: list[dict[str, Any]] = []
+    for run in choices.stages(pipe, choices.FEW_STAGES, 2).values():
+        run()
+    assert calls == [{"batch_size": 1, "decode_batch_size": None}, {"batch_size": 1, "decode_batch_size": 1}]

@@ -188,6 +188,9 @@ def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
             recorder._find(f"launched on {current[0]} with tensors on {sorted(map(str, devices))}")
         recorder.device_ops.append("maskgit_decode_kernel")
 
+    def fused_linear(kernel: Any, *arguments: Any, **options: Any) -> None:
+        recorder.device_ops.append(kernel.__name__)
+
     stub = SimpleNamespace(with_cuda=nvcc, maskgit_decode_step_cuda=decode_step)
     there: dict[str, Any] = {"titok._C": stub}
     if not triton:
@@ -207,6 +210,8 @@ def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
             ("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             ("torch.backends.cudnn.is_available", lambda: True),
             ("torch._C._conv_determine_backend_memory_format", conv_format),
+            ("titok.inference.fused_linear.is_ordinary_call", lambda tensors: True),  # though they are fake
+            ("titok.kernels.linear.launch", fused_linear),
             ("titok.ops.core.available._load", lambda name: there.get(name) or load(name)),
         ):
             stack.enter_context(mock.patch(target, replacement))

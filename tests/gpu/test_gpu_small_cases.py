@@ -16,6 +16,8 @@ from torch import Tensor
 from fake_cuda import fake_gpus
 from maskgit_cases import random_case
 from titok import ops
+from titok.inference import fused_linear
+from titok.kernels import _tuning
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
@@ -119,3 +121,27 @@ def test_decode_step(number: int, device: str, backend: str) -> None:
     tensors = [None if t is None else t.to(device) for t in case.tensors]
     got = ops.maskgit_decode_step(*tensors, **case.arguments, backend=backend)
     assert torch.equal(got.cpu(), ops.maskgit_decode_step(*case.tensors, **case.arguments, backend="plain"))
+
+
+@DEVICES
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 150])
+def test_linear_layers_in_one_launch(rows: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which program of a block of rows normalises it depends on chance, the result does not."""
+    monkeypatch.setattr(_tuning, "LINEAR_GELU_LAYERS", frozenset({(64, 192)}))
+    monkeypatch.setattr(_tuning, "LINEAR_ADD_NORM_LAYERS", frozenset({(64, 192)}))
+    shapes = ((rows, 64), (192, 64), (192,), (rows, 192), (192,), (192,))
+    x, weight, bias, residual, scale, shift = (normal(*shape).to(device, torch.float16) for shape in shapes)
+    counters = torch.zeros(8, dtype=torch.int32, device=device)
+    activated = fused_linear.gelu(x, weight, bias)
+    with fused_linear.counters(counters):
+        found = [fused_linear.add_norm(x, weight, bias, residual, scale, shift, 1e-5) for _ in range(3)]
+    assert activated is not None
+    assert found[0] is not None
+    assert not counters.any()
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other or (), strict=True))
+    y = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    exact = (torch.nn.functional.gelu(y), y + residual.double())
+    norm = torch.nn.functional.layer_norm(found[0][0].double(), (192,), scale.double(), shift.double(), 1e-5)
+    for result, expected in zip((activated, *found[0]), (*exact, norm), strict=True):
+        assert (result.double() - expected).abs().max() <= 2e-3 * expected.abs().max()

@@ -18,6 +18,7 @@ from titok.config import GENERATOR_PRESETS, TOKENIZER_PRESETS
 
 triton = pytest.importorskip("triton")
 aot = pytest.importorskip("titok.kernels.aot")
+ALLOWED_SPILLS = pytest.importorskip("titok.kernels._spills").ALLOWED_SPILLS
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 TABLE = KERNELS / "RESOURCES.md"
@@ -251,7 +252,7 @@ def test_shapes_of_no_preset_compile() -> None:
 
 REJECTED = """
 from dataclasses import replace
-from titok.kernels import add_layer_norm, aot, code_mixture
+from titok.kernels import _spills, add_layer_norm, aot, code_mixture
 norm, mixture = add_layer_norm.aot_variants()[0], code_mixture.aot_variants()[0]
 for variant in (
     norm,
@@ -263,8 +264,10 @@ for variant in (
 ):
     print(";".join(aot.examine(variant, 80).failures))
 spilling = replace(norm, constexprs={"D": 8192, "BLOCK_D": 8192})
-for release in (aot.triton.__version__, "0."):
-    aot.ALLOWED_SPILLS = (aot.AllowedSpills(norm.kernel.__name__, "^bf16", (80,), release, "a test"),)
+release = ".".join(aot.triton.__version__.split(".")[:2])
+for releases, most in ((f"0.1 {release}", 10**6), (release, 1), ("0.1", 10**6)):
+    row = _spills.AllowedSpills(norm.kernel.__name__, "^bf16", "80 90", releases, most, "a test")
+    _spills.ALLOWED_SPILLS = (row,)
     print(";".join(aot.examine(spilling, 80).failures))
 """
 
@@ -273,14 +276,23 @@ for release in (aot.triton.__version__, "0."):
 def test_what_it_rejects() -> None:
     done = run("-c", REJECTED)
     assert done.returncode == 0, done.stderr
-    fine, no_dot, unaligned, no_type, spilling, huge, allowed, other_release = done.stdout.splitlines()
+    fine, no_dot, unaligned, no_type, spilling, huge, allowed, more, other_release = done.stdout.splitlines()
     assert fine == ""
     assert no_dot.endswith("on sm_80: no tensor-core instruction")
     assert re.search(r"none of \d+ loads is 16 bytes wide", unaligned)
     assert "on sm_80: " in no_type
-    assert re.search(r"[1-9]\d* spill instructions", spilling)
+    assert re.search(r"[1-9]\d* spill instructions, allowed are 0$", spilling)
     assert re.search(r"\d+ bytes of shared memory, a block can have 166912", huge)
     assert (allowed, other_release) == ("", spilling)
+    assert more == spilling.replace("allowed are 0", "allowed are 1")
+
+
+def test_allowed_spills_are_of_kernels_that_are_compiled() -> None:
+    """A row that no variant needs any more is to be removed with its kernel."""
+    compiled = [variant for name in aot.modules([]) for variant in aot.variants_of(name)]
+    for row in ALLOWED_SPILLS:
+        assert any(v.kernel.__name__ == row.kernel and re.search(row.labels, v.label) for v in compiled), row
+        assert set(map(int, row.archs.split())) <= set(aot.SHARED_LIMITS)
 
 
 @pytest.mark.slow

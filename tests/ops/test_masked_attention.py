@@ -123,6 +123,41 @@ def test_triton_in_16_bits(tokens, head_dim, dtype):
     check("triton", qkv, 1, key_mask=key_mask, query_range=(1, tokens - 2))
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize(
+    ("tokens", "queries", "computed"),
+    [
+        (33, 33, 64),
+        (65, 65, 80),
+        (129, 129, 144),
+        (289, 289, 320),
+        (321, 321, 336),
+        (385, 385, 400),
+        (289, 32, 32),
+    ],
+)
+def test_rows_that_a_head_computes(tokens, queries, computed):
+    """In 16 bits, for the tokens and queries of the presets: the last tile is no larger than it has to be."""
+    from titok.kernels._aot import meta
+    from titok.kernels._launch import record
+    from titok.kernels.masked_attention import forward
+
+    qkv, out = (meta(2, n, 64 * d, dtype=torch.bfloat16) for n, d in ((tokens, 3), (queries, 1)))
+    with record() as launches:
+        forward(qkv, None, 1, 0, 0.125, out, None)
+    (tile,) = (launch.constexprs for launch in launches)
+    tiles = -(-queries // tile["BLOCK_M"])
+    assert (tiles - 1) * tile["BLOCK_M"] + (tile["ROW_TAIL"] or tile["BLOCK_M"]) == computed
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+def test_a_narrow_last_tile_of_queries():
+    """70 = 64 + 6 queries of two heads and samples, in 16 bits: with a mask, and with a range."""
+    qkv, key_mask = make_inputs(2, 70, 2, 16, torch.float16)
+    check("triton", qkv, 2, key_mask=key_mask)
+    check("triton", qkv, 2, query_range=(1, 68))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [17, 70])

@@ -30,9 +30,14 @@ def check_batch_size(batch_size: object) -> BatchSize:
     """`batch_size` as "auto" or an int >= 1. Raises `ValueError` where it is anything else."""
     if isinstance(batch_size, str) and batch_size == "auto":
         return "auto"
-    count = as_integer(batch_size)
+    return check_count("batch_size", batch_size, "'auto' or an int >= 1")
+
+
+def check_count(name: str, value: object, expected: str = "an int >= 1") -> int:
+    """`value` as an int >= 1. Raises `ValueError`, which names it and what was expected, where it is anything else."""
+    count = as_integer(value)
     if count is None or count < 1:
-        raise ValueError(f"batch_size: expected 'auto' or an int >= 1, got {batch_size!r}")
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return count
 
 
@@ -43,6 +48,7 @@ def generate_batches(
     device: torch.device,
     batch_size: BatchSize,
     progress: bool | None,
+    stream: torch.cuda.Stream | None = None,
 ) -> Iterator[Tensor]:
     """The pictures of a request in batches, (B, H, W, channels) uint8 on the CPU, in order.
 
@@ -50,6 +56,7 @@ def generate_batches(
         device: on which `generate` computes.
         batch_size: pictures of a batch, or "auto" for a `BatchSizeSearch`.
         progress: show a progress bar on stderr; None shows it where that is a terminal.
+        stream: of a GPU, on which `generate` computes; None: the current one.
 
     Raises:
         torch.OutOfMemoryError: a batch of the given size, or of one picture, does not fit.
@@ -63,7 +70,7 @@ def generate_batches(
         while start < total or in_flight:
             if start < total:
                 part = request.part(start, start + search.size)
-                batch = _try_batch(generate, part, search, copy_stream)
+                batch = _try_batch(generate, part, search, copy_stream, stream)
                 if batch is None:
                     continue  # it did not fit, and `search.size` is smaller now
                 in_flight.append(batch)
@@ -84,12 +91,16 @@ def one_by_one(batches: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def _try_batch(
-    generate: Generate, part: GenerationRequest, search: BatchSizeSearch, copy_stream: torch.cuda.Stream | None
+    generate: Generate,
+    part: GenerationRequest,
+    search: BatchSizeSearch,
+    copy_stream: torch.cuda.Stream | None,
+    stream: torch.cuda.Stream | None,
 ) -> _HostCopy | None:
     """Generates a batch and tells `search` how long it took. None: it did not fit, `search.size` is smaller."""
     began = time.perf_counter()
     try:
-        batch = _copy_to_host(generate(part), copy_stream)
+        batch = _copy_to_host(generate(part), copy_stream, stream)
         if search.searching:
             batch.wait()
     except torch.OutOfMemoryError:
@@ -116,12 +127,17 @@ class _HostCopy(NamedTuple):
         return self.pictures
 
 
-def _copy_to_host(pictures: Tensor, copy_stream: torch.cuda.Stream | None) -> _HostCopy:
-    """Starts the copy of pictures from a GPU to pinned memory, on `copy_stream`; pictures on the CPU need none."""
+def _copy_to_host(
+    pictures: Tensor, copy_stream: torch.cuda.Stream | None, stream: torch.cuda.Stream | None
+) -> _HostCopy:
+    """Starts the copy of pictures from a GPU to pinned memory, on `copy_stream`; pictures on the CPU need none.
+
+    `stream` is the one on which the pictures are computed; None: the current one.
+    """
     if copy_stream is None:
         return _HostCopy(pictures, None)
     host = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)  # PyTorch reuses pinned memory
-    copy_stream.wait_stream(torch.cuda.current_stream(pictures.device))
+    copy_stream.wait_stream(stream or torch.cuda.current_stream(pictures.device))
     with torch.cuda.stream(copy_stream):
         host.copy_(pictures, non_blocking=True)
     pictures.record_stream(copy_stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ from torch import Tensor
 from titok.checkpoints.hub import upload
 from titok.config import Rounding, SamplingConfig
 from titok.data.images import to_uint8
-from titok.generation.batches import BatchSize, check_batch_size, generate_batches, one_by_one
-from titok.generation.captured import PictureDecoder, decode_captured, is_captured
+from titok.generation.batches import BatchSize, check_batch_size, check_count, generate_batches, one_by_one
+from titok.generation.captured import PictureDecoder, can_capture, decode_captured, is_captured
 from titok.generation.request import GenerationRequest
 from titok.generation.sampling import draw_tokens
 from titok.generation.stopwatch import Stopwatch
+from titok.generation.two_stages import TwoStages, pictures_captured
 from titok.inference.cuda_graphs import GraphCache
 from titok.inference.dtypes import Dtype, choose_dtype
 from titok.inference.prepared import select
@@ -73,6 +75,7 @@ class Pipeline:
             )
         self.tokenizer, self.generator, self.engine = tokenizer, generator, engine
         self._graphs = GraphCache()  # from labels to pictures
+        self._picture_graphs = GraphCache()  # from tokens to pictures
         self._workspace = Workspace()
         self._prepares = prepare and engine == "fast"
         self._prepare()
@@ -192,19 +195,25 @@ class Pipeline:
                     return decode_captured(self.generator, request, self._graphs, picture_decoder)
             with stopwatch.stage("generator"), annotate("sample tokens"):
                 tokens = draw_tokens(self.generator, request)
-            with annotate("detokenize"):
-                with stopwatch.stage("decoder"):
-                    prediction = self.tokenizer.decode_head(tokens)
-                with stopwatch.stage("pixel decoder"):
-                    images = self.tokenizer.decode_pixels(prediction, self._workspace)
-            with stopwatch.stage("to 8 bits"):
-                return to_uint8(images, request.rounding)
+            return self._decode(tokens, request.rounding)
+
+    def _decode(self, tokens: Tensor, rounding: Rounding) -> Tensor:
+        """The pictures of tokens (B, K), without a graph."""
+        stopwatch = self._stopwatch
+        with annotate("detokenize"):
+            with stopwatch.stage("decoder"):
+                prediction = self.tokenizer.decode_head(tokens)
+            with stopwatch.stage("pixel decoder"):
+                images = self.tokenizer.decode_pixels(prediction, self._workspace)
+        with stopwatch.stage("to 8 bits"):
+            return to_uint8(images, rounding)
 
     def generate_many(
         self,
         labels: Tensor | Sequence[int],
         *,
         batch_size: BatchSize = "auto",
+        decode_batch_size: int | None = None,
         seed: int = 0,
         first_sample: int = 0,
         sampling: SamplingConfig | None = None,
@@ -220,6 +229,9 @@ class Pipeline:
 
         Args:
             batch_size: "auto" doubles it for as long as that is faster and fits into memory.
+            decode_batch_size: decodes so many pictures at once, and on a GPU draws the tokens of the next batch
+                beside that, on a second stream (`titok.generation.two_stages`). None decodes a batch at once, after its
+                tokens were drawn. Which of the two is faster has not been measured on a GPU.
             progress: show a progress bar on stderr; None shows it where that is a terminal.
             labels, seed, first_sample, sampling, rounding: as when the pipeline is called.
 
@@ -227,7 +239,7 @@ class Pipeline:
             an iterator over the pictures in the order of the labels, each (H, W, channels) uint8 on the CPU.
 
         Raises:
-            TypeError, ValueError: as when the pipeline is called, or a bad `batch_size`; before the first picture.
+            TypeError, ValueError: as when the pipeline is called, or a bad batch size; before the first picture.
         """
         request = GenerationRequest.checked(
             self.generator.config,
@@ -237,15 +249,57 @@ class Pipeline:
             sampling=sampling,
             rounding=rounding,
         )
-        batch_size = check_batch_size(batch_size)
-        return one_by_one(self.generate_batches(request, batch_size=batch_size, progress=progress))
+        return one_by_one(
+            self.generate_batches(
+                request, batch_size=batch_size, decode_batch_size=decode_batch_size, progress=progress
+            )
+        )
 
     def generate_batches(
-        self, request: GenerationRequest, *, batch_size: BatchSize = "auto", progress: bool | None = None
+        self,
+        request: GenerationRequest,
+        *,
+        batch_size: BatchSize = "auto",
+        decode_batch_size: int | None = None,
+        progress: bool | None = None,
     ) -> Iterator[Tensor]:
         """`generate_many` for a request, in batches (B, H, W, channels) uint8 on the CPU."""
         size, device = check_batch_size(batch_size), self.tokenizer.device
-        return generate_batches(self.generate, request, device=device, batch_size=size, progress=progress)
+        if decode_batch_size is None:
+            return generate_batches(self.generate, request, device=device, batch_size=size, progress=progress)
+        at_once = check_count("decode_batch_size", decode_batch_size)
+        stages = TwoStages(self._draw, functools.partial(self._decode_stage, request.rounding), device, at_once)
+        return self._in_two_stages(stages, request, size, progress)
+
+    def _in_two_stages(
+        self, stages: TwoStages, request: GenerationRequest, size: BatchSize, progress: bool | None
+    ) -> Iterator[Tensor]:
+        with stages:
+            yield from generate_batches(
+                stages,
+                request,
+                device=self.tokenizer.device,
+                batch_size=size,
+                progress=progress,
+                stream=stages.picture_stream,
+            )
+
+    @torch.no_grad()
+    def _draw(self, request: GenerationRequest) -> Tensor:
+        """The first of two stages: the tokens of a request."""
+        stopwatch = self._stopwatch = Stopwatch(self.tokenizer.device)
+        self._prepare()
+        with select(self.engine), stopwatch.stage("generator"), annotate("sample tokens"):
+            return draw_tokens(self.generator, request)
+
+    @torch.no_grad()
+    def _decode_stage(self, rounding: Rounding, tokens: Tensor) -> Tensor:
+        """The second of two stages: the pictures of tokens."""
+        with select(self.engine):
+            if not can_capture(self.generator):
+                return self._decode(tokens, rounding)
+            with self._stopwatch.stage("decoder"):
+                return pictures_captured(PictureDecoder(self.tokenizer, rounding), tokens, self._picture_graphs)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """About the latest call: `"seconds"` by stage, and `"backends"`, the back end that each op ran on last.
@@ -262,4 +316,5 @@ class Pipeline:
         """
         self._workspace.release()
         self._graphs.clear()
+        self._picture_graphs.clear()
         self.generator.graphs.clear()

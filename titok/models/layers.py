@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok.checkpoints.quirks import fold_shortcut_of_result, shortcut_of_result
-from titok.inference import cudnn, onednn
+from titok.inference import cudnn, fused_linear, onednn
 from titok.inference.folded_upsample import FoldedUpsampleConv, fold_upsample_conv, upsample_conv
 from titok.inference.prepared import PreparableLayer, prepared_form, prepared_with, readable, replace_weights
 from titok.models.conv_gradient import conv3x3
@@ -41,8 +41,22 @@ class Linear(nn.Linear, PreparableLayer):
         packed = prepared_form(self.weight, x)
         if packed is not None:
             return onednn.packed_linear(x, packed, self.bias, gelu)
-        y = F.linear(x, readable(self.weight), self.bias)
+        weight = readable(self.weight)
+        fused = fused_linear.gelu(x, weight, self.bias) if gelu else None
+        if fused is not None:
+            return fused
+        y = F.linear(x, weight, self.bias)
         return F.gelu(y) if gelu else y
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor] | None:
+        """self(x) + residual and the norm of it, where one launch computes them; otherwise None.
+
+        x (..., inputs), residual (..., outputs) -> two tensors (..., outputs).
+        """
+        if not fused_linear.is_counting():  # before the weight is read, which restores a prepared one
+            return None
+        parameters = (norm.weight, norm.bias, norm.eps)
+        return fused_linear.add_norm(x, readable(self.weight), self.bias, residual, *parameters)
 
 
 class LayerNorm(nn.LayerNorm):

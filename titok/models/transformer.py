@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def attend(self, qkv: Tensor, query_range: tuple[int, int] | None = None, *, dropout: float = 0.0) -> Tensor:
-        """Attention and output projection.
+        """Attention, before the output projection.
 
         Args:
             qkv: (B, N, 3 * D), what `self.qkv` returned.
@@ -53,8 +53,8 @@ class Attention(nn.Module):
             q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
             q = q if query_range is None else q[:, :, query_range[0] : query_range[1]]
             attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-            return self.proj(rearrange(attended, "b h n d -> b n (h d)"))
-        return self.proj(masked_attention(qkv, self.heads, query_range=query_range))
+            return rearrange(attended, "b h n d -> b n (h d)")
+        return masked_attention(qkv, self.heads, query_range=query_range)
 
 
 class MLP(nn.Module):
@@ -67,7 +67,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)"""
-        return self.fc2(self.fc1(x, gelu=True))
+        return self.fc2(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., hidden), what `fc2` reads."""
+        return self.fc1(x, gelu=True)
 
 
 class Block(nn.Module):
@@ -96,7 +100,8 @@ class Block(nn.Module):
             two tensors (B, N, D), or (B, stop - start, D) with a `query_range`.
         """
         attended = self.attn.attend(qkv, query_range)
-        return add_norm(x if query_range is None else x[:, query_range[0] : query_range[1]], attended, self.norm2)
+        x = x if query_range is None else x[:, query_range[0] : query_range[1]]
+        return linear_add_norm(self.attn.proj, attended, x, self.norm2)
 
     def post_norm(self, x: Tensor, *, dropout: float = 0.0) -> Tensor:
         """x (B, N, D): x = norm1(x + attention(x)), then norm2(x + MLP(x)), as in BERT (Devlin et al. 2019).
@@ -104,18 +109,30 @@ class Block(nn.Module):
         `dropout` acts on the attention weights, on the result of attention and on that of the MLP.
         """
         attended = self.attn.attend(self.attn.qkv(x), dropout=dropout)
-        x = norm_of_sum(x, F.dropout(attended, dropout), self.norm1)
-        return norm_of_sum(x, F.dropout(self.mlp(x), dropout), self.norm2)
+        x = linear_norm_of_sum(self.attn.proj, attended, x, self.norm1, dropout=dropout)
+        return linear_norm_of_sum(self.mlp.fc2, self.mlp.hidden(x), x, self.norm2, dropout=dropout)
 
 
-def add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x and residual (B, N, D) -> x + residual, and norm of it, in one pass."""
-    return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+def linear_add_norm(linear: Linear, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """linear(x) + residual, and norm of it.
+
+    x (B, N, inputs), residual (B, N, D) -> two tensors (B, N, D).
+    """
+    fused = linear.add_norm(x, residual, norm)
+    return fused or add_layer_norm(residual, linear(x), norm.weight, norm.bias, norm.eps)
 
 
-def norm_of_sum(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """norm(x + residual), of x and residual (B, N, D), where nobody reads the sum."""
-    return layer_norm_of_sum(x, residual, norm.weight, norm.bias, norm.eps)
+def linear_norm_of_sum(
+    linear: Linear, x: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropout: float = 0.0
+) -> Tensor:
+    """norm(dropout(linear(x)) + residual), where nobody reads the sum.
+
+    x (B, N, inputs), residual (B, N, D) -> (B, N, D).
+    """
+    fused = None if dropout else linear.add_norm(x, residual, norm)
+    if fused is not None:
+        return fused[1]
+    return layer_norm_of_sum(residual, F.dropout(linear(x), dropout), norm.weight, norm.bias, norm.eps)
 
 
 class Stack(nn.Module):
@@ -170,13 +187,14 @@ class Transformer(Stack):
         for block, next_block in itertools.pairwise(blocks):
             x, qkv = self.run_block(functools.partial(_block_and_next_qkv, block, next_block), x, qkv)
         x, h = blocks[-1].attend(x, qkv, query_range)
-        return norm_of_sum(x, blocks[-1].mlp(h), self.norm_post)
+        mlp = blocks[-1].mlp
+        return linear_norm_of_sum(mlp.fc2, mlp.hidden(h), x, self.norm_post)
 
 
 def _block_and_next_qkv(block: Block, next_block: Block, x: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:
     """The output of a pre-norm block, from its input and the packed projection of it, and the next one's projection."""
     x, h = block.attend(x, qkv)
-    x, h = add_norm(x, block.mlp(h), next_block.norm1)
+    x, h = linear_add_norm(block.mlp.fc2, block.mlp.hidden(h), x, next_block.norm1)
     return x, next_block.attn.qkv(h)
 
 
