@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: pages from files at the top of the repository, and links that work on the site as in the repository."""
+"""Hooks of MkDocs: pages from files at the top of the repository, and links that work on the site too."""
 
 from __future__ import annotations
 
