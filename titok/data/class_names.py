@@ -35,8 +35,8 @@ def parse_labels(text: str, num_classes: int) -> list[int]:
         if num_classes != NUM_CLASSES or not all(items):
             names = f" or names of ImageNet's {NUM_CLASSES:,} classes" if num_classes == NUM_CLASSES else ""
             raise ValueError(f"--labels: expected integers{names} with commas between, got {text!r}") from None
-    names = read_imagenet_names()
-    return [_number(item, names) for item in items]
+    known = read_imagenet_names()
+    return [_number(item, known) for item in items]
 
 
 def _number(item: str, names: list[list[str]]) -> int:

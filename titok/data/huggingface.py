@@ -34,7 +34,7 @@ class HuggingFaceSource:
     """
 
     def __init__(self, name: str) -> None:
-        self.where = f"{PREFIX}{name}"
+        self.where: str = f"{PREFIX}{name}"
         try:
             import datasets
         except ModuleNotFoundError as error:

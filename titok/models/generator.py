@@ -36,18 +36,18 @@ class MaskGIT(Pretrained):
         super().__init__()
         self.config = config
         c = config
-        self.embedding = nn.Embedding(c.codebook_size + c.num_classes + 2, c.width)
-        self.positions = nn.Parameter(torch.empty(1 + c.num_latent_tokens, c.width))
+        self.embedding: nn.Embedding = nn.Embedding(c.codebook_size + c.num_classes + 2, c.width)
+        self.positions: nn.Parameter = nn.Parameter(torch.empty(1 + c.num_latent_tokens, c.width))
         self.trunk: nn.Module
         if c.architecture == "vit":
             self.trunk = PostNormTransformer(c.width, c.layers, c.heads, c.mlp_width)
         else:
             self.trunk = UViT(c.width, c.layers, c.heads, c.mlp_width)
-        self.lm_head = Linear(c.width, c.codebook_size)
+        self.lm_head: Linear = Linear(c.width, c.codebook_size)
         init_weights(self, "trunc_normal")
         for table in (self.embedding.weight, self.positions):
             nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04)
-        self.graphs = GraphCache()  # captured with this model's weights
+        self.graphs: GraphCache = GraphCache()  # captured with this model's weights
 
     @property
     def mask_token(self) -> int:
