@@ -33,7 +33,15 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 # Modules whose `__all__` is public.
-PUBLIC_MODULES = ("titok", "titok.engine", "titok.ops", "titok.profiling", "titok.training")
+PUBLIC_MODULES = (
+    "titok",
+    "titok.data",
+    "titok.engine",
+    "titok.images",
+    "titok.ops",
+    "titok.profiling",
+    "titok.training",
+)
 
 
 class Block(NamedTuple):

@@ -5,7 +5,7 @@ Shapes: B samples, K tokens of a sample, V codes, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok.checkpoints import official
+from titok.checkpoints.lazy import LazyTensor
 from titok.checkpoints.pretrained import Pretrained
 from titok.checks import check_labels, check_tokens
 from titok.config import GeneratorConfig
@@ -129,5 +130,14 @@ class MaskGIT(Pretrained):
             return official.generator_config(values), True
         return GeneratorConfig.from_dict(values), False
 
-    convert_official = staticmethod(official.generator_weights)
-    preset_config = GeneratorConfig.preset
+    @staticmethod
+    def convert_official(
+        weights: Mapping[str, LazyTensor], config: GeneratorConfig | None = None
+    ) -> dict[str, LazyTensor]:
+        """The tensors of an official checkpoint under the names of this model's parameters."""
+        return official.generator_weights(weights, config)
+
+    @classmethod
+    def preset_config(cls, name: str) -> GeneratorConfig:
+        """See `GeneratorConfig.preset`."""
+        return GeneratorConfig.preset(name)

@@ -5,6 +5,7 @@ Shapes: B images of height H and width W, P patches, K latent tokens, D width, C
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titok.checkpoints import official
+from titok.checkpoints.lazy import LazyTensor
 from titok.checkpoints.pretrained import Pretrained
 from titok.checkpoints.quirks import reread_latents
 from titok.checks import check_images, check_latents, check_tokens
@@ -306,5 +308,14 @@ class TiTok(Pretrained):
             return official.tokenizer_config(values), True
         return TokenizerConfig.from_dict(values), False
 
-    convert_official = staticmethod(official.tokenizer_weights)
-    preset_config = TokenizerConfig.preset
+    @staticmethod
+    def convert_official(
+        weights: Mapping[str, LazyTensor], config: TokenizerConfig | None = None
+    ) -> dict[str, LazyTensor]:
+        """The tensors of an official checkpoint under the names of this model's parameters."""
+        return official.tokenizer_weights(weights, config)
+
+    @classmethod
+    def preset_config(cls, name: str) -> TokenizerConfig:
+        """See `TokenizerConfig.preset`."""
+        return TokenizerConfig.preset(name)

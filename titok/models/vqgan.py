@@ -7,6 +7,7 @@ channels of a pixel lie together, which is the order in which convolutions, norm
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titok.checkpoints import official
+from titok.checkpoints.lazy import LazyTensor
 from titok.checkpoints.pretrained import Pretrained
 from titok.checks import check_images, check_tensor, check_tokens
 from titok.config import VQGANConfig
@@ -368,4 +370,9 @@ class MaskGITVQGAN(Pretrained):
             return VQGANConfig(), True
         return VQGANConfig.from_dict(values), False
 
-    convert_official = staticmethod(official.vqgan_weights)
+    @staticmethod
+    def convert_official(
+        weights: Mapping[str, LazyTensor], config: VQGANConfig | None = None
+    ) -> dict[str, LazyTensor]:
+        """The tensors of an official checkpoint under the names of this model's parameters."""
+        return official.vqgan_weights(weights, config)
