@@ -46,7 +46,7 @@ def test_public_names_have_types(tmp_path: Path) -> None:
     if pyright is None:
         pytest.skip("pyright is not installed")
     # pyright asks the `python` of PATH where packages are.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     command = [pyright, "--verifytypes", "titok", "--ignoreexternal", "--outputjson"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
