@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
+from cli_runner import titok
 from titok.data.class_names import parse_labels, read_imagenet_names
 
 
@@ -62,3 +68,14 @@ def test_names_beginnings_and_numbers(text: str, numbers: list[int]) -> None:
 def test_what_is_refused(text: str, num_classes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_labels(text, num_classes)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_command_generates_named_classes(
+    models: Path, tiny_generator: Callable[..., Any], tmp_path: Path
+) -> None:
+    tiny_generator(num_classes=1000).save_pretrained(tmp_path / "generator")
+    output = tmp_path / "dogs.npz"
+    names = ("--labels", "golden ret, otter", "--per-class", 2)
+    titok("generate", "-t", models / "tokenizer", "-g", tmp_path / "generator", *names, "-o", output)
+    assert np.load(output)["arr_1"].tolist() == [207, 207, 360, 360]
