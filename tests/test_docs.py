@@ -296,9 +296,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_table_of_published_models_is_that_of_the_presets() -> None:
-    rows = re.findall(
-        r"^\| `(titok-\S+)` \| (\d+) \| `([\w/-]+)`", (ROOT / "README.md").read_text(), flags=re.M
-    )
+    rows = re.findall(r"^\| `(titok-\S+)` \| (\d+) \| `([\w/-]+)`", (ROOT / "README.md").read_text(), flags=re.M)
     assert {name for name, _, _ in rows} == {name for name in TOKENIZER_PRESETS if not name.endswith("-512")}
     for name, tokens, repository in rows:
         assert int(tokens) == TOKENIZER_PRESETS[name].num_latent_tokens
