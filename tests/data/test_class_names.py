@@ -71,6 +71,7 @@ def test_what_is_refused(text: str, num_classes: int, message: str) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_the_command_generates_named_classes(
     models: Path, tiny_generator: Callable[..., Any], tmp_path: Path
 ) -> None:
