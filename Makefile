@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build quickstart test test-fast sanitize lint format kernels gpu bench wheels clean
+.PHONY: help setup build quickstart test test-fast sanitize lint format docs kernels gpu bench wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,11 @@ format: $(STAMP)  ## rewrite the sources with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Look at it with: python -m http.server -d site
+docs: $(STAMP)  ## build the documentation into site/; a broken link or an undocumented public name is an error
+	$(BIN)/python -m pytest -q tests/test_docs.py -k api
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 # SECOND_TRITON is a folder with another release: pip install --target FOLDER --no-deps triton==3.6.0
 kernels: $(STAMP)  ## compile every Triton kernel for six GPU generations without a GPU, check it, write kernels/RESOURCES.md
 	$(BIN)/python -m titok.kernels.aot --write
@@ -73,4 +78,4 @@ wheels: $(STAMP)  ## build the source distribution and the wheel of this Python 
 	TITOK_BUILD=strict $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt -w dist .
 
 clean:  ## remove what was built, except .venv and runs/
-	rm -rf build dist *.egg-info titok/_C*.so
+	rm -rf build dist site *.egg-info titok/_C*.so

@@ -29,9 +29,11 @@ DOMAIN = "titok"  # of the NVTX ranges: `ncu --nvtx-include "titok@generate/"`
 class Sink(Protocol):
     """Where ranges go. Calls nest, and every `push` meets its `pop`, errors included."""
 
-    def push(self, name: str) -> None: ...
+    def push(self, name: str) -> None:
+        """Opens a range."""
 
-    def pop(self) -> None: ...
+    def pop(self) -> None:
+        """Closes the range that was opened last."""
 
 
 class NVTX:
@@ -55,12 +57,14 @@ class NVTX:
             )
 
     def push(self, name: str) -> None:
+        """Opens a range."""
         if self._package is None:
             torch.cuda.nvtx.range_push(f"{DOMAIN}: {name}")
         else:
             self._package.push_range(name, domain=DOMAIN)
 
     def pop(self) -> None:
+        """Closes the range that was opened last."""
         if self._package is None:
             torch.cuda.nvtx.range_pop()
         else:
@@ -74,10 +78,12 @@ class TorchProfiler:
         self._open: list[torch.profiler.record_function] = []
 
     def push(self, name: str) -> None:
+        """Opens a range."""
         self._open.append(torch.profiler.record_function(f"{DOMAIN}: {name}"))
         self._open[-1].__enter__()
 
     def pop(self) -> None:
+        """Closes the range that was opened last."""
         self._open.pop().__exit__(None, None, None)
 
 

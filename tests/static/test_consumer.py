@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -36,3 +37,17 @@ def test_pyright(tmp_path: Path) -> None:
     config.write_text(f'{{"include": ["{CONSUMER}"], "extraPaths": [{folders}], "typeCheckingMode": "standard"}}')
     run = subprocess.run([pyright, "-p", str(config)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_public_names_have_types(tmp_path: Path) -> None:
+    """`pyright --verifytypes`: the share of public names whose type a checker knows without inference."""
+    pyright = shutil.which("pyright")
+    if pyright is None:
+        pytest.skip("pyright is not installed")
+    # pyright asks the `python` of PATH where packages are.
+    path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    command = [pyright, "--verifytypes", "titok", "--ignoreexternal", "--outputjson"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert json.loads(run.stdout)["typeCompleteness"]["completenessScore"] >= 0.95

@@ -22,7 +22,7 @@ from titok.cli.reconstruct import reconstruct
 from titok.cli.tokens import detokenize, tokenize
 from titok.cli.waiting import set_waiting_policy
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     cls=ErrorGroup,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},  # of all commands

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from titok.evaluation.picture_sets import NpzPictures, SourcePictures
     from titok.training.losses import LPIPSDistance
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app: typer.Typer = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 ResultOption = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A .json for the result.")]
 

@@ -22,6 +22,7 @@ from titok.cli.options import (
     parse_rounding,
 )
 from titok.cli.outputs import check_apart, check_files, check_output
+from titok.data.class_names import parse_labels
 
 GRID_LIMIT = 1024  # pictures in one PNG
 
@@ -43,7 +44,9 @@ def generate(
     labels: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", help="Classes, such as 207,360; one past the last is no class. [default: all]"
+            metavar="LIST",
+            help="Classes by number, such as 207,360 (one past the last is no class), or by ImageNet's names, such as "
+            "'golden retriever, otter'; the beginning of a name will do. [default: all]",
         ),
     ] = None,
     per_class: Annotated[
@@ -96,7 +99,7 @@ def generate(
 
     \b
     titok generate -t yucornetto/tokenizer_titok_l32_imagenet \\
-        -g yucornetto/generator_titok_l32_imagenet --labels 207,360 --per-class 4
+        -g yucornetto/generator_titok_l32_imagenet --labels "golden retriever, otter" --per-class 4
     titok generate -t runs/quickstart/tokenizer -g runs/quickstart/generator --num 50000 -o samples.npz
     torchrun --nproc-per-node 8 -m titok generate -t TOKENIZER -g GENERATOR -n 50000 -o samples.npz
     """
@@ -189,16 +192,13 @@ def choose_classes(labels: str | None, per_class: int | None, num: int | None, n
     """The class of each picture, from the options --labels, --per-class and --num.
 
     Raises:
-        ValueError: both --per-class and --num are given, or --labels is not a list of integers.
+        ValueError: both --per-class and --num are given, or --labels is refused by `parse_labels`.
     """
     if per_class is not None and num is not None:
         raise ValueError("--per-class, --num: expected one of them, got both")
     classes = list(range(num_classes))
     if labels is not None:
-        try:
-            classes = [int(part) for part in labels.split(",")]
-        except ValueError:
-            raise ValueError(f"--labels: expected integers with commas between, got {labels!r}") from None
+        classes = parse_labels(labels, num_classes)
     if per_class is not None:
         return [label for label in classes for _ in range(per_class)]
     if num is None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 RUN_FILES = ("training.safetensors", "model.safetensors", "config.json")  # the first is the checkpoint of the run
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app: typer.Typer = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()

@@ -44,6 +44,11 @@ class Pictures:
         TypeError, ValueError: `size` is not as described. On access: a file is no picture.
     """
 
+    source: PictureSource
+    channels: int
+    preprocessing: Preprocessing
+    transform: Transform
+
     def __init__(
         self,
         source: PictureSource,
@@ -54,7 +59,7 @@ class Pictures:
         transform: Transform = evaluation,
     ) -> None:
         self.source, self.channels, self.preprocessing, self.transform = source, channels, preprocessing, transform
-        self.size = check_size(size)
+        self.size: tuple[int, int] = check_size(size)
         self.indices: Sequence[int] = range(len(source))
 
     @property
@@ -183,6 +188,11 @@ class AugmentedPictures:
         flip: True mirrors left to right with probability 1/2.
     """
 
+    pictures: Pictures
+    seed: int
+    crop: bool
+    flip: bool
+
     def __init__(self, pictures: Pictures, seed: int, *, crop: bool, flip: bool) -> None:
         self.pictures, self.seed, self.crop, self.flip = pictures, seed, crop, flip
 
@@ -206,6 +216,9 @@ class ReadablePictures:
         problems: what is wrong with each picture that was asked for and cannot be read, by index. In its place there
             is a black image.
     """
+
+    pictures: Pictures
+    problems: dict[int, str]
 
     def __init__(self, pictures: Pictures, *, copies: int | None = None) -> None:
         self.pictures, self.problems = pictures, dict[int, str]()

@@ -33,8 +33,11 @@ class HuggingFaceSource:
         FileNotFoundError, ValueError: there is no such dataset or split, or it has no pictures.
     """
 
+    labels: torch.Tensor
+    classes: list[str]
+
     def __init__(self, name: str) -> None:
-        self.where = f"{PREFIX}{name}"
+        self.where: str = f"{PREFIX}{name}"
         try:
             import datasets
         except ModuleNotFoundError as error:

@@ -52,21 +52,23 @@ class ShardSource:
         index: str | os.PathLike[str] | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
-        self.shards = [Path(shard) for shard in shards]
-        self.where = str(self.shards[0] if len(self.shards) == 1 else self.shards[0].parent)
+        self.shards: list[Path] = [Path(shard) for shard in shards]
+        self.where: str = str(self.shards[0] if len(self.shards) == 1 else self.shards[0].parent)
         for shard in self.shards:
             if not shard.is_file():
                 raise FileNotFoundError(f"{shard}: no such file")
         table = _index_of(self.shards, None if index is None else Path(index))
         self._shards, self._offsets, self._sizes = table["shards"], table["offsets"], table["sizes"]
-        self.labels = torch.from_numpy(table["labels"])
-        self.names = table["names"].tobytes().decode("utf-8", "surrogateescape").split("\n")
+        self.labels: torch.Tensor = torch.from_numpy(table["labels"])
+        self.names: list[str] = table["names"].tobytes().decode("utf-8", "surrogateescape").split("\n")
         left_out = json.loads(str(table["left_out"]))
         words = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
-        self.left_out = f"left out: {words}" if words else ""
+        self.left_out: str = f"left out: {words}" if words else ""
         self._shard_bytes = [shard.stat().st_size for shard in self.shards]
         highest = int(self.labels.max())
-        self.classes = order_classes(map(str, range(highest + 1)), "natural") if classes is None else list(classes)
+        self.classes: list[str] = (
+            order_classes(map(str, range(highest + 1)), "natural") if classes is None else list(classes)
+        )
         if highest >= len(self.classes):
             raise ValueError(f"classes: expected {highest + 1} names or more, got {len(self.classes)}")
 

@@ -91,6 +91,11 @@ class FolderSource:
         ValueError: the names of the classes are not those of the sub-folders, or the labels cannot be read.
     """
 
+    root: Path
+    where: str
+    paths: list[Path]
+    names: list[str]
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -107,7 +112,7 @@ class FolderSource:
             self._class_of = read_labels_file(Path(labels_file))
             found = self._with_labels(Path(labels_file), found)
             self.paths, self.names = found.paths, [self._name_of(path) for path in found.paths]
-        self.left_out = found.describe_left_out()
+        self.left_out: str = found.describe_left_out()
 
     def _name_of(self, path: Path) -> str:
         return path.name if path == self.root else path.relative_to(self.root).as_posix()

@@ -53,6 +53,12 @@ class TokenSet:
         info: what info.json says; empty for a .jsonl file.
     """
 
+    path: Path
+    tokens: Tensor
+    labels: Tensor
+    classes: list[str]
+    info: dict[str, Any]
+
     def __init__(
         self, path: Path, tokens: Tensor, labels: Tensor, classes: list[str], info: dict[str, Any]
     ) -> None:

@@ -42,6 +42,10 @@ class FigureNames:
         distance, spatial_distance, score, precision, recall: names.
     """
 
+    score: str
+    precision: str
+    recall: str
+
     def __init__(self, extractor: FeatureExtractor, *, reconstruction: bool = False) -> None:
         if extractor.name == INCEPTION:
             self.distance, self.spatial_distance = ("rfid", "rsfid") if reconstruction else ("fid", "sfid")
@@ -61,6 +65,9 @@ class InceptionFeatures:
         device, dtype: of the network, float32 or float64.
     """
 
+    network: torch.nn.Module
+    weights_hash: str
+
     name = INCEPTION
 
     def __init__(
@@ -74,7 +81,7 @@ class InceptionFeatures:
 
         network, state = load_inception(weights)
         self.network, self.weights_hash = network.to(device, dtype), hash_of_tensors(state)
-        self.device = torch.device(device)
+        self.device: torch.device = torch.device(device)
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, /) -> dict[str, Tensor]:
@@ -96,6 +103,10 @@ class EfficientNetLite0Features:
     Raises:
         ModuleNotFoundError: a package is missing; the message says how to install it.
     """
+
+    device: torch.device
+    dtype: torch.dtype
+    weights_hash: str
 
     name = "efficientnet_lite0"
     side = 224  # in pixels, of what the network reads
@@ -119,7 +130,7 @@ class EfficientNetLite0Features:
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise ValueError(f"{weights}: not the weights of EfficientNet-Lite0: {reason}") from error
-        self.network = network.to(device, dtype).eval().requires_grad_(False)
+        self.network: Any = network.to(device, dtype).eval().requires_grad_(False)
         self.device, self.dtype, self.weights_hash = torch.device(device), dtype, hash_of_tensors(state)
 
     @torch.no_grad()

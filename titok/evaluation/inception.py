@@ -35,8 +35,8 @@ class Convolution(nn.Module):
         self, channels: int, width: int, kernel: int | tuple[int, int], stride: int, padding: Any
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, width, kernel, stride=stride, padding=padding, bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=0.001)
+        self.conv: nn.Conv2d = nn.Conv2d(channels, width, kernel, stride=stride, padding=padding, bias=False)
+        self.bn: nn.BatchNorm2d = nn.BatchNorm2d(width, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, width, H', W')."""
@@ -61,6 +61,8 @@ Branch = tuple[Step, ...]
 
 class Block(nn.Module):
     """Branches that read the same input. The output is that of all branches, concatenated along the channels."""
+
+    channels: int
 
     def __init__(self, channels: int, branches: Sequence[Branch]) -> None:
         super().__init__()
@@ -174,23 +176,23 @@ class InceptionNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, 2, 0)
-        self.Conv2d_2a_3x3 = Convolution(32, 32, 3, 1, 0)
-        self.Conv2d_2b_3x3 = Convolution(32, 64, 3, 1, 1)
-        self.Conv2d_3b_1x1 = Convolution(64, 80, 1, 1, 0)
-        self.Conv2d_4a_3x3 = Convolution(80, 192, 3, 1, 0)
-        self.Mixed_5b = Block(192, _block_35(32))
-        self.Mixed_5c = Block(256, _block_35(64))
-        self.Mixed_5d = Block(288, _block_35(64))
-        self.Mixed_6a = Block(288, _TO_17)
-        self.Mixed_6b = Block(768, _block_17(128))
-        self.Mixed_6c = Block(768, _block_17(160))
-        self.Mixed_6d = Block(768, _block_17(160))
-        self.Mixed_6e = Block(768, _block_17(192))
-        self.Mixed_7a = Block(768, _TO_8)
-        self.Mixed_7b = Block(1280, _block_8(AVERAGE))
-        self.Mixed_7c = Block(2048, _block_8(MAXIMUM))
-        self.fc = nn.Linear(2048, CLASSES)
+        self.Conv2d_1a_3x3: Convolution = Convolution(3, 32, 3, 2, 0)
+        self.Conv2d_2a_3x3: Convolution = Convolution(32, 32, 3, 1, 0)
+        self.Conv2d_2b_3x3: Convolution = Convolution(32, 64, 3, 1, 1)
+        self.Conv2d_3b_1x1: Convolution = Convolution(64, 80, 1, 1, 0)
+        self.Conv2d_4a_3x3: Convolution = Convolution(80, 192, 3, 1, 0)
+        self.Mixed_5b: Block = Block(192, _block_35(32))
+        self.Mixed_5c: Block = Block(256, _block_35(64))
+        self.Mixed_5d: Block = Block(288, _block_35(64))
+        self.Mixed_6a: Block = Block(288, _TO_17)
+        self.Mixed_6b: Block = Block(768, _block_17(128))
+        self.Mixed_6c: Block = Block(768, _block_17(160))
+        self.Mixed_6d: Block = Block(768, _block_17(160))
+        self.Mixed_6e: Block = Block(768, _block_17(192))
+        self.Mixed_7a: Block = Block(768, _TO_8)
+        self.Mixed_7b: Block = Block(1280, _block_8(AVERAGE))
+        self.Mixed_7c: Block = Block(2048, _block_8(MAXIMUM))
+        self.fc: nn.Linear = nn.Linear(2048, CLASSES)
         self.eval().requires_grad_(False)
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:

@@ -62,18 +62,20 @@ class NpzPictures:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         small = read_arrays(self.path, ["arr_1", *STATISTICS])
-        self.statistics = {name: small[name] for name in STATISTICS if name in small}
+        self.statistics: dict[str, np.ndarray] = {name: small[name] for name in STATISTICS if name in small}
         labels = small.get("arr_1")
-        self.labels = labels if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" else None
+        self.labels: np.ndarray | None = (
+            labels if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu" else None
+        )
         self._pictures: np.ndarray | None = None
         self._offset, shape, dtype = self._find_pictures()
         if dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))):
             raise ValueError(f"{self.path}: arr_0: expected uint8 (N, H, W, 3), got {dtype} {shape}")
         self._count, *sides = shape
-        self.size = (sides[0], sides[1])
-        self.channels = sides[2] if len(sides) == 3 else 1
+        self.size: tuple[int, int] = (sides[0], sides[1])
+        self.channels: int = sides[2] if len(sides) == 3 else 1
         if self.labels is not None and len(self.labels) != self._count:
             raise ValueError(
                 f"{self.path}: arr_1: expected {self._count} labels, as there are pictures, got {len(self.labels)}"
@@ -156,6 +158,9 @@ class SourcePictures:
         size: (height, width) of the pictures to compare with.
         preprocessing: what happens to EXIF orientation and transparency.
     """
+
+    size: tuple[int, int]
+    images: Pictures
 
     def __init__(
         self, source: PictureSource, size: tuple[int, int], preprocessing: Preprocessing = UPRIGHT_ON_WHITE

@@ -142,6 +142,10 @@ class LARS:
     The gradient of a matrix is scaled to `trust` times the norm of the matrix. Biases take their gradient as it is.
     """
 
+    parameters: list[Tensor]
+    momentum: float
+    trust: float
+
     def __init__(self, parameters: list[Tensor], momentum: float, trust: float) -> None:
         self.parameters, self.momentum, self.trust = parameters, momentum, trust
         self._velocities = [torch.zeros_like(parameter) for parameter in parameters]

@@ -23,7 +23,7 @@ class FeatureMoments:
     """
 
     def __init__(self, dimension: int) -> None:
-        self.count = 0
+        self.count: int = 0
         self._sum = torch.zeros(dimension, dtype=torch.float64)
         self._products = torch.zeros(dimension, dimension, dtype=torch.float64)
 
@@ -114,7 +114,7 @@ class ClassScore:
     """
 
     def __init__(self, classes: int, pictures: int, split_size: int | None = None) -> None:
-        self.split_size = split_size or max(pictures, 1)
+        self.split_size: int = split_size or max(pictures, 1)
         splits = max(1, math.ceil(pictures / self.split_size))
         self._counts = torch.zeros(splits, dtype=torch.float64)
         self._negative_entropies = torch.zeros(splits, dtype=torch.float64)
@@ -153,7 +153,7 @@ class CodeUsage:
     """
 
     def __init__(self, codebook_size: int) -> None:
-        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        self.counts: Tensor = torch.zeros(codebook_size, dtype=torch.int64)
 
     def update(self, tokens: Tensor) -> None:
         """Adds tokens of any shape and integer dtype, in [0, V).

@@ -157,6 +157,8 @@ class BatchSizeSearch:
     """
 
     LARGEST = 512
+    size: int
+    searching: bool
 
     def __init__(self, batch_size: BatchSize, device: torch.device) -> None:
         self.searching = batch_size == "auto"

@@ -49,6 +49,9 @@ class Pipeline:
             decode to pictures; or there is no such engine.
     """
 
+    tokenizer: TiTok
+    generator: MaskGIT
+
     def __init__(
         self,
         tokenizer: TiTok,

@@ -5,7 +5,7 @@ Shapes: B samples, K tokens of a sample, V codes, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok.checkpoints import official
+from titok.checkpoints.lazy import LazyTensor
 from titok.checkpoints.pretrained import Pretrained
 from titok.checks import check_labels, check_tokens
 from titok.config import GeneratorConfig
@@ -36,18 +37,18 @@ class MaskGIT(Pretrained):
         super().__init__()
         self.config = config
         c = config
-        self.embedding = nn.Embedding(c.codebook_size + c.num_classes + 2, c.width)
-        self.positions = nn.Parameter(torch.empty(1 + c.num_latent_tokens, c.width))
+        self.embedding: nn.Embedding = nn.Embedding(c.codebook_size + c.num_classes + 2, c.width)
+        self.positions: nn.Parameter = nn.Parameter(torch.empty(1 + c.num_latent_tokens, c.width))
         self.trunk: nn.Module
         if c.architecture == "vit":
             self.trunk = PostNormTransformer(c.width, c.layers, c.heads, c.mlp_width)
         else:
             self.trunk = UViT(c.width, c.layers, c.heads, c.mlp_width)
-        self.lm_head = Linear(c.width, c.codebook_size)
+        self.lm_head: Linear = Linear(c.width, c.codebook_size)
         init_weights(self, "trunc_normal")
         for table in (self.embedding.weight, self.positions):
             nn.init.trunc_normal_(table, std=0.02, a=-0.04, b=0.04)
-        self.graphs = GraphCache()  # captured with this model's weights
+        self.graphs: GraphCache = GraphCache()  # captured with this model's weights
 
     @property
     def mask_token(self) -> int:
@@ -129,5 +130,14 @@ class MaskGIT(Pretrained):
             return official.generator_config(values), True
         return GeneratorConfig.from_dict(values), False
 
-    convert_official = staticmethod(official.generator_weights)
-    preset_config = GeneratorConfig.preset
+    @staticmethod
+    def convert_official(
+        weights: Mapping[str, LazyTensor], config: GeneratorConfig | None = None
+    ) -> dict[str, LazyTensor]:
+        """The tensors of an official checkpoint under the names of this model's parameters."""
+        return official.generator_weights(weights, config)
+
+    @classmethod
+    def preset_config(cls, name: str) -> GeneratorConfig:
+        """See `GeneratorConfig.preset`."""
+        return GeneratorConfig.preset(name)

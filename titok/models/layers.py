@@ -87,6 +87,9 @@ class Conv3x3(nn.Conv2d, PreparableLayer):
             it, by whoever owns both.
     """
 
+    size: tuple[int, int]
+    takes_shortcut: bool
+
     def __init__(
         self, inputs: int, outputs: int, *, bias: bool, size: tuple[int, int], takes_shortcut: bool = False
     ) -> None:

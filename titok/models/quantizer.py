@@ -20,10 +20,13 @@ class VectorQuantizer(nn.Module):
     Distances are computed in float32 for every dtype of the model but float64, which keeps float64.
     """
 
+    l2_normalize: bool
+    commitment_cost: float
+
     def __init__(self, codebook_size: int, code_dim: int, *, l2_normalize: bool, commitment_cost: float) -> None:
         super().__init__()
         self.l2_normalize, self.commitment_cost = l2_normalize, commitment_cost
-        self.codebook = nn.Parameter(torch.empty(codebook_size, code_dim))
+        self.codebook: nn.Parameter = nn.Parameter(torch.empty(codebook_size, code_dim))
         nn.init.uniform_(self.codebook, -1 / codebook_size, 1 / codebook_size)
 
     def forward(self, latents: Tensor) -> Quantized:

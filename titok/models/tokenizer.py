@@ -5,6 +5,7 @@ Shapes: B images of height H and width W, P patches, K latent tokens, D width, C
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titok.checkpoints import official
+from titok.checkpoints.lazy import LazyTensor
 from titok.checkpoints.pretrained import Pretrained
 from titok.checkpoints.quirks import reread_latents
 from titok.checks import check_images, check_latents, check_tokens
@@ -37,15 +39,17 @@ class Encoder(nn.Module):
         vit, tokens = config.encoder, config.num_latent_tokens
         h, w = config.grid("encoder")
         scale = vit.width**-0.5
-        self.reread_latents = config.reread_latents
-        self.patch_embed = nn.Conv2d(config.channels, vit.width, vit.patch_size, stride=vit.patch_size)
-        self.class_token = nn.Parameter(scale * torch.randn(1, vit.width))
-        self.patch_positions = nn.Parameter(scale * torch.randn(1 + h * w, vit.width))  # row 0: the class token
-        self.latent_tokens = nn.Parameter(scale * torch.randn(tokens, vit.width))
-        self.latent_positions = nn.Parameter(scale * torch.randn(tokens, vit.width))
-        self.trunk = Transformer(vit.width, vit.layers, vit.heads, vit.mlp_ratio * vit.width)
+        self.reread_latents: bool = config.reread_latents
+        self.patch_embed: nn.Conv2d = nn.Conv2d(config.channels, vit.width, vit.patch_size, stride=vit.patch_size)
+        self.class_token: nn.Parameter = nn.Parameter(scale * torch.randn(1, vit.width))
+        self.patch_positions: nn.Parameter = nn.Parameter(
+            scale * torch.randn(1 + h * w, vit.width)
+        )  # row 0: the class token
+        self.latent_tokens: nn.Parameter = nn.Parameter(scale * torch.randn(tokens, vit.width))
+        self.latent_positions: nn.Parameter = nn.Parameter(scale * torch.randn(tokens, vit.width))
+        self.trunk: Transformer = Transformer(vit.width, vit.layers, vit.heads, vit.mlp_ratio * vit.width)
         outputs = 2 * config.code_dim if config.bottleneck == "vae" else config.code_dim
-        self.project = Linear(vit.width, outputs)
+        self.project: Linear = Linear(vit.width, outputs)
         init_weights(self, "xavier")
 
     @ranged("encoder")
@@ -73,24 +77,28 @@ class Decoder(nn.Module):
     covers.
     """
 
+    grid: tuple[int, int]
+
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         vit, tokens = config.decoder, config.num_latent_tokens
         self.grid = h, w = config.grid("decoder")
         scale = vit.width**-0.5
-        self.embed = Linear(config.code_dim, vit.width)
-        self.class_token = nn.Parameter(scale * torch.randn(1, vit.width))
-        self.mask_token = nn.Parameter(scale * torch.randn(1, 1, vit.width))
-        self.patch_positions = nn.Parameter(scale * torch.randn(1 + h * w, vit.width))  # row 0: the class token
-        self.latent_positions = nn.Parameter(scale * torch.randn(tokens, vit.width))
-        self.trunk = Transformer(vit.width, vit.layers, vit.heads, vit.mlp_ratio * vit.width)
+        self.embed: Linear = Linear(config.code_dim, vit.width)
+        self.class_token: nn.Parameter = nn.Parameter(scale * torch.randn(1, vit.width))
+        self.mask_token: nn.Parameter = nn.Parameter(scale * torch.randn(1, 1, vit.width))
+        self.patch_positions: nn.Parameter = nn.Parameter(
+            scale * torch.randn(1 + h * w, vit.width)
+        )  # row 0: the class token
+        self.latent_positions: nn.Parameter = nn.Parameter(scale * torch.randn(tokens, vit.width))
+        self.trunk: Transformer = Transformer(vit.width, vit.layers, vit.heads, vit.mlp_ratio * vit.width)
         self.smooth: nn.Conv2d | None = None
         if config.head == "proxy":
             assert config.proxy is not None  # checked by the configuration
-            self.values_per_side = vit.patch_size // config.proxy.factor  # codes along each side of a patch
+            self.values_per_side: int = vit.patch_size // config.proxy.factor  # codes along each side of a patch
             outputs = config.proxy.codebook_size * self.values_per_side**2
             hidden = Linear(vit.width, 2 * vit.width)
-            self.head = nn.Sequential(hidden, nn.Tanh(), Linear(2 * vit.width, outputs))
+            self.head: nn.Sequential = nn.Sequential(hidden, nn.Tanh(), Linear(2 * vit.width, outputs))
         else:
             self.values_per_side = vit.patch_size  # pixels along each side of a patch
             self.head = nn.Sequential(Linear(vit.width, config.channels * self.values_per_side**2))
@@ -124,19 +132,19 @@ class TiTok(Pretrained):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder: Encoder = Encoder(config)
         self.quantizer: VectorQuantizer | None = None
         if config.bottleneck == "vq":
             self.quantizer = VectorQuantizer(
                 config.codebook_size, config.code_dim,
                 l2_normalize=config.l2_normalize, commitment_cost=config.commitment_cost,
             )  # fmt: skip
-        self.decoder = Decoder(config)
+        self.decoder: Decoder = Decoder(config)
         self.pixel_decoder: VQGANDecoder | None = None
         if config.pixel_decoder:
             assert config.proxy is not None  # checked by the configuration
             size = (config.proxy.codebook_size, config.proxy.code_dim)
-            self.pixel_codebook = nn.Parameter(torch.empty(size).uniform_(-1 / size[0], 1 / size[0]))
+            self.pixel_codebook: nn.Parameter = nn.Parameter(torch.empty(size).uniform_(-1 / size[0], 1 / size[0]))
             height, width = (pixels // config.proxy.factor for pixels in config.image_size)
             self.pixel_decoder = VQGANDecoder(config.proxy, (height, width))
 
@@ -300,5 +308,14 @@ class TiTok(Pretrained):
             return official.tokenizer_config(values), True
         return TokenizerConfig.from_dict(values), False
 
-    convert_official = staticmethod(official.tokenizer_weights)
-    preset_config = TokenizerConfig.preset
+    @staticmethod
+    def convert_official(
+        weights: Mapping[str, LazyTensor], config: TokenizerConfig | None = None
+    ) -> dict[str, LazyTensor]:
+        """The tensors of an official checkpoint under the names of this model's parameters."""
+        return official.tokenizer_weights(weights, config)
+
+    @classmethod
+    def preset_config(cls, name: str) -> TokenizerConfig:
+        """See `TokenizerConfig.preset`."""
+        return TokenizerConfig.preset(name)

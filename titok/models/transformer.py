@@ -35,8 +35,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width, bias=qkv_bias)  # rows: queries, keys, values; heads within each
-        self.proj = Linear(width, width)
+        self.qkv: Linear = Linear(
+            width, 3 * width, bias=qkv_bias
+        )  # rows: queries, keys, values; heads within each
+        self.proj: Linear = Linear(width, width)
 
     def attend(self, qkv: Tensor, query_range: tuple[int, int] | None = None, *, dropout: float = 0.0) -> Tensor:
         """Attention, before the output projection.
@@ -62,8 +64,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1: Linear = Linear(width, hidden)
+        self.fc2: Linear = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)"""
@@ -79,10 +81,10 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_width: int, *, eps: float, qkv_bias: bool = True) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, qkv_bias=qkv_bias)
-        self.norm2 = LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, mlp_width)
+        self.norm1: LayerNorm = LayerNorm(width, eps=eps)
+        self.attn: Attention = Attention(width, heads, qkv_bias=qkv_bias)
+        self.norm2: LayerNorm = LayerNorm(width, eps=eps)
+        self.mlp: MLP = MLP(width, mlp_width)
 
     def forward(self, x: Tensor, query_range: tuple[int, int] | None = None) -> Tensor:
         """x (B, N, D): x = x + attention(norm1(x)), then x + MLP(norm2(x))."""
@@ -162,9 +164,9 @@ class Transformer(Stack):
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm_pre = LayerNorm(width, eps=eps)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps=eps) for _ in range(layers))
-        self.norm_post = LayerNorm(width, eps=eps)
+        self.norm_pre: LayerNorm = LayerNorm(width, eps=eps)
+        self.blocks: nn.ModuleList = nn.ModuleList(Block(width, heads, mlp_width, eps=eps) for _ in range(layers))
+        self.norm_post: LayerNorm = LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, query_range: tuple[int, int]) -> Tensor:
         """The output of the tokens in `query_range`.
@@ -203,8 +205,8 @@ class PostNormTransformer(Stack):
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, eps: float = 1e-12) -> None:
         super().__init__()
-        self.norm = LayerNorm(width, eps=eps)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, eps=eps) for _ in range(layers))
+        self.norm: LayerNorm = LayerNorm(width, eps=eps)
+        self.blocks: nn.ModuleList = nn.ModuleList(Block(width, heads, mlp_width, eps=eps) for _ in range(layers))
 
     def forward(self, x: Tensor, *, dropout: float = 0.0) -> Tensor:
         """x (B, N, D) -> (B, N, D). `dropout` acts after the first norm and in every block (`Block.post_norm`)."""
@@ -227,11 +229,11 @@ class UViT(Stack):
         def block() -> Block:
             return Block(width, heads, mlp_width, eps=eps, qkv_bias=False)
 
-        self.in_blocks = nn.ModuleList(block() for _ in range(layers // 2))
-        self.mid_block = block()
-        self.out_blocks = nn.ModuleList(block() for _ in range(layers // 2))
-        self.skips = nn.ModuleList(Linear(2 * width, width) for _ in range(layers // 2))
-        self.norm = LayerNorm(width, eps=eps)
+        self.in_blocks: nn.ModuleList = nn.ModuleList(block() for _ in range(layers // 2))
+        self.mid_block: Block = block()
+        self.out_blocks: nn.ModuleList = nn.ModuleList(block() for _ in range(layers // 2))
+        self.skips: nn.ModuleList = nn.ModuleList(Linear(2 * width, width) for _ in range(layers // 2))
+        self.norm: LayerNorm = LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)"""

@@ -7,6 +7,7 @@ channels of a pixel lie together, which is the order in which convolutions, norm
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titok.checkpoints import official
+from titok.checkpoints.lazy import LazyTensor
 from titok.checkpoints.pretrained import Pretrained
 from titok.checks import check_images, check_tensor, check_tokens
 from titok.config import VQGANConfig
@@ -74,11 +76,11 @@ class ResidualBlock(PreparableLayer):
 
     def __init__(self, inputs: int, outputs: int, *, size: tuple[int, int], shortcut_of_result: bool) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(_GROUPS, inputs, eps=_EPS)
-        self.conv1 = Conv3x3(inputs, outputs, bias=False, size=size)
-        self.norm2 = nn.GroupNorm(_GROUPS, outputs, eps=_EPS)
+        self.norm1: nn.GroupNorm = nn.GroupNorm(_GROUPS, inputs, eps=_EPS)
+        self.conv1: Conv3x3 = Conv3x3(inputs, outputs, bias=False, size=size)
+        self.norm2: nn.GroupNorm = nn.GroupNorm(_GROUPS, outputs, eps=_EPS)
         folds = shortcut_of_result and inputs != outputs
-        self.conv2 = Conv3x3(outputs, outputs, bias=False, size=size, takes_shortcut=folds)
+        self.conv2: Conv3x3 = Conv3x3(outputs, outputs, bias=False, size=size, takes_shortcut=folds)
         self.shortcut_of_result = shortcut_of_result
         self.nin_shortcut: Conv1x1 | None = None
         if inputs != outputs:
@@ -145,11 +147,11 @@ class Level(nn.Module):
         self, widths: list[int], *, size: tuple[int, int], upsample: bool, shortcut_of_result: bool
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
+        self.blocks: nn.ModuleList = nn.ModuleList(
             ResidualBlock(before, after, size=size, shortcut_of_result=shortcut_of_result)
             for before, after in itertools.pairwise(widths)
         )
-        self.upsample = UpsampleConv(widths[-1], size=size) if upsample else None
+        self.upsample: UpsampleConv | None = UpsampleConv(widths[-1], size=size) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C', H, W), or (B, C', 2H, 2W) with `upsample`."""
@@ -196,14 +198,14 @@ class VQGANEncoder(nn.Module):
         sizes = _sizes(code_size, len(config.channel_multipliers))
         quirk = {"shortcut_of_result": config.shortcut_of_result}
         widths = [config.hidden_channels * m for m in config.channel_multipliers]
-        self.conv_in = Conv3x3(config.channels, config.hidden_channels, bias=False, size=sizes[0])
-        self.levels = nn.ModuleList(
+        self.conv_in: Conv3x3 = Conv3x3(config.channels, config.hidden_channels, bias=False, size=sizes[0])
+        self.levels: nn.ModuleList = nn.ModuleList(
             Level([before] + [width] * config.blocks_per_level, size=size, upsample=False, **quirk)
             for before, width, size in zip([config.hidden_channels, *widths[:-1]], widths, sizes, strict=True)
         )
-        self.mid = _middle_blocks(widths[-1], size=code_size, **quirk)
-        self.norm_out = nn.GroupNorm(_GROUPS, widths[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
+        self.mid: nn.ModuleList = _middle_blocks(widths[-1], size=code_size, **quirk)
+        self.norm_out: nn.GroupNorm = nn.GroupNorm(_GROUPS, widths[-1], eps=_EPS)
+        self.conv_out: nn.Conv2d = nn.Conv2d(widths[-1], config.code_dim, 1)
 
     @ranged("pixel encoder")
     def forward(self, images: Tensor) -> Tensor:
@@ -224,22 +226,26 @@ class VQGANDecoder(nn.Module):
         code_size: the (h, w) that the decoder is prepared for.
     """
 
+    factor: int
+    channels: int
+    finest_width: int
+
     def __init__(self, config: VQGANConfig, code_size: tuple[int, int] = CODE_SIZE) -> None:
         super().__init__()
         sizes = _sizes(code_size, len(config.channel_multipliers))
         quirk = {"shortcut_of_result": config.shortcut_of_result}
         widths = [config.hidden_channels * m for m in config.channel_multipliers]
         self.factor, self.channels, self.finest_width = config.factor, config.channels, widths[0]
-        self.conv_in = Conv3x3(config.code_dim, widths[-1], bias=True, size=code_size)
-        self.mid = _middle_blocks(widths[-1], size=code_size, **quirk)
+        self.conv_in: Conv3x3 = Conv3x3(config.code_dim, widths[-1], bias=True, size=code_size)
+        self.mid: nn.ModuleList = _middle_blocks(widths[-1], size=code_size, **quirk)
         # Stored from the finest level to the coarsest, as in the official weights, and computed in the opposite
         # order.
-        self.levels = nn.ModuleList(
+        self.levels: nn.ModuleList = nn.ModuleList(
             Level([before] + [width] * config.blocks_per_level, size=sizes[i], upsample=i > 0, **quirk)
             for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
-        self.norm_out = nn.GroupNorm(_GROUPS, widths[0], eps=_EPS)
-        self.conv_out = Conv3x3(widths[0], config.channels, bias=True, size=sizes[0])
+        self.norm_out: nn.GroupNorm = nn.GroupNorm(_GROUPS, widths[0], eps=_EPS)
+        self.conv_out: Conv3x3 = Conv3x3(widths[0], config.channels, bias=True, size=sizes[0])
 
     @ranged("pixel decoder")
     def forward(self, codes: Tensor, workspace: Workspace | None = None) -> Tensor:
@@ -306,9 +312,9 @@ class MaskGITVQGAN(Pretrained):
     def __init__(self, config: VQGANConfig | None = None) -> None:
         super().__init__()
         self.config = config or VQGANConfig()
-        self.encoder = VQGANEncoder(self.config)
-        self.decoder = VQGANDecoder(self.config)
-        self.codebook = nn.Parameter(torch.empty(self.config.codebook_size, self.config.code_dim))
+        self.encoder: VQGANEncoder = VQGANEncoder(self.config)
+        self.decoder: VQGANDecoder = VQGANDecoder(self.config)
+        self.codebook: nn.Parameter = nn.Parameter(torch.empty(self.config.codebook_size, self.config.code_dim))
         nn.init.uniform_(self.codebook, -1 / self.config.codebook_size, 1 / self.config.codebook_size)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -364,4 +370,9 @@ class MaskGITVQGAN(Pretrained):
             return VQGANConfig(), True
         return VQGANConfig.from_dict(values), False
 
-    convert_official = staticmethod(official.vqgan_weights)
+    @staticmethod
+    def convert_official(
+        weights: Mapping[str, LazyTensor], config: VQGANConfig | None = None
+    ) -> dict[str, LazyTensor]:
+        """The tensors of an official checkpoint under the names of this model's parameters."""
+        return official.vqgan_weights(weights, config)

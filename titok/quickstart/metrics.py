@@ -67,7 +67,7 @@ class Judge:
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         from sklearn.svm import SVC
 
-        self.svm = SVC(C=10.0, gamma="scale").fit(images.flatten(1).numpy(), labels.numpy())
+        self.svm: Any = SVC(C=10.0, gamma="scale").fit(images.flatten(1).numpy(), labels.numpy())
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """The share of images, in [0, 1], that it assigns to their label."""

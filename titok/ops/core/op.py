@@ -58,6 +58,10 @@ class Op:
             matrix product, nothing for element-wise work and sums.
     """
 
+    name: str
+    arguments: Any
+    gradient: Gradient | None
+
     def __init__(
         self,
         name: str,
@@ -78,7 +82,7 @@ class Op:
         self._tensor_at = [i for i, kind in enumerate(types) if kind.startswith("Tensor")]
         self._kinds = list(enumerate(zip(arguments._fields, types, strict=True)))
         self._check, self._results, self._kept = check, results, kept
-        self.backends = {backend.name: backend for backend in backends}
+        self.backends: dict[str, Kernel | Composite] = {backend.name: backend for backend in backends}
         self.gradient, self._plain_gradient, self._flops = gradient, plain_gradient, flops
         self._plain: Any = backends[-1]
         self._direct = next((b for b in backends if isinstance(b, Kernel) and b.checks_itself), None)
@@ -292,7 +296,7 @@ class Op:
             setup_context=self._setup_context,
             lib=_LIBRARY,
         )
-        self.overload = getattr(torch.ops.titok, name).default
+        self.overload: Any = getattr(torch.ops.titok, name).default
         register_flop_formula(self.overload.overloadpacket, self._count_flops)
 
     def _kernel(self, *given: Any) -> Any:
