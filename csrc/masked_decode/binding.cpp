@@ -28,8 +28,9 @@ void check_numbers(const MaskedDecodeArgs& args) {
       raise_value_error("floats", "finite scales of the draw >= 0", std::to_string(scale));
     }
     const float bound = args.floats[b].limit;
-    if (args.policy == Policy::kEntropy && !(bound >= 0.0f && bound <= 1e6f)) {
-      raise_value_error("floats", "bounds of the entropy in [0, 1e6]", std::to_string(bound));
+    const bool is_bound = args.policy == Policy::kEntropy || args.policy == Policy::kFactor;
+    if (is_bound && !(bound >= 0.0f && bound <= 1e6f)) {
+      raise_value_error("floats", "bounds of the entropy and factors in [0, 1e6]", std::to_string(bound));
     }
     const int64_t top_p = args.integers[b].top_p;
     if (top_p < 0 || top_p > kTopPOne) raise_value_error("integers", "top_p in [0, 2^32]", std::to_string(top_p));
@@ -45,8 +46,8 @@ PyObject* masked_decode_step(Call& call) {
   const TensorArg integers = call.tensor("integers"), floats = call.tensor("floats");
   MaskedDecodeArgs args{};
   args.mask_token = call.integer("mask_token", INT64_MIN, INT64_MAX);
-  args.policy = static_cast<Policy>(call.integer("policy", 0, 4));
-  args.confidence = static_cast<Confidence>(call.integer("confidence", 0, 3));
+  args.policy = static_cast<Policy>(call.integer("policy", 0, 5));
+  args.confidence = static_cast<Confidence>(call.integer("confidence", 0, 5));
   args.model_law = call.boolean("model_law");
   args.renoise = call.boolean("renoise");
   args.edits = call.boolean("edits");

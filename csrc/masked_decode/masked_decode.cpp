@@ -67,8 +67,11 @@ void draw_at(const MaskedDecodeArgs& args, DrawToken draw_token, int64_t i, Posi
   const int64_t cond = row_offset(args.rows, args.cond_stride_b, args.cond_stride_n, b, n, args.length);
   const int64_t uncond = row_offset(args.uncond_rows, args.uncond_stride_b, args.uncond_stride_n, b, n, args.length);
   const bool needs_entropy = args.policy == Policy::kEntropy || args.confidence == Confidence::kNegativeEntropy;
-  const bool needs_law = needs_entropy || args.confidence == Confidence::kLogProbability || args.edits ||
-                         args.policy == Policy::kThreshold || args.log_probabilities != nullptr;
+  const bool needs_margin = args.confidence == Confidence::kMargin;
+  const bool needs_law = needs_entropy || needs_margin || args.confidence == Confidence::kLogProbability ||
+                         args.confidence == Confidence::kProbability || args.edits ||
+                         args.policy == Policy::kThreshold || args.policy == Policy::kFactor ||
+                         args.log_probabilities != nullptr;
   const LogitRow logits = {row_at(args, args.cond, cond),
                            row_at(args, args.uncond, uncond),
                            args.dtype,
@@ -77,23 +80,27 @@ void draw_at(const MaskedDecodeArgs& args, DrawToken draw_token, int64_t i, Posi
                            row.top_p,
                            args.model_law,
                            needs_law,
-                           needs_entropy};
+                           needs_entropy,
+                           needs_margin};
   const uint64_t seed = static_cast<uint64_t>(row.seed), sample = static_cast<uint64_t>(row.sample);
   const PhiloxWords words =
       philox4x32({static_cast<uint32_t>(n), static_cast<uint32_t>(row.step), static_cast<uint32_t>(sample),
                   static_cast<uint32_t>(sample >> 32)},
                  static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   DrawnToken drawn = draw_token(logits, numbers, uint64_t{words.w0} << 32 | words.w1);
+  const float log_probability = drawn.log_probability;
+  drawn.log_probability = log_probability < 0.0f ? log_probability : 0.0f;  // rounding may have raised it above 0
   float score = 0.0f;
   switch (args.confidence) {
     case Confidence::kLogit: score = drawn.logit; break;
-    case Confidence::kLogProbability: score = drawn.log_probability; break;
+    case Confidence::kLogProbability: score = log_probability; break;
     case Confidence::kNegativeEntropy: score = -drawn.entropy; break;
     case Confidence::kRandom: break;
+    case Confidence::kProbability: score = exp_weight(drawn.log_probability) / kOne; break;
+    case Confidence::kMargin: score = drawn.margin; break;
   }
   // The last addition turns -0 into +0, which would otherwise sort apart.
   args.confidences[i] = (score + gumbel(words.w2) * numbers.noise) + 0.0f;
-  drawn.log_probability = std::min(drawn.log_probability, 0.0f);  // which rounding may have raised above 0
   if (args.log_probabilities != nullptr) args.log_probabilities[i] = drawn.log_probability;
   positions.drawn[i] = drawn;
   positions.words[i] = words.w3;
@@ -119,6 +126,7 @@ void apply_policy(const MaskedDecodeArgs& args, int b, Positions& positions, Acc
         keys[found++] = key_of(static_cast<uint32_t>(drawn[n].entropy * kEntropyUnit), n);
         break;
       case Policy::kLeftmost: keys[found++] = key_of(0, n); break;
+      case Policy::kFactor: keys[found++] = key_of(~sortable(drawn[n].log_probability), n); break;
       default: keys[found++] = key_of(~confidence, n);
     }
   }
@@ -131,6 +139,15 @@ void apply_policy(const MaskedDecodeArgs& args, int b, Positions& positions, Acc
     for (int64_t i = 0; i < found && (i < count || before <= bound); ++i) {
       accept(position(i));
       before += static_cast<int64_t>(keys[i] >> 12);
+    }
+    return;
+  }
+  if (args.policy == Policy::kFactor) {
+    std::sort(keys, keys + found);
+    const int64_t bound = static_cast<int64_t>(numbers.limit * kOne);
+    for (int64_t i = 0; i < found; ++i) {
+      const int64_t doubt = static_cast<int64_t>(kOne) - exp_weight(drawn[position(i)].log_probability);
+      if (i < count || (i + 2) * doubt < bound) accept(position(i));
     }
     return;
   }

@@ -13,6 +13,7 @@ namespace titok {
 constexpr int kMaskedDecodeCodes = 262144;      // keeps the sum of a row's weights within 2^48
 constexpr int kMaskedDecodeTokens = 4096;       // of a row
 constexpr int64_t kTopPOne = int64_t{1} << 32;  // RowIntegers::top_p counts units of 2^-32
+constexpr float kOne = 1073741824.0f;           // 2^30: the weight of the largest logit
 constexpr float kEntropyUnit = 16777216.0f;     // entropies are compared as integers
 
 // The numbers of one row: the columns of the tensors `integers` and `floats`.
@@ -30,14 +31,14 @@ struct RowFloats {
   float inverse_temperature;  // factor of the guided logits
   float draw_scale;           // factor of the logits before the draw, finite and >= 0; 0 draws greedily
   float noise;                // scale of the confidence's Gumbel noise
-  float limit;                // log of the threshold, or the bound of the entropy
+  float limit;                // log of the threshold, the bound of the entropy, or the factor
   float edit_limit;           // log of the threshold of editing
 };
 static_assert(sizeof(RowFloats) == 6 * 4, "titok.ops packs this layout");
 
 // In the order of POLICIES and CONFIDENCES in titok/ops/masked_decode_plain.py.
-enum class Policy : int32_t { kCount, kTopK, kThreshold, kEntropy, kLeftmost };
-enum class Confidence : int32_t { kLogit, kLogProbability, kNegativeEntropy, kRandom };
+enum class Policy : int32_t { kCount, kTopK, kThreshold, kEntropy, kLeftmost, kFactor };
+enum class Confidence : int32_t { kLogit, kLogProbability, kNegativeEntropy, kRandom, kProbability, kMargin };
 
 // Index tensors are contiguous, (batch, length). Logits have unit stride along the codes; other strides are in
 // elements.

@@ -139,6 +139,11 @@ class Draw {
     drawn.log_probability = (drawn.logit - top_) * law.scale - log_total;
     const float entropy = log_total + static_cast<float>(sums.products) / total;
     drawn.entropy = entropy > 0.0f ? entropy : 0.0f;
+    if (in_.needs_margin) {
+      const float second = find_second();
+      const int64_t other = second >= law.lowest ? exp_weight((second - top_) * law.scale) : 0;
+      drawn.margin = static_cast<float>(static_cast<int64_t>(kOne) - other) / total;
+    }
     return drawn;
   }
 
@@ -162,8 +167,26 @@ class Draw {
     }
   }
 
+  // The second largest logit, which equals the largest where two codes have it; -inf where there is one code.
+  float find_second() const {
+    Floats most = broadcast(-kInfinity), next = most;
+    row_.each(0, in_.codes, [&](int, Floats y) {
+      const Floats lesser = y < most ? y : most;
+      next = lesser > next ? lesser : next;
+      most = y > most ? y : most;
+    });
+    float first = -kInfinity, second = -kInfinity;
+    for (int i = 0; i < 2 * kLanes; ++i) {
+      const float y = i < kLanes ? most[i] : next[i - kLanes];
+      const float lesser = y < first ? y : first;
+      second = lesser > second ? lesser : second;
+      first = y > first ? y : first;
+    }
+    return second;
+  }
+
   DrawnToken first_largest() const {
-    DrawnToken drawn = {-1, top_, 0.0f, 0.0f};
+    DrawnToken drawn = {-1, top_, 0.0f, 0.0f, 0.0f};
     row_.each(top_block_ * kBlock, end_of(top_block_), [&](int v, Floats y) {
       for (int i = 0; i < kLanes && drawn.code < 0; ++i) {
         if (y[i] == top_) drawn.code = v + i;
@@ -195,7 +218,7 @@ class Draw {
 
   // The code in which unit `left` of the cumulative weights lies: first the block, then the vector, then the lane.
   DrawnToken find(const Law& law, int64_t left) const {
-    DrawnToken drawn = {-1, 0.0f, 0.0f, 0.0f};
+    DrawnToken drawn = {-1, 0.0f, 0.0f, 0.0f, 0.0f};
     int block = 0;
     while (left >= block_weights_[block]) left -= block_weights_[block++];
     row_.each(block * kBlock, end_of(block), [&](int v, Floats y) {

@@ -15,6 +15,7 @@ struct LogitRow {
   bool model_law;        // as in MaskedDecodeArgs
   bool needs_law;        // whether the log-probability or the entropy is read
   bool needs_entropy;
+  bool needs_margin;
 };
 
 struct DrawnToken {
@@ -22,6 +23,7 @@ struct DrawnToken {
   float logit;            // y of the code
   float log_probability;  // 0 unless needs_law
   float entropy;          // 0 unless needs_entropy
+  float margin;           // 0 unless needs_margin
 };
 
 // One instruction set's.

@@ -24,7 +24,7 @@ from titok.ops.core.available import why_no_cpp
 TESTS = Path(__file__).parents[1]
 NEEDS_CPP = pytest.mark.skipif(bool(why_no_cpp()), reason=str(why_no_cpp()))
 BACKENDS = ["plain", pytest.param("cpp", marks=NEEDS_CPP)]
-POLICIES = ("count", "top_k", "threshold", "entropy", "leftmost")
+POLICIES = ("count", "top_k", "threshold", "entropy", "leftmost", "factor")
 
 
 def random_call(number: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -45,11 +45,12 @@ def random_call(number: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         return torch.randint(end, (batch,), generator=g)
 
     return (tokens, cond, uncond), {
-        "policy": POLICIES[number % 5],
+        "policy": POLICIES[number % 6],
         **pick({"mask_token": codes}, {"undecided": torch.rand(batch, length, generator=g) < 0.6}),
         "count": pick(0, 1, 2, whole(length + 2)),
         "threshold": pick(0.0, 0.2, 0.9, 1.0, uniform(0, 1)),
         "entropy_bound": pick(0.0, 0.1, 3.0, uniform(0, 5)),
+        "factor": pick(0.0, 0.5, 1.0, 1e9, uniform(0, 3)),
         "window": pick(None, (length // 3, length), torch.stack([whole(length), whole(length + 1)], 1)),
         "block_length": pick(None, None, 1, 3),
         "step": pick(0, 7, whole(1000)),
@@ -61,7 +62,7 @@ def random_call(number: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         "noise_temperature": pick(0.0, 1.0, uniform(0, 9)),
         "top_k": pick(0, 1, 5, whole(codes + 3)),
         "top_p": pick(1.0, 0.9, 0.3, 1e-9, uniform(0.1, 1)),
-        "confidence": pick("logit", "log_probability", "negative_entropy", "random"),
+        "confidence": pick("logit", "log_probability", "negative_entropy", "random", "probability", "margin"),
         "probabilities": pick("drawn", "model"),
         "renoise": pick(False, True),
         "edit_threshold": pick(None, 0.0, 0.5, uniform(0, 1)),
@@ -179,6 +180,10 @@ def expected_acceptance(
             return {i for i in range(n) if logp[i] > math.log(given["threshold"])} | set(surest[:count])
         case "leftmost":
             return set(range(min(n, count)))
+        case "factor":
+            likeliest = sorted(range(n), key=lambda i: (-logp[i], i))
+            passed = [(k + 2) * (1 - math.exp(logp[i])) < given["factor"] for k, i in enumerate(likeliest)]
+            return {i for k, i in enumerate(likeliest) if k < count or passed[k]}
     accepted, total = set(), 0.0
     for place, i in enumerate(sorted(range(n), key=lambda i: (ent[i], i))):
         if place < count or total <= given["entropy_bound"]:
@@ -194,6 +199,7 @@ def test_policies_against_sorting_in_python(backend: str, policy: str) -> None:
         g = torch.Generator().manual_seed(number)
         logits = 3 * torch.randn(2, 9, 17, generator=g)
         given = {"policy": policy, "count": number % 4, "threshold": 0.55, "entropy_bound": 0.25 * (number % 7)}
+        given["factor"] = 0.3 * (number % 9)
         tokens = torch.where(torch.rand(2, 9, generator=g) < 0.7, 17, 3)
         result = decode(tokens, logits, mask_token=17, **given, backend=backend)
         law = logits.double().log_softmax(-1)
@@ -361,7 +367,7 @@ def good() -> dict[str, Any]:
         ({"window": (2, 1)}, ValueError, "window"),
         ({"window": [0, 1]}, TypeError, "window"),
         ({"block_length": 0}, ValueError, "block_length"),
-        ({"confidence": "margin"}, ValueError, "confidence"),
+        ({"confidence": "surest"}, ValueError, "confidence"),
         ({"probabilities": "raw"}, ValueError, "probabilities"),
         ({"cond_logits": torch.zeros(2, 3, 5, dtype=torch.float64)}, TypeError, "cond_logits"),
         ({"cond_logits": torch.zeros(6, 5), "rows": torch.full((2, 3), 6)}, ValueError, "rows"),
@@ -379,7 +385,7 @@ def test_opcheck() -> None:
     tokens, logits = torch.full((2, 3), 5), torch.randn(2, 3, 5)
     integers = torch.tensor([[1, 0, 0, 1, 0, 1 << 32, 0, 3]] * 2)
     floats = torch.tensor([[1.0, 1.0, 1.0, 0.5, 0.0, 0.0]] * 2)
-    choices = ("top_k", "logit", "drawn", False, False, 0, True)
+    choices = ("top_k", "logit", "drawn", False, False, 0, True, False)
     step_map = torch.zeros(2, 3, dtype=torch.int32)
     arguments = (tokens, logits, None, None, None, None, None, step_map, integers, floats, 5, *choices)
     torch.library.opcheck(torch.ops.titok.masked_decode_step.default, arguments)
