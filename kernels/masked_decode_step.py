@@ -11,6 +11,8 @@ Every reduction is a maximum of integers or a sum of integers, so that the numbe
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,7 +48,7 @@ _GUIDANCE, _INVERSE_TEMPERATURE, _DRAW_SCALE = tl.constexpr(0), tl.constexpr(1),
 _NOISE, _LIMIT, _EDIT_LIMIT = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 _INTEGERS, _FLOATS = tl.constexpr(8), tl.constexpr(6)
 _TOP_P_ONE = tl.constexpr(1 << 32)
-_CODE_BITS, _MOST_CODES = tl.constexpr(18), tl.constexpr(1 << 18)
+_CODE_BITS, _CODE_MASK = tl.constexpr(18), tl.constexpr((1 << 18) - 1)
 _ONE = tl.constexpr(1 << 30)  # weight of the largest logit
 
 DIGITS, DIGIT_VALUES = 8, 16  # of the sortable integer of a logit, in the search of a truncation's smallest logit
@@ -218,7 +220,7 @@ def masked_decode_step_partial(
             top = tl.max(tops, 0)
             winner = tl.min(tl.where(tops == top, winners, V), 0)
             # The largest key is that of the largest logit, and of equal ones that of the lowest code.
-            key = (sortable(top) << _CODE_BITS) | (_MOST_CODES - 1 - (first_code + winner))
+            key = (sortable(top) << _CODE_BITS) | ((first_code + winner) ^ _CODE_MASK)
             tl.store(partials_ptr, key)
             second = tl.maximum(
                 tl.max(tl.where(winners == winner, -float("inf"), tops), 0), tl.max(seconds, 0)
@@ -248,9 +250,8 @@ def masked_decode_step_partial(
             law = tl.zeros((BLOCK_V,), tl.int64)
             products = tl.zeros((BLOCK_V,), tl.int64)
             for start in range(begin, end, BLOCK_V):
-                y = finite_logits(
-                    cond_ptr, uncond_ptr, start + lanes, guidance, inverse_temperature, V
-                )
+                codes = start + lanes
+                y = finite_logits(cond_ptr, uncond_ptr, codes, guidance, inverse_temperature, bound)
                 x = (y - top) * scale
                 weights = tl.where(y >= lowest, exp_weight(x), 0)
                 drawn += weights
@@ -322,13 +323,13 @@ def masked_decode_step_reduce(
             seconds = tl.load(partials_ptr + chunks * 2 + 1, mask=inside, other=0)
             key = tl.max(keys, 0)
             others = tl.where(keys == key, 0, keys >> _CODE_BITS)
-            top, code = key >> _CODE_BITS, _MOST_CODES - 1 - (key & (_MOST_CODES - 1))
+            top, code = key >> _CODE_BITS, (key & _CODE_MASK) ^ _CODE_MASK
             tl.store(state_ptr + _TOP, top)
             tl.store(state_ptr + _TOP_CODE, code)
             tl.store(state_ptr + _SECOND, tl.maximum(tl.max(others, 0), tl.max(seconds, 0)))
             tl.store(state_ptr + _FOUND, 0)
             tl.store(state_ptr + _LEFT, tl.load(integers_ptr + b * _INTEGERS + _TOP_K) - 1)
-            tl.store(state_ptr + _LOWEST, sortable(-float("inf")))
+            tl.store(state_ptr + _LOWEST, 0x007FFFFF)  # of -inf
             tl.store(state_ptr + _CODE, code)
             tl.store(state_ptr + _LOGIT, top)
         if (STAGE == "count") | (STAGE == "mass"):
@@ -365,7 +366,7 @@ def masked_decode_step_reduce(
             tl.store(state_ptr + _PRODUCTS, tl.sum(tl.load(partials_ptr + chunks * 3 + 2, mask=inside, other=0), 0))
         if STAGE == "find":
             key = tl.max(tl.load(partials_ptr + chunks, mask=inside, other=0), 0) - 1
-            tl.store(state_ptr + _CODE, key & (_MOST_CODES - 1))
+            tl.store(state_ptr + _CODE, key & _CODE_MASK)
             tl.store(state_ptr + _LOGIT, key >> _CODE_BITS)
 
 
@@ -427,7 +428,7 @@ def masked_decode_step_accept(
             if not MODEL_LAW:
                 lowest = from_sortable(tl.load(state_ptr + _LOWEST, mask=evaluated, other=0x80000000))
                 other = tl.where(second >= lowest, other, 0)
-            margin = tl.div_rn((_ONE - other).to(tl.float32), total)
+            margin = tl.div_rn((-other + _ONE).to(tl.float32), total)
     score = tl.zeros((BLOCK_N,), tl.float32)
     if CONFIDENCE == "logit":
         score = y
@@ -476,7 +477,7 @@ def masked_decode_step_accept(
             else:
                 up_to = candidates & (keys <= tried)
                 least = from_sortable(0xFFFFFFFF - (tl.max(tl.where(up_to, keys, 0), 0) >> 12))
-                doubt = _ONE - exp_weight(tl.where(least < 0.0, least, 0.0))
+                doubt = -exp_weight(tl.where(least < 0.0, least, 0.0)) + _ONE
                 fits = (tl.sum(up_to.to(tl.int64), 0) + 1) * doubt < (limit * 1073741824.0).to(tl.int64)
                 fits = fits | (tl.sum(up_to.to(tl.int64), 0) == 0)
             largest = tl.where(fits, tried, largest)
@@ -627,3 +628,67 @@ def accept(
         num_stages=1,
         fp_fusion=False,
     )
+
+
+def forward(
+    tokens: torch.Tensor,
+    undecided: torch.Tensor | None,
+    editable: torch.Tensor | None,
+    step_map: torch.Tensor | None,
+    logits: Logits,
+    numbers: Numbers,
+    stages: Sequence[tuple[str, int, int]],
+    mask_token: int,
+    block_length: int,
+    out: torch.Tensor,
+    confidences: torch.Tensor,
+    log_probabilities: torch.Tensor | None,
+    new_step_map: torch.Tensor | None,
+    chunk: int | None = None,
+) -> None:
+    """Fills the results, (B, N) each; out may be tokens, new_step_map may be step_map.
+
+    Args:
+        tokens, undecided, editable, step_map, mask_token: as of `titok.ops.masked_decode_step`. B, N and V are at least
+            1; indices are contiguous, and so are the codes of a row of logits.
+        stages: name, shift and width of each, of titok/ops/masked_decode_split.py.
+        block_length: 0 without blocks.
+        chunk: codes of a program, or None: as many as `chunk_size` says.
+    """
+    B, N = tokens.shape
+    if chunk is None:
+        chunk = chunk_size(B * N, numbers.codes, tokens.device)
+    chunks = -(-numbers.codes // chunk)
+    state = torch.empty((B, N, _COLUMNS), dtype=torch.int64, device=tokens.device)
+    find_candidates(tokens, undecided, editable, numbers, mask_token, block_length, state)
+    for name, shift, width in stages:
+        partials = torch.empty((B, N, chunks, width), dtype=torch.int64, device=tokens.device)
+        compute_partials(name, shift, logits, numbers, state, partials, chunk)
+        reduce_partials(name, shift, numbers, partials, state)
+    accept(tokens, step_map, numbers, state, out, confidences, log_probabilities, new_step_map)
+
+
+def aot_variants() -> list[AotVariant]:
+    """Steps of language models: 128,256 codes by threshold, 262,144 by entropy bound, 126,464 with truncation."""
+    variants = []
+    for dtype, N, V, policy, confidence, truncates in (
+        (torch.bfloat16, 32, 128_256, "threshold", "log_probability", False),
+        (torch.bfloat16, 256, 262_144, "entropy", "negative_entropy", False),
+        (torch.float32, 32, 126_464, "factor", "margin", True),
+    ):
+        logits, tokens = meta(8, N, V, dtype=dtype), meta(8, N, dtype=torch.int64)
+        rows, floats = meta(8, 8, dtype=torch.int64), meta(8, 6)
+        numbers = Numbers(rows, floats, V, policy, confidence, False, False, False, True, policy == "entropy")
+        digits = (("count", 28, 16), ("mass", 28, 16)) if truncates else ()
+        stages = (("peak", 0, 2), *digits, ("sums", 0, 3), ("find", 0, 1))
+        with record() as launches:
+            forward(
+                *(tokens, None, None, meta(8, N, dtype=torch.int32), Logits(logits, None, None, None), numbers, stages),
+                *(V - 1, 32, tokens, meta(8, N), meta(8, N), meta(8, N, dtype=torch.int32)),
+            )
+        for variant in label_launches(launches, f"{name_of(dtype)} N={N} V={V}"):
+            reads_logits = variant.kernel is masked_decode_step_partial
+            stage = f" {variant.constexprs['STAGE']}" if "STAGE" in variant.constexprs else ""
+            wide = reads_logits and not truncates
+            variants.append(dataclasses.replace(variant, label=variant.label + stage, expects_wide_loads=wide))
+    return variants

@@ -38,6 +38,7 @@ void find_candidates(const MaskedDecodeArgs& args, int b, Kind* kind) {
   };
   if (args.block_length > 0) {
     while (first < end && !is_undecided(first)) ++first;
+    if (first >= end) return;
     first = start + (first - start) / args.block_length * args.block_length;
     end = std::min<int64_t>(end, first + args.block_length);
   }

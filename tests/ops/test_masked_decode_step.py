@@ -27,9 +27,12 @@ BACKENDS = ["plain", pytest.param("cpp", marks=NEEDS_CPP)]
 POLICIES = ("count", "top_k", "threshold", "entropy", "leftmost", "factor")
 
 
-def random_call(number: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Tensors and arguments of call `number`, in float32 or bfloat16; every argument varies."""
-    (tokens, cond, uncond), _ = random_case(number)
+def random_call(number: int, **sizes: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Tensors and arguments of call `number`, in float32 or bfloat16; every argument varies.
+
+    `sizes` are those of `random_case`.
+    """
+    (tokens, cond, uncond), _ = random_case(number, **sizes)
     if cond.dtype == torch.float16:
         cond, uncond = cond.float(), None if uncond is None else uncond.float()
     g = torch.Generator().manual_seed(number)
@@ -323,6 +326,15 @@ def test_windows_blocks_step_map_and_in_place(backend: str) -> None:
     assert result.step_map is step_map
     assert step_map.tolist() == [[-1, -1, -1, -1, 3, 3, -1, -1], [-1, -1, -1, -1, 4, -1, -1, -1], [-1] * 8]
     assert torch.equal(tokens[places], best[places])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_an_undecided_position_have_no_block_to_edit(backend: str) -> None:
+    given = {"policy": "top_k", "mask_token": 9, "edit_threshold": 0.0, "block_length": 3, "backend": backend}
+    for window in (None, (0, 2), (1, 7)):
+        step = decode(torch.zeros(1, 8, dtype=torch.int64), 5 * torch.randn(1, 8, 4), window=window, **given)
+        assert not step.tokens.any()
+        assert step.confidences.isinf().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -140,7 +140,7 @@ def _windows(a: Inputs) -> Tensor:
     if a.block_length:
         first = torch.where(a.undecided & window, place, a.tokens.shape[1]).amin(-1, keepdim=True)
         block = (place - start) // a.block_length
-        window &= block == (first - start) // a.block_length
+        window &= (block == (first - start) // a.block_length) & (first < a.tokens.shape[1])
     return window
 
 

@@ -70,6 +70,7 @@ def pack_rows(
         name = "entropy_bound" if policy == "entropy" else policy
         raise ValueError(f"{name}: expected a number for policy {policy!r}, got None")
     integers = {"seed": seed, "sample": sample, "step": step, "count": count, "top_k": top_k}
+    batch = len(tokens)
     columns = [_integer(name, value, tokens) for name, value in integers.items()]
     fraction = _number("top_p", top_p, tokens, 0.0, 1.0, exclude_least=True)
     if isinstance(fraction, Tensor):

@@ -35,11 +35,12 @@ import torch
 from torch import Tensor
 
 from titok.checks import check_bool, check_tensor
-from titok.ops.core.available import extension, why_no_cpp, why_not_float32_or_bfloat16
+from titok.ops.core.available import extension, why_no_cpp, why_no_triton, why_not_float32_or_bfloat16
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Kernel
 from titok.ops.masked_decode_plain import CONFIDENCES, LAWS, POLICIES, Inputs, Logits, decode_plain
 from titok.ops.masked_decode_rows import check_choice, pack_rows
+from titok.ops.masked_decode_split import stages_of, what_is_wanted
 
 MAX_CODES = 262_144  # so that the sum of the weights stays within 2^48
 MAX_TOKENS = 4_096
@@ -306,6 +307,26 @@ def _cpp(a: Arguments, new: Tensor, confidences: Tensor, log_probs: Tensor | Non
     )
 
 
+def _why_no_triton(a: Arguments) -> str | None:
+    if not a.cond_logits.numel():
+        return "a Triton kernel must have some row of logits to read"
+    return why_no_triton(a.tokens)
+
+
+def _triton(a: Arguments, new: Tensor, confidences: Tensor, log_probs: Tensor | None, steps: Tensor | None) -> None:
+    from titok.kernels import masked_decode_step as kernels
+
+    wanted = what_is_wanted(a.cond_logits.shape[-1], a.policy, a.confidence, a.probabilities, a.edits, log_probs is not None)
+    numbers = kernels.Numbers(
+        *(a.integers, a.floats, wanted.codes, a.policy, a.confidence, wanted.model_law, a.renoise, a.edits),
+        *(wanted.law, wanted.products),
+    )
+    kernels.forward(
+        *(a.tokens, a.undecided, a.editable, a.step_map, kernels.Logits(*a[1:5]), numbers, stages_of(a.truncates)),
+        *(a.mask_token, a.block_length, new, confidences, log_probs, steps),
+    )
+
+
 def _plain(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if a.tokens.device.type == "cpu":
         _check_rows(a)
@@ -322,6 +343,7 @@ _MASKED_DECODE_STEP = Op(
     check=_check,
     results=_results,
     backends=(
+        Kernel("triton", _triton, _why_no_triton, _contiguous_indices),
         Kernel("cpp", _cpp, _why_no_cpp, _contiguous_indices, checks_itself=True),
         Composite("plain", _plain, differentiable=False),
     ),
