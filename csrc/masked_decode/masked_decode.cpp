@@ -220,4 +220,57 @@ const char* launch_masked_decode(const MaskedDecodeArgs& args, int threads) {
   return nullptr;
 }
 
+const char* launch_masked_decode_partial(const PartialArgs& args, int threads) {
+  const MaskedDecodeArgs& step = args.step;
+  const int64_t positions = int64_t{step.batch} * step.length;
+  const int64_t size = (int64_t{step.codes} + args.chunks - 1) / args.chunks;
+  const int width = partial_width(args.stage);
+  const auto is_outside = [](const int64_t* rows, int64_t i, int64_t count) {
+    return rows != nullptr && (rows[i] < 0 || rows[i] >= count);
+  };
+  for (int64_t i = 0; i < positions; ++i) {
+    if (args.state[i * kColumns + kKind] == kNoKind) continue;
+    if (is_outside(step.rows, i, step.cond_rows_count)) return "rows";
+    if (step.uncond != nullptr && is_outside(step.uncond_rows, i, step.uncond_rows_count)) return "uncond_rows";
+  }
+  const ComputePartial compute = for_this_cpu([](auto isa) { return compute_partial_kernel(isa); });
+  const int most = std::min(threads, std::max(omp_get_max_threads(), omp_get_num_procs()));
+  const int team = positions * step.codes <= kCodesAlone ? 1 : most;
+#pragma omp parallel for schedule(dynamic, kPositionsAtOnce) num_threads(team)
+  for (int64_t item = 0; item < positions * args.chunks; ++item) {
+    const int64_t i = item / args.chunks, chunk = item % args.chunks;
+    const int b = static_cast<int>(i / step.length);
+    const int64_t n = i % step.length, begin = std::min<int64_t>(chunk * size, step.codes);
+    const int64_t end = std::min<int64_t>(begin + size, step.codes);
+    const int64_t* const state = args.state + i * kColumns;
+    int64_t* const partial = args.partials + item * width;
+    const RowIntegers& row = step.integers[b];
+    const RowFloats& numbers = step.floats[b];
+    const float scale = usable_scale(numbers.draw_scale) ? numbers.draw_scale : 0.0f;
+    std::fill(partial, partial + width, 0);
+    if (begin == end || state[kKind] == kNoKind ||
+        !works(args.stage, row, scale, args.all_codes, args.needs_law)) {
+      continue;
+    }
+    const int64_t cond =
+        begin + row_offset(step.rows, step.cond_stride_b, step.cond_stride_n, b, n, step.length);
+    const int64_t uncond =
+        begin + row_offset(step.uncond_rows, step.uncond_stride_b, step.uncond_stride_n, b, n, step.length);
+    const LogitRow logits = {row_at(step, step.cond, cond),
+                             row_at(step, step.uncond, uncond),
+                             step.dtype,
+                             static_cast<int32_t>(end - begin),
+                             row.top_k,
+                             row.top_p,
+                             step.model_law,
+                             args.needs_law,
+                             args.needs_products,
+                             args.needs_second};
+    const ChunkOfCodes codes = {args.stage, args.shift, static_cast<int32_t>(args.first_code + begin),
+                                state[kOwner] == args.first_chunk + chunk};
+    compute(logits, numbers, codes, state, partial);
+  }
+  return nullptr;
+}
+
 }  // namespace titok

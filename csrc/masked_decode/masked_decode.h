@@ -74,11 +74,55 @@ TITOK_HD uint32_t sortable(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+TITOK_HD float from_sortable(int64_t integer) {
+  const uint32_t bits = static_cast<uint32_t>(integer);
+  return bit_cast<float>(bits & 0x80000000u ? bits & 0x7FFFFFFFu : ~bits);
+}
+
+// Stages of a step whose codes are split; titok/ops/masked_decode_split.py states what each computes.
+enum class Stage : int32_t { kPeak, kCount, kMass, kSums, kFind };
+constexpr int kDigitBits = 4, kDigits = 1 << kDigitBits;
+constexpr int kCodeBits = 18;
+constexpr int64_t kCodeMask = (1 << kCodeBits) - 1;
+TITOK_HD int partial_width(Stage stage) {
+  return stage == Stage::kPeak ? 2 : stage == Stage::kSums ? 3 : stage == Stage::kFind ? 1 : kDigits;
+}
+
+// Columns of the state of a position. Logits are stored as sortable integers.
+enum Column { kKind, kTop, kTopCode, kSecond, kFound, kLeft, kLowest, kOwner, kDrawnSum, kLawSum, kProducts, kCode,
+              kLogit, kColumns };
+constexpr int64_t kNoKind = 0, kCandidateKind = 1, kEditableKind = 2;
+
+// A stage over some chunks of the codes, from `first_code` and chunk `first_chunk` on.
+struct PartialArgs {
+  MaskedDecodeArgs step;  // of which logits, numbers, sizes and dtype are read; `codes` are those given here
+  Stage stage;
+  int32_t shift, all_codes, first_code, first_chunk, chunks;
+  bool needs_law, needs_products, needs_second;
+  const int64_t* state;  // (batch, length, kColumns)
+  int64_t* partials;     // (batch, length, chunks, partial_width), output
+};
+
+TITOK_HD bool usable_scale(float scale) { return scale >= 0.0f && scale <= 3.4028234663852886e38f; }
+
+// Whether a row has something to do in a stage.
+TITOK_HD bool works(Stage stage, const RowIntegers& row, float draw_scale, int all_codes, bool needs_law) {
+  const bool draws = draw_scale > 0.0f;
+  switch (stage) {
+    case Stage::kPeak: return true;
+    case Stage::kCount: return draws && row.top_k > 0 && row.top_k < all_codes;
+    case Stage::kMass: return draws && row.top_p < kTopPOne;
+    case Stage::kSums: return draws || needs_law;
+    default: return draws;
+  }
+}
 
 // floor(fraction * total / 2^64).
 TITOK_HD int64_t scale_fraction(uint64_t fraction, int64_t total) {
   return static_cast<int64_t>((static_cast<unsigned __int128>(fraction) * static_cast<uint64_t>(total)) >> 64);
 }
+
+const char* launch_masked_decode_partial(const PartialArgs& args, int threads);
 
 // Returns the name of an index tensor that holds a row outside the logits, and has then written nothing; or null.
 const char* launch_masked_decode(const MaskedDecodeArgs& args, int threads);

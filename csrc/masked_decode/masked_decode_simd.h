@@ -32,4 +32,17 @@ DrawToken draw_token_kernel(Generic);
 DrawToken draw_token_kernel(Avx2);
 DrawToken draw_token_kernel(Avx512);
 
+// Writes the partial result of a stage for one chunk of codes; `row` begins at the chunk. `owns` says whether the
+// drawn code lies in it.
+struct ChunkOfCodes {
+  Stage stage;
+  int32_t shift, first_code;
+  bool owns;
+};
+using ComputePartial = void (*)(const LogitRow& row, const RowFloats& numbers, const ChunkOfCodes& chunk,
+                                const int64_t* state, int64_t* partial);
+ComputePartial compute_partial_kernel(Generic);
+ComputePartial compute_partial_kernel(Avx2);
+ComputePartial compute_partial_kernel(Avx512);
+
 }  // namespace titok
