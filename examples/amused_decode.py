@@ -115,7 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     theirs, their_seconds = decode_with_diffusers(denoise, tokens, options.steps)
     equal = int((ours == theirs).sum())
     print(f"{equal} of {ours.numel()} tokens equal, {len(ours.unique())} different codes")
-    print(f"{1e3 * our_seconds / options.steps:.2f} ms a step, {1e3 * their_seconds / options.steps:.2f} in diffusers")
+    print(
+        f"{1e3 * our_seconds / options.steps:.2f} ms a step, {1e3 * their_seconds / options.steps:.2f} in diffusers"
+    )
     if equal < ours.numel():
         raise SystemExit("the tokens differ")
 

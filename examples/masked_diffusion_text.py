@@ -3,21 +3,24 @@
     python examples/masked_diffusion_text.py --out steps.png
 
 The text is `pydoc_data/topics.py`, the Python documentation that every Python brings along (PSF licence). A Transformer
-without a causal mask learns to fill in masked characters, for any share of masked characters (Austin et al., "Structured
-Denoising Diffusion Models in Discrete State-Spaces", 2021; Nie et al., "Large Language Diffusion Models", 2025). Text is
-then decoded from masks alone by `titok.ops.masked_decode_step`:
+without a causal mask learns to fill in masked words, for any share of masked words (Austin et al., "Structured
+Denoising Diffusion Models in Discrete State-Spaces", 2021; Nie et al., "Large Language Diffusion Models", 2025). Text is then
+decoded from masks by `titok.ops.masked_decode_step`:
 
-- by threshold: all characters whose probability exceeds it, and at least one in each row (Fast-dLLM, Wu et al. 2025);
-- by entropy bound: the most certain characters while their summed entropy stays within it (Ben-Hamu et al. 2025).
+- by threshold: all words whose probability exceeds it, and at least one in each row (Fast-dLLM, Wu et al. 2025);
+- by entropy bound: the most certain words while their summed entropy stays within it (Ben-Hamu et al. 2025).
 
-The picture shows both texts. The colour of a character says at which step it was decided: blue first, red last.
+The picture shows both texts. The colour of a word says at which step it was decided: blue first, red last. A minute of
+training teaches which words go together, not grammar.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import colorsys
 import pydoc_data.topics
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -28,17 +31,18 @@ from torch import Tensor, nn
 
 from titok.ops import masked_decode_step
 
-LENGTH = 64  # characters of a sequence
+LENGTH = 24  # words of a sequence
+CODES = 1024  # most frequent words and signs, the last of which stands for all others
 
 
-def load_text() -> str:
-    """The topics of the Python documentation, printable ASCII alone, with single spaces."""
-    text = " ".join(" ".join(topic.split()) for topic in pydoc_data.topics.topics.values())
-    return "".join(c for c in text if " " <= c <= "~")
+def load_words() -> list[str]:
+    """The words and signs of the topics of the Python documentation."""
+    text = " ".join(pydoc_data.topics.topics.values())
+    return re.findall(r"[a-z]+|[.,:;()=]", text.lower())
 
 
 class Denoiser(nn.Module):
-    """Logits (B, N, V) of the characters at all positions, from tokens (B, N), of which some are the mask V."""
+    """Logits (B, N, V) of the words at all positions, from tokens (B, N), of which some are the mask V."""
 
     def __init__(self, codes: int, width: int = 128, layers: int = 3) -> None:
         super().__init__()
@@ -79,14 +83,14 @@ def train(data: Tensor, codes: int, seconds: float, most_steps: int, seed: int) 
         loss.backward()
         optimizer.step()
         if step % 50 == 0:
-            print(f"step {step}: loss {loss.item():.2f} nats per masked character", flush=True)
+            print(f"step {step}: loss {loss.item():.2f} nats per masked word", flush=True)
     print(f"trained for {time.monotonic() - begin:.0f} s, {step + 1} steps, last loss {loss.item():.2f}")
     return model.eval()
 
 
 @torch.inference_mode()
 def decode(model: Denoiser, tokens: Tensor, mask: int, **rule: Any) -> tuple[Tensor, Tensor]:
-    """Decodes the masks of tokens (B, N). Returns the characters and the step at which each was decided, both (B, N);
+    """Decodes the masks of tokens (B, N). Returns the words and the step at which each was decided, both (B, N);
     -1 where it was given."""
     step_map = torch.full(tokens.shape, -1, dtype=torch.int32)
     step = 0
@@ -99,23 +103,26 @@ def decode(model: Denoiser, tokens: Tensor, mask: int, **rule: Any) -> tuple[Ten
     return tokens, step_map
 
 
-def draw(texts: list[tuple[str, list[str], Tensor]]) -> Image.Image:
-    """A picture of texts: title, lines, and the step (lines, characters) at which each character was decided."""
+def draw(texts: list[tuple[str, list[list[str]], Tensor]]) -> Image.Image:
+    """A picture of texts: title, lines of words, and the step (lines, words) at which each word was decided."""
     font = ImageFont.load_default(15)
-    cell, line = 13, 24
+    line, gap = 26, 6
+    longest = max(sum(font.getlength(word) + gap for word in words) for _, lines, _ in texts for words in lines)
     height = sum(line * (len(lines) + 2) for _, lines, _ in texts)
-    picture = Image.new("RGB", (cell * LENGTH + 20, height), "white")
+    picture = Image.new("RGB", (int(longest) + 24, height), "white")
     pen, y = ImageDraw.Draw(picture), 4
     for title, lines, steps in texts:
         pen.text((10, y), title, fill="black", font=font)
         y += line
-        for text, row in zip(lines, steps.tolist(), strict=True):
-            for place, (character, step) in enumerate(zip(text, row, strict=True)):
+        for words, row in zip(lines, steps.tolist(), strict=True):
+            x = 10.0
+            for word, step in zip(words, row, strict=True):
                 hue = 0.62 * (1 - step / max(int(steps.max()), 1))
-                colour = "white" if step < 0 else tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.45, 1.0))
-                left = 10 + cell * place
-                pen.rectangle((left, y, left + cell - 1, y + line - 3), fill=colour)
-                pen.text((left + cell / 2, y + line / 2 - 2), character, fill="black", font=font, anchor="mm")
+                colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.45, 1.0))
+                width = font.getlength(word) + gap
+                pen.rectangle((x, y, x + width - 2, y + line - 4), fill="white" if step < 0 else colour)
+                pen.text((x + width / 2 - 1, y + line / 2 - 2), word, fill="black", font=font, anchor="mm")
+                x += width
             y += line
         y += line
     return picture
@@ -126,32 +133,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("masked_diffusion_text.png"), help="picture to write")
     parser.add_argument("--seconds", type=float, default=50.0, help="training time (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10_000, help="most training steps (default: %(default)s)")
-    parser.add_argument("--prompt", default="The ", help="characters that every line begins with")
+    parser.add_argument("--prompt", default="the object is", help="words that every line begins with")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
-    text = load_text()
-    alphabet = sorted(set(text))
-    code_of = {character: code for code, character in enumerate(alphabet)}
-    if unknown := set(options.prompt) - set(code_of):
-        parser.error(f"--prompt: expected printable ASCII, got {''.join(sorted(unknown))!r}")
-    data, mask = torch.tensor([code_of[c] for c in text]), len(alphabet)
-    print(f"{len(text)} characters of {len(alphabet)} kinds")
+    words = load_words()
+    vocabulary = [word for word, _ in collections.Counter(words).most_common(CODES - 1)] + ["_"]
+    code_of = {word: code for code, word in enumerate(vocabulary)}
+    others, mask = CODES - 1, CODES
+    data = torch.tensor([code_of.get(word, others) for word in words])
+    print(f"{len(words)} words, {100 * float((data != others).float().mean()):.0f}% of them in the vocabulary")
     model = train(data, mask, options.seconds, options.steps, options.seed)
 
-    prompt = torch.tensor([code_of[c] for c in options.prompt[:LENGTH]], dtype=torch.int64)
+    prompt = torch.tensor([code_of.get(word, others) for word in options.prompt.lower().split()][:LENGTH])
     rules: dict[str, dict[str, Any]] = {
-        "threshold 0.9": {"policy": "threshold", "threshold": 0.9},
-        "entropy bound 1 nat": {"policy": "entropy", "entropy_bound": 1.0},
+        "threshold 0.5": {"policy": "threshold", "threshold": 0.5},
+        "entropy bound 4 nats": {"policy": "entropy", "entropy_bound": 4.0},
     }
     texts = []
     for name, rule in rules.items():
         tokens = torch.full((3, LENGTH), mask)
         tokens[:, : len(prompt)] = prompt
         tokens, steps = decode(model, tokens, mask, temperature=0.8, top_p=0.95, seed=options.seed, **rule)
-        lines = ["".join(alphabet[code] for code in row) for row in tokens.tolist()]
-        title = f"{name}: {int(steps.max()) + 1} steps for {LENGTH - len(prompt)} characters"
-        print(title, *lines, sep="\n  ")
+        lines = [[vocabulary[code] for code in row] for row in tokens.tolist()]
+        title = f"{name}: {int(steps.max()) + 1} steps for {LENGTH - len(prompt)} words"
+        print(title, *map(" ".join, lines), sep="\n  ")
         texts.append((title, lines, steps))
     draw(texts).save(options.out)
     print(f"wrote {options.out}")

@@ -1,7 +1,7 @@
 """What the kernels of both decode steps share: fixed-point exp and log, noise, finite logits, sortable integers.
 
-The same operations in the same order as csrc/common/fixed_math.h and titok/ops/fixed_math.py, so that all back ends give
-the same bits. Kernels that use them are compiled with `fp_fusion=False`.
+The same operations in the same order as csrc/common/fixed_math.h and titok/ops/fixed_math.py, so that all back ends
+give the same bits. Kernels that use them are compiled with `fp_fusion=False`.
 """
 
 from __future__ import annotations

@@ -195,16 +195,12 @@ def masked_decode_step_partial(
         inverse_temperature = tl.load(floats_ptr + b * _FLOATS + _INVERSE_TEMPERATURE)
         cond_ptr += row_offset(rows_ptr, at, b, n, cond_row_count, cond_stride_b, cond_stride_n)
         if uncond_ptr is not None:
-            uncond_ptr += row_offset(
-                uncond_rows_ptr, at, b, n, uncond_row_count, uncond_stride_b, uncond_stride_n
-            )
+            uncond_ptr += row_offset(uncond_rows_ptr, at, b, n, uncond_row_count, uncond_stride_b, uncond_stride_n)
         lanes = tl.arange(0, BLOCK_V)
         begin = chunk * CHUNK
         end = tl.minimum(begin + CHUNK, V)
-        if CHUNK % BLOCK_V == 0:
-            bound = V  # known when the kernel is compiled, so that loads may be 16 bytes wide
-        else:
-            bound = end
+        # Known when the kernel is compiled wherever it may be, so that loads may be 16 bytes wide.
+        bound = V if CHUNK % BLOCK_V == 0 else end
         scale = tl.where(draw_scale > 0.0, draw_scale, 1.0)
         if STAGE == "peak":
             tops = tl.full((BLOCK_V,), -float("inf"), tl.float32)
@@ -222,9 +218,7 @@ def masked_decode_step_partial(
             # The largest key is that of the largest logit, and of equal ones that of the lowest code.
             key = (sortable(top) << _CODE_BITS) | ((first_code + winner) ^ _CODE_MASK)
             tl.store(partials_ptr, key)
-            second = tl.maximum(
-                tl.max(tl.where(winners == winner, -float("inf"), tops), 0), tl.max(seconds, 0)
-            )
+            second = tl.maximum(tl.max(tl.where(winners == winner, -float("inf"), tops), 0), tl.max(seconds, 0))
             tl.store(partials_ptr + 1, sortable(second))
         else:
             top = from_sortable(tl.load(state_ptr + _TOP))
@@ -363,7 +357,9 @@ def masked_decode_step_reduce(
             tl.store(state_ptr + _LEFT, left - tl.sum(tl.where(before, drawn, 0), 0))
             tl.store(state_ptr + _DRAWN_SUM, total)
             tl.store(state_ptr + _LAW_SUM, tl.sum(tl.load(partials_ptr + chunks * 3 + 1, mask=inside, other=0), 0))
-            tl.store(state_ptr + _PRODUCTS, tl.sum(tl.load(partials_ptr + chunks * 3 + 2, mask=inside, other=0), 0))
+            tl.store(
+                state_ptr + _PRODUCTS, tl.sum(tl.load(partials_ptr + chunks * 3 + 2, mask=inside, other=0), 0)
+            )
         if STAGE == "find":
             key = tl.max(tl.load(partials_ptr + chunks, mask=inside, other=0), 0) - 1
             tl.store(state_ptr + _CODE, key & _CODE_MASK)
@@ -461,10 +457,7 @@ def masked_decode_step_accept(
     count = tl.maximum(tl.minimum(tl.load(row_integers_ptr + _COUNT), number), 0)
     first = candidates & (count > 0) & (keys <= smallest_keys(keys, candidates, count))
     limit = tl.load(row_floats_ptr + _LIMIT)
-    if POLICY == "count":
-        accepted = candidates & (first == 0)
-    else:
-        accepted = first
+    accepted = candidates & (first == 0) if POLICY == "count" else first
     if POLICY == "threshold":
         accepted = accepted | (candidates & (log_probability > limit))
     if (POLICY == "entropy") | (POLICY == "factor"):
@@ -473,7 +466,9 @@ def masked_decode_step_accept(
         for i in range(44):
             tried = largest | (tl.full((), 1, tl.int64) << (43 - i))
             if POLICY == "entropy":
-                fits = tl.sum(tl.where(candidates & (keys < tried), order, 0), 0) <= (limit * 16777216.0).to(tl.int64)
+                fits = tl.sum(tl.where(candidates & (keys < tried), order, 0), 0) <= (limit * 16777216.0).to(
+                    tl.int64
+                )
             else:
                 up_to = candidates & (keys <= tried)
                 least = from_sortable(0xFFFFFFFF - (tl.max(tl.where(up_to, keys, 0), 0) >> 12))
@@ -551,7 +546,13 @@ def find_candidates(
 
 
 def compute_partials(
-    stage: str, shift: int, logits: Logits, numbers: Numbers, state: torch.Tensor, partials: torch.Tensor, chunk: int
+    stage: str,
+    shift: int,
+    logits: Logits,
+    numbers: Numbers,
+    state: torch.Tensor,
+    partials: torch.Tensor,
+    chunk: int,
 ) -> None:
     """Fills partials (B, N, C, K) int64 for chunks of `chunk` codes each."""
     B, N = state.shape[:2]
@@ -581,9 +582,7 @@ def compute_partials(
     )
 
 
-def reduce_partials(
-    stage: str, shift: int, numbers: Numbers, partials: torch.Tensor, state: torch.Tensor
-) -> None:
+def reduce_partials(stage: str, shift: int, numbers: Numbers, partials: torch.Tensor, state: torch.Tensor) -> None:
     """Updates state (B, N, 13) int64 from partials (B, N, C, K) int64 of all codes."""
     B, N, C, K = partials.shape
     launch(
@@ -683,7 +682,15 @@ def aot_variants() -> list[AotVariant]:
         stages = (("peak", 0, 2), *digits, ("sums", 0, 3), ("find", 0, 1))
         with record() as launches:
             forward(
-                *(tokens, None, None, meta(8, N, dtype=torch.int32), Logits(logits, None, None, None), numbers, stages),
+                *(
+                    tokens,
+                    None,
+                    None,
+                    meta(8, N, dtype=torch.int32),
+                    Logits(logits, None, None, None),
+                    numbers,
+                    stages,
+                ),
                 *(V - 1, 32, tokens, meta(8, N), meta(8, N), meta(8, N, dtype=torch.int32)),
             )
         for variant in label_launches(launches, f"{name_of(dtype)} N={N} V={V}"):

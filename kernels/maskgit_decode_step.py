@@ -101,9 +101,7 @@ def maskgit_decode_step_draw(
         draw_scale = tl.where((draw_scale >= 0.0) & (draw_scale <= FLOAT_MAX), draw_scale, 0.0)
         cond_ptr += row_offset(rows_ptr, at, b, n, cond_row_count, cond_stride_b, cond_stride_n)
         if uncond_ptr is not None:
-            uncond_ptr += row_offset(
-                uncond_rows_ptr, at, b, n, uncond_row_count, uncond_stride_b, uncond_stride_n
-            )
+            uncond_ptr += row_offset(uncond_rows_ptr, at, b, n, uncond_row_count, uncond_stride_b, uncond_stride_n)
         lanes = tl.arange(0, BLOCK_V)
         tops = tl.full((BLOCK_V,), -float("inf"), tl.float32)
         for start in range(0, V, BLOCK_V):

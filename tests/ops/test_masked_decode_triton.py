@@ -1,7 +1,6 @@
 """`masked_decode_step` in Triton: the bits of plain PyTorch, for any number of chunks.
 
-Without a GPU the kernels run in Triton's interpreter, which takes about a second for each of these calls. Longer runs are
-made by `python -m random_calls --op masked_decode_step_triton` in the folder tests/.
+Without a GPU the kernels run in Triton's interpreter, which takes about a second for each of these calls.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_masked_decode_step import random_call
+from decode_cases import random_call
 from titok.ops import last_backend, masked_decode_step
 from titok.ops.core.available import why_no_triton
 

@@ -8,8 +8,8 @@ Every rank runs the same stages; between a partial result and its reduction the 
         decode = masked_decode_reduce(decode, gather(partial, dim=2))  # of all ranks, in the order of their codes
     step = finish_masked_decode(decode)  # the same on every rank
 
-There are 3 stages, 19 with `top_k` or `top_p`; a partial result is 1 to 16 int64 for each position and chunk. Every split
-gives the tokens and the bits of `masked_decode_step` (titok/ops/masked_decode_split.py says why).
+There are 3 stages, 19 with `top_k` or `top_p`; a partial result is 1 to 16 int64 for each position and chunk. Every
+split gives the tokens and the bits of `masked_decode_step` (titok/ops/masked_decode_split.py says why).
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ def begin_masked_decode(
         *(editable, step_map, packed.integers, packed.floats),
         *(policy, confidence, probabilities, renoise, packed.edits, packed.block_length),
     )
-    wanted = what_is_wanted(
-        num_codes, policy, confidence, probabilities, packed.edits, return_log_probabilities
-    )
+    wanted = what_is_wanted(num_codes, policy, confidence, probabilities, packed.edits, return_log_probabilities)
     stages = stages_of(packed.truncates)
     return SplitDecode(first_state(inputs), 0, inputs, wanted, stages, return_log_probabilities)
 
@@ -221,7 +219,7 @@ def _check(a: Arguments) -> None:
     leading: tuple[int | str, ...] = (batch, length) if a.rows is None else ("R",)
     check_tensor("cond_logits", a.cond_logits, shape=(*leading, "v"), dtypes=_LOGIT_DTYPES, device=device)
     codes = a.cond_logits.shape[-1]
-    if not (0 <= a.first_code and 1 <= codes and a.first_code + codes <= a.codes):
+    if not (a.first_code >= 0 and codes >= 1 and a.first_code + codes <= a.codes):
         raise ValueError(
             f"first_code: expected slices of [0, {a.codes}), got {codes} codes from {a.first_code} on"
         )

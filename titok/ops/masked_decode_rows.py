@@ -86,9 +86,7 @@ def pack_rows(
     whole = torch.stack([_column(value, tokens, torch.int64) for value in columns], 1)
 
     guidance = _number("guidance", guidance, tokens, -_FLOAT_MAX, _FLOAT_MAX)
-    softmax = _number(
-        "softmax_temperature", softmax_temperature, tokens, 0.0, math.inf, exclude_least=True
-    )
+    softmax = _number("softmax_temperature", softmax_temperature, tokens, 0.0, math.inf, exclude_least=True)
     draw = _number("temperature", temperature, tokens, 0.0, math.inf)
     noise = _number("noise_temperature", noise_temperature, tokens, 0.0, math.inf)
     nats = _at_most("entropy_bound", entropy_bound, tokens, _MOST_NATS)

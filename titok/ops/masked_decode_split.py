@@ -10,8 +10,8 @@ those of all chunks into the state. Both are maxima and sums of integers, so tha
 | "sums" | sums of the weights and of the products for the entropy | their totals, and the chunk of the drawn code |
 | "find" | the drawn code and its logit, or 0 | the drawn code and its logit |
 
-Stages "count" and "mass" exist where `top_k` or `top_p` is given. They search the smallest logit that is kept, by digits
-of four bits of its sortable integer: first that of the top k, then that of the top p of what is left.
+Stages "count" and "mass" exist where `top_k` or `top_p` is given. They search the smallest logit that is kept, by
+digits of four bits of its sortable integer: first that of the top k, then that of the top p of what is left.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def what_is_wanted(
     codes: int, policy: str, confidence: str, probabilities: str, edits: bool, returns_log_probabilities: bool
 ) -> Wanted:
     products = policy == "entropy" or confidence == "negative_entropy"
-    by_probability = confidence in ("log_probability", "probability", "margin") or policy in ("threshold", "factor")
+    by_probability = confidence in ("log_probability", "probability", "margin") or policy in (
+        "threshold",
+        "factor",
+    )
     law = products or by_probability or edits or returns_log_probabilities
     return Wanted(codes, probabilities == "model", law, products, confidence == "margin")
 

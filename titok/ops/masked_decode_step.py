@@ -313,10 +313,14 @@ def _why_no_triton(a: Arguments) -> str | None:
     return why_no_triton(a.tokens)
 
 
-def _triton(a: Arguments, new: Tensor, confidences: Tensor, log_probs: Tensor | None, steps: Tensor | None) -> None:
+def _triton(
+    a: Arguments, new: Tensor, confidences: Tensor, log_probs: Tensor | None, steps: Tensor | None
+) -> None:
     from titok.kernels import masked_decode_step as kernels
 
-    wanted = what_is_wanted(a.cond_logits.shape[-1], a.policy, a.confidence, a.probabilities, a.edits, log_probs is not None)
+    wanted = what_is_wanted(
+        a.cond_logits.shape[-1], a.policy, a.confidence, a.probabilities, a.edits, log_probs is not None
+    )
     numbers = kernels.Numbers(
         *(a.integers, a.floats, wanted.codes, a.policy, a.confidence, wanted.model_law, a.renoise, a.edits),
         *(wanted.law, wanted.products),
