@@ -4,8 +4,8 @@
 
 The text is `pydoc_data/topics.py`, the Python documentation that every Python brings along (PSF licence). A Transformer
 without a causal mask learns to fill in masked words, for any share of masked words (Austin et al., "Structured
-Denoising Diffusion Models in Discrete State-Spaces", 2021; Nie et al., "Large Language Diffusion Models", 2025). Text is then
-decoded from masks by `titok.ops.masked_decode_step`:
+Denoising Diffusion Models in Discrete State-Spaces", 2021; Nie et al., "Large Language Diffusion Models", 2025). Text
+is then decoded from masks by `titok.ops.masked_decode_step`:
 
 - by threshold: all words whose probability exceeds it, and at least one in each row (Fast-dLLM, Wu et al. 2025);
 - by entropy bound: the most certain words while their summed entropy stays within it (Ben-Hamu et al. 2025).

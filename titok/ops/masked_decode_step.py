@@ -23,8 +23,8 @@ serves `renoise`. A row's result depends on nothing else of the batch.
 `maskgit_decode_step` is policy "count" with confidence "logit" (its rule "titok", temperature = noise_temperature) or
 "log_probability" (its rule "maskgit", temperature = 1), bit for bit.
 
-Not provided: a CUDA or Triton kernel (CUDA tensors run plain PyTorch, which waits for the GPU and cannot be captured in
-a CUDA graph), a split of V over blocks or ranks, the margin between the two likeliest codes as a confidence.
+titok/ops/masked_decode_split.py says how the codes are split over blocks of a GPU, titok/ops/masked_decode_partial.py
+offers the same split to tensor-parallel ranks. Not provided: a CUDA C++ kernel (CUDA tensors run Triton).
 """
 
 from __future__ import annotations
@@ -152,10 +152,11 @@ def masked_decode_step(
             `rows`.
         return_log_probabilities: also return the log-probabilities of the drawn codes.
         in_place: write the new tokens and step map to `tokens` and `step_map`, which are returned.
-        backend: "plain", "cpp", or None for the fastest.
+        backend: "plain", "cpp", "triton", or None for the fastest.
 
     Returns:
-        `DecodeStep`. Memory beside the results: O(B * N) in C++.
+        `DecodeStep`. Memory beside the results: O(B * N) in C++; in Triton also up to 128 bytes for each position and
+        chunk of codes.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
