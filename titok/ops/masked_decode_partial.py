@@ -14,7 +14,7 @@ split gives the tokens and the bits of `masked_decode_step` (titok/ops/masked_de
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,14 +69,31 @@ def begin_masked_decode(
     tokens: Tensor,
     num_codes: int,
     *,
+    policy: str,
+    mask_token: int | None = None,
     undecided: Tensor | None = None,
+    count: int | Tensor = 1,
+    threshold: float | Tensor | None = None,
+    entropy_bound: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
+    window: tuple[int, int] | Tensor | None = None,
+    block_length: int | None = None,
+    step: int | Tensor = 0,
+    seed: int | Tensor = 0,
+    sample: int | Tensor = 0,
+    guidance: float | Tensor = 1.0,
+    softmax_temperature: float | Tensor = 1.0,
+    temperature: float | Tensor = 0.0,
+    noise_temperature: float | Tensor = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
     confidence: str = "log_probability",
     probabilities: str = "drawn",
     renoise: bool = False,
+    edit_threshold: float | Tensor | None = None,
     editable: Tensor | None = None,
     step_map: Tensor | None = None,
     return_log_probabilities: bool = False,
-    **numbers: Any,
 ) -> SplitDecode:
     """Starts a step of `masked_decode_step` whose logits are split over ranks.
 
@@ -88,7 +105,28 @@ def begin_masked_decode(
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
-    packed = pack_rows(tokens, undecided=undecided, **numbers)
+    packed = pack_rows(
+        tokens,
+        policy=policy,
+        mask_token=mask_token,
+        undecided=undecided,
+        count=count,
+        threshold=threshold,
+        entropy_bound=entropy_bound,
+        factor=factor,
+        window=window,
+        block_length=block_length,
+        step=step,
+        seed=seed,
+        sample=sample,
+        guidance=guidance,
+        softmax_temperature=softmax_temperature,
+        temperature=temperature,
+        noise_temperature=noise_temperature,
+        top_k=top_k,
+        top_p=top_p,
+        edit_threshold=edit_threshold,
+    )
     if tokens.shape[1] > MAX_TOKENS:
         raise ValueError(f"tokens: expected at most {MAX_TOKENS} per row, got {tokens.shape[1]}")
     if not 1 <= check_int("num_codes", num_codes) <= MAX_CODES:
@@ -100,7 +138,6 @@ def begin_masked_decode(
     for name, tensor, dtype in (("editable", editable, torch.bool), ("step_map", step_map, torch.int32)):
         if tensor is not None:
             check_tensor(name, tensor, shape=tokens.shape, dtypes=(dtype,), device=tokens.device)
-    policy = numbers["policy"]
     inputs = Inputs(
         tokens,
         tokens == packed.mask_token if undecided is None else undecided,
@@ -142,6 +179,7 @@ def masked_decode_partial(
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range; `decode` is complete.
     """
+    _check_decode(decode)
     if decode.is_complete:
         raise ValueError("decode: expected a step with a stage left, got one that is complete")
     name, shift, _ = decode.stages[decode.stage]
@@ -167,6 +205,7 @@ def masked_decode_reduce(decode: SplitDecode, partials: Tensor) -> SplitDecode:
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape or device; `decode` is complete.
     """
+    _check_decode(decode)
     if decode.is_complete:
         raise ValueError("decode: expected a step with a stage left, got one that is complete")
     stage = decode.stages[decode.stage]
@@ -184,10 +223,16 @@ def finish_masked_decode(decode: SplitDecode) -> DecodeStep:
     Raises:
         ValueError: a stage is left.
     """
+    _check_decode(decode)
     if not decode.is_complete:
         raise ValueError(f"decode: expected {len(decode.stages)} stages done, got {decode.stage}")
     new, confidences, log_probabilities, steps = accept_plain(decode.inputs, decode.state, decode.wanted)
     return DecodeStep(new, confidences, log_probabilities if decode.returns_log_probabilities else None, steps)
+
+
+def _check_decode(decode: SplitDecode) -> None:
+    if not isinstance(decode, SplitDecode):
+        raise TypeError(f"decode: expected a SplitDecode, got {type(decode).__name__}")
 
 
 class Arguments(NamedTuple):
