@@ -3,8 +3,15 @@
 `python -m benchmarks.training` runs all of them; `--rows proxy` runs one. Both sides have the same weights, images and
 optimizer (AdamW; titok's is the fused one, the official code takes the default), clip the gradients, and must agree on
 the first loss, or the case is not timed. They take turns. Left out are dropout, and the terms of the loss that are the
-same code on both sides: the perceptual distance and the discriminator. A last case trains a generator of 256 tokens, as
-many as a 2D tokenizer gives, beside that of 32. On a CPU the MaskGIT-VQGAN is trained on images of 128 pixels.
+same code on both sides: the perceptual distance and the discriminator. On a CPU the MaskGIT-VQGAN is trained on images
+of 128 pixels.
+
+A second table is the paper's claim: titok's step of a generator of 32 tokens beside that of one of 256, as many as a 2D
+tokenizer gives, in turns.
+
+Memory is the peak of two steps beyond the memory of the process before them, which holds the weights: gradients, the
+optimizer's state and activations. On a GPU it is counted by PyTorch. On a CPU each side takes its steps in a process of
+its own, and the peak is that of the resident set (VmHWM, Linux).
 """
 
 from __future__ import annotations
@@ -12,13 +19,21 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from collections.abc import Callable
+import gc
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines.published_training import PublishedMaskGIT, PublishedStage, PublishedVQGAN
+from benchmarks.baselines.published_training import (
+    PublishedMaskGIT,
+    PublishedSingleStage,
+    PublishedStage,
+    PublishedVQGAN,
+)
 from benchmarks.harness import tables
 from benchmarks.harness.measures import OURS
 from benchmarks.harness.memory import peak_growth
@@ -27,18 +42,28 @@ from benchmarks.harness.results import Results
 from benchmarks.harness.timing import interleave
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig
 from titok.models.vqgan import MaskGITVQGAN
-from titok.training.config import DecoderTraining, GeneratorTraining, ProxyTraining, TrainingConfig, VQGANTraining
+from titok.training.config import (
+    DecoderTraining,
+    GeneratorTraining,
+    ProxyTraining,
+    TokenizerTraining,
+    TrainingConfig,
+    VQGANTraining,
+)
 from titok.training.decoder import DecoderObjective, join_stages
 from titok.training.generator import GeneratorObjective
 from titok.training.masking import random_mask
 from titok.training.objective import Objective
+from titok.training.optimized import Optimized
 from titok.training.order import seed_of
 from titok.training.proxy import ProxyObjective
-from titok.training.run import Optimized
+from titok.training.tokenizer import TokenizerObjective
 from titok.training.vqgan import VQGANObjective
 
 PUBLISHED = "as published"
-CASES = ("vqgan", "proxy", "decoder", "generator of 32 tokens", "generator of 256 tokens")
+CASES = ("vqgan", "proxy", "decoder", "tokenizer", "generator of 32 tokens", "generator of 256 tokens")
+CLAIM = "generator, 32 against 256 tokens"
+TOKENS = ("32 tokens", "256 tokens")
 # Further apart than this, relative, two first losses are not of the same step.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 2e-2}
 ALONE: dict[str, Any] = {"perceptual": "", "perceptual_weight": 0.0, "adversarial_weight": 0.0}
@@ -67,24 +92,87 @@ def parser() -> argparse.ArgumentParser:
     p = command_parser("training", __doc__)
     p.set_defaults(dtype="fp32")
     p.add_argument("--preset", default="titok-s-128", help="two-stage tokenizer of stage 1 and 2 (%(default)s)")
+    p.add_argument("--single", default="titok-bl-64-vq8k", help="single-stage tokenizer (%(default)s)")
+    p.add_argument("--generator", default="titok-l-32", help="generator, but for its tokens (%(default)s)")
     p.add_argument("--batch", type=int, default=2, help="images of a step (default: %(default)s)")
     p.add_argument("--sequences", type=int, default=8, help="of tokens, of a generator's step (%(default)s)")
     p.add_argument("--rows", default="", help="parts of the cases' names, comma-separated (default: all)")
     p.add_argument("--seconds", type=float, default=30, help="of each case (default: %(default)s)")
+    p.add_argument("--peak-of", choices=(OURS, PUBLISHED), help=argparse.SUPPRESS)  # in a process of its own
     add_out(p)
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
+    if arguments.peak_of:
+        steps = steps_of(build(arguments.rows, arguments), arguments)
+        step = steps.pop(arguments.peak_of)
+        del steps
+        gc.collect()  # the other side's weights
+        print(peak_growth(lambda: [step(), step()], arguments.device))
+        return
     results = Results(start(arguments))
-    rows = [measure(name, arguments, results) for name in matching(CASES, arguments.rows)]
-    tables.show(*tables.training_table(rows), f"{arguments.preset}, {arguments.dtype}, {arguments.device}")
+    names = matching((*CASES, CLAIM), arguments.rows)
+    rows = [measure(name, arguments, results, argv) for name in names if name != CLAIM]
+    title = f"{arguments.dtype}, {arguments.device}"
+    if rows:
+        tables.show(*tables.training_table(rows, (OURS, PUBLISHED)), title)
+    if CLAIM in names:
+        tables.show(*tables.training_table([measure_claim(arguments, results, argv)], TOKENS), title)
 
 
-def measure(name: str, arguments: argparse.Namespace, results: Results) -> dict[str, Any]:
+def measure(
+    name: str, arguments: argparse.Namespace, results: Results, argv: Sequence[str] | None
+) -> dict[str, Any]:
     """Times one case and writes it to the results."""
+    peaks = {side: peak_bytes(name, side, arguments, argv) for side in (OURS, PUBLISHED)}
     case = build(name, arguments)
+    runs = steps_of(case, arguments)
+    first = {side: float(run()) for side, run in runs.items()}
+    if abs(first[OURS] / first[PUBLISHED] - 1) > TOLERANCE[arguments.dtype]:
+        raise SystemExit(f"{name}: the sides do not compute the same first loss: {first}")
+    samples = interleave(runs, arguments.seconds, warm=True)
+    about = {"preset": preset_of(name, arguments), **about_run(arguments), "recipe": name}
+    return results.row("training", about, samples, count=case.samples, peak_bytes=peaks, first_loss=first[OURS])
+
+
+def measure_claim(arguments: argparse.Namespace, results: Results, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Times titok's steps of generators of 32 and of 256 tokens and writes them to the results."""
+    names = {tokens: f"generator of {tokens}" for tokens in TOKENS}
+    peaks = {tokens: peak_bytes(name, OURS, arguments, argv) for tokens, name in names.items()}
+    runs = {tokens: steps_of(build(name, arguments), arguments)[OURS] for tokens, name in names.items()}
+    for run in runs.values():
+        run()
+    samples = interleave(runs, arguments.seconds, warm=True)
+    about = {"preset": arguments.generator, **about_run(arguments), "recipe": CLAIM}
+    return results.row("training", about, samples, count=arguments.sequences, peak_bytes=peaks)
+
+
+def about_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"dtype": arguments.dtype, "device": arguments.device}
+
+
+def preset_of(name: str, arguments: argparse.Namespace) -> str:
+    """The preset of the model that a case trains."""
+    presets = {"tokenizer": arguments.single, "generator": arguments.generator}
+    preset: str = presets.get(name.split()[0], arguments.preset)
+    return preset
+
+
+def peak_bytes(name: str, side: str, arguments: argparse.Namespace, argv: Sequence[str] | None) -> int | None:
+    """The peak memory of two steps of one side; None where it is not known."""
+    if arguments.device == "cuda":
+        step = steps_of(build(name, arguments), arguments)[side]
+        return peak_growth(lambda: [step(), step()], arguments.device)
+    own = list(sys.argv[1:] if argv is None else argv)
+    command = [sys.executable, "-m", "benchmarks.training", *own, "--rows", name, "--peak-of", side]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1]
+    return None if printed == "None" else int(printed)
+
+
+def steps_of(case: Case, arguments: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
+    """A training step of each side, which returns the loss."""
     rival = copy.deepcopy(case.rival)  # which shares weights with titok's model
     dtype = DTYPES[arguments.dtype]
     autocast = torch.autocast(arguments.device, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -105,14 +193,7 @@ def measure(name: str, arguments: argparse.Namespace, results: Results) -> dict[
         optimizer.step()
         return loss.detach()
 
-    runs = {OURS: our_step, PUBLISHED: published_step}
-    first = {side: float(run()) for side, run in runs.items()}
-    if abs(first[OURS] / first[PUBLISHED] - 1) > TOLERANCE[arguments.dtype]:
-        raise SystemExit(f"{name}: the sides do not compute the same first loss: {first}")
-    peaks = {side: peak_growth(run, arguments.device) for side, run in runs.items()}
-    samples = interleave(runs, arguments.seconds, warm=True)
-    about = {"preset": arguments.preset, "dtype": arguments.dtype, "device": arguments.device, "recipe": name}
-    return results.row("training", about, samples, count=case.samples, peak_bytes=peaks, first_loss=first[OURS])
+    return {OURS: our_step, PUBLISHED: published_step}
 
 
 def build(name: str, arguments: argparse.Namespace) -> Case:
@@ -122,6 +203,8 @@ def build(name: str, arguments: argparse.Namespace) -> Case:
     common: dict[str, Any] = {"steps": 1_000, "warmup_steps": 0, "precision": precision}
     if name.startswith("generator"):
         return generator(int(name.split()[2]), arguments, common)
+    if name == "tokenizer":
+        return single_stage(arguments, common)
     whole = TokenizerConfig.preset(arguments.preset)
     assert whole.proxy is not None
     vqgan = MaskGITVQGAN(whole.proxy).to(arguments.device).train()
@@ -154,10 +237,32 @@ def build(name: str, arguments: argparse.Namespace) -> Case:
     return Case(objective.train(), config, images, rival.train(), lambda: (images,), len(images))
 
 
+def single_stage(arguments: argparse.Namespace, common: dict[str, Any]) -> Case:
+    """A single-stage tokenizer with a squared error and the loss of its quantizer."""
+    model_config = TokenizerConfig.preset(arguments.single)
+    model = TiTok(model_config).to(arguments.device).train()
+    if model.quantizer is None:
+        raise SystemExit(f"--single: expected a vector-quantised tokenizer, got {arguments.single}")
+    nn.init.normal_(model.quantizer.codebook)
+    config = TokenizerTraining(
+        model=model_config,
+        batch_size=arguments.batch,
+        restart_every=0,
+        reconstruction_weight=1.0,
+        **ALONE,
+        **common,
+    )
+    images = torch.rand(arguments.batch, model_config.channels, *model_config.image_size, device=arguments.device)
+    rival = PublishedSingleStage(model).train()
+    return Case(TokenizerObjective(model, config).train(), config, images, rival, lambda: (images,), len(images))
+
+
 def generator(length: int, arguments: argparse.Namespace, common: dict[str, Any]) -> Case:
-    """The published generator of TiTok-L-32 on sequences of `length` random tokens, without dropout."""
+    """A published generator on sequences of `length` random tokens, without dropout."""
     count, device = arguments.sequences, arguments.device
-    model_config = dataclasses.replace(GeneratorConfig.preset("titok-l-32"), num_latent_tokens=length, dropout=0.0)
+    model_config = dataclasses.replace(
+        GeneratorConfig.preset(arguments.generator), num_latent_tokens=length, dropout=0.0
+    )
     model = MaskGIT(model_config).to(device)
     tokens = torch.randint(model_config.codebook_size, (count, length), device=device)
     labels = torch.randint(model_config.num_classes, (count,), device=device)

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from titok import TiTok
-from titok.cli.app import app
+from titok.cli.commands import app
 
 SIZE = (16, 24)  # height and width of the pictures of `tiny_tokenizer`
 NAMES = ["a.png", "b.png", "cats/a.png", "cats/old/c.jpg", "d.bmp"]  # of the pictures in the fixture `photos`

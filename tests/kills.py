@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ViTConfig
-from titok.cli import app
+from titok.cli import commands
 from titok.data import tokenizing
 from titok.data.folders import ImageFolder
 from titok.training import (
@@ -83,7 +83,7 @@ class Scenario(NamedTuple):
 def command(*arguments: str) -> Callable[[], None]:
     def run() -> None:
         sys.argv = ["titok", *arguments]
-        app.main()
+        commands.main()
 
     return run
 

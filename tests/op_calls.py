@@ -67,8 +67,14 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
         "qkv": normal(2, 5, 24), "num_heads": 2, "key_mask": torch.ones(2, 5, dtype=torch.bool),
         "query_range": (1, 4), "scale": 0.5, "backend": None,
     },
+    "attention": lambda: {
+        **{name: normal(2, 5, 8) for name in ("q", "k", "v")}, "num_heads": 2,
+        "key_mask": torch.ones(2, 5, dtype=torch.bool), "query_range": (1, 4), "scale": 0.5, "backend": None,
+    },
     "nearest_codebook": lambda: quantizer(return_quantized=True, out=torch.zeros(4).long()),
-    "quantize": lambda: quantizer(commitment_cost=0.25),
+    "quantize": lambda: quantizer(
+        commitment_cost=0.25, mask=torch.ones(4, dtype=torch.bool), dim=1
+    ),
     "code_mixture": lambda: {"logits": normal(4, 7), "codebook": normal(7, 6), "backend": None},
     "masked_decode_step": lambda: {
         "tokens": torch.full((2, 3), 5), "cond_logits": normal(6, 5), "uncond_logits": normal(6, 5),

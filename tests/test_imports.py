@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ast
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +31,9 @@ LEVELS = {
     "generation": 4,
     "training": 4,
     "data": 3,
+    "images": 3,
     "models": 3,
+    "nn": 2,
     "checkpoints": 2,
     "inference": 2,
     "engine": 2,
@@ -255,3 +259,15 @@ def test_nothing_private_is_imported_across_folders() -> None:
 )
 def test_circles_are_found(edges: dict[str, set[str]], expected: list[str]) -> None:
     assert circle(edges) == expected
+
+
+def test_short_public_names_load_no_pytorch_before_they_are_used() -> None:
+    code = (
+        "import sys, titok.cli, titok.data; assert 'torch' not in sys.modules\n"
+        "from titok.cli import app; import typer; assert isinstance(app, typer.Typer)\n"
+        "assert 'torch' not in sys.modules\n"
+        "from titok.data import ImageFolder; from titok.images import find_images, read_image\n"
+        "import titok.data.folders, titok.data.images as images; assert ImageFolder is titok.data.folders.ImageFolder\n"
+        "assert (find_images, read_image) == (images.find_images, images.read_image)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -43,7 +43,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_commands_exist() -> None:
-    from titok.cli.app import app
+    from titok.cli.commands import app
 
     text = "\n".join(blocks("sh"))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))

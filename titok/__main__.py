@@ -1,5 +1,5 @@
 """Runs the command line as `python -m titok`, which `torchrun -m titok` needs."""
 
-from titok.cli.app import main
+from titok.cli.commands import main
 
 main()

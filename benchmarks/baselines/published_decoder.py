@@ -136,6 +136,11 @@ class PublishedDecoder(nn.Module):
     @classmethod
     def of(cls, tokenizer: TiTok, dtype: torch.dtype | None = None) -> PublishedDecoder:
         """With the weights of a titok tokenizer, in `dtype`; None keeps theirs."""
+        return with_weights(lambda: cls(tokenizer.config), cls.weights_of(tokenizer), dtype)
+
+    @staticmethod
+    def weights_of(tokenizer: TiTok) -> dict[str, Tensor]:
+        """The weights of the decoder and the quantizer of a titok tokenizer, by the names that are used here."""
         weights = {}
         for name, value in tokenizer.state_dict().items():
             if name.startswith("encoder."):
@@ -143,7 +148,7 @@ class PublishedDecoder(nn.Module):
             name = re.sub(r"^(quantizer|decoder\.trunk|decoder)\.", "", name)
             name = name.replace("attn.qkv.", "attn.in_proj_").replace("attn.proj.", "attn.out_proj.")
             weights[name] = value[..., None, None] if re.match(r"head\.\d\.weight", name) else value
-        return with_weights(lambda: cls(tokenizer.config), weights, dtype)
+        return weights
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (B, K) -> logits (B, codes, h, w)."""

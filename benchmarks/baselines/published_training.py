@@ -149,13 +149,61 @@ class PublishedStage(nn.Module):
 
     def _logits(self, codes: Tensor) -> Tensor:
         """`PublishedDecoder.logits` from code vectors (B, K, C), through which a gradient passes."""
-        d, (h, w) = self.decoder, self.decoder.grid
-        masks = torch.cat([d.class_token[None], d.mask_token.repeat(1, h * w, 1)], dim=1).repeat(len(codes), 1, 1)
-        x = torch.cat([masks + d.patch_positions, d.embed(codes) + d.latent_positions], dim=1)
-        x = d.blocks(d.norm_pre(x).permute(1, 0, 2)).permute(1, 0, 2)
-        x = d.norm_post(x[:, 1 : 1 + h * w])
-        x = d.head(x.permute(0, 2, 1).reshape(len(codes), -1, h, w).contiguous())
+        d = self.decoder
+        x = decode_features(d, codes)
         return x if d.side == 1 else rearrange(x, "b (r s c) h w -> b c (h r) (w s)", r=d.side, s=d.side)
+
+
+def decode_features(d: PublishedDecoder | PixelHeadDecoder, codes: Tensor) -> Tensor:
+    """Code vectors (B, K, C) -> what the head predicts of each patch, (B, values, h, w)."""
+    h, w = d.grid
+    masks = torch.cat([d.class_token[None], d.mask_token.repeat(1, h * w, 1)], dim=1).repeat(len(codes), 1, 1)
+    x = torch.cat([masks + d.patch_positions, d.embed(codes) + d.latent_positions], dim=1)
+    x = d.blocks(d.norm_pre(x).permute(1, 0, 2)).permute(1, 0, 2)
+    x = d.norm_post(x[:, 1 : 1 + h * w])
+    return d.head(x.permute(0, 2, 1).reshape(len(codes), -1, h, w).contiguous())
+
+
+class PixelHeadDecoder(nn.Module):
+    """The decoder of a single-stage tokenizer: a 1x1 convolution to the pixels of each patch, then a 3x3 one."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        vit = config.decoder
+        self.grid, self.side = config.grid("decoder"), vit.patch_size
+        self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
+        self.embed = nn.Linear(config.code_dim, vit.width)
+        self.class_token = nn.Parameter(torch.empty(1, vit.width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
+        self.patch_positions = nn.Parameter(torch.empty(1 + self.grid[0] * self.grid[1], vit.width))
+        self.latent_positions = nn.Parameter(torch.empty(config.num_latent_tokens, vit.width))
+        self.norm_pre, self.norm_post = nn.LayerNorm(vit.width), nn.LayerNorm(vit.width)
+        self.blocks = nn.Sequential(
+            *(LengthFirstBlock(vit.width, vit.heads, vit.mlp_ratio * vit.width) for _ in range(vit.layers))
+        )
+        self.head = nn.Sequential(nn.Conv2d(vit.width, config.channels * self.side**2, 1))
+        self.smooth = nn.Conv2d(config.channels, config.channels, 3, padding=1)
+
+
+class PublishedSingleStage(nn.Module):
+    """A single-stage tokenizer with a squared error and the quantizer's loss."""
+
+    def __init__(self, tokenizer: TiTok) -> None:
+        super().__init__()
+        self.config = tokenizer.config
+        self.encoder = LatentEncoder.of(tokenizer)
+        self.decoder = with_weights(
+            lambda: PixelHeadDecoder(tokenizer.config), PublishedDecoder.weights_of(tokenizer), None
+        )
+        self.requires_grad_(True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        signed, d = self.config.signed_pixels, self.decoder
+        latents = self.encoder(2 * images - 1 if signed else images)
+        codes, bottleneck = quantize(latents, d.codebook, l2_normalize=self.config.l2_normalize)
+        pixels = rearrange(decode_features(d, codes), "b (r s c) h w -> b c (h r) (w s)", r=d.side, s=d.side)
+        pixels = d.smooth(pixels)
+        return F.mse_loss(0.5 * pixels + 0.5 if signed else pixels, images) + bottleneck
 
 
 class PublishedVQGAN(nn.Module):

@@ -248,17 +248,10 @@ def memory_table(row: Row) -> Table:
     return header, lines
 
 
-def training_table(rows: Sequence[Row]) -> Table:
-    """Columns and lines: samples per second of a training step of both sides, their ratio, and memory of a step."""
-    header = [
-        "step",
-        "titok, samples/s",
-        "as published, samples/s",
-        "times as fast",
-        "titok, MB",
-        "as published, MB",
-    ]
-    sides, lines = (measures.OURS, "as published"), []
+def training_table(rows: Sequence[Row], sides: tuple[str, str]) -> Table:
+    """Columns and lines: samples per second of a training step of two sides, their ratio, and memory of a step."""
+    speed, memory_of = ([f"{side}, {unit}" for side in sides] for unit in ("samples/s", "MB"))
+    header, lines = ["step", *speed, "times as fast", *memory_of], []
     for row in rows:
         ratios = sorted(p / o for p, o in zip(*(row["samples_s"][side] for side in reversed(sides)), strict=True))
         rates = [f"{row['count'] / row['median_s'][side]:.2f}" for side in sides]

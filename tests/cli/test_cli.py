@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from cli_runner import NAMES, pixels, refused, titok
 from titok import TiTok, __version__
-from titok.cli.app import app
+from titok.cli.commands import app
 from titok.config import TOKENIZER_PRESETS
 
-COMMANDS = [["quickstart"], ["tokenize"], ["detokenize"], ["reconstruct"], ["generate"], ["info"]]
+COMMANDS = [["quickstart"], ["tokenize"], ["detokenize"], ["reconstruct"], ["generate"], ["demo"], ["info"]]
 COMMANDS += [["train", recipe] for recipe in ("vqgan", "proxy", "decoder", "tokenizer", "generator")]
 COMMANDS += [["evaluate", "reconstruction"], ["evaluate", "samples"], ["probe"]]
 
@@ -87,7 +87,7 @@ def test_every_command_is_tested_for_its_help() -> None:
 @pytest.mark.slow
 def test_version_and_help_do_without_torch() -> None:
     """Loading PyTorch takes seconds, and `titok --help` should answer at once."""
-    code = "import sys, titok.cli.app as cli; sys.argv[0] = 'titok'; import atexit; "
+    code = "import sys, titok.cli.commands as cli; sys.argv[0] = 'titok'; import atexit; "
     code += "atexit.register(lambda: print('torch' in sys.modules)); cli.main()"
     for option, expected in (("--help", "Usage: titok"), ("--version", f"titok {__version__}")):
         run = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=True)
@@ -256,7 +256,7 @@ def test_info() -> None:
 def test_info_without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process that cannot import titok._C, `titok info` gives the reason in one line."""
     code = "import sys; sys.modules['titok._C'] = None; sys.argv = ['titok', 'info', '--json']; "
-    code += "import titok.cli.app; titok.cli.app.main()"
+    code += "import titok.cli.commands; titok.cli.commands.main()"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
     )

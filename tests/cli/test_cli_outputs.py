@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cli_runner import pixels, refused, titok
 from titok import Pipeline, TiTok
-from titok.cli.app import app
+from titok.cli.commands import app
 from titok.training.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cli_runner import NAMES, SIZE, load, pixels, refused, titok
 from titok import Pipeline, TiTok
-from titok.cli.app import app
+from titok.cli.commands import app
 from titok.config import TOKENIZER_PRESETS
 from titok.data.images import read_image, to_uint8
 

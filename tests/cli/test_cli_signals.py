@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cli_runner import titok
 from titok import TiTok
-from titok.cli.app import app
+from titok.cli.commands import app
 from titok.data import digits
 from titok.quickstart import run as quickstart
 
@@ -178,7 +178,7 @@ def test_processes_without_a_launcher_are_refused(command: str, monkeypatch: pyt
 WAITING = """
 import sys, time
 import titok.generation.sample_sets as sets
-from titok.cli.app import main
+from titok.cli.commands import main
 sets._Parts.join = lambda *_: print("joining", flush=True) or time.sleep(600)
 sys.argv = ["titok", *sys.argv[1:]]
 main()

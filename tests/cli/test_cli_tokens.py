@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from cli_runner import NAMES, SIZE, load, pixels, refused, titok
-from titok.cli.app import app
+from titok.cli.commands import app
 from titok.data.images import read_image, to_uint8
 from titok.data.tokens import read_tokens
 from titok.data.tokens import write_tokens as write_token_file

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cli_runner import refused
-from titok.cli.app import app
+from titok.cli.commands import app
 from titok.data import images, sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")

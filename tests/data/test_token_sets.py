@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from cli_runner import refused, titok
 from titok import GeneratorConfig, TiTok, TokenizerConfig, ViTConfig
-from titok.cli.app import app
+from titok.cli.commands import app
 from titok.data import tokenizing
 from titok.data.crops import COPIES
 from titok.data.folders import FolderSource, ImageFolder, Pictures
@@ -386,8 +386,8 @@ def test_two_processes_write_the_same_set() -> None:
         "import sys; import torch; torch.set_num_threads(1); from titok.data import tokenizing; tokenizing.BLOCK = 4; "
         "from titok import TiTok; encode = TiTok.encode; sizes = []\n"
         "TiTok.encode = lambda self, images: sizes.append(len(images)) or encode(self, images)\n"
-        "from titok.cli import app\n"
-        "try: app.main()\n"
+        "from titok.cli import commands\n"
+        "try: commands.main()\n"
         "finally: print(sum(sizes), file=sys.stderr)"
     )
     Path("command.py").write_text(code)

@@ -169,9 +169,8 @@ def test_a_probe_writes_its_result(models: Path) -> None:
 
 def start(*arguments: Any) -> subprocess.Popen[str]:
     """Starts a command in a process of its own, which finds the extractors of these tests."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from titok.cli.app import main; main()"
-    )
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r}); from titok.cli.commands import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stderr=subprocess.PIPE,

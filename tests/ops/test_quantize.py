@@ -187,3 +187,89 @@ def test_a_training_step_is_captured_and_deterministic(normalize: bool) -> None:
     graph.replay()
     for got, want in zip(captured, expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Feature maps and masks
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_feature_maps_are_quantized_as_their_latents_are(normalize: bool) -> None:
+    maps, codebook = torch.randn(2, 12, 3, 5, requires_grad=True), torch.randn(40, 12, requires_grad=True)
+    got = quantize(maps, codebook, normalize=normalize, dim=1)
+    want = quantize(maps.permute(0, 2, 3, 1), codebook, normalize=normalize)
+    assert got.indices.shape == (2, 3, 5)
+    assert torch.equal(got.quantized, want.quantized.permute(0, 3, 1, 2))
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert torch.equal(a, b)
+    weights = torch.randn(2, 12, 3, 5)
+    grads = torch.autograd.grad((got.quantized * weights).sum() + got.loss, (maps, codebook))
+    wanted = torch.autograd.grad(
+        (want.quantized.permute(0, 3, 1, 2) * weights).sum() + want.loss, (maps, codebook)
+    )
+    torch.testing.assert_close(grads, wanted)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("padding", [1e4, float("nan"), float("inf")])
+def test_padding_takes_no_part(normalize: bool, padding: float) -> None:
+    """Whatever the padding holds: results and gradients are those of the other latents alone."""
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    latents = torch.randn(2, 3, 12).masked_fill(~mask[..., None], padding).requires_grad_()
+    codebook = torch.randn(40, 12, requires_grad=True)
+    got = quantize(latents, codebook, normalize=normalize, mask=mask)
+    want = quantize(latents[mask], codebook, normalize=normalize)
+    assert torch.equal(got.indices[mask], want.indices)
+    assert got.indices[~mask].tolist() == [-1, -1, -1]
+    assert torch.equal(got.quantized[mask], want.quantized)
+    assert not got.quantized[~mask].any()
+    torch.testing.assert_close(got[2:5], want[2:5])
+    assert torch.equal(got.counts, want.counts)
+    grads, wanted = (
+        torch.autograd.grad(result.loss + result.quantized.square().sum(), (latents, codebook))
+        for result in (got, want)
+    )
+    torch.testing.assert_close(grads, wanted)
+    assert not grads[0][~mask].any()
+
+
+def test_padding_alone() -> None:
+    got = quantize(torch.randn(2, 3, 12), torch.randn(9, 12), mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert (got.indices == -1).all()
+    assert got.loss == 0
+    assert not got.counts.any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_indices_of_vector_quantize_pytorch(masked: bool) -> None:
+    """Feature maps, and sequences with padding; indices are compared by distance where two codes are equally near."""
+    other = pytest.importorskip("vector_quantize_pytorch")
+    shape = (3, 7, 12) if masked else (2, 12, 5, 6)
+    latents, mask = torch.randn(shape), torch.rand(3, 7) < 0.6 if masked else None
+    module = other.VectorQuantize(dim=12, codebook_size=50, accept_image_fmap=not masked).eval()
+    quantized, indices, _ = module(latents, mask=mask)
+    got = quantize(latents, module.codebook, mask=mask, dim=-1 if masked else 1)
+    assert torch.equal(got.indices, indices)
+    torch.testing.assert_close(got.quantized, quantized)
+
+
+def test_wrong_masks_and_dimensions() -> None:
+    latents, codebook = torch.randn(2, 3, 12), torch.randn(9, 12)
+    with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\), got \(2, 4\)"):
+        quantize(latents, codebook, mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask: expected dtype bool, got float32"):
+        quantize(latents, codebook, mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"dim: expected a dimension of latents \(2, 3, 12\), got 3"):
+        quantize(latents, codebook, dim=3)
+    with pytest.raises(TypeError, match="dim: expected an int, got float"):
+        quantize(latents, codebook, dim=1.5)
+
+
+@pytest.mark.slow
+def test_masks_and_feature_maps_compile() -> None:
+    def step(maps: torch.Tensor, codebook: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(quantize(maps, codebook, mask=mask, dim=1))
+
+    arguments = torch.randn(2, 12, 3, 5), torch.randn(40, 12), torch.rand(2, 3, 5) < 0.5
+    got = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)(*arguments)
+    torch.testing.assert_close(got, step(*arguments))

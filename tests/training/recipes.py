@@ -69,6 +69,8 @@ def config_of(kind: str, **changes: Any) -> t.TrainingConfig:
     if kind in ("vit", "uvit"):
         model = dataclasses.replace(GENERATOR, architecture=kind)
         return t.GeneratorTraining(model=model, **{**SHARED, **changes})
+    if kind in ("proxy", "tokenizer"):
+        changes = {"start_as_patches": "position_std" not in changes, "quantize_from": 2, **changes}
     if kind == "proxy":
         return t.ProxyTraining(model=FIRST, **{**SHARED, **changes})
     model = {"vqgan": VQGAN, "decoder": WHOLE, "tokenizer": SINGLE, "vae": VAE}[kind]

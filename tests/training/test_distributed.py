@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
 from recipes import KINDS, train
 from safetensors.torch import load_file
-from test_training import content, generator_training, pictures, tokenizer_training
+from test_training import Stop, content, generator_training, pictures, stop_at, tokenizer_training
 
 from titok import MaskGIT, TiTok
 from titok.training import train_generator
@@ -32,68 +28,19 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 TWO: dict[str, Any] = {"micro_batch_size": 2, "steps": 20, "restart_every": 3}
 
 
-def start_processes(count: int, code: str) -> list[subprocess.Popen[str]]:
-    """Starts code in `count` processes that form a group; it may use `train`, `KINDS` and `Path`."""
-    script = textwrap.dedent(
-        f"""
-        import sys
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-        from pathlib import Path
-        import torch
-        from recipes import KINDS, train
-        from titok.processes import process_group
-        torch.set_num_threads(1)
-        with process_group():
-        """
-    ) + textwrap.indent(textwrap.dedent(code), "    ")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", script], env={**shared, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(count)
-    ]
-
-
-def in_processes(count: int, code: str) -> None:
-    """Runs code in `count` processes, as `start_processes` takes it, to its end."""
-    processes = start_processes(count, code)
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(errors)
-
-
 def difference(a: Path, b: Path) -> float:
     """The largest difference of weights, relative to the largest weight of the tensor."""
     one, other = (load_file(folder / "model.safetensors") for folder in (a, b))
     return max(float((one[n] - other[n]).abs().max() / one[n].abs().max()) for n in one)
 
 
-def test_two_processes_train_as_one_bit_for_bit(tmp_path: Path) -> None:
-    for kind in KINDS:
-        train(kind, tmp_path / "one" / kind, TWO)
-    in_processes(2, f"for kind in KINDS: train(kind, Path({str(tmp_path / 'two')!r}) / kind, {TWO!r})")
-    for kind in KINDS:
-        assert content(tmp_path / "one" / kind) == content(tmp_path / "two" / kind), kind
-
-
-def test_four_micro_batches_on_any_number_of_processes(tmp_path: Path) -> None:
-    changes = {**TWO, "micro_batch_size": 1}
-    train("vit", tmp_path / "1", changes)
-    for count in (2, 4):
-        in_processes(count, f"train('vit', Path({str(tmp_path / str(count))!r}), {changes!r})")
-        assert difference(tmp_path / "1", tmp_path / str(count)) < 1e-4
+FOUR: dict[str, Any] = {**TWO, "micro_batch_size": 1, "steps": 8}  # four micro-batches of one
+STOPPED = ("decoder", "vit")  # recipes that two processes begin and one ends
 
 
 def train_in_float64(out: Path) -> None:
     """Trains a tokenizer in float64 on four micro-batches a step."""
-    config = tokenizer_training(batch_size=12, micro_batch_size=3, steps=20, ema_decay=0.9)
+    config = tokenizer_training(batch_size=12, micro_batch_size=3, steps=8, ema_decay=0.9)
     torch.manual_seed(0)
     model = TiTok(config.model).double()
     images = pictures().double()
@@ -102,45 +49,92 @@ def train_in_float64(out: Path) -> None:
         run.train((images[indices] for indices in run.batches(len(images))), name="", progress=False)
 
 
-def test_four_micro_batches_in_float64(tmp_path: Path) -> None:
-    train_in_float64(tmp_path / "1")
-    for count in (2, 4):
-        code = f"import test_distributed; test_distributed.train_in_float64(Path({str(tmp_path / str(count))!r}))"
-        in_processes(count, code)
-        assert difference(tmp_path / "1", tmp_path / str(count)) < 1e-10
+def train_and_stop(kind: str, out: Path, changes: dict[str, Any], call: int) -> None:
+    """Trains until an exception when gradients are clipped for the time `call`, from 0."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, call)
+        with pytest.raises(Stop):
+            train(kind, out, changes)
 
 
-def test_a_run_goes_on_by_another_number_of_processes(tmp_path: Path) -> None:
-    kinds = ("decoder", "vit")
+def train_too_few_micro_batches(out: Path) -> None:
+    """One micro-batch cannot be shared by two processes."""
+    words = "^micro_batch_size: expected a number of micro-batches that 2 processes"
+    with pytest.raises(ValueError, match=words):
+        train("tokenizer", out)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes have trained: one start for all tests, because a start takes longer than most of them."""
+    out = tmp_path_factory.mktemp("two")
     code = f"""
-        import test_training, pytest
-        for kind in {kinds!r}:
-            with pytest.MonkeyPatch.context() as patch:
-                test_training.stop_at(patch, 15)
-                try:
-                    train(kind, Path({str(tmp_path / "cut")!r}) / kind, {TWO!r})
-                except test_training.Stop:
-                    pass
+        import test_distributed as test
+        out = Path({str(out)!r})
+        for kind in KINDS:
+            train(kind, out / kind, test.TWO)
+        for kind in test.STOPPED:
+            test.train_and_stop(kind, out / "stopped" / kind, test.TWO, 15)
+        train("vit", out / "four", test.FOUR)
+        test.train_in_float64(out / "float64")
+        test.train_too_few_micro_batches(out / "refused")
     """
     in_processes(2, code)
-    for kind in kinds:
-        train(kind, tmp_path / "whole" / kind, TWO)
-        assert read_run_info(tmp_path / "cut" / kind / CHECKPOINT)["step"] < 20
-        train(kind, tmp_path / "cut" / kind, TWO, resume=True)
-        assert content(tmp_path / "whole" / kind) == content(tmp_path / "cut" / kind), kind
+    return out
 
 
-def test_processes_that_cannot_share_are_refused(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes have trained."""
+    out = tmp_path_factory.mktemp("four")
     code = f"""
-        try:
-            train("tokenizer", Path({str(tmp_path / "a")!r}))
-        except ValueError as error:
-            assert str(error).startswith("micro_batch_size: expected a number of micro-batches that 2 processes")
-        else:
-            raise AssertionError("not refused")
+        import test_distributed as test
+        out = Path({str(out)!r})
+        train("vit", out / "four", test.FOUR)
+        test.train_in_float64(out / "float64")
     """
-    in_processes(2, code)
-    assert not (tmp_path / "a" / CHECKPOINT).exists()
+    in_processes(4, code)
+    return out
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process has trained by every recipe."""
+    out = tmp_path_factory.mktemp("one")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for kind in KINDS:
+        train(kind, out / kind, TWO)
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one_bit_for_bit(kind: str, one: Path, two: Path) -> None:
+    assert content(one / kind) == content(two / kind)
+
+
+def test_four_micro_batches_on_any_number_of_processes(tmp_path: Path, two: Path, four: Path) -> None:
+    train("vit", tmp_path / "four", FOUR)
+    for folder in (two, four):
+        assert difference(tmp_path / "four", folder / "four") < 1e-4
+
+
+def test_four_micro_batches_in_float64(tmp_path: Path, two: Path, four: Path) -> None:
+    train_in_float64(tmp_path / "float64")
+    for folder in (two, four):
+        assert difference(tmp_path / "float64", folder / "float64") < 1e-10
+
+
+@pytest.mark.parametrize("kind", STOPPED)
+def test_a_run_goes_on_by_another_number_of_processes(kind: str, one: Path, two: Path) -> None:
+    assert 0 < read_run_info(two / "stopped" / kind / CHECKPOINT)["step"] < 20
+    train(kind, two / "stopped" / kind, TWO, resume=True)
+    assert content(one / kind) == content(two / "stopped" / kind)
+
+
+def test_processes_that_cannot_share_are_refused(two: Path) -> None:
+    assert not (two / "refused" / CHECKPOINT).exists()
 
 
 def test_a_step_is_that_of_a_plain_loop(tmp_path: Path) -> None:

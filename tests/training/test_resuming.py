@@ -51,14 +51,18 @@ def killed_before(change: int, train: Callable[[], Any]) -> bool:
 @pytest.mark.parametrize("kind", [pytest.param("tokenizer", marks=pytest.mark.slow), "generator"])
 def test_a_run_that_dies_before_any_file_goes_on(kind: str, tmp_path: Path) -> None:
     """Three saves write three files each: the checkpoint, the weights of the model, its config.json."""
-    train_one(kind, tmp_path / "whole")
+
+    def train(out: str, *, resume: bool = False) -> None:
+        changes = {"steps": 6, "checkpoint_every": 2}
+        train_one(kind, tmp_path / out, resume=resume, changes=changes)
+
+    train("whole")
     want = content(tmp_path / "whole")
     for change in range(9):
-        out = tmp_path / str(change)
-        assert killed_before(change, lambda out=out: train_one(kind, out))  # type: ignore[misc]
-        train_one(kind, out, resume=True)
-        assert content(out) == want, change
-    assert not killed_before(9, lambda: train_one(kind, tmp_path / "9"))
+        assert killed_before(change, lambda out=str(change): train(out))  # type: ignore[misc]
+        train(str(change), resume=True)
+        assert content(tmp_path / str(change)) == want, change
+    assert not killed_before(9, lambda: train("9"))
 
 
 def test_other_data_are_refused_in_words(tmp_path: Path) -> None:

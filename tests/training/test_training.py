@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import start_processes, wait_for
 
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ViTConfig
 from titok.checkpoints.files import read_weights
@@ -165,26 +162,17 @@ def test_the_progress_bar_is_for_terminals(
 
 @pytest.mark.slow
 def test_killed_run_leaves_a_loadable_state(tmp_path: Path) -> None:
-    script = f"""
-        import sys
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-        import torch
-        from test_training import train_one
-        from pathlib import Path
-        torch.set_num_threads(1)
-        train_one("tokenizer", Path({str(tmp_path)!r}), changes={{"steps": 100_000, "checkpoint_every": 1}})
+    code = f"""
+        import test_training as test
+        test.train_one("tokenizer", Path({str(tmp_path)!r}), changes={{"steps": 100_000, "checkpoint_every": 1}})
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
-    try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "model.safetensors").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)  # so that the process is killed at some point between many checkpoints
-        os.kill(process.pid, signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+    started = start_processes(1, code)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "model.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)  # so that the process is killed at some point between many checkpoints
+    errors = wait_for(started, seconds=0)
+    assert started[0].process.exitcode == -signal.SIGKILL, errors
     about = read_run_info(tmp_path / CHECKPOINT)
     assert about["step"] >= 1
     config = TokenizerTraining.from_dict(about["config"])

@@ -80,9 +80,9 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = MLP(width, mlp_width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, query_range: tuple[int, int] | None = None) -> Tensor:
         """x (B, N, D): x = x + attention(norm1(x)), then x + MLP(norm2(x))."""
-        x, h = self.attend(x, self.attn.qkv(self.norm1(x)))
+        x, h = self.attend(x, self.attn.qkv(self.norm1(x)), query_range)
         return x + self.mlp(h)
 
     def attend(self, x: Tensor, qkv: Tensor, query_range: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
@@ -124,9 +124,13 @@ class Stack(nn.Module):
     Attributes:
         checkpoint_activations: True keeps only the inputs of each block for the backward pass, which computes the
             block again.
+        whole_blocks: True calls each block as a whole, so that all of its weights are read within one call. Sharded
+            training needs this. By default, a pre-norm block ends with the first norm and projection of the next
+            one, because the norm reads the sum in the same pass.
     """
 
     checkpoint_activations = False
+    whole_blocks = False
 
     def run_block(self, block: Callable[..., T], *inputs: Tensor) -> T:
         """block(*inputs), whose activations are computed again in the backward pass if that is asked for."""
@@ -158,6 +162,10 @@ class Transformer(Stack):
         """
         blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
         x = self.norm_pre(x)
+        if self.whole_blocks:
+            for block in blocks[:-1]:
+                x = self.run_block(block, x)
+            return self.norm_post(blocks[-1](x, query_range))
         qkv = blocks[0].attn.qkv(blocks[0].norm1(x))
         for block, next_block in itertools.pairwise(blocks):
             x, qkv = self.run_block(functools.partial(_block_and_next_qkv, block, next_block), x, qkv)

@@ -5,6 +5,7 @@ Importing this package registers the ops: `torch.export.load` needs that for a p
 """
 
 from titok.ops.add_layer_norm import add_layer_norm, layer_norm, layer_norm_of_sum
+from titok.ops.attention import attention
 from titok.ops.code_mixture import code_mixture
 from titok.ops.core.available import backends
 from titok.ops.core.mode import is_ordinary, is_plain, last_backend, last_backends, only_plain, through_dispatcher
@@ -27,6 +28,7 @@ __all__ = [
     "Quantized",
     "SplitDecode",
     "add_layer_norm",
+    "attention",
     "backends",
     "begin_masked_decode",
     "code_mixture",

@@ -21,10 +21,13 @@ from titok.checkpoints.files import read_weights, write_safetensors
 from titok.checkpoints.writing import atomic_path
 from titok.config import Config
 from titok.training.folder import CHECKPOINT
+from titok.training.sharding import own_share, own_shares
 
 # Settings, and an entry of a run's data, that may differ between a run and its resumption, because the trained weights
-# do not depend on them.
-KEYS_THAT_MAY_CHANGE = ("checkpoint_every", "keep_every", "keep_last", "log_every", "picture_every", "times")
+# do not depend on them; on "shard" they depend by rounding alone.
+KEYS_THAT_MAY_CHANGE = (
+    "checkpoint_every", "keep_every", "keep_last", "log_every", "picture_every", "shard", "times",
+)  # fmt: skip
 # Entries of a run's data that are hashes, and what an error says where they differ.
 WORDS_FOR_HASHES = {
     "pictures": "the pictures are not those that the run was started with (other files, contents or names)",
@@ -116,7 +119,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
 def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Sets the parameters and buffers of a module to those of a checkpoint."""
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict(own_shares(tensors, module.state_dict()))
     except RuntimeError as error:
         raise damaged(path, "its weights are of another model") from error
 
@@ -132,7 +135,8 @@ def load_optimizer(
         for key, value in state.items():
             if len(state) != len(shapes) or value.shape != shapes[key] or value.dtype != torch.float32:
                 raise damaged(path, f"the optimizer's state of {name} is of another kind")
-            optimizer.state[parameter][key] = value.to(parameter.device)
+            value = value.to(parameter.device)
+            optimizer.state[parameter][key] = value if key == "step" else own_share(value, parameter)
     if tensors:
         raise damaged(path, "its optimizer is of another model")
 

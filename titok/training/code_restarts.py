@@ -11,19 +11,21 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from titok.models.quantizer import VectorQuantizer
 from titok.processes import broadcast, mean_of_all, reduce_max
 from titok.training.losses.precision import float32_or_wider
 from titok.training.order import seed_of
+from titok.training.sharding import own_share, whole
 
 
 class CodeRestarts:
-    """Replaces unused codes of a quantizer, with the same result in every process.
+    """Replaces unused codes of a codebook, with the same result in every process.
 
     Args:
-        quantizer: with V codes.
+        owner: the module whose parameter `codebook` (V, C) holds the codes. It is looked up at each replacement,
+            because sharding puts another parameter in its place.
+        l2_normalize: whether codes have unit length.
         every: in steps. 0 replaces none, and the codes start as the model has them.
         until: number of steps that are done, after which codes are no longer replaced.
         seed: of the choice of latents.
@@ -32,13 +34,19 @@ class CodeRestarts:
         used: (V,) bool, codes that some latent of this process used since the last replacement.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, *, every: int, until: float, seed: int) -> None:
-        self.quantizer, self.every, self.until, self.seed = quantizer, every, until, seed
-        device = quantizer.codebook.device
-        self.used = torch.zeros(len(quantizer.codebook), dtype=torch.bool, device=device)
-        self._counts = torch.zeros(len(quantizer.codebook), dtype=torch.int64, device=device)  # of step `_step`
+    def __init__(self, owner: nn.Module, *, l2_normalize: bool, every: int, until: float, seed: int) -> None:
+        self.owner, self.l2_normalize = owner, l2_normalize
+        self.every, self.until, self.seed = every, until, seed
+        codes, device = len(self._codebook), self._codebook.device
+        self.used = torch.zeros(codes, dtype=torch.bool, device=device)
+        self._counts = torch.zeros(codes, dtype=torch.int64, device=device)  # of step `_step`
         # (n, C) float32, of the first micro-batch that this process computed in step `_step`
         self._latents, self._step = torch.empty(0, device=device), -1
+
+    @property
+    def _codebook(self) -> Tensor:
+        codebook: Tensor = self.owner.codebook  # type: ignore[assignment]
+        return codebook
 
     def start(self, latents: Tensor) -> None:
         """Makes all codes latents of the first batch. Without restarts, nothing happens.
@@ -100,6 +108,8 @@ class CodeRestarts:
         order = torch.randperm(len(latents), generator=generator, device="cpu").to(codes.device)
         replaced = codes.nonzero()[:, 0]
         latents = latents[order[torch.arange(len(replaced), device=codes.device) % len(order)]]
-        if self.quantizer.l2_normalize:
+        if self.l2_normalize:
             latents = F.normalize(latents, dim=-1)
-        self.quantizer.codebook[replaced] = latents.to(self.quantizer.codebook.dtype)
+        codebook = whole(self._codebook).clone()
+        codebook[replaced] = latents.to(codebook.dtype)
+        self._codebook.copy_(own_share(codebook, self._codebook))

@@ -28,6 +28,8 @@ class TrainingConfig(Config):
         ema_decay: of the exponential moving average of the weights, in [0, 1). The model that a run saves has the
             averages; the weights themselves are beside it in the folder `raw`. 0 keeps no averages. The decay of the
             n-th update is min(ema_decay, n / (n + 9)).
+        shard: True shares weights, gradients, averages and the optimizer's state between the processes
+            (`titok.training.sharding`), for models that outgrow a GPU. In one process it changes nothing.
         compile: True compiles the transformers, or the convolutional networks, with torch.compile.
         checkpoint_activations: True computes the activations of each transformer block again in the backward pass,
             in place of keeping them: less memory, about a third more work.
@@ -53,6 +55,7 @@ class TrainingConfig(Config):
     clip_norm: float = 1.0
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     ema_decay: float = 0.0
+    shard: bool = False
     compile: bool = False
     checkpoint_activations: bool = False
     seed: int = 0
@@ -71,7 +74,8 @@ class TrainingConfig(Config):
         self._check_number("learning_rate", "final_learning_rate", "weight_decay", "clip_norm", "ema_decay")
         self._check_choice("precision", ("float32", "tf32", "bfloat16", "float16"))
         self._check("ema_decay", self.ema_decay < 1, "a number in [0, 1)")
-        self._check_flags("compile", "checkpoint_activations")
+        self._check_flags("shard", "compile", "checkpoint_activations")
+        self._check("shard", not (self.shard and self.compile), "False where compile is True: use one of the two")
         for name in ("keep_every", "picture_every", "evaluate_every"):
             self._check_integer(name, 0, "an int >= 0")
         if self.micro_batch_size is not None:
@@ -86,6 +90,14 @@ class TrainingConfig(Config):
         if getattr(self, name) is not None:
             std = as_number(getattr(self, name))
             self._set_if(name, std, std is not None and std > 0, "None or a finite number > 0")
+
+    def _check_start(self, model: TokenizerConfig, position_std: float | None, quantize_from: int) -> None:
+        """Checks the fields `start_as_patches` and `quantize_from` of a recipe that trains this tokenizer."""
+        self._check_flags("start_as_patches")
+        alone = position_std is None or not getattr(self, "start_as_patches")  # noqa: B009
+        self._check("start_as_patches", alone, "False where position_std is given")
+        self._check_integer("quantize_from", 0, f"an int in [0, steps = {self.steps})", self.steps - 1)
+        self._check("quantize_from", model.bottleneck == "vq" or quantize_from == 0, "0 for a VAE")
 
     @property
     def micro_batches(self) -> int:
@@ -193,8 +205,8 @@ class ProxyTraining(TrainingConfig):
 
     Attributes:
         model: of a tokenizer with the head "proxy" and without a pixel decoder.
-        restart_every, restart_until, position_std: as in `TokenizerTraining`; the published training restarts no
-            codes.
+        restart_every, restart_until, position_std, start_as_patches, quantize_from: as in `TokenizerTraining`. The
+            published training restarts no codes, draws all weights at random and quantises from the first step.
         random_shift, random_flip, random_crop: as in `ReconstructionTraining`.
     """
 
@@ -213,11 +225,14 @@ class ProxyTraining(TrainingConfig):
     random_flip: bool = True
     random_crop: bool = False
     position_std: float | None = None
+    start_as_patches: bool = False
+    quantize_from: int = 0
 
     def __post_init__(self) -> None:
         self._check_nested("model", TokenizerConfig)
         super().__post_init__()
         self._check_std("position_std")
+        self._check_start(self.model, self.position_std, self.quantize_from)
         fits = self.model.head == "proxy" and not self.model.pixel_decoder
         self._check("model", fits, "a tokenizer with head 'proxy' and without a pixel decoder")
         self._check_integer("restart_every", 0, "an int >= 0")
@@ -269,6 +284,11 @@ class TokenizerTraining(ReconstructionTraining):
         restart_until: the share of the run, in [0, 1], after which codes are no longer replaced.
         position_std: standard deviation that learned tokens and positions start with. None keeps the one of
             `TiTok(config)`, width^-0.5, with which a small model learns positions slowly.
+        start_as_patches: True starts with weights with which each latent token copies a patch
+            (`titok.training.starting`), so that a small model need not learn first which patches a token reads. It
+            sets tokens and positions, and excludes `position_std`.
+        quantize_from: the first step in which latents are quantised. Before it the decoder reads the latents
+            themselves, and `restart_every` keeps the codes near them. 0 quantises from the first step.
     """
 
     model: TokenizerConfig
@@ -288,6 +308,8 @@ class TokenizerTraining(ReconstructionTraining):
     restart_until: float = 0.7
     random_flip: bool = False
     position_std: float | None = None
+    start_as_patches: bool = False
+    quantize_from: int = 0
 
     def __post_init__(self) -> None:
         self._check_nested("model", TokenizerConfig)
@@ -297,6 +319,7 @@ class TokenizerTraining(ReconstructionTraining):
         self._check_integer("restart_every", 0, "an int >= 0")
         self._check_unit("restart_until")
         self._check_std("position_std")
+        self._check_start(self.model, self.position_std, self.quantize_from)
 
 
 @dataclass(frozen=True, kw_only=True)

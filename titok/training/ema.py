@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from titok.training.sharding import own_shares
+
 
 def ema_decay(update: int, decay: float = 0.999) -> float:
     """The share of the averages that update number `update` keeps, which counts from 1.
@@ -98,6 +100,12 @@ class EMA:
         averages = {f"averages.{name}": average for name, average in self.averages.items()}
         return {"updates": torch.tensor(self.updates, device="cpu"), **averages}
 
+    @staticmethod
+    def by_name(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The averages in a state dict, by the names of their parameters."""
+        prefix = "averages."
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `state_dict` returned. The values are copied.
@@ -106,6 +114,7 @@ class EMA:
             ValueError: `state` has other names, shapes or dtypes than `state_dict`. Nothing was taken over then.
         """
         own = self.state_dict()
+        state = own_shares(state, own)
         if state.keys() != own.keys():
             names = sorted(state.keys() ^ own.keys())
             raise ValueError(f"state: expected the names of `state_dict`, got differences in {names[:3]}")

@@ -67,10 +67,8 @@ class Log:
     def _picture(self) -> None:
         """Writes a picture of what the model does, with averaged weights where there are any, in the first process."""
         run = self.run
-        if run.rank != 0:
-            return
         with self._averages_in_eval_mode():
-            picture = run.objective.picture()
+            picture = run.objective.picture() if run.rank == 0 else None
         if picture is not None:
             path = run.folder / PICTURES / f"{run.step:08}.png"
             save_png(path, picture)
@@ -81,9 +79,8 @@ class Log:
     def _averages_in_eval_mode(self) -> Iterator[None]:
         """Within, the model has its averaged weights, if there are any, and is in eval mode."""
         run = self.run
-        averages = run.ema.swapped() if run.ema is not None else contextlib.nullcontext()
         run.objective.eval()
-        with torch.no_grad(), torch.random.fork_rng([]), averages:
+        with torch.no_grad(), torch.random.fork_rng([]), run.averaged():
             yield
         run.objective.train()
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from titok.checkpoints.pretrained import Pretrained
-from titok.models.quantizer import VectorQuantizer
 from titok.models.transformer import Stack
 from titok.models.vqgan import VQGANDecoder, VQGANEncoder
 from titok.processes import in_first_process
@@ -72,10 +71,15 @@ class Objective(nn.Module, Generic[M]):
         self.restarts: CodeRestarts | None = None
         self.state: dict[str, Tensor] = {}
 
-    def restart_codes(self, quantizer: VectorQuantizer, config: RestartSettings) -> None:
-        """Replaces codes of `quantizer` that no latent uses, as the configuration says."""
-        until = config.restart_until * config.steps
-        self.restarts = CodeRestarts(quantizer, every=config.restart_every, until=until, seed=config.seed)
+    def restart_codes(self, owner: nn.Module, config: RestartSettings, *, l2_normalize: bool) -> None:
+        """Replaces codes of `owner.codebook` that no latent uses, as the configuration says."""
+        self.restarts = CodeRestarts(
+            owner,
+            l2_normalize=l2_normalize,
+            every=config.restart_every,
+            until=config.restart_until * config.steps,
+            seed=config.seed,
+        )
         self.state["used"] = self.restarts.used
 
     def forward(self, batch: Tensor, step: int) -> Losses:
@@ -156,15 +160,6 @@ def drawing_weights(seed: int) -> Iterator[None]:
     with torch.random.fork_rng([]), torch.device("cpu"):  # whatever default device the host has set
         torch.manual_seed(seed_of(seed))
         yield
-
-
-def redraw_positions(model: nn.Module, std: float | None) -> None:
-    """Draws the learned tokens and positions of a tokenizer from a normal distribution; None leaves them."""
-    if std is None:
-        return
-    for name, parameter in model.named_parameters():
-        if name.endswith(("_positions", "_token", "_tokens")):
-            nn.init.normal_(parameter, std=std)
 
 
 def load_initial(model: nn.Module, initial: nn.Module | None) -> dict[str, str]:

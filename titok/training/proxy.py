@@ -16,9 +16,10 @@ from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.losses import proxy_code_loss
 from titok.training.losses.precision import float32_or_wider
 from titok.training.metrics import Tracker
-from titok.training.objective import Losses, Objective, data_of, drawing_weights, load_initial, redraw_positions
+from titok.training.objective import Losses, Objective, data_of, drawing_weights, load_initial
 from titok.training.reconstruction import augment, compared, first_images
 from titok.training.run import train_on_images
+from titok.training.starting import quantize_latents, start_tokenizer
 
 
 def train_proxy(
@@ -53,7 +54,7 @@ def train_proxy(
     with open_folder(out_dir, resume=resume) as folder:
         with drawing_weights(config.seed):
             model = TiTok(config.model)
-            redraw_positions(model, config.position_std)
+            start_tokenizer(model, config)
         data = {**data_of(images), **load_initial(model, initial)}
         data["proxy"] = fingerprint.of_weights(proxy.state_dict())
         model.to(device=device, dtype=torch.float32)
@@ -91,7 +92,7 @@ class ProxyObjective(Objective[TiTok]):
         self.config, self.quantizer = config, (model.quantizer,)
         self._proxy = (proxy,)  # in a tuple, so that its parameters are not those of this module
         self._held_out = first_images(held_out, model.device)
-        self.restart_codes(model.quantizer, config)
+        self.restart_codes(model.quantizer, config, l2_normalize=config.model.l2_normalize)
 
     def forward(self, batch: Tensor, step: int) -> Losses:
         """The loss of images (B, C, H, W) in [0, 1].
@@ -104,10 +105,12 @@ class ProxyObjective(Objective[TiTok]):
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             codes = proxy.encode(images)
         latents = model.encode_latents(images)
-        quantized = quantizer(latents)
+        vectors, quantized = quantize_latents(
+            quantizer, latents, step=step, quantize_from=self.config.quantize_from
+        )
         assert self.restarts is not None
         self.restarts.observe(latents, quantized.counts, step)
-        logits = float32_or_wider(model.decoder(quantized.quantized.to(model.dtype)))
+        logits = float32_or_wider(model.decoder(vectors.to(model.dtype)))
         error = proxy_code_loss(logits, codes)
         figures = {
             "codes_loss": error.detach(),

@@ -16,13 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from tqdm import tqdm
 
 from titok.data.folders import Images, Pictures, read_batches
-from titok.processes import in_first_process, is_distributed, own_part
-from titok.profiling import annotate, each
+from titok.processes import in_first_process, own_part
+from titok.profiling import each
 from titok.training import checkpoint
 from titok.training.config import ProxyTraining, ReconstructionTraining, TrainingConfig
 from titok.training.ema import EMA
@@ -30,93 +29,9 @@ from titok.training.folder import RAW, RunFolder
 from titok.training.log import Log
 from titok.training.metrics import Tracker
 from titok.training.objective import Losses, M, Objective, switched_trunks
-from titok.training.optim import learning_rate, make_optimizer
+from titok.training.optimized import Optimized
 from titok.training.order import micro_batches, seed_of, shuffled_draws
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Optimized:
-    """A network, the objective by which it is trained, and its optimizer.
-
-    Args:
-        network: whose parameters are trained, those that require a gradient.
-        objective: a module that contains it and returns `Losses`.
-        first_step: of the run, in which its training starts, and from which its learning rate is counted.
-        warmup_steps: of its learning rate.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        objective: nn.Module,
-        config: TrainingConfig,
-        *,
-        first_step: int,
-        warmup_steps: int,
-    ) -> None:
-        self.network, self.objective, self.config = network, objective, config
-        self.first_step, self.warmup_steps = first_step, warmup_steps
-        self.names: dict[Tensor, str] = {p: name for name, p in network.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(network, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.called: nn.Module = objective
-        if is_distributed():
-            self.called = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    @property
-    def device(self) -> torch.device:
-        """Of the parameters."""
-        return next(iter(self.names)).device
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate in step `step` of the run."""
-        config = self.config
-        return learning_rate(
-            step - self.first_step,
-            base=config.learning_rate,
-            final=config.final_learning_rate,
-            warmup=self.warmup_steps,
-            total=config.steps - self.first_step,
-        )
-
-    def optimize(self, inputs: Sequence[tuple[Tensor, ...]], step: int) -> tuple[list[Losses], dict[str, float]]:
-        """One optimizer step on the micro-batches of this process.
-
-        Returns:
-            the losses of each micro-batch, and the learning rate and the norm of the gradients.
-        """
-        config = self.config
-        rank, world_size = own_part()
-        results = []
-        self.optimizer.zero_grad()
-        for number, arguments in enumerate(inputs):
-            torch.manual_seed(seed_of(config.seed, 0, step, rank + number * world_size))
-            with self._averages_gradients(number + 1 == len(inputs)):
-                with annotate("forward"), self._autocast():
-                    losses: Losses = self.called(*arguments, step)
-                with annotate("backward"):
-                    self.scaler.scale(losses.loss / len(inputs)).backward()
-            results.append(losses._replace(loss=losses.loss.detach()))
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm)
-        rate = self.learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with annotate("optimizer"):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return results, {"learning_rate": rate, "gradient_norm": norm}  # type: ignore[dict-item]
-
-    def _averages_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """The context of a micro-batch: after the last one, the gradients are averaged over the processes."""
-        if isinstance(self.called, DistributedDataParallel) and not last:
-            return self.called.no_sync()
-        return contextlib.nullcontext()
-
-    def _autocast(self) -> torch.autocast:
-        dtype = DTYPES.get(self.config.precision)
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+from titok.training.sharding import whole, whole_in_first_process, whole_model
 
 
 class Run(Generic[M]):
@@ -161,7 +76,17 @@ class Run(Generic[M]):
         self.folder, self.adversary = folder.path, adversary
         self.step = 0
         objective.train()
-        self.parts = {"": Optimized(self.model, objective, config, first_step=0, warmup_steps=config.warmup_steps)}
+        self.sharded = config.shard and self.world_size > 1
+        self.parts = {
+            "": Optimized(
+                self.model,
+                objective,
+                config,
+                first_step=0,
+                warmup_steps=config.warmup_steps,
+                sharded=self.sharded,
+            )
+        }
         if adversary is not None:
             self.parts["discriminator_"] = Optimized(
                 adversary.discriminator,
@@ -194,9 +119,11 @@ class Run(Generic[M]):
         If the process is killed meanwhile, each of the files is either the one from before or complete.
         """
         self.objective.before_saving()
-        in_first_process(self._write)
+        parts = self._tensors()
+        in_first_process(lambda: self._write(parts))
 
-    def _write(self) -> None:
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint by part and name; where the run is sharded, in the first process alone."""
         parts = {"model": self.model.state_dict(), "extra": dict(self.objective.state)}
         if self.ema is not None:
             parts["averages"] = self.ema.state_dict()
@@ -209,19 +136,36 @@ class Run(Generic[M]):
                 for key, value in part.scaler.state_dict().items():
                     number = torch.tensor(float(value), dtype=torch.float64, device="cpu")
                     parts["extra"][f"{prefix}scaler/{key}"] = number
+        return {name: whole_in_first_process(tensors) for name, tensors in parts.items()}
+
+    def _write(self, parts: dict[str, dict[str, Tensor]]) -> None:
         checkpoint.write_checkpoint(self.folder, self.step, self.config, self.data, parts)
         checkpoint.keep_checkpoint(
             self.folder, self.step, last=self.config.keep_last, every=self.config.keep_every
         )
-        self._write_model()
+        self._write_model(parts)
 
-    def _write_model(self) -> None:
-        if self.ema is None:
-            self.model.save_pretrained(self.folder)
-            return
-        self.model.save_pretrained(self.folder / RAW)
-        with self.ema.swapped():
-            self.model.save_pretrained(self.folder)
+    def _write_model(self, parts: dict[str, dict[str, Tensor]]) -> None:
+        weights = parts["model"]
+        whole_model(self.model, weights).save_pretrained(self.folder / RAW if self.ema else self.folder)
+        if self.ema is not None:
+            averages = self.ema.by_name(parts["averages"])
+            whole_model(self.model, {**weights, **averages}).save_pretrained(self.folder)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the objective's model has its averaged weights, if there are any. Called by every process.
+
+        Where the run is sharded, it is a copy that has all of the weights and computes without the other processes.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.ema is not None:
+                stack.enter_context(self.ema.swapped())
+            if self.sharded:
+                weights = {name: whole(value) for name, value in self.model.state_dict().items()}
+                self.objective.model = whole_model(self.model, weights)
+                stack.callback(setattr, self.objective, "model", self.model)
+            yield
 
     def _load(self) -> None:
         path = self.folder / checkpoint.CHECKPOINT
@@ -277,7 +221,8 @@ class Run(Generic[M]):
         config = self.config
         device = self.parts[""].device
         if self.step == config.steps:  # the run may have been stopped between the files of its last save
-            in_first_process(self._write_model)
+            parts = self._tensors()
+            in_first_process(lambda: self._write_model(parts))
         hide = None if progress and self.rank == 0 else True  # None hides it where stderr is no terminal
         bar = tqdm(total=config.steps, initial=self.step, desc=name, unit="step", disable=hide, leave=True)
         devices = [device] if device.type == "cuda" else []
@@ -310,10 +255,11 @@ class Run(Generic[M]):
                     log.flush()
                     self.save()
         self.objective.eval()
-        if self.ema is not None:
-            with self.ema.swapped():
-                averages = {name: value.clone() for name, value in self.model.state_dict().items()}
-            self.model.load_state_dict(averages)
+        with self.averaged():
+            if self.sharded:
+                return self.objective.model
+            averages = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(averages)
         return self.model
 
     def _one_step(self, inputs: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:

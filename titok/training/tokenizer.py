@@ -14,9 +14,10 @@ from titok.training.config import TokenizerTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.losses import kl_loss
 from titok.training.metrics import Tracker
-from titok.training.objective import data_of, drawing_weights, load_initial, redraw_positions
+from titok.training.objective import data_of, drawing_weights, load_initial
 from titok.training.reconstruction import Measure, Perceptual, ReconstructionObjective, augment, make_adversary
 from titok.training.run import train_on_images
+from titok.training.starting import quantize_latents, start_tokenizer
 
 
 def train_tokenizer(
@@ -71,7 +72,7 @@ def train_tokenizer(
     with open_folder(out_dir, resume=resume) as folder:
         with drawing_weights(config.seed):
             model = TiTok(config.model)
-            redraw_positions(model, config.position_std)
+            start_tokenizer(model, config)
             adversary = make_adversary(config, config.model.channels, device)
         started = load_initial(model, initial)
         model.to(device=device, dtype=torch.float32)
@@ -90,9 +91,9 @@ class TokenizerObjective(ReconstructionObjective[TiTok]):
 
     def __init__(self, model: TiTok, config: TokenizerTraining, **options: Any) -> None:
         super().__init__(model, config, **options)
-        self.kl_weight = config.kl_weight
+        self.kl_weight, self._quantize_from = config.kl_weight, config.quantize_from
         if model.quantizer is not None:
-            self.restart_codes(model.quantizer, config)
+            self.restart_codes(model.quantizer, config, l2_normalize=config.model.l2_normalize)
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """See `ReconstructionObjective.reconstruct`."""
@@ -101,10 +102,12 @@ class TokenizerObjective(ReconstructionObjective[TiTok]):
             reconstruction, posterior = model(images)
             return reconstruction, self.kl_weight * kl_loss(posterior)
         latents = model.encode_latents(images)
-        quantized = model.quantizer(latents)
+        vectors, quantized = quantize_latents(
+            model.quantizer, latents, step=step, quantize_from=self._quantize_from
+        )
         if self.restarts is not None and self.training:
             self.restarts.observe(latents, quantized.counts, step)
-        return model.decode_latents(quantized.quantized), quantized.loss
+        return model.decode_latents(vectors), quantized.loss
 
     def latents(self, batch: Tensor) -> Tensor:
         """See `Objective.latents`."""

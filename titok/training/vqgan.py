@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from titok.data.folders import Images
-from titok.models.quantizer import VectorQuantizer
 from titok.models.vqgan import MaskGITVQGAN
+from titok.ops import quantize
 from titok.training.config import VQGANTraining
 from titok.training.folder import PathLike, RunFolder, open_folder
 from titok.training.metrics import Tracker
@@ -65,13 +65,8 @@ class VQGANObjective(ReconstructionObjective[MaskGITVQGAN]):
 
     def __init__(self, model: MaskGITVQGAN, config: VQGANTraining, **options: Any) -> None:
         super().__init__(model, config, **options)
-        # It shares the codebook of the model.
-        quantizer = VectorQuantizer(
-            *model.codebook.shape, l2_normalize=False, commitment_cost=config.commitment_cost
-        )
-        quantizer.codebook = model.codebook
-        self._quantizer = (quantizer,)
-        self.restart_codes(quantizer, config)
+        self._commitment_cost = config.commitment_cost
+        self.restart_codes(model, config, l2_normalize=False)
 
     def _features(self, images: Tensor) -> Tensor:
         """(B, h, w, code_dim)."""
@@ -79,8 +74,8 @@ class VQGANObjective(ReconstructionObjective[MaskGITVQGAN]):
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """See `ReconstructionObjective.reconstruct`."""
-        features, (quantizer,) = self._features(images), self._quantizer
-        quantized = quantizer(features)
+        features = self._features(images)
+        quantized = quantize(features, self.model.codebook, normalize=False, commitment_cost=self._commitment_cost)
         if self.restarts is not None and self.training:
             self.restarts.observe(features, quantized.counts, step)
         codes = rearrange(quantized.quantized, "b h w c -> b c h w").to(features.dtype)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from titok.cli import evaluate, train
+from titok.cli.demo import demo
 from titok.cli.errors import ErrorGroup, note
 from titok.cli.generate import generate
 from titok.cli.info import info
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (quickstart, tokenize, detokenize, reconstruct, generate, probe, info):
+for command in (quickstart, tokenize, detokenize, reconstruct, generate, probe, demo, info):
     app.command()(command)
 app.add_typer(train.app, name="train", help="Train a tokenizer or a generator on a folder of pictures.")
 app.add_typer(evaluate.app, name="evaluate", help="Measure reconstructions or generated pictures, as published.")
