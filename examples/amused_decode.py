@@ -68,7 +68,7 @@ def decode_with_titok(denoise: Callable[[Tensor], Tensor], tokens: Tensor, steps
     seconds = 0.0
     for step in range(steps):
         masked = int((tokens[0] == MASK).sum())  # the same number in every row
-        share = math.cos((step + 1) / steps * math.pi / 2)
+        share = torch.cos(torch.tensor((step + 1) / steps) * math.pi / 2).item()  # float32, as in the scheduler
         stay = max(1, min(masked - 1, int(SIDE * SIDE * share))) if step < steps - 1 else 0
         logits = denoise(tokens)
         begin = time.perf_counter()
