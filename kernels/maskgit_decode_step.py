@@ -22,6 +22,17 @@ import triton
 import triton.language as tl
 
 from titok.kernels._aot import AotVariant, label_launches, meta, name_of
+from titok.kernels._decode import (
+    FLOAT_MAX,
+    LOG_UNIT,
+    exp_weight,
+    finite_logits,
+    log_fixed,
+    noisy_confidence,
+    row_offset,
+    smallest_keys,
+    sortable,
+)
 from titok.kernels._launch import launch, record
 from titok.kernels._tuning import MASKGIT_DECODE_STEP_DRAW, MASKGIT_DECODE_STEP_SELECT_WARPS
 
@@ -29,7 +40,6 @@ from titok.kernels._tuning import MASKGIT_DECODE_STEP_DRAW, MASKGIT_DECODE_STEP_
 _SEED, _FIRST_SAMPLE, _STEP = tl.constexpr(0), tl.constexpr(2), tl.constexpr(4)
 _NUM_MASKED, _GUIDANCE, _INVERSE_TEMPERATURE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
 _NOISE, _DRAW_SCALE = tl.constexpr(8), tl.constexpr(9)
-_FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 # --- Numbers
@@ -52,74 +62,7 @@ def _load_unsigned(params_ptr, word: tl.constexpr):
     return low | (high << 32)
 
 
-# --- exp, log and noise, operation by operation as csrc/common/fixed_math.h has them
-
-
-@triton.jit
-def _exp_weight(x):
-    """exp(x) * 2^30 rounded to an integer, int64, for float32 x <= 0."""
-    x = tl.where(x > -22.0, x, -22.0)
-    shifted = x * 1.44269504 + 12582912.0
-    n = shifted - 12582912.0
-    r = (x - n * 0.693359375) - n * -2.12194440e-4
-    p = r * 0.00831247866 + 0.0418905504
-    p = p * r + 0.166671157
-    p = p * r + 0.499992281
-    p = (p * (r * r) + r) + 1.0
-    # 2^(n + 30): the low bits of `shifted` hold n, above those of 12582912.
-    scale = ((shifted.to(tl.int32, bitcast=True) + (127 + 30 - 0x4B400000)) << 23).to(tl.float32, bitcast=True)
-    return (p * scale + 0.5).to(tl.int64)
-
-
-@triton.jit
-def _log_fixed(x):
-    """Natural logarithm of a positive normal float32."""
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23
-    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    e = exponent.to(tl.float32)
-    p = f * 0.0873601288 + -0.14309302
-    p = p * f + 0.149183512
-    p = p * f + -0.165703073
-    p = p * f + 0.199620217
-    p = p * f + -0.250017613
-    p = p * f + 0.333339512
-    p = p * f + -0.499999911
-    p = p * (f * f) + e * -2.12194440e-4
-    return (p + f) + e * 0.693359375
-
-
-@triton.jit
-def _noisy_confidence(score, word, noise):
-    """The score and noise times the Gumbel noise of a random word. The last addition turns -0 into +0."""
-    u = ((word >> 9) * 2 + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-8
-    gumbel = -_log_fixed(-_log_fixed(u))
-    return (score + gumbel * noise) + 0.0
-
-
 # --- Kernels
-
-
-@triton.jit
-def _row_offset(rows_ptr, at, b, n, row_count, stride_b, stride_n):
-    """Where the logits of a position begin. Row numbers come unchecked and are clamped."""
-    if rows_ptr is None:
-        return b * stride_b + n * stride_n
-    row = tl.minimum(tl.load(rows_ptr + at), row_count - 1)
-    return tl.maximum(row, 0) * stride_n
-
-
-@triton.jit
-def _finite_logits(cond_ptr, uncond_ptr, codes, guidance, inverse_temperature, V: tl.constexpr):
-    """Guided logits times the inverse temperature, float32 and finite; -inf past the last code."""
-    logits = tl.load(cond_ptr + codes, mask=codes < V, other=0.0).to(tl.float32)
-    if uncond_ptr is not None:
-        base = tl.load(uncond_ptr + codes, mask=codes < V, other=0.0).to(tl.float32)
-        logits = tl.where(guidance == 1.0, logits, base + (logits - base) * guidance)
-    y = logits * inverse_temperature
-    y = tl.where(y > -_FLOAT_MAX, y, -_FLOAT_MAX)
-    y = tl.where(y < _FLOAT_MAX, y, _FLOAT_MAX)
-    return tl.where(codes < V, y, -float("inf"))
 
 
 @triton.jit
@@ -155,16 +98,14 @@ def maskgit_decode_step_draw(
         inverse_temperature = _load_float(params_ptr, _INVERSE_TEMPERATURE)
         draw_scale = _load_float(params_ptr, _DRAW_SCALE)
         # The numbers come unchecked. With a scale that is not finite, all weights could be 0.
-        draw_scale = tl.where((draw_scale >= 0.0) & (draw_scale <= _FLOAT_MAX), draw_scale, 0.0)
-        cond_ptr += _row_offset(rows_ptr, at, b, n, cond_row_count, cond_stride_b, cond_stride_n)
+        draw_scale = tl.where((draw_scale >= 0.0) & (draw_scale <= FLOAT_MAX), draw_scale, 0.0)
+        cond_ptr += row_offset(rows_ptr, at, b, n, cond_row_count, cond_stride_b, cond_stride_n)
         if uncond_ptr is not None:
-            uncond_ptr += _row_offset(
-                uncond_rows_ptr, at, b, n, uncond_row_count, uncond_stride_b, uncond_stride_n
-            )
+            uncond_ptr += row_offset(uncond_rows_ptr, at, b, n, uncond_row_count, uncond_stride_b, uncond_stride_n)
         lanes = tl.arange(0, BLOCK_V)
         tops = tl.full((BLOCK_V,), -float("inf"), tl.float32)
         for start in range(0, V, BLOCK_V):
-            y = _finite_logits(cond_ptr, uncond_ptr, start + lanes, guidance, inverse_temperature, V)
+            y = finite_logits(cond_ptr, uncond_ptr, start + lanes, guidance, inverse_temperature, V)
             tops = tl.maximum(tops, y)
         top = tl.max(tops, 0)
 
@@ -180,30 +121,30 @@ def maskgit_decode_step_draw(
         if draw_scale == 0.0:
             for start in range(0, V, BLOCK_V):
                 codes = start + lanes
-                y = _finite_logits(cond_ptr, uncond_ptr, codes, guidance, inverse_temperature, V)
+                y = finite_logits(cond_ptr, uncond_ptr, codes, guidance, inverse_temperature, V)
                 code = tl.minimum(code, tl.min(tl.where(y == top, codes, V), 0))
             score = top
         else:
             sums = tl.zeros((BLOCK_V,), tl.int64)
             for start in range(0, V, BLOCK_V):
-                y = _finite_logits(cond_ptr, uncond_ptr, start + lanes, guidance, inverse_temperature, V)
-                sums += _exp_weight((y - top) * draw_scale)
+                y = finite_logits(cond_ptr, uncond_ptr, start + lanes, guidance, inverse_temperature, V)
+                sums += exp_weight((y - top) * draw_scale)
             total = tl.sum(sums, 0)
             uniform = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
             left = tl.umulhi(uniform, total.to(tl.uint64)).to(tl.int64)
             for start in range(0, V, BLOCK_V):
                 codes = start + lanes
-                y = _finite_logits(cond_ptr, uncond_ptr, codes, guidance, inverse_temperature, V)
-                weights = _exp_weight((y - top) * draw_scale)
+                y = finite_logits(cond_ptr, uncond_ptr, codes, guidance, inverse_temperature, V)
+                weights = exp_weight((y - top) * draw_scale)
                 found = tl.where(tl.cumsum(weights, 0) > left, codes, V)
                 code = tl.minimum(code, tl.min(found, 0))
                 left -= tl.sum(weights, 0)  # below 0 once the code is found: later codes are larger
-            score = _finite_logits(cond_ptr, uncond_ptr, code, guidance, inverse_temperature, V)
+            score = finite_logits(cond_ptr, uncond_ptr, code, guidance, inverse_temperature, V)
             if IS_MASKGIT:
                 x = (score - top) * draw_scale
-                score = x - (_log_fixed(total.to(tl.float32)) - 20.7944154167983592)
+                score = x - (log_fixed(total.to(tl.float32)) - LOG_UNIT)
         tl.store(drawn_ptr + at, code)
-        confidence = _noisy_confidence(score, word, _load_float(params_ptr, _NOISE))
+        confidence = noisy_confidence(score, word, _load_float(params_ptr, _NOISE))
         tl.store(confidence_ptr + at, confidence)
 
 
@@ -227,21 +168,13 @@ def maskgit_decode_step_select(
     offsets = b * N + positions
     drawn = tl.load(drawn_ptr + offsets, mask=inside, other=-1).to(tl.int64)
     masked = drawn >= 0
-    bits = tl.load(confidence_ptr + offsets, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-    # Integers that sort like the floats, in the upper 32 of 44 bits; the position is in the others.
-    ordered = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-    keys = (ordered.to(tl.int64) << 12) | positions
+    confidence = tl.load(confidence_ptr + offsets, mask=inside, other=0.0)
+    keys = (sortable(confidence) << 12) | positions
     wanted = tl.load(params_ptr + _NUM_MASKED).to(tl.int64)
     if counts_ptr is not None:
         wanted = tl.load(counts_ptr + b)
     keep = tl.maximum(tl.minimum(wanted, tl.sum(masked.to(tl.int64), 0)), 0)
-    limit, rank = tl.full((), 0, tl.int64), keep
-    for i in range(44):
-        bit = 43 - i
-        below = tl.sum((masked & ((keys >> bit) == (limit >> bit))).to(tl.int64), 0)  # whose bit is 0
-        is_set = rank > below
-        rank = tl.where(is_set, rank - below, rank)
-        limit = tl.where(is_set, limit | (tl.full((), 1, tl.int64) << bit), limit)
+    limit = smallest_keys(keys, masked, keep)
     token = tl.where(masked, drawn, tl.load(tokens_ptr + offsets, mask=inside, other=0))
     stays = masked & (keep > 0) & (keys <= limit)
     tl.store(out_ptr + offsets, tl.where(stays, mask_token, token), mask=inside)

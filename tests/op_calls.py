@@ -52,6 +52,10 @@ def quantizer(**more: Any) -> dict[str, Any]:
 
 
 # Right arguments, all that there are, of each function that has any.
+def begun() -> ops.SplitDecode:
+    return ops.begin_masked_decode(torch.full((2, 3), 5), 5, policy="leftmost", mask_token=5)
+
+
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "add_layer_norm": lambda: norm(x=normal(3, 6), residual=normal(3, 6), out=(normal(3, 6), normal(3, 6))),
     "layer_norm": lambda: norm(x=normal(3, 6)),
@@ -75,13 +79,31 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "masked_decode_step": lambda: {
         "tokens": torch.full((2, 3), 5), "cond_logits": normal(6, 5), "uncond_logits": normal(6, 5),
         "policy": "threshold", "mask_token": 5, "undecided": None, "count": 1, "threshold": 0.5,
-        "entropy_bound": 0.5, "window": (0, 2), "block_length": 2, "step": 1, "seed": 3, "sample": 4,
-        "guidance": 2.0, "softmax_temperature": 1.0, "temperature": 1.0, "noise_temperature": 1.0, "top_k": 3,
-        "top_p": 0.9, "confidence": "logit", "probabilities": "model", "renoise": True, "edit_threshold": 0.5,
+        "entropy_bound": 0.5, "factor": 0.5, "window": (0, 2), "block_length": 2, "step": 1, "seed": 3,
+        "sample": 4, "guidance": 2.0, "softmax_temperature": 1.0, "temperature": 1.0, "noise_temperature": 1.0,
+        "top_k": 3, "top_p": 0.9, "confidence": "logit", "probabilities": "model", "renoise": True,
+        "edit_threshold": 0.5,
         "editable": torch.ones(2, 3, dtype=torch.bool), "step_map": torch.zeros(2, 3, dtype=torch.int32),
         "rows": torch.arange(6).view(2, 3), "uncond_rows": torch.arange(6).view(2, 3),
         "return_log_probabilities": True, "in_place": False, "backend": None,
     },
+    "begin_masked_decode": lambda: {
+        "tokens": torch.full((2, 3), 5), "num_codes": 5, "policy": "threshold", "mask_token": 5, "undecided": None,
+        "count": 1, "threshold": 0.5,
+        "entropy_bound": 0.5, "factor": 0.5, "window": (0, 2), "block_length": 2, "step": 1, "seed": 3,
+        "sample": 4, "guidance": 2.0, "softmax_temperature": 1.0, "temperature": 1.0, "noise_temperature": 1.0,
+        "top_k": 3, "top_p": 0.9, "confidence": "logit", "probabilities": "model", "renoise": True,
+        "edit_threshold": 0.5,
+        "editable": torch.ones(2, 3, dtype=torch.bool), "step_map": torch.zeros(2, 3, dtype=torch.int32),
+        "return_log_probabilities": True,
+    },
+    "masked_decode_partial": lambda: {
+        "decode": begun(), "cond_logits": normal(6, 5), "uncond_logits": normal(6, 5), "first_code": 0,
+        "first_chunk": 0, "chunks": 2, "rows": torch.arange(6).view(2, 3),
+        "uncond_rows": torch.arange(6).view(2, 3), "backend": None,
+    },
+    "masked_decode_reduce": lambda: {"decode": begun(), "partials": torch.zeros(2, 3, 1, 2, dtype=torch.int64)},
+    "finish_masked_decode": lambda: {"decode": begun()._replace(stage=3)},
     "maskgit_decode_step": lambda: step(**numbers(), final=False),
     "maskgit_decode_step_packed": lambda: step(
         params=ops.pack_step_params(**numbers()), num_masked=torch.ones(2).long(), workspace=torch.zeros(2).int(),

@@ -28,8 +28,9 @@ void check_numbers(const MaskedDecodeArgs& args) {
       raise_value_error("floats", "finite scales of the draw >= 0", std::to_string(scale));
     }
     const float bound = args.floats[b].limit;
-    if (args.policy == Policy::kEntropy && !(bound >= 0.0f && bound <= 1e6f)) {
-      raise_value_error("floats", "bounds of the entropy in [0, 1e6]", std::to_string(bound));
+    const bool is_bound = args.policy == Policy::kEntropy || args.policy == Policy::kFactor;
+    if (is_bound && !(bound >= 0.0f && bound <= 1e6f)) {
+      raise_value_error("floats", "bounds of the entropy and factors in [0, 1e6]", std::to_string(bound));
     }
     const int64_t top_p = args.integers[b].top_p;
     if (top_p < 0 || top_p > kTopPOne) raise_value_error("integers", "top_p in [0, 2^32]", std::to_string(top_p));
@@ -45,8 +46,8 @@ PyObject* masked_decode_step(Call& call) {
   const TensorArg integers = call.tensor("integers"), floats = call.tensor("floats");
   MaskedDecodeArgs args{};
   args.mask_token = call.integer("mask_token", INT64_MIN, INT64_MAX);
-  args.policy = static_cast<Policy>(call.integer("policy", 0, 4));
-  args.confidence = static_cast<Confidence>(call.integer("confidence", 0, 3));
+  args.policy = static_cast<Policy>(call.integer("policy", 0, 5));
+  args.confidence = static_cast<Confidence>(call.integer("confidence", 0, 5));
   args.model_law = call.boolean("model_law");
   args.renoise = call.boolean("renoise");
   args.edits = call.boolean("edits");
@@ -125,7 +126,83 @@ PyObject* masked_decode_step(Call& call) {
   Py_RETURN_NONE;
 }
 
+PyObject* masked_decode_partial(Call& call) {
+  const TensorArg cond = call.tensor("cond"), uncond = call.optional_tensor("uncond");
+  const TensorArg rows = call.optional_tensor("rows"), uncond_rows = call.optional_tensor("uncond_rows");
+  const TensorArg integers = call.tensor("integers"), floats = call.tensor("floats"), state = call.tensor("state");
+  PartialArgs args{};
+  args.stage = static_cast<Stage>(call.integer("stage", 0, 4));
+  args.shift = static_cast<int32_t>(call.integer("shift", 0, 32 - kDigitBits));
+  args.all_codes = static_cast<int32_t>(call.integer("all_codes", 1, kMaskedDecodeCodes));
+  args.first_code = static_cast<int32_t>(call.integer("first_code", 0, kMaskedDecodeCodes));
+  args.first_chunk = static_cast<int32_t>(call.integer("first_chunk", 0, INT32_MAX));
+  args.step.model_law = call.boolean("model_law");
+  args.needs_law = call.boolean("needs_law");
+  args.needs_products = call.boolean("needs_products");
+  args.needs_second = call.boolean("needs_second");
+  const TensorArg partials = call.tensor("partials");
+  const int threads = static_cast<int>(call.integer("threads", 1, INT32_MAX));
+
+  expect_contiguous(state, {DType::kInt64}, {kAnySize, kAnySize, kColumns});
+  const int64_t batch = state.size(0), length = state.size(1);
+  expect_contiguous(partials, {DType::kInt64}, {batch, length, kAnySize, partial_width(args.stage)});
+  const int64_t chunks = partials.size(2);
+  if (chunks < 1 || batch * length > INT32_MAX || chunks > INT32_MAX) {
+    raise_value_error("partials", "at least one chunk", shape_of(partials));
+  }
+  expect_dtype(cond, {DType::kFloat32, DType::kBFloat16});
+  check_logits(cond, rows.given, batch, length, kAnySize);
+  const int64_t codes = cond.size(-1);
+  if (codes < 1 || args.first_code + codes > args.all_codes) {
+    raise_value_error("cond", "codes within [0, " + std::to_string(args.all_codes) + ")", shape_of(cond));
+  }
+  if (uncond.given) {
+    expect_dtype(uncond, {cond.dtype});
+    check_logits(uncond, rows.given, batch, length, codes);
+    expect_given(uncond_rows, rows.given, rows.given ? "beside rows and uncond" : "without rows");
+  }
+  check_optional(rows, DType::kInt64, batch, length);
+  check_optional(uncond_rows, DType::kInt64, batch, length);
+  expect_contiguous(integers, {DType::kInt64}, {batch, sizeof(RowIntegers) / 8});
+  expect_contiguous(floats, {DType::kFloat32}, {batch, sizeof(RowFloats) / 4});
+  args.step.cond = cond.data;
+  args.step.uncond = uncond.given ? uncond.data : nullptr;
+  args.step.rows = rows.as<const int64_t>();
+  args.step.uncond_rows = uncond.given ? uncond_rows.as<const int64_t>() : nullptr;
+  args.step.integers = integers.as<const RowIntegers>();
+  args.step.floats = floats.as<const RowFloats>();
+  args.step.cond_stride_b = rows.given ? 0 : cond.stride(0);
+  args.step.cond_stride_n = cond.stride(-2);
+  args.step.cond_rows_count = cond.size(0);
+  if (uncond.given) {
+    args.step.uncond_stride_b = rows.given ? 0 : uncond.stride(0);
+    args.step.uncond_stride_n = uncond.stride(-2);
+    args.step.uncond_rows_count = uncond.size(0);
+  }
+  args.step.batch = static_cast<int32_t>(batch);
+  args.step.length = static_cast<int32_t>(length);
+  args.step.codes = static_cast<int32_t>(codes);
+  args.step.dtype = cond.dtype;
+  args.chunks = static_cast<int32_t>(chunks);
+  args.state = state.as<const int64_t>();
+  args.partials = partials.as<int64_t>();
+  const char* wrong = nullptr;
+  if (batch > 0 && length > 0) {
+    const WithoutGil released;
+    wrong = launch_masked_decode_partial(args, threads);
+  }
+  if (wrong != nullptr) raise_value_error(wrong, "rows of the logits where a code is drawn", "another");
+  Py_RETURN_NONE;
+}
+
 PyMethodDef kFunctions[] = {
+    python_function<masked_decode_partial, 18>(
+        "masked_decode_partial",
+        "masked_decode_partial($module, cond, uncond, rows, uncond_rows, integers, floats, state, stage, shift,\n"
+        "                      all_codes, first_code, first_chunk, model_law, needs_law, needs_products,\n"
+        "                      needs_second, partials, threads, /)\n"
+        "--\n\n"
+        "Partial results of one stage; titok/ops/masked_decode_split.py states what each holds. CPU tensors."),
     python_function<masked_decode_step, 22>(
         "masked_decode_step",
         "masked_decode_step($module, tokens, cond, uncond, rows, uncond_rows, undecided, editable, step_map,\n"

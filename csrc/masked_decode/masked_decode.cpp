@@ -38,6 +38,7 @@ void find_candidates(const MaskedDecodeArgs& args, int b, Kind* kind) {
   };
   if (args.block_length > 0) {
     while (first < end && !is_undecided(first)) ++first;
+    if (first >= end) return;
     first = start + (first - start) / args.block_length * args.block_length;
     end = std::min<int64_t>(end, first + args.block_length);
   }
@@ -67,8 +68,11 @@ void draw_at(const MaskedDecodeArgs& args, DrawToken draw_token, int64_t i, Posi
   const int64_t cond = row_offset(args.rows, args.cond_stride_b, args.cond_stride_n, b, n, args.length);
   const int64_t uncond = row_offset(args.uncond_rows, args.uncond_stride_b, args.uncond_stride_n, b, n, args.length);
   const bool needs_entropy = args.policy == Policy::kEntropy || args.confidence == Confidence::kNegativeEntropy;
-  const bool needs_law = needs_entropy || args.confidence == Confidence::kLogProbability || args.edits ||
-                         args.policy == Policy::kThreshold || args.log_probabilities != nullptr;
+  const bool needs_margin = args.confidence == Confidence::kMargin;
+  const bool needs_law = needs_entropy || needs_margin || args.confidence == Confidence::kLogProbability ||
+                         args.confidence == Confidence::kProbability || args.edits ||
+                         args.policy == Policy::kThreshold || args.policy == Policy::kFactor ||
+                         args.log_probabilities != nullptr;
   const LogitRow logits = {row_at(args, args.cond, cond),
                            row_at(args, args.uncond, uncond),
                            args.dtype,
@@ -77,23 +81,27 @@ void draw_at(const MaskedDecodeArgs& args, DrawToken draw_token, int64_t i, Posi
                            row.top_p,
                            args.model_law,
                            needs_law,
-                           needs_entropy};
+                           needs_entropy,
+                           needs_margin};
   const uint64_t seed = static_cast<uint64_t>(row.seed), sample = static_cast<uint64_t>(row.sample);
   const PhiloxWords words =
       philox4x32({static_cast<uint32_t>(n), static_cast<uint32_t>(row.step), static_cast<uint32_t>(sample),
                   static_cast<uint32_t>(sample >> 32)},
                  static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   DrawnToken drawn = draw_token(logits, numbers, uint64_t{words.w0} << 32 | words.w1);
+  const float log_probability = drawn.log_probability;
+  drawn.log_probability = log_probability < 0.0f ? log_probability : 0.0f;  // rounding may have raised it above 0
   float score = 0.0f;
   switch (args.confidence) {
     case Confidence::kLogit: score = drawn.logit; break;
-    case Confidence::kLogProbability: score = drawn.log_probability; break;
+    case Confidence::kLogProbability: score = log_probability; break;
     case Confidence::kNegativeEntropy: score = -drawn.entropy; break;
     case Confidence::kRandom: break;
+    case Confidence::kProbability: score = exp_weight(drawn.log_probability) / kOne; break;
+    case Confidence::kMargin: score = drawn.margin; break;
   }
   // The last addition turns -0 into +0, which would otherwise sort apart.
   args.confidences[i] = (score + gumbel(words.w2) * numbers.noise) + 0.0f;
-  drawn.log_probability = std::min(drawn.log_probability, 0.0f);  // which rounding may have raised above 0
   if (args.log_probabilities != nullptr) args.log_probabilities[i] = drawn.log_probability;
   positions.drawn[i] = drawn;
   positions.words[i] = words.w3;
@@ -119,6 +127,7 @@ void apply_policy(const MaskedDecodeArgs& args, int b, Positions& positions, Acc
         keys[found++] = key_of(static_cast<uint32_t>(drawn[n].entropy * kEntropyUnit), n);
         break;
       case Policy::kLeftmost: keys[found++] = key_of(0, n); break;
+      case Policy::kFactor: keys[found++] = key_of(~sortable(drawn[n].log_probability), n); break;
       default: keys[found++] = key_of(~confidence, n);
     }
   }
@@ -131,6 +140,15 @@ void apply_policy(const MaskedDecodeArgs& args, int b, Positions& positions, Acc
     for (int64_t i = 0; i < found && (i < count || before <= bound); ++i) {
       accept(position(i));
       before += static_cast<int64_t>(keys[i] >> 12);
+    }
+    return;
+  }
+  if (args.policy == Policy::kFactor) {
+    std::sort(keys, keys + found);
+    const int64_t bound = static_cast<int64_t>(numbers.limit * kOne);
+    for (int64_t i = 0; i < found; ++i) {
+      const int64_t doubt = static_cast<int64_t>(kOne) - exp_weight(drawn[position(i)].log_probability);
+      if (i < count || (i + 2) * doubt < bound) accept(position(i));
     }
     return;
   }
@@ -198,6 +216,59 @@ const char* launch_masked_decode(const MaskedDecodeArgs& args, int threads) {
     for (int64_t p = 0; p < draws; ++p) draw_at(args, draw_token, to_draw[p], positions);
 #pragma omp for schedule(dynamic, 1)
     for (int b = 0; b < args.batch; ++b) write_row(args, b, positions);
+  }
+  return nullptr;
+}
+
+const char* launch_masked_decode_partial(const PartialArgs& args, int threads) {
+  const MaskedDecodeArgs& step = args.step;
+  const int64_t positions = int64_t{step.batch} * step.length;
+  const int64_t size = (int64_t{step.codes} + args.chunks - 1) / args.chunks;
+  const int width = partial_width(args.stage);
+  const auto is_outside = [](const int64_t* rows, int64_t i, int64_t count) {
+    return rows != nullptr && (rows[i] < 0 || rows[i] >= count);
+  };
+  for (int64_t i = 0; i < positions; ++i) {
+    if (args.state[i * kColumns + kKind] == kNoKind) continue;
+    if (is_outside(step.rows, i, step.cond_rows_count)) return "rows";
+    if (step.uncond != nullptr && is_outside(step.uncond_rows, i, step.uncond_rows_count)) return "uncond_rows";
+  }
+  const ComputePartial compute = for_this_cpu([](auto isa) { return compute_partial_kernel(isa); });
+  const int most = std::min(threads, std::max(omp_get_max_threads(), omp_get_num_procs()));
+  const int team = positions * step.codes <= kCodesAlone ? 1 : most;
+#pragma omp parallel for schedule(dynamic, kPositionsAtOnce) num_threads(team)
+  for (int64_t item = 0; item < positions * args.chunks; ++item) {
+    const int64_t i = item / args.chunks, chunk = item % args.chunks;
+    const int b = static_cast<int>(i / step.length);
+    const int64_t n = i % step.length, begin = std::min<int64_t>(chunk * size, step.codes);
+    const int64_t end = std::min<int64_t>(begin + size, step.codes);
+    const int64_t* const state = args.state + i * kColumns;
+    int64_t* const partial = args.partials + item * width;
+    const RowIntegers& row = step.integers[b];
+    const RowFloats& numbers = step.floats[b];
+    const float scale = usable_scale(numbers.draw_scale) ? numbers.draw_scale : 0.0f;
+    std::fill(partial, partial + width, 0);
+    if (begin == end || state[kKind] == kNoKind ||
+        !works(args.stage, row, scale, args.all_codes, args.needs_law)) {
+      continue;
+    }
+    const int64_t cond =
+        begin + row_offset(step.rows, step.cond_stride_b, step.cond_stride_n, b, n, step.length);
+    const int64_t uncond =
+        begin + row_offset(step.uncond_rows, step.uncond_stride_b, step.uncond_stride_n, b, n, step.length);
+    const LogitRow logits = {row_at(step, step.cond, cond),
+                             row_at(step, step.uncond, uncond),
+                             step.dtype,
+                             static_cast<int32_t>(end - begin),
+                             row.top_k,
+                             row.top_p,
+                             step.model_law,
+                             args.needs_law,
+                             args.needs_products,
+                             args.needs_second};
+    const ChunkOfCodes codes = {args.stage, args.shift, static_cast<int32_t>(args.first_code + begin),
+                                state[kOwner] == args.first_chunk + chunk};
+    compute(logits, numbers, codes, state, partial);
   }
   return nullptr;
 }

@@ -139,10 +139,69 @@ class Draw {
     drawn.log_probability = (drawn.logit - top_) * law.scale - log_total;
     const float entropy = log_total + static_cast<float>(sums.products) / total;
     drawn.entropy = entropy > 0.0f ? entropy : 0.0f;
+    if (in_.needs_margin) {
+      const float second = find_second();
+      const int64_t other = second >= law.lowest ? exp_weight((second - top_) * law.scale) : 0;
+      drawn.margin = static_cast<float>(static_cast<int64_t>(kOne) - other) / total;
+    }
     return drawn;
   }
 
+  void partial(float draw_scale, const ChunkOfCodes& chunk, const int64_t* state, int64_t* partial) {
+    if (chunk.stage == Stage::kPeak) {
+      find_top();
+      const int64_t code = chunk.first_code + first_largest().code;
+      partial[0] = int64_t{sortable(top_ + 0.0f)} << kCodeBits | (code ^ kCodeMask);
+      partial[1] = sortable((in_.needs_margin ? find_second() : -kInfinity) + 0.0f);
+      return;
+    }
+    top_ = from_sortable(state[kTop]);
+    Law law = {top_, draw_scale == 0.0f ? 1.0f : draw_scale, from_sortable(state[kLowest])};
+    switch (chunk.stage) {
+      case Stage::kCount:
+        sum_by_digit(chunk.shift, state[kFound], partial, [](Floats) { return Words{} + 1; });
+        break;
+      case Stage::kMass:
+        sum_by_digit(chunk.shift, state[kFound], partial, [&](Floats y) { return law.weigh(y); });
+        break;
+      case Stage::kSums: {
+        Sums sums = sum(law, !in_.model_law);
+        partial[0] = sums.weights;
+        if (in_.model_law && in_.needs_law) {
+          law = {top_, 1.0f, -kInfinity};
+          sums = sum(law, true);
+        }
+        partial[1] = in_.needs_law ? sums.weights : 0;
+        partial[2] = sums.products;
+        break;
+      }
+      default: {
+        partial[0] = 0;
+        // The state comes unchecked.
+        if (!chunk.owns || state[kLeft] < 0 || state[kLeft] >= sum(law, false).weights) break;
+        const DrawnToken drawn = find(law, state[kLeft]);
+        partial[0] = (int64_t{sortable(drawn.logit + 0.0f)} << kCodeBits | (chunk.first_code + drawn.code)) + 1;
+      }
+    }
+  }
+
  private:
+  // Words by the digit that follows those found so far.
+  template <class Mass>
+  void sum_by_digit(int shift, int64_t found, int64_t* masses, Mass mass_of) const {
+    for (int i = 0; i < kDigits; ++i) masses[i] = 0;
+    row_.each(0, in_.codes, [&](int v, Floats y) {
+      const Words mass = mass_of(y);
+      const int lanes = in_.codes - v < kLanes ? in_.codes - v : kLanes;
+      for (int i = 0; i < lanes; ++i) {
+        const int64_t key = sortable(y[i] + 0.0f);
+        if (key >> (shift + kDigitBits) == found >> (shift + kDigitBits)) {
+          masses[key >> shift & (kDigits - 1)] += mass[i];
+        }
+      }
+    });
+  }
+
   int end_of(int block) const {
     const int end = block * kBlock + kBlock;
     return end < in_.codes ? end : in_.codes;
@@ -162,8 +221,26 @@ class Draw {
     }
   }
 
+  // The second largest logit, which equals the largest where two codes have it; -inf where there is one code.
+  float find_second() const {
+    Floats most = broadcast(-kInfinity), next = most;
+    row_.each(0, in_.codes, [&](int, Floats y) {
+      const Floats lesser = y < most ? y : most;
+      next = lesser > next ? lesser : next;
+      most = y > most ? y : most;
+    });
+    float first = -kInfinity, second = -kInfinity;
+    for (int i = 0; i < 2 * kLanes; ++i) {
+      const float y = i < kLanes ? most[i] : next[i - kLanes];
+      const float lesser = y < first ? y : first;
+      second = lesser > second ? lesser : second;
+      first = y > first ? y : first;
+    }
+    return second;
+  }
+
   DrawnToken first_largest() const {
-    DrawnToken drawn = {-1, top_, 0.0f, 0.0f};
+    DrawnToken drawn = {-1, top_, 0.0f, 0.0f, 0.0f};
     row_.each(top_block_ * kBlock, end_of(top_block_), [&](int v, Floats y) {
       for (int i = 0; i < kLanes && drawn.code < 0; ++i) {
         if (y[i] == top_) drawn.code = v + i;
@@ -195,7 +272,7 @@ class Draw {
 
   // The code in which unit `left` of the cumulative weights lies: first the block, then the vector, then the lane.
   DrawnToken find(const Law& law, int64_t left) const {
-    DrawnToken drawn = {-1, 0.0f, 0.0f, 0.0f};
+    DrawnToken drawn = {-1, 0.0f, 0.0f, 0.0f, 0.0f};
     int block = 0;
     while (left >= block_weights_[block]) left -= block_weights_[block++];
     row_.each(block * kBlock, end_of(block), [&](int v, Floats y) {
@@ -269,7 +346,26 @@ DrawnToken draw_for_dtype(const LogitRow& row, const RowFloats& numbers, uint64_
   return row.dtype == DType::kBFloat16 ? draw<BFloat16>(row, numbers, uniform) : draw<float>(row, numbers, uniform);
 }
 
+template <class T>
+void partial(const LogitRow& row, const RowFloats& numbers, const ChunkOfCodes& chunk, const int64_t* state,
+             int64_t* result) {
+  const float scale = usable_scale(numbers.draw_scale) ? numbers.draw_scale : 0.0f;
+  if (row.uncond != nullptr && numbers.guidance != 1.0f) {
+    Draw<T, true>(row, numbers).partial(scale, chunk, state, result);
+  } else {
+    Draw<T, false>(row, numbers).partial(scale, chunk, state, result);
+  }
+}
+
+void partial_for_dtype(const LogitRow& row, const RowFloats& numbers, const ChunkOfCodes& chunk,
+                       const int64_t* state, int64_t* result) {
+  return row.dtype == DType::kBFloat16 ? partial<BFloat16>(row, numbers, chunk, state, result)
+                                       : partial<float>(row, numbers, chunk, state, result);
+}
+
 }  // namespace
 }  // namespace titok::TITOK_ISA
+
+titok::ComputePartial titok::compute_partial_kernel(TITOK_ISA::ThisIsa) { return TITOK_ISA::partial_for_dtype; }
 
 titok::DrawToken titok::draw_token_kernel(TITOK_ISA::ThisIsa) { return TITOK_ISA::draw_for_dtype; }

@@ -15,6 +15,7 @@ struct LogitRow {
   bool model_law;        // as in MaskedDecodeArgs
   bool needs_law;        // whether the log-probability or the entropy is read
   bool needs_entropy;
+  bool needs_margin;
 };
 
 struct DrawnToken {
@@ -22,6 +23,7 @@ struct DrawnToken {
   float logit;            // y of the code
   float log_probability;  // 0 unless needs_law
   float entropy;          // 0 unless needs_entropy
+  float margin;           // 0 unless needs_margin
 };
 
 // One instruction set's.
@@ -29,5 +31,18 @@ using DrawToken = DrawnToken (*)(const LogitRow& row, const RowFloats& numbers, 
 DrawToken draw_token_kernel(Generic);
 DrawToken draw_token_kernel(Avx2);
 DrawToken draw_token_kernel(Avx512);
+
+// Writes the partial result of a stage for one chunk of codes; `row` begins at the chunk. `owns` says whether the
+// drawn code lies in it.
+struct ChunkOfCodes {
+  Stage stage;
+  int32_t shift, first_code;
+  bool owns;
+};
+using ComputePartial = void (*)(const LogitRow& row, const RowFloats& numbers, const ChunkOfCodes& chunk,
+                                const int64_t* state, int64_t* partial);
+ComputePartial compute_partial_kernel(Generic);
+ComputePartial compute_partial_kernel(Avx2);
+ComputePartial compute_partial_kernel(Avx512);
 
 }  // namespace titok

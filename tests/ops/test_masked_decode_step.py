@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import oracles
+from decode_cases import POLICIES, random_call
 from maskgit_cases import random_case
 from titok.ops import masked_decode_step as decode
 from titok.ops import maskgit_decode_step
@@ -24,51 +25,6 @@ from titok.ops.core.available import why_no_cpp
 TESTS = Path(__file__).parents[1]
 NEEDS_CPP = pytest.mark.skipif(bool(why_no_cpp()), reason=str(why_no_cpp()))
 BACKENDS = ["plain", pytest.param("cpp", marks=NEEDS_CPP)]
-POLICIES = ("count", "top_k", "threshold", "entropy", "leftmost")
-
-
-def random_call(number: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Tensors and arguments of call `number`, in float32 or bfloat16; every argument varies."""
-    (tokens, cond, uncond), _ = random_case(number)
-    if cond.dtype == torch.float16:
-        cond, uncond = cond.float(), None if uncond is None else uncond.float()
-    g = torch.Generator().manual_seed(number)
-    batch, length, codes = cond.shape
-
-    def pick(*options: Any) -> Any:
-        return options[int(torch.randint(len(options), (), generator=g))]
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(batch, generator=g, dtype=torch.float64)
-
-    def whole(end: int) -> Tensor:
-        return torch.randint(end, (batch,), generator=g)
-
-    return (tokens, cond, uncond), {
-        "policy": POLICIES[number % 5],
-        **pick({"mask_token": codes}, {"undecided": torch.rand(batch, length, generator=g) < 0.6}),
-        "count": pick(0, 1, 2, whole(length + 2)),
-        "threshold": pick(0.0, 0.2, 0.9, 1.0, uniform(0, 1)),
-        "entropy_bound": pick(0.0, 0.1, 3.0, uniform(0, 5)),
-        "window": pick(None, (length // 3, length), torch.stack([whole(length), whole(length + 1)], 1)),
-        "block_length": pick(None, None, 1, 3),
-        "step": pick(0, 7, whole(1000)),
-        "seed": pick(0, (1 << 64) - 1, torch.randint(-(1 << 62), 1 << 62, (batch,), generator=g)),
-        "sample": pick(0, 1 << 40, whole(1 << 40)),
-        "guidance": pick(1.0, 2.5, -1.0, uniform(0, 4)),
-        "softmax_temperature": pick(1.0, 0.7, uniform(0.2, 3)),
-        "temperature": pick(0.0, 1.0, 0.6, uniform(0, 2), 1e-38),
-        "noise_temperature": pick(0.0, 1.0, uniform(0, 9)),
-        "top_k": pick(0, 1, 5, whole(codes + 3)),
-        "top_p": pick(1.0, 0.9, 0.3, 1e-9, uniform(0.1, 1)),
-        "confidence": pick("logit", "log_probability", "negative_entropy", "random"),
-        "probabilities": pick("drawn", "model"),
-        "renoise": pick(False, True),
-        "edit_threshold": pick(None, 0.0, 0.5, uniform(0, 1)),
-        "editable": pick(None, torch.rand(batch, length, generator=g) < 0.5),
-        "step_map": pick(None, torch.randint(-1, 5, (batch, length), generator=g).int()),
-        "return_log_probabilities": pick(False, True),
-    }
 
 
 def digest(backend: str, cases: int = 200) -> str:
@@ -179,6 +135,10 @@ def expected_acceptance(
             return {i for i in range(n) if logp[i] > math.log(given["threshold"])} | set(surest[:count])
         case "leftmost":
             return set(range(min(n, count)))
+        case "factor":
+            likeliest = sorted(range(n), key=lambda i: (-logp[i], i))
+            passed = [(k + 2) * (1 - math.exp(logp[i])) < given["factor"] for k, i in enumerate(likeliest)]
+            return {i for k, i in enumerate(likeliest) if k < count or passed[k]}
     accepted, total = set(), 0.0
     for place, i in enumerate(sorted(range(n), key=lambda i: (ent[i], i))):
         if place < count or total <= given["entropy_bound"]:
@@ -194,6 +154,7 @@ def test_policies_against_sorting_in_python(backend: str, policy: str) -> None:
         g = torch.Generator().manual_seed(number)
         logits = 3 * torch.randn(2, 9, 17, generator=g)
         given = {"policy": policy, "count": number % 4, "threshold": 0.55, "entropy_bound": 0.25 * (number % 7)}
+        given["factor"] = 0.3 * (number % 9)
         tokens = torch.where(torch.rand(2, 9, generator=g) < 0.7, 17, 3)
         result = decode(tokens, logits, mask_token=17, **given, backend=backend)
         law = logits.double().log_softmax(-1)
@@ -320,6 +281,15 @@ def test_windows_blocks_step_map_and_in_place(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_an_undecided_position_have_no_block_to_edit(backend: str) -> None:
+    given = {"policy": "top_k", "mask_token": 9, "edit_threshold": 0.0, "block_length": 3, "backend": backend}
+    for window in (None, (0, 2), (1, 7)):
+        step = decode(torch.zeros(1, 8, dtype=torch.int64), 5 * torch.randn(1, 8, 4), window=window, **given)
+        assert not step.tokens.any()
+        assert step.confidences.isinf().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_logits_draw_the_lowest_code_and_the_first_positions(backend: str) -> None:
     logits = torch.zeros(1, 4, 1100)
     logits[0, 1, 700:] = 1.0
@@ -361,7 +331,7 @@ def good() -> dict[str, Any]:
         ({"window": (2, 1)}, ValueError, "window"),
         ({"window": [0, 1]}, TypeError, "window"),
         ({"block_length": 0}, ValueError, "block_length"),
-        ({"confidence": "margin"}, ValueError, "confidence"),
+        ({"confidence": "surest"}, ValueError, "confidence"),
         ({"probabilities": "raw"}, ValueError, "probabilities"),
         ({"cond_logits": torch.zeros(2, 3, 5, dtype=torch.float64)}, TypeError, "cond_logits"),
         ({"cond_logits": torch.zeros(6, 5), "rows": torch.full((2, 3), 6)}, ValueError, "rows"),
@@ -379,7 +349,7 @@ def test_opcheck() -> None:
     tokens, logits = torch.full((2, 3), 5), torch.randn(2, 3, 5)
     integers = torch.tensor([[1, 0, 0, 1, 0, 1 << 32, 0, 3]] * 2)
     floats = torch.tensor([[1.0, 1.0, 1.0, 0.5, 0.0, 0.0]] * 2)
-    choices = ("top_k", "logit", "drawn", False, False, 0, True)
+    choices = ("top_k", "logit", "drawn", False, False, 0, True, False)
     step_map = torch.zeros(2, 3, dtype=torch.int32)
     arguments = (tokens, logits, None, None, None, None, None, step_map, integers, floats, 5, *choices)
     torch.library.opcheck(torch.ops.titok.masked_decode_step.default, arguments)

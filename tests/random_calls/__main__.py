@@ -27,6 +27,7 @@ CALLS: dict[str, Callable[[Draw], None]] = {
     "quantize": quantizers.quantize,
     "code_mixture": quantizers.code_mixture,
     "maskgit_decode_step": decode.maskgit_decode_step,
+    "masked_decode_step": decode.masked_decode_step,
     "extension_function": raw.extension_function,
     "registered_op": raw.registered_op,
 }

@@ -1,4 +1,4 @@
-"""Random calls of `maskgit_decode_step`, of its form with packed numbers, and of the host build of its CUDA kernel."""
+"""Random calls of both decode steps, and of the host build of the CUDA kernel."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import oracles
+from decode_cases import random_call, random_split, split_step
 from maskgit_cases import random_case
 from random_calls.draw import Draw, same_bits
 from titok import ops
@@ -228,3 +229,18 @@ def cuda_kernel_on_host(draw: Draw, kernel: Callable[..., tuple[Tensor, Tensor]]
     case["logits"] = lambda b, n: tuple(_row(case, name, b, n) for name in ("cond", "uncond"))
     check_step(case, new, confidence)
     draw.check_inputs()
+
+
+def masked_decode_step(draw: Draw) -> None:
+    """A random call in C++, whole and with its codes split, against plain PyTorch."""
+    tensors, arguments = random_call(draw.random.getrandbits(31), most_tokens=8)
+    draw.note(shape=tuple(tensors[1].shape), **{k: v for k, v in arguments.items() if not isinstance(v, Tensor)})
+    want = ops.masked_decode_step(*tensors, **arguments, backend="plain")
+    slices = random_split(tensors[1].shape[-1], draw.random)
+    for got in (
+        ops.masked_decode_step(*tensors, **arguments, backend="cpp"),
+        split_step(tensors, arguments, slices, "cpp"),
+    ):
+        for name, expected, found in zip(want._fields, want, got, strict=True):
+            assert (expected is None) == (found is None), name
+            assert expected is None or torch.equal(expected, found), f"{name}: {found}, not {expected}"

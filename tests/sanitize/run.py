@@ -38,7 +38,7 @@ CPP_TESTS = [
 # Of these the tests with "cpp" in their name or parameters.
 OP_TESTS = [
     "test_add_layer_norm.py", "test_group_norm_silu.py", "test_masked_attention.py", "test_maskgit_decode_step.py",
-    "test_nearest_codebook.py",
+    "test_masked_decode_split.py", "test_masked_decode_step.py", "test_nearest_codebook.py",
 ]  # fmt: skip
 
 

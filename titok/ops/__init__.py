@@ -11,6 +11,13 @@ from titok.ops.core.available import backends
 from titok.ops.core.mode import is_ordinary, is_plain, last_backend, last_backends, only_plain, through_dispatcher
 from titok.ops.group_norm_silu import group_norm_silu
 from titok.ops.masked_attention import masked_attention
+from titok.ops.masked_decode_partial import (
+    SplitDecode,
+    begin_masked_decode,
+    finish_masked_decode,
+    masked_decode_partial,
+    masked_decode_reduce,
+)
 from titok.ops.masked_decode_step import DecodeStep, masked_decode_step
 from titok.ops.maskgit_decode_step import maskgit_decode_step, maskgit_decode_step_packed, pack_step_params
 from titok.ops.nearest_codebook import nearest_codebook
@@ -19,10 +26,13 @@ from titok.ops.quantize import Quantized, quantize
 __all__ = [
     "DecodeStep",
     "Quantized",
+    "SplitDecode",
     "add_layer_norm",
     "attention",
     "backends",
+    "begin_masked_decode",
     "code_mixture",
+    "finish_masked_decode",
     "group_norm_silu",
     "is_ordinary",
     "is_plain",
@@ -31,6 +41,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_of_sum",
     "masked_attention",
+    "masked_decode_partial",
+    "masked_decode_reduce",
     "masked_decode_step",
     "maskgit_decode_step",
     "maskgit_decode_step_packed",

@@ -11,8 +11,8 @@ from torch import Tensor
 from titok.ops.fixed_math import WEIGHT_BITS, exp_weight, gumbel, log_fixed
 from titok.ops.philox import philox4x32
 
-POLICIES = ("count", "top_k", "threshold", "entropy", "leftmost")
-CONFIDENCES = ("logit", "log_probability", "negative_entropy", "random")
+POLICIES = ("count", "top_k", "threshold", "entropy", "leftmost", "factor")
+CONFIDENCES = ("logit", "log_probability", "negative_entropy", "random", "probability", "margin")
 LAWS = ("drawn", "model")
 
 # Columns of the packed numbers of a row.
@@ -24,17 +24,23 @@ ENTROPY_UNIT = 2.0**24  # entropies are compared as integers, whose sums do not 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 _LOG_UNIT = WEIGHT_BITS * math.log(2)
 _LOWEST_EXPONENT = -22.0
-_CHUNK = 1 << 22  # logits held in float32 at a time
+_UNIT = 2.0**WEIGHT_BITS  # of the weights and of policy "factor"
+CHUNK_LOGITS = 1 << 22  # logits held in float32 at a time
+
+
+class Logits(NamedTuple):
+    """The checked logits, (B, N, V) or with rows (R, V); `masked_decode_step` documents them."""
+
+    cond: Tensor
+    uncond: Tensor | None
+    rows: Tensor | None  # (B, N)
+    uncond_rows: Tensor | None  # (B, N)
 
 
 class Inputs(NamedTuple):
-    """The checked arguments; `masked_decode_step` documents them."""
+    """The checked arguments beside the logits; `masked_decode_step` documents them."""
 
     tokens: Tensor
-    cond: Tensor
-    uncond: Tensor | None
-    rows: Tensor | None
-    uncond_rows: Tensor | None
     undecided: Tensor  # (B, N) bool
     editable: Tensor | None  # (B, N) bool
     step_map: Tensor | None
@@ -48,6 +54,26 @@ class Inputs(NamedTuple):
     block_length: int
 
 
+class Evaluations(NamedTuple):
+    """What was found at each position, (B, N) each; other values where nothing was drawn do not matter."""
+
+    codes: Tensor
+    confidences: Tensor
+    log_probabilities: Tensor
+    entropies: Tensor
+    uniform_codes: Tensor  # for `renoise`
+
+
+class Law(NamedTuple):
+    """A law of codes, one entry for each position or shapes that broadcast: softmax of (y - top) * scale, truncated."""
+
+    top: Tensor
+    scale: Tensor
+    second: Tensor  # weight of the second likeliest code, int64
+    total: Tensor  # sum of the weights, int64
+    products: Tensor  # sum of the products for the entropy, int64
+
+
 class _Drawn(NamedTuple):
     """What was drawn at positions, one entry each."""
 
@@ -57,19 +83,13 @@ class _Drawn(NamedTuple):
     entropy: Tensor
 
 
-def decode_plain(a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def decode_plain(logits: Logits, a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """New tokens, confidences, log-probabilities and, where one is given, the new step map."""
-    window = _windows(a)
-    candidates = a.undecided & window
-    editable = torch.zeros_like(candidates)
-    if a.edits:
-        editable = ~a.undecided & window
-        if a.editable is not None:
-            editable &= a.editable
+    candidates, editable = find_candidates(a)
     evaluated = candidates | editable
     row, position = evaluated.nonzero(as_tuple=True)
-    words = _words(a, row, position)
-    drawn = _draw_everywhere(a, row, position, words)
+    words = random_words(a.integers, row, position)
+    drawn = _draw_everywhere(logits, a, row, position, words)
 
     def spread(values: Tensor, elsewhere: float) -> Tensor:
         filled = values.new_full(a.tokens.shape, elsewhere)
@@ -78,17 +98,38 @@ def decode_plain(a: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
 
     codes, confidences = spread(drawn.code, -1), spread(drawn.confidence, math.inf)
     log_probabilities, entropies = spread(drawn.log_probability, 0.0), spread(drawn.entropy, 0.0)
-    accepted = _accept(a, candidates, confidences, log_probabilities, entropies)
+    uniform = spread((words[3] * logits.cond.shape[-1]) >> 32, 0)
+    evaluations = Evaluations(codes, confidences, log_probabilities, entropies, uniform)
+    new, step_map = apply_policy(a, candidates, editable, evaluations)
+    return new, confidences, log_probabilities, step_map
+
+
+def apply_policy(
+    a: Inputs, candidates: Tensor, editable: Tensor, found: Evaluations
+) -> tuple[Tensor, Tensor | None]:
+    """New tokens and, where one is given, the new step map."""
+    accepted = _accept(a, candidates, found.confidences, found.log_probabilities, found.entropies)
     edit_limit = a.floats[:, EDIT_LIMIT, None]
-    accepted |= editable & (codes != a.tokens) & (log_probabilities > edit_limit)
-    new = torch.where(accepted, codes, a.tokens)
+    accepted |= editable & (found.codes != a.tokens) & (found.log_probabilities > edit_limit)
+    new = torch.where(accepted, found.codes, a.tokens)
     if a.renoise:
-        uniform = spread((words[3] * a.cond.shape[-1]) >> 32, 0)
-        new = torch.where(candidates & ~accepted, uniform, new)
+        new = torch.where(candidates & ~accepted, found.uniform_codes, new)
     step_map = None
     if a.step_map is not None:
         step_map = torch.where(accepted, a.integers[:, STEP, None].to(torch.int32), a.step_map)
-    return new, confidences, log_probabilities, step_map
+    return new, step_map
+
+
+def find_candidates(a: Inputs) -> tuple[Tensor, Tensor]:
+    """(B, N) bool each: the undecided positions of the windows, and the decided ones that may be edited."""
+    window = _windows(a)
+    candidates = a.undecided & window
+    editable = torch.zeros_like(candidates)
+    if a.edits:
+        editable = ~a.undecided & window
+        if a.editable is not None:
+            editable &= a.editable
+    return candidates, editable
 
 
 def _windows(a: Inputs) -> Tensor:
@@ -99,39 +140,51 @@ def _windows(a: Inputs) -> Tensor:
     if a.block_length:
         first = torch.where(a.undecided & window, place, a.tokens.shape[1]).amin(-1, keepdim=True)
         block = (place - start) // a.block_length
-        window &= block == (first - start) // a.block_length
+        window &= (block == (first - start) // a.block_length) & (first < a.tokens.shape[1])
     return window
 
 
-def _words(a: Inputs, row: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-    sample, seed = a.integers[row, SAMPLE], a.integers[row, SEED]
+def random_words(integers: Tensor, row: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+    """The four random words of positions of rows; `integers` is (B, 8)."""
+    sample, seed = integers[row, SAMPLE], integers[row, SEED]
     low, high = 0xFFFFFFFF, 32
-    counter = (position, a.integers[row, STEP], sample & low, (sample >> high) & low)
+    counter = (position, integers[row, STEP], sample & low, (sample >> high) & low)
     key: Any = (seed & low, (seed >> high) & low)  # tensors, one key for each position
     return philox4x32(counter, key)
 
 
-def _draw_everywhere(a: Inputs, row: Tensor, position: Tensor, words: tuple[Tensor, ...]) -> _Drawn:
+def _draw_everywhere(
+    logits: Logits, a: Inputs, row: Tensor, position: Tensor, words: tuple[Tensor, ...]
+) -> _Drawn:
     count, device = len(row), row.device
     result = _Drawn(torch.empty_like(row), *(torch.empty(count, device=device) for _ in range(3)))
-    chunk = max(1, _CHUNK // a.cond.shape[-1])
+    chunk = max(1, CHUNK_LOGITS // logits.cond.shape[-1])
     for begin in range(0, count, chunk):
         part = slice(begin, begin + chunk)
         r, p = row[part], position[part]
         floats = a.floats[r]
-        logits = _pick(a.cond, a.rows, r, p)
-        if a.uncond is not None:
-            weight = floats[:, GUIDANCE, None]
-            base = _pick(a.uncond, a.uncond_rows, r, p)
-            logits = torch.where(weight == 1.0, logits, base + (logits - base) * weight)
-        y = logits * floats[:, INVERSE_TEMPERATURE, None]
-        y = y.nan_to_num(nan=-_FLOAT_MAX, posinf=_FLOAT_MAX, neginf=-_FLOAT_MAX)
+        y = pick_logits(logits, floats, r, p)
         drawn = _draw(a, y, a.integers[r], floats[:, DRAW_SCALE, None], words[0][part], words[1][part])
-        noise = gumbel(words[2][part]) * floats[:, NOISE]
-        drawn = drawn._replace(confidence=(drawn.confidence + noise) + 0.0)  # + 0.0: no negative zero
+        drawn = drawn._replace(confidence=add_noise(drawn.confidence, words[2][part], floats[:, NOISE]))
         for whole, piece in zip(result, drawn, strict=True):
             whole[part] = piece
     return result
+
+
+def add_noise(score: Tensor, word: Tensor, noise: Tensor) -> Tensor:
+    """The confidence of a score, with the Gumbel noise of a random word."""
+    return (score + gumbel(word) * noise) + 0.0  # + 0.0: no negative zero
+
+
+def pick_logits(logits: Logits, floats: Tensor, row: Tensor, position: Tensor) -> Tensor:
+    """y (P, V) of P positions of rows, float32 and finite; `floats` (P, 6) are the numbers of these rows."""
+    y = _pick(logits.cond, logits.rows, row, position)
+    if logits.uncond is not None:
+        weight = floats[:, GUIDANCE, None]
+        base = _pick(logits.uncond, logits.uncond_rows, row, position)
+        y = torch.where(weight == 1.0, y, base + (y - base) * weight)
+    y = y * floats[:, INVERSE_TEMPERATURE, None]
+    return y.nan_to_num(nan=-_FLOAT_MAX, posinf=_FLOAT_MAX, neginf=-_FLOAT_MAX)
 
 
 def _pick(logits: Tensor, rows: Tensor | None, row: Tensor, position: Tensor) -> Tensor:
@@ -154,24 +207,48 @@ def _draw(a: Inputs, y: Tensor, integers: Tensor, draw_scale: Tensor, high: Tens
     code = torch.where(greedy[:, 0], largest, drawn)
 
     if a.law == "model":
-        scale = torch.ones_like(scale)
+        scale, lowest = torch.ones_like(scale), torch.full_like(lowest, -math.inf)
         weights = exp_weight(y - top)
-    x = (y - top) * scale
-    total = weights.sum(-1)
-    log_total = log_fixed(total.to(torch.float32)) - _LOG_UNIT
-    log_probability = x.gather(-1, code[:, None])[:, 0] - log_total
-    products = (weights.to(torch.float32) * -x.clamp_min(_LOWEST_EXPONENT) + 0.5).to(torch.int64)
-    entropy = (log_total + products.sum(-1).to(torch.float32) / total.to(torch.float32)).clamp_min(0.0)
-    match a.confidence:
+    second = torch.zeros_like(code)
+    if a.confidence == "margin":
+        other = second_largest(y)
+        second = torch.where(other >= lowest, exp_weight((other - top) * scale), 0)[:, 0]
+    products = entropy_products(weights, (y - top) * scale).sum(-1)
+    law = Law(top[:, 0], scale[:, 0], second, weights.sum(-1), products)
+    return _Drawn(code, *evaluate(a.confidence, y.gather(-1, code[:, None])[:, 0], law))
+
+
+def entropy_products(weights: Tensor, x: Tensor) -> Tensor:
+    """weight * -x rounded to integers, for the exponents x of the weights."""
+    return (weights.to(torch.float32) * -x.clamp_min(_LOWEST_EXPONENT) + 0.5).to(torch.int64)
+
+
+def evaluate(confidence: str, y: Tensor, law: Law) -> tuple[Tensor, Tensor, Tensor]:
+    """The score, which is the confidence without its noise, the log-probability and the entropy of drawn codes."""
+    total = law.total.to(torch.float32)
+    log_total = log_fixed(total) - _LOG_UNIT
+    log_probability = (y - law.top) * law.scale - log_total
+    clamped = log_probability.clamp_max(0.0) + 0.0  # rounding may exceed 0; + 0.0: no negative zero
+    entropy = (log_total + law.products.to(torch.float32) / total).clamp_min(0.0)
+    match confidence:
         case "logit":
-            score = y.gather(-1, code[:, None])[:, 0]
+            score = y
         case "log_probability":
             score = log_probability
         case "negative_entropy":
             score = -entropy
+        case "probability":
+            score = exp_weight(clamped).to(torch.float32) / _UNIT
+        case "margin":
+            score = (int(_UNIT) - law.second).to(torch.float32) / total
         case _:
             score = torch.zeros_like(entropy)
-    return _Drawn(code, score, log_probability.clamp_max(0.0), entropy)
+    return score, clamped, entropy
+
+
+def second_largest(y: Tensor) -> Tensor:
+    """(rows, 1): the second largest logit, which equals the largest where two codes have it; -inf where V = 1."""
+    return y.topk(2, dim=-1).values[:, 1:] if y.shape[-1] > 1 else torch.full_like(y, -math.inf)
 
 
 def _lowest_kept(y: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -218,6 +295,10 @@ def _accept(a: Inputs, candidates: Tensor, confidences: Tensor, log_probs: Tenso
             before = (in_order.cumsum(-1) - in_order).gather(-1, order.argsort(dim=-1))
             place = order.argsort(dim=-1)
             return candidates & ((place < count) | (before <= (limit * ENTROPY_UNIT).to(torch.int64)))
+        case "factor":
+            place = _place(-log_probs, candidates)
+            doubt = int(_UNIT) - exp_weight(log_probs)
+            return candidates & ((place < count) | ((place + 2) * doubt < (limit * _UNIT).to(torch.int64)))
         case "threshold":
             sure = log_probs > limit
             return candidates & (sure | (_place(-confidences, candidates) < count))

@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titok.checks import check_int, check_integer, check_number, check_tensor
-from titok.ops.masked_decode_plain import TOP_P_ONE
+from titok.ops.masked_decode_plain import POLICIES, TOP_P_ONE
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 _MOST_NATS = 1e6  # above the entropy of any number of tokens, and far from an overflow of its integer units
+_MOST_FACTOR = 1e6  # above (n + 1) (1 - p) for any number n of tokens, and far from an overflow
 _STEPS, _COUNTS = 1 << 31, 1 << 31
+
+
+class PackedRows(NamedTuple):
+    """The numbers of each row, and those of all rows."""
+
+    integers: Tensor  # (B, 8) int64, with the columns that titok/ops/masked_decode_plain.py names
+    floats: Tensor  # (B, 6) float32, likewise
+    mask_token: int  # 0 where `undecided` is given
+    edits: bool
+    block_length: int  # 0: no blocks
+    truncates: bool  # whether top_k or top_p may leave out codes
 
 
 def pack_rows(
     tokens: Tensor,
     *,
-    integers: dict[str, Any],
-    top_p: Any,
-    window: Any,
-    floats: dict[str, Any],
-    threshold: Any,
-    entropy_bound: Any,
-    bounds_entropy: bool,
-    edit_threshold: Any,
-) -> tuple[Tensor, Tensor]:
-    """(B, 8) int64 and (B, 6) float32, with the columns that titok/ops/masked_decode_plain.py names.
+    policy: str,
+    mask_token: int | None = None,
+    undecided: Tensor | None = None,
+    count: int | Tensor = 1,
+    threshold: float | Tensor | None = None,
+    entropy_bound: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
+    window: tuple[int, int] | Tensor | None = None,
+    block_length: int | None = None,
+    step: int | Tensor = 0,
+    seed: int | Tensor = 0,
+    sample: int | Tensor = 0,
+    guidance: float | Tensor = 1.0,
+    softmax_temperature: float | Tensor = 1.0,
+    temperature: float | Tensor = 0.0,
+    noise_temperature: float | Tensor = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    edit_threshold: float | Tensor | None = None,
+) -> PackedRows:
+    """Checks and packs the numbers of `masked_decode_step`, which documents them.
 
     Values of CPU tensors are checked. Values of CUDA tensors are clamped into range, because reading them would make
     the host wait for the GPU.
@@ -36,6 +59,17 @@ def pack_rows(
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
+    check_tensor("tokens", tokens, shape=("B", "N"), dtypes=(torch.int64,))
+    check_choice("policy", policy, POLICIES)
+    if undecided is not None:
+        check_tensor("undecided", undecided, shape=tokens.shape, dtypes=(torch.bool,), device=tokens.device)
+    if (mask_token is None) == (undecided is None):
+        raise ValueError("mask_token: expected either mask_token or undecided, got both or none of them")
+    limits = {"threshold": threshold, "entropy": entropy_bound, "factor": factor}
+    if policy in limits and limits[policy] is None:
+        name = "entropy_bound" if policy == "entropy" else policy
+        raise ValueError(f"{name}: expected a number for policy {policy!r}, got None")
+    integers = {"seed": seed, "sample": sample, "step": step, "count": count, "top_k": top_k}
     batch = len(tokens)
     columns = [_integer(name, value, tokens) for name, value in integers.items()]
     fraction = _number("top_p", top_p, tokens, 0.0, 1.0, exclude_least=True)
@@ -51,22 +85,36 @@ def pack_rows(
         columns[1] = torch.arange(batch, device=tokens.device) + sample
     whole = torch.stack([_column(value, tokens, torch.int64) for value in columns], 1)
 
-    guidance = _number("guidance", floats["guidance"], tokens, -_FLOAT_MAX, _FLOAT_MAX)
-    softmax = _number(
-        "softmax_temperature", floats["softmax_temperature"], tokens, 0.0, math.inf, exclude_least=True
-    )
-    draw = _number("temperature", floats["temperature"], tokens, 0.0, math.inf)
-    noise = _number("noise_temperature", floats["noise_temperature"], tokens, 0.0, math.inf)
-    nats = _number("entropy_bound", 0.0 if entropy_bound is None else entropy_bound, tokens, 0.0, _FLOAT_MAX)
-    nats = nats.clamp_max(_MOST_NATS) if isinstance(nats, Tensor) else min(nats, _MOST_NATS)
+    guidance = _number("guidance", guidance, tokens, -_FLOAT_MAX, _FLOAT_MAX)
+    softmax = _number("softmax_temperature", softmax_temperature, tokens, 0.0, math.inf, exclude_least=True)
+    draw = _number("temperature", temperature, tokens, 0.0, math.inf)
+    noise = _number("noise_temperature", noise_temperature, tokens, 0.0, math.inf)
+    nats = _at_most("entropy_bound", entropy_bound, tokens, _MOST_NATS)
+    doubt = _at_most("factor", factor, tokens, _MOST_FACTOR)
     least = _log_probability("threshold", threshold, tokens)
-    bound = nats if bounds_entropy else least
+    limit = {"entropy": nats, "factor": doubt}.get(policy, least)
     edit = _log_probability("edit_threshold", edit_threshold, tokens)
     # The divisor of the draw is rounded to float32 before its inverse is taken, as in `maskgit_decode_step`.
     inverses = (_inverse(_column(softmax, tokens, torch.float64)), _inverse(_column(draw, tokens, torch.float32)))
-    values = (guidance, *inverses, noise, bound, edit)
+    values = (guidance, *inverses, noise, limit, edit)
     parts = [_column(value, tokens, torch.float32) for value in values]
-    return whole, torch.stack(parts, 1)
+    if block_length is not None and check_int("block_length", block_length) < 1:
+        raise ValueError(f"block_length: expected at least 1, got {block_length}")
+    return PackedRows(
+        whole,
+        torch.stack(parts, 1),
+        mask_token=0 if mask_token is None else check_int("mask_token", mask_token),
+        edits=edit_threshold is not None,
+        block_length=block_length or 0,
+        truncates=isinstance(top_k, Tensor) or top_k != 0 or isinstance(top_p, Tensor) or top_p != 1.0,
+    )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
 def _column(value: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,6 +180,12 @@ def _number(
     if not least <= number <= most or number == math.inf or (exclude_least and number == least):
         raise ValueError(f"{name}: expected {kind}, got {number}")
     return number
+
+
+def _at_most(name: str, value: Any, tokens: Tensor, most: float) -> Any:
+    """A number >= 0, lowered to `most`; 0 for None."""
+    number = _number(name, 0.0 if value is None else value, tokens, 0.0, _FLOAT_MAX)
+    return number.clamp_max(most) if isinstance(number, Tensor) else min(number, most)
 
 
 def _inverse(temperature: Tensor) -> Tensor:

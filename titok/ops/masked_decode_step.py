@@ -23,8 +23,8 @@ serves `renoise`. A row's result depends on nothing else of the batch.
 `maskgit_decode_step` is policy "count" with confidence "logit" (its rule "titok", temperature = noise_temperature) or
 "log_probability" (its rule "maskgit", temperature = 1), bit for bit.
 
-Not provided: a CUDA or Triton kernel (CUDA tensors run plain PyTorch, which waits for the GPU and cannot be captured in
-a CUDA graph), a split of V over blocks or ranks, the margin between the two likeliest codes as a confidence.
+titok/ops/masked_decode_split.py says how the codes are split over blocks of a GPU, titok/ops/masked_decode_partial.py
+offers the same split to tensor-parallel ranks. Not provided: a CUDA C++ kernel (CUDA tensors run Triton).
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titok.checks import check_bool, check_int, check_tensor
-from titok.ops.core.available import extension, why_no_cpp, why_not_float32_or_bfloat16
+from titok.checks import check_bool, check_tensor
+from titok.ops.core.available import extension, why_no_cpp, why_no_triton, why_not_float32_or_bfloat16
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Kernel
-from titok.ops.masked_decode_plain import CONFIDENCES, LAWS, POLICIES, Inputs, decode_plain
-from titok.ops.masked_decode_rows import pack_rows
+from titok.ops.masked_decode_plain import CONFIDENCES, LAWS, POLICIES, Inputs, Logits, decode_plain
+from titok.ops.masked_decode_rows import check_choice, pack_rows
+from titok.ops.masked_decode_split import stages_of, what_is_wanted
 
 MAX_CODES = 262_144  # so that the sum of the weights stays within 2^48
 MAX_TOKENS = 4_096
@@ -74,6 +75,7 @@ def masked_decode_step(
     count: int | Tensor = 1,
     threshold: float | Tensor | None = None,
     entropy_bound: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
     window: tuple[int, int] | Tensor | None = None,
     block_length: int | None = None,
     step: int | Tensor = 0,
@@ -113,14 +115,18 @@ def masked_decode_step(
             "threshold": those whose probability exceeds `threshold`, and the `count` most confident.
             "entropy": by ascending entropy while the entropies of those before sum to at most `entropy_bound` (Ben-Hamu
             et al. 2025), and at least `count`. `confidence` does not matter.
+            "factor": by descending probability of the drawn code, p_1 >= p_2 >= ..., the n-th while
+            (n + 1) (1 - p_n) < `factor` (Fast-dLLM, Wu et al. 2025), and at least `count`. `confidence` does not
+            matter.
             "leftmost": the first `count` positions.
         mask_token: id of the mask token: positions that hold it are undecided. It may lie in [0, V); it can then be
             drawn as any other code, so set its logit to -inf unless that is wanted.
         undecided: (B, N) bool, in place of `mask_token`; exactly one of the two is given.
         count: >= 0. With the default of 1, at least one candidate of each row is accepted by the policies "top_k",
-            "threshold", "entropy" and "leftmost".
+            "threshold", "entropy", "factor" and "leftmost".
         threshold: probability in [0, 1], for policy "threshold".
         entropy_bound: >= 0, in nats, for policy "entropy".
+        factor: >= 0, for policy "factor".
         window: the positions [start, end) that may change, (start, end) for all rows or int64 (B, 2); None: all.
         block_length: blocks are counted from the start of the window; a row works on its first block that has an
             undecided position. None: no blocks.
@@ -133,9 +139,10 @@ def masked_decode_step(
         noise_temperature: >= 0, scale of the Gumbel noise of the confidence.
         top_k: how many of the largest logits may be drawn; 0: all.
         top_p: in (0, 1], the nucleus; 1: all.
-        confidence: "logit": y of the drawn code; "log_probability": of the drawn code; "negative_entropy"; "random": 0,
-            which orders at random with `noise_temperature` > 0.
-        probabilities: "drawn" or "model": the law that log-probabilities, entropies and thresholds refer to.
+        confidence: "logit": y of the drawn code; "log_probability", "probability": of the drawn code;
+            "negative_entropy"; "margin": the probability of the likeliest code less that of the second likeliest;
+            "random": 0, which orders at random with `noise_temperature` > 0.
+        probabilities: "drawn" or "model": the law that probabilities, entropies and thresholds refer to.
         renoise: candidates that are not accepted take uniformly drawn codes.
         edit_threshold: probability in [0, 1]. Decided positions in the window are drawn again, and take a code that
             differs and whose probability exceeds this. None: no editing.
@@ -145,50 +152,45 @@ def masked_decode_step(
             `rows`.
         return_log_probabilities: also return the log-probabilities of the drawn codes.
         in_place: write the new tokens and step map to `tokens` and `step_map`, which are returned.
-        backend: "plain", "cpp", or None for the fastest.
+        backend: "plain", "cpp", "triton", or None for the fastest.
 
     Returns:
-        `DecodeStep`. Memory beside the results: O(B * N) in C++.
+        `DecodeStep`. Memory beside the results: O(B * N) in C++; in Triton also up to 128 bytes for each position and
+        chunk of codes.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
-    check_tensor("tokens", tokens, shape=("B", "N"), dtypes=(torch.int64,))
-    _check_choice("policy", policy, POLICIES)
-    if undecided is not None:
-        check_tensor("undecided", undecided, shape=tokens.shape, dtypes=(torch.bool,), device=tokens.device)
-    if (mask_token is None) == (undecided is None):
-        raise ValueError("mask_token: expected either mask_token or undecided, got both or none of them")
-    if policy == "threshold" and threshold is None:
-        raise ValueError("threshold: expected a probability for policy 'threshold', got None")
-    if policy == "entropy" and entropy_bound is None:
-        raise ValueError("entropy_bound: expected a number for policy 'entropy', got None")
-    integers, floats = pack_rows(
+    rows_numbers = pack_rows(
         tokens,
-        integers={"seed": seed, "sample": sample, "step": step, "count": count, "top_k": top_k},
-        top_p=top_p,
-        window=window,
-        floats={
-            "guidance": guidance,
-            "softmax_temperature": softmax_temperature,
-            "temperature": temperature,
-            "noise_temperature": noise_temperature,
-        },
+        policy=policy,
+        mask_token=mask_token,
+        undecided=undecided,
+        count=count,
         threshold=threshold,
         entropy_bound=entropy_bound,
-        bounds_entropy=policy == "entropy",
+        factor=factor,
+        window=window,
+        block_length=block_length,
+        step=step,
+        seed=seed,
+        sample=sample,
+        guidance=guidance,
+        softmax_temperature=softmax_temperature,
+        temperature=temperature,
+        noise_temperature=noise_temperature,
+        top_k=top_k,
+        top_p=top_p,
         edit_threshold=edit_threshold,
     )
-    if block_length is not None and check_int("block_length", block_length) < 1:
-        raise ValueError(f"block_length: expected at least 1, got {block_length}")
+    integers, floats, mask, edits, length_of_blocks, truncates = rows_numbers
     check_bool("return_log_probabilities", return_log_probabilities)
-    mask = 0 if mask_token is None else check_int("mask_token", mask_token)
     outputs = (tokens, None, None, step_map) if check_bool("in_place", in_place) else None
     results = _MASKED_DECODE_STEP(
         *(tokens, cond_logits, uncond_logits, rows, rows if uncond_rows is None else uncond_rows),
         *(undecided, editable, step_map, integers, floats, mask),
-        *(policy, confidence, probabilities, renoise, edit_threshold is not None, block_length or 0),
-        return_log_probabilities,
+        *(policy, confidence, probabilities, renoise, edits, length_of_blocks),
+        *(return_log_probabilities, truncates),
         out=outputs,
         backend=backend,
     )
@@ -220,6 +222,7 @@ class Arguments(NamedTuple):
     edits: bool
     block_length: int  # 0: no blocks
     return_log_probabilities: bool
+    truncates: bool  # whether some row's top_k or top_p may leave out codes
 
 
 def _check(a: Arguments) -> None:
@@ -258,16 +261,9 @@ def _check(a: Arguments) -> None:
 
 
 def _check_choices(a: Arguments) -> None:
-    _check_choice("policy", a.policy, POLICIES)
-    _check_choice("confidence", a.confidence, CONFIDENCES)
-    _check_choice("probabilities", a.probabilities, LAWS)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+    check_choice("policy", a.policy, POLICIES)
+    check_choice("confidence", a.confidence, CONFIDENCES)
+    check_choice("probabilities", a.probabilities, LAWS)
 
 
 def _check_rows(a: Arguments) -> None:
@@ -312,25 +308,36 @@ def _cpp(a: Arguments, new: Tensor, confidences: Tensor, log_probs: Tensor | Non
     )
 
 
+def _why_no_triton(a: Arguments) -> str | None:
+    if not a.cond_logits.numel():
+        return "a Triton kernel must have some row of logits to read"
+    return why_no_triton(a.tokens)
+
+
+def _triton(
+    a: Arguments, new: Tensor, confidences: Tensor, log_probs: Tensor | None, steps: Tensor | None
+) -> None:
+    from titok.kernels import masked_decode_step as kernels
+
+    wanted = what_is_wanted(
+        a.cond_logits.shape[-1], a.policy, a.confidence, a.probabilities, a.edits, log_probs is not None
+    )
+    numbers = kernels.Numbers(
+        *(a.integers, a.floats, wanted.codes, a.policy, a.confidence, wanted.model_law, a.renoise, a.edits),
+        *(wanted.law, wanted.products),
+    )
+    kernels.forward(
+        *(a.tokens, a.undecided, a.editable, a.step_map, kernels.Logits(*a[1:5]), numbers, stages_of(a.truncates)),
+        *(a.mask_token, a.block_length, new, confidences, log_probs, steps),
+    )
+
+
 def _plain(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if a.tokens.device.type == "cpu":
         _check_rows(a)
     undecided = a.tokens == a.mask_token if a.undecided is None else a.undecided
-    inputs = Inputs(
-        *a[:5],
-        undecided=undecided,
-        editable=a.editable,
-        step_map=a.step_map,
-        integers=a.integers,
-        floats=a.floats,
-        policy=a.policy,
-        confidence=a.confidence,
-        law=a.probabilities,
-        renoise=a.renoise,
-        edits=a.edits,
-        block_length=a.block_length,
-    )
-    new, confidences, log_probabilities, step_map = decode_plain(inputs)
+    inputs = Inputs(a.tokens, undecided, a.editable, a.step_map, a.integers, a.floats, *a[11:17])
+    new, confidences, log_probabilities, step_map = decode_plain(Logits(*a[1:5]), inputs)
     return new, confidences, log_probabilities if a.return_log_probabilities else None, step_map
 
 
@@ -341,6 +348,7 @@ _MASKED_DECODE_STEP = Op(
     check=_check,
     results=_results,
     backends=(
+        Kernel("triton", _triton, _why_no_triton, _contiguous_indices),
         Kernel("cpp", _cpp, _why_no_cpp, _contiguous_indices, checks_itself=True),
         Composite("plain", _plain, differentiable=False),
     ),

@@ -25,6 +25,7 @@ EXTENSION_FUNCTIONS = frozenset(
         "group_norm_silu_backward",
         "masked_attention",
         "masked_attention_backward",
+        "masked_decode_partial",
         "masked_decode_step",
         "maskgit_decode_step",
         "nearest_codebook",
