@@ -86,7 +86,7 @@ GENERATOR = GeneratorConfig(
         confidence="maskgit",
     ),
 )
-STEPS = {"vqgan": 450, "proxy": 900, "decoder": 500, "generator": 1_200}
+STEPS = {"vqgan": 420, "proxy": 850, "decoder": 420, "generator": 900}
 MODELS = ("vqgan", "proxy", "tokenizer", "generator")  # folders, in the order in which they are trained
 
 # Held-out PSNR in dB that the finished tokenizer must reach.
