@@ -49,7 +49,7 @@ SIZE = 64  # pixels
 # 256 codes for a picture: each stands for 4x4 pixels.
 VQGAN = VQGANConfig(
     hidden_channels=32,
-    channel_multipliers=(1, 2, 2),
+    channel_multipliers=(1, 1, 2),
     blocks_per_level=1,
     codebook_size=256,
     code_dim=16,
@@ -86,7 +86,7 @@ GENERATOR = GeneratorConfig(
         confidence="maskgit",
     ),
 )
-STEPS = {"vqgan": 420, "proxy": 850, "decoder": 420, "generator": 900}
+STEPS = {"vqgan": 350, "proxy": 800, "decoder": 350, "generator": 800}
 MODELS = ("vqgan", "proxy", "tokenizer", "generator")  # folders, in the order in which they are trained
 
 # Held-out PSNR in dB that the finished tokenizer must reach.
