@@ -59,9 +59,11 @@ def noisy_confidence(score, word, noise):
 def row_offset(rows_ptr, at, b, n, row_count, stride_b, stride_n):
     """Where the logits of a position begin. Row numbers come unchecked and are clamped."""
     if rows_ptr is None:
-        return b * stride_b + n * stride_n
-    row = tl.minimum(tl.load(rows_ptr + at), row_count - 1)
-    return tl.maximum(row, 0) * stride_n
+        offset = b * stride_b + n * stride_n
+    else:
+        row = tl.minimum(tl.load(rows_ptr + at), row_count - 1)
+        offset = tl.maximum(row, 0) * stride_n
+    return offset
 
 
 @triton.jit

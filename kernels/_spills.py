@@ -29,6 +29,7 @@ class AllowedSpills(NamedTuple):
 ALL, AMPERE = "80 86 89 90 100 120", "80 86 89"
 TILES = "the tiles are chosen for sm_90 and sm_100"
 TRAINING = "in training in float32 alone, and the tiles are chosen for sm_90"
+LAST_LAYER = "the last layer of an encoder, which runs once for an image"
 NO_PRESET = "no preset launches it: it has a key mask, more than 64 channels a head, or rows that are not aligned"
 
 # fmt: off
@@ -47,8 +48,9 @@ ALLOWED_SPILLS = tuple(AllowedSpills(*row) for row in (
     ("masked_attention_forward_tiled", "^bf16 D=72 N=321$", "80", "3.6", 2, NO_PRESET),
     ("masked_attention_forward_tiled", "^fp32 D=(72|128) ", "100 120", "3.6", 111, NO_PRESET),
     ("masked_attention_forward_tiled", "integers 1$", "80", "3.7", 6, NO_PRESET),
+    ("masked_attention_forward_tiled", "^bf16 D=64 N=289 queries=32$", "100", "3.7", 3, LAST_LAYER),
     ("masked_attention_forward_tiled", "D=72|, integers ", "120", "3.7", 10, NO_PRESET),
-    ("masked_attention_forward_whole", "^bf16 D=64 N=129 key_mask$", "80", "3.7", 6, NO_PRESET),
+    ("masked_attention_forward_whole", "^bf16 D=64 N=129 key_mask$", AMPERE, "3.7", 6, NO_PRESET),
     ("maskgit_decode_step_draw", "^fp32", "120", "3.7", 3, TILES),
     ("maskgit_decode_step_draw", "integers 1$", ALL, "3.6 3.7", 4, NO_PRESET),
     ("maskgit_decode_step_draw", "integers 17$", "80 86 89 90", "3.6 3.7", 2, NO_PRESET),

@@ -86,7 +86,7 @@ GENERATOR = GeneratorConfig(
         confidence="maskgit",
     ),
 )
-STEPS = {"vqgan": 350, "proxy": 800, "decoder": 350, "generator": 800}
+STEPS = {"vqgan": 350, "proxy": 800, "decoder": 450, "generator": 500}
 MODELS = ("vqgan", "proxy", "tokenizer", "generator")  # folders, in the order in which they are trained
 
 # Held-out PSNR in dB that the finished tokenizer must reach.
