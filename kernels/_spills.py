@@ -51,6 +51,7 @@ ALLOWED_SPILLS = tuple(AllowedSpills(*row) for row in (
     ("masked_attention_forward_tiled", "^bf16 D=64 N=289 queries=32$", "100", "3.7", 3, LAST_LAYER),
     ("masked_attention_forward_tiled", "D=72|, integers ", "120", "3.7", 10, NO_PRESET),
     ("masked_attention_forward_whole", "^bf16 D=64 N=129 key_mask$", AMPERE, "3.7", 6, NO_PRESET),
+    ("masked_decode_step_partial", "^bf16 N=32 V=128256 find$", "120", "3.7", 2, "one chunk of a position computes it"),
     ("maskgit_decode_step_draw", "^fp32", "120", "3.7", 3, TILES),
     ("maskgit_decode_step_draw", "integers 1$", ALL, "3.6 3.7", 4, NO_PRESET),
     ("maskgit_decode_step_draw", "integers 17$", "80 86 89 90", "3.6 3.7", 2, NO_PRESET),
