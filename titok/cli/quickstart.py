@@ -29,7 +29,7 @@ def quickstart(
         bool,
         typer.Option(
             "--colour",
-            help="Emoji in colour, and both stages of the paper: half an hour on two cores.",
+            help="Emoji in colour, and both stages of the paper; more than half an hour.",
         ),
     ] = False,
 ) -> None:

@@ -141,8 +141,16 @@ def begin_masked_decode(
     inputs = Inputs(
         tokens,
         tokens == packed.mask_token if undecided is None else undecided,
-        *(editable, step_map, packed.integers, packed.floats),
-        *(policy, confidence, probabilities, renoise, packed.edits, packed.block_length),
+        editable,
+        step_map,
+        packed.integers,
+        packed.floats,
+        policy,
+        confidence,
+        probabilities,
+        renoise,
+        packed.edits,
+        packed.block_length,
     )
     wanted = what_is_wanted(num_codes, policy, confidence, probabilities, packed.edits, return_log_probabilities)
     stages = stages_of(packed.truncates)

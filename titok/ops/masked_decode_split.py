@@ -135,17 +135,17 @@ def partial_plain(
 ) -> Tensor:
     """(B, N, C, width) int64, zeros where nothing is evaluated."""
     codes = logits.cond.shape[-1]
-    partials = state.new_zeros((*state.shape[:2], at.count, stage.width))
+    partials = state.new_zeros((*state.shape[:2], at.chunks, stage.width))
     works = (state[..., KIND] > NONE) & _works(stage, wanted, integers, floats)[:, None]
     rows, positions = works.nonzero(as_tuple=True)
-    size = -(-codes // at.count)
+    size = -(-codes // at.chunks)
     for begin in range(0, len(rows), max(1, CHUNK_LOGITS // codes)):
         part = slice(begin, begin + max(1, CHUNK_LOGITS // codes))
         b, n = rows[part], positions[part]
         y = pick_logits(logits, floats[b], b, n) + 0.0  # + 0.0: no negative zero, which would sort apart
         scale = _draw_scales(floats)[b, None]
         scale = torch.where(scale > 0.0, scale, 1.0)
-        for chunk in range(at.count):
+        for chunk in range(at.chunks):
             piece = y[:, chunk * size : (chunk + 1) * size]
             if piece.shape[-1]:
                 first = at.first_code + chunk * size
@@ -155,11 +155,11 @@ def partial_plain(
 
 
 class Chunks(NamedTuple):
-    """Where the logits of a call lie: `count` chunks, the first of them chunk `first_chunk` of all."""
+    """Where the logits of a call lie: `chunks` chunks, the first of them chunk `first_chunk` of all."""
 
     first_code: int
     first_chunk: int
-    count: int
+    chunks: int
 
 
 def _partial(

@@ -82,7 +82,8 @@ def write_report(
 def swap_rows(tokenizer: TiTok, images: Tensor) -> list[tuple[str, Tensor]]:
     """Rows of pictures: two of them as decoded, then the first with one token of the second, for several tokens."""
     count = tokenizer.config.num_latent_tokens
-    positions = [position * count // SWAPS for position in range(SWAPS)]
+    share = count // SWAPS  # one token of each share, in various places of it
+    positions = [number * share + (3 * number + 2) % share for number in range(SWAPS)]
     rows = []
     for first, second in tokenizer.encode(images[:8]).unflatten(0, (-1, 2)):
         mixed = first.repeat(SWAPS, 1)
@@ -147,8 +148,8 @@ EfficientNet-Lite0</th></tr></thead><tbody>
 <figcaption>One row for each class, not selected.</figcaption></figure>
 <h2>What a token means</h2>
 <figure><img src="{swaps}" alt="emoji with one token exchanged">
-<figcaption>In each row two emoji, A and B, then A with one of its tokens replaced by that of B: every eighth token in
-turn.</figcaption></figure>
+<figcaption>In each row two emoji, A and B, then A with one of its tokens replaced by that of B, for eight of the
+tokens. Each token began as a copy of a patch, and still describes its surroundings.</figcaption></figure>
 <h2>Training</h2>
 {curves}
 <h2>Use the models</h2>
