@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok.checks import check_bool, check_int, check_number, check_tensor
+from titok.checks import FLOAT_DTYPES, check_bool, check_int, check_number, check_tensor
 from titok.ops.core.mode import last_backend, note_backend
 from titok.ops.core.op import register_composite
 from titok.ops.nearest_codebook import compute_dtype, look_up, nearest_codebook
@@ -77,7 +77,7 @@ def _quantize(
 ) -> tuple[Tensor, ...]:
     """The members of `Quantized`."""
     for name, tensor in (("latents", latents), ("codebook", codebook)):
-        check_tensor(name, tensor)
+        check_tensor(name, tensor, dtypes=FLOAT_DTYPES)
     latents = channels_last(latents, dim)
     if mask is not None:
         check_tensor("mask", mask, shape=latents.shape[:-1], dtypes=(torch.bool,), device=latents.device)
