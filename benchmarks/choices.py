@@ -2,7 +2,7 @@
 
 - Linear layers of transformer blocks, with GELU, or with the residual sum and its norm, in one launch. A layer that is
   faster so at the batch sizes that matter belongs into `LINEAR_GELU_LAYERS` or `LINEAR_ADD_NORM_LAYERS` of
-  `kernels/_tuning.py`.
+  `titok/inference/fused_linear.py`.
 - `Pipeline.generate_many` with `decode_batch_size`: the tokens of a batch beside the pictures of the one before.
 
 The rows are of the kind that `benchmarks.tune` writes: the first candidate of each is what titok does by default.
@@ -11,6 +11,7 @@ The rows are of the kind that `benchmarks.tune` writes: the first candidate of e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from benchmarks.harness import tables
 from benchmarks.harness.models import Models
 from benchmarks.harness.results import Results
 from benchmarks.harness.timing import interleave
-from benchmarks.tune import CURRENT, bf16, in_place
+from benchmarks.tune import CURRENT, bf16
 from titok import Pipeline
 from titok.inference import fused_linear
 from titok.ops import layer_norm_of_sum
@@ -53,6 +54,17 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@contextlib.contextmanager
+def chosen(constant: str, layers: frozenset[tuple[int, int]]) -> Iterator[None]:
+    """Within, these layers are computed in one launch."""
+    before = getattr(fused_linear, constant)
+    setattr(fused_linear, constant, layers)
+    try:
+        yield
+    finally:
+        setattr(fused_linear, constant, before)
+
+
 def gelu_layers(device: str) -> Iterator[tuple[str, Runs]]:
     """fc1 with its GELU: PyTorch's two launches, and one."""
     for K, N in GELU_LAYERS:
@@ -60,7 +72,7 @@ def gelu_layers(device: str) -> Iterator[tuple[str, Runs]]:
             x, weight, bias = bf16(device, rows, K), bf16(device, N, K), bf16(device, N)
 
             def fused(x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Any:
-                with in_place("LINEAR_GELU_LAYERS", frozenset(GELU_LAYERS)):
+                with chosen("LINEAR_GELU_LAYERS", frozenset(GELU_LAYERS)):
                     return fused_linear.gelu(x, weight, bias)
 
             def separate(x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Any:
@@ -79,7 +91,10 @@ def add_norm_layers(device: str) -> Iterator[tuple[str, Runs]]:
             norm = (bf16(device, N), bf16(device, N), 1e-6)
 
             def fused(x: Tensor = x, residual: Tensor = residual, layer: Any = layer, norm: Any = norm) -> Any:
-                with in_place("LINEAR_ADD_NORM_LAYERS", frozenset(ADD_NORM_LAYERS)), fused_linear.counters(zeros):
+                with (
+                    chosen("LINEAR_ADD_NORM_LAYERS", frozenset(ADD_NORM_LAYERS)),
+                    fused_linear.counters(zeros),
+                ):
                     weight, bias = layer
                     return fused_linear.add_norm(x, weight, bias, residual, *norm)
 

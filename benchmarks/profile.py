@@ -58,9 +58,11 @@ def target(name: str, models: Models, batch: int) -> Callable[[], Any]:
 def kernel_names() -> list[str]:
     """The names of this repository's GPU kernels as profilers show them, read from the sources."""
     names = []
-    for path in (ROOT / "kernels").glob("*.py"):
+    paths = list((ROOT / "kernels").glob("*.py"))
+    modules = tuple(path.stem for path in paths if not path.stem.startswith("_"))
+    for path in paths:
         functions = re.findall(r"^@triton\.jit\b.*\ndef (\w+)\(", path.read_text(), re.MULTILINE)
-        names += [name for name in functions if name.startswith(path.stem)]  # the others are inlined into these
+        names += [name for name in functions if name.startswith(modules)]  # the others are inlined into these
     for path in (ROOT / "csrc").rglob("*.cu*"):
         names += re.findall(r"__global__[^;{]*?(\w+)\s*\([^()]*\)\s*{", path.read_text())
     return sorted(set(names))

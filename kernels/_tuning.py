@@ -95,7 +95,3 @@ MASKGIT_DECODE_STEP_SELECT_WARPS = 4
 LINEAR = Tile(64, 64, 4, 3)
 LINEAR_DEPTH = 64  # inputs in one step of the loop
 LINEAR_NORM_VALUES = 4096  # that a program normalises at once
-# Layers (K, N) that are computed by these kernels rather than by a matrix product of PyTorch's and separate launches.
-# Both are empty until a measurement shows where they are faster.
-LINEAR_GELU_LAYERS: frozenset[tuple[int, int]] = frozenset()
-LINEAR_ADD_NORM_LAYERS: frozenset[tuple[int, int]] = frozenset()

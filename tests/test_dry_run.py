@@ -29,7 +29,6 @@ from titok.inference.folded_upsample import fold_upsample_conv, upsample_conv
 from titok.training.masking import drop_classes, masked_token_loss, random_mask
 
 pytest.importorskip("triton")
-_tuning = pytest.importorskip("titok.kernels._tuning")
 
 GPUS = pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 BF16 = torch.bfloat16
@@ -194,9 +193,9 @@ def test_tokens_to_pictures(device: str, weights: str, configs: Any) -> None:
 def test_a_whole_call(linear: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels to pictures at batch 1, as one graph: TiTok-L-64 at 512 pixels, of whose blocks one of 24 is traced."""
     if linear == "fused":
-        monkeypatch.setattr(_tuning, "LINEAR_GELU_LAYERS", frozenset({(768, 3072), (1024, 4096)}))
+        monkeypatch.setattr(fused_linear, "LINEAR_GELU_LAYERS", frozenset({(768, 3072), (1024, 4096)}))
         layers_of_a_sum = frozenset({(768, 768), (3072, 768), (1024, 1024), (4096, 1024)})
-        monkeypatch.setattr(_tuning, "LINEAR_ADD_NORM_LAYERS", layers_of_a_sum)
+        monkeypatch.setattr(fused_linear, "LINEAR_ADD_NORM_LAYERS", layers_of_a_sum)
     ops_of_a_block = OPS_OF_A_FUSED_BLOCK if linear == "fused" else OPS_OF_A_BLOCK
     generator_config = GeneratorConfig.preset("titok-l-64-512")
     tokenizer_config = TokenizerConfig.preset("titok-l-64-512")

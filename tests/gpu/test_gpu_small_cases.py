@@ -17,7 +17,6 @@ from fake_cuda import fake_gpus
 from maskgit_cases import random_case
 from titok import ops
 from titok.inference import fused_linear
-from titok.kernels import _tuning
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2}
@@ -128,8 +127,8 @@ def test_decode_step(number: int, device: str, backend: str) -> None:
 @pytest.mark.parametrize("rows", [1, 150])
 def test_linear_layers_in_one_launch(rows: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which program of a block of rows normalises it depends on chance, the result does not."""
-    monkeypatch.setattr(_tuning, "LINEAR_GELU_LAYERS", frozenset({(64, 192)}))
-    monkeypatch.setattr(_tuning, "LINEAR_ADD_NORM_LAYERS", frozenset({(64, 192)}))
+    monkeypatch.setattr(fused_linear, "LINEAR_GELU_LAYERS", frozenset({(64, 192)}))
+    monkeypatch.setattr(fused_linear, "LINEAR_ADD_NORM_LAYERS", frozenset({(64, 192)}))
     shapes = ((rows, 64), (192, 64), (192,), (rows, 192), (192,), (192,))
     x, weight, bias, residual, scale, shift = (normal(*shape).to(device, torch.float16) for shape in shapes)
     counters = torch.zeros(8, dtype=torch.int32, device=device)

@@ -16,7 +16,6 @@ from titok.models.layers import LayerNorm, Linear
 from titok.models.transformer import Block
 
 triton = pytest.importorskip("triton")
-_tuning = pytest.importorskip("titok.kernels._tuning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 K, N = 64, 128
@@ -27,8 +26,8 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of the largest value
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both kernels compute the layers of these tests."""
-    monkeypatch.setattr(_tuning, "LINEAR_GELU_LAYERS", frozenset({(K, N)}))
-    monkeypatch.setattr(_tuning, "LINEAR_ADD_NORM_LAYERS", frozenset({(K, N), (N, K), (K, K)}))
+    monkeypatch.setattr(fused_linear, "LINEAR_GELU_LAYERS", frozenset({(K, N)}))
+    monkeypatch.setattr(fused_linear, "LINEAR_ADD_NORM_LAYERS", frozenset({(K, N), (N, K), (K, K)}))
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -59,7 +58,7 @@ def test_gelu(rows: int, bias: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("width", [N, 3 * K])  # of two column blocks; of three, of which no power of two has room
 def test_add_norm(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks of rows, of which the last is not full; the counters are zeros again."""
-    monkeypatch.setattr(_tuning, "LINEAR_ADD_NORM_LAYERS", frozenset({(K, width)}))
+    monkeypatch.setattr(fused_linear, "LINEAR_ADD_NORM_LAYERS", frozenset({(K, width)}))
     x, residual = normal(2, 70, K, dtype=dtype), normal(2, 70, width, dtype=dtype) + 3
     weight, bias, scale, shift = normal(width, K, dtype=dtype), *(normal(width, dtype=dtype) for _ in range(3))
     counters = zeros()

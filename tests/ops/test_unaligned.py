@@ -70,7 +70,8 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 def changed(value: Any) -> Any:
     if isinstance(value, tuple):
-        return tuple(map(changed, value))
+        values = map(changed, value)
+        return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
     return unaligned(value) if isinstance(value, Tensor) else value
 
 

@@ -1,8 +1,7 @@
 """Linear layers of a transformer block, with what follows them in one launch (`kernels/linear.py`).
 
-Two sets in `kernels/_tuning.py` choose the layers that are computed so. They are empty until a GPU has shown where
-these kernels are faster than PyTorch's products. So by default `gelu` and `add_norm` return None, and their callers
-make separate launches.
+Two sets choose the layers that are computed so. They are empty until a GPU has shown where these kernels are faster
+than PyTorch's products. So by default `gelu` and `add_norm` return None, and their callers make separate launches.
 """
 
 from __future__ import annotations
@@ -14,10 +13,13 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from titok.kernels import _tuning
 from titok.ops import is_plain
 from titok.ops.core.available import why_no_triton
 from titok.ops.core.mode import is_ordinary
+
+# Layers (K, N): inputs and outputs.
+LINEAR_GELU_LAYERS: frozenset[tuple[int, int]] = frozenset()
+LINEAR_ADD_NORM_LAYERS: frozenset[tuple[int, int]] = frozenset()
 
 _COUNTERS = 1 << 16  # blocks of rows: four million rows of 64 to a block
 
@@ -26,7 +28,7 @@ _counters: ContextVar[Tensor | None] = ContextVar("titok_fused_linear_counters",
 
 def new_counters(device: torch.device) -> Tensor | None:
     """What `add_norm` counts in, for one run at a time; None where no layer is chosen for it."""
-    if not _tuning.LINEAR_ADD_NORM_LAYERS or device.type != "cuda":
+    if not LINEAR_ADD_NORM_LAYERS or device.type != "cuda":
         return None
     return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
@@ -60,7 +62,7 @@ def gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     Returns:
         (..., N).
     """
-    if not _is_usable(_tuning.LINEAR_GELU_LAYERS, x, weight, bias):
+    if not _is_usable(LINEAR_GELU_LAYERS, x, weight, bias):
         return None
     from titok.kernels import linear
 
@@ -88,7 +90,7 @@ def add_norm(
     Returns:
         two tensors (..., N).
     """
-    zeros, chosen = _counters.get(), _tuning.LINEAR_ADD_NORM_LAYERS
+    zeros, chosen = _counters.get(), LINEAR_ADD_NORM_LAYERS
     if zeros is None or not _is_usable(chosen, x, weight, bias, residual, norm_weight, norm_bias):
         return None
     from titok.kernels import linear
