@@ -46,9 +46,14 @@ def counters(zeros: Tensor | None) -> Iterator[None]:
         _counters.reset(token)
 
 
+def _current() -> Tensor | None:
+    # torch.compile cannot read a ContextVar; compiled models make separate launches.
+    return None if torch.compiler.is_compiling() else _counters.get()
+
+
 def is_counting() -> bool:
     """Whether `counters` gave this context something to count in."""
-    return _counters.get() is not None
+    return _current() is not None
 
 
 def gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -90,7 +95,7 @@ def add_norm(
     Returns:
         two tensors (..., N).
     """
-    zeros, chosen = _counters.get(), LINEAR_ADD_NORM_LAYERS
+    zeros, chosen = _current(), LINEAR_ADD_NORM_LAYERS
     if zeros is None or not _is_usable(chosen, x, weight, bias, residual, norm_weight, norm_bias):
         return None
     from titok.kernels import linear
