@@ -158,10 +158,10 @@ def mutate_npz(rng: random.Random, data: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def one_clear_line_or_success(seed: int, folder: Path, *, seconds: float = 1.0) -> Iterator[None]:
+def one_clear_line_or_success(seed: int, folder: Path, *, seconds: float = 10.0) -> Iterator[None]:
     """Lets the block succeed or raise what commands report in one line that names a file of `folder`.
 
-    It may take `seconds` of CPU time and `MEMORY_BYTES` of memory.
+    It may take `seconds` of CPU time, far more than it takes on an idle machine, and `MEMORY_BYTES` of memory.
     """
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak of the memory back
     before, began = peak(), time.process_time()
