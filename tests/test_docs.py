@@ -320,6 +320,7 @@ def test_measured_figures_of_the_first_page_are_those_of_the_report() -> None:
 def test_raw_signatures_are_those_that_are_registered() -> None:
     importlib.import_module("titok.ops")
     names = [n.removeprefix("titok::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("titok::")]
+    names = [name for name in names if not name.startswith("test_")]  # tests/ops/test_op.py registers such ops
     registered = {
         str(getattr(torch.ops.titok, name.partition(".")[0]).default._schema).removeprefix("titok::")
         for name in names
