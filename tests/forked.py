@@ -1,4 +1,4 @@
-"""Several processes that form a group, started quickly.
+"""Processes, alone or as a group of `torch.distributed`, started quickly.
 
 They are forked from a server that has imported PyTorch and titok once, because importing takes longer than the tests.
 """
@@ -48,15 +48,17 @@ def _run(code: str, folders: list[str], environment: dict[str, str], errors: Pat
         os._exit(1)
 
 
-def start_processes(count: int, code: str, folder: Path) -> list[Started]:
+def start_processes(count: int, code: str, folder: Path, **environment: str) -> list[Started]:
     """Starts code in `count` processes that form a group.
 
     The code may use `torch`, `Path` and `own_part`, and may import the modules in `folder` and beside this file.
+    `environment` holds variables that these processes get. titok's extension reads TITOK_CPU_ISA when it is first
+    used, which is after the fork.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
     folders = [str(folder), str(Path(__file__).parent)]
     started = []
     for rank in range(count):
@@ -83,8 +85,8 @@ def wait_for(started: list[Started], seconds: float = 900) -> str:
     return "\n".join(written)
 
 
-def in_processes(count: int, code: str, folder: Path) -> None:
+def in_processes(count: int, code: str, folder: Path, **environment: str) -> None:
     """Runs code in `count` processes, as `start_processes` takes it, to its end."""
-    started = start_processes(count, code, folder)
+    started = start_processes(count, code, folder, **environment)
     errors = wait_for(started)
     assert not any(process.exitcode for process, _ in started), errors
