@@ -81,10 +81,10 @@ GENERATOR = GeneratorConfig(
     heads=4,
     mlp_width=512,
     sampling=SamplingConfig(
-        steps=12,
-        guidance_scale=2.0,
+        steps=32,
+        guidance_scale=4.0,
         guidance_schedule="constant",
-        temperature=4.5,
+        temperature=1.0,
         softmax_annealing=False,
         confidence="maskgit",
     ),
