@@ -29,7 +29,10 @@ ENVIRONMENTS = ("3.10-lowest", "3.11-newest", "3.12-newest", "3.13-newest")
 EXTRAS = ("quickstart", "examples")  # tests that need more packages are skipped
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5", "rich>=13", "torchmetrics>=1.4")
 SHOWN = ("torch", "triton", "numpy", "pillow", "safetensors", "huggingface_hub", "typer")
-PRINT_VERSIONS = "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
+PRINT_VERSIONS = """
+import importlib.metadata, json
+print(json.dumps({d.name.lower().replace("-", "_"): d.version for d in importlib.metadata.distributions()}))
+"""
 
 
 def find_python(release: str) -> str:
