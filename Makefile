@@ -57,10 +57,13 @@ docs: $(STAMP)  ## build the documentation into site/; a broken link or an undoc
 	$(BIN)/python -m pytest -q tests/test_docs.py -k api
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# SECOND_TRITON is a folder with another release: pip install --target FOLDER --no-deps triton==3.6.0
+# PyTorch 2.11, which pyproject.toml allows too, brings Triton 3.6.0. It lies in a folder of its own and is downloaded once.
+SECOND_TRITON := build/triton-3.6.0
 kernels: $(STAMP)  ## compile every Triton kernel for six GPU generations without a GPU, check it, write kernels/RESOURCES.md
 	$(BIN)/python -m titok.kernels.aot --write
-	$(if $(SECOND_TRITON),PYTHONPATH=$(SECOND_TRITON) $(BIN)/python -m titok.kernels.aot >/dev/null)
+	test -d $(SECOND_TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(SECOND_TRITON) triton==$(SECOND_TRITON:build/triton-%=%)
+	PYTHONPATH=$(SECOND_TRITON) $(BIN)/python -m titok.kernels.aot >/dev/null
 
 # It takes the Python of PYTHON with its own torch and Triton, and makes no .venv: nothing is downloaded.
 #   PART='2 3'            of the parts that python -m benchmarks.gpu --help lists; default: all
