@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.harness.results import Row, quantiles
+from benchmarks.harness.results import Row, median_error, quantiles
 
 OURS = "titok"  # the name of titok's side in the rows of `benchmarks.engine`
 CEILING_NAMES = ("mm", "copy")
@@ -56,6 +57,16 @@ def rate(row: Row, calls: str = "calls") -> tuple[float, float, float]:
     median, low, high = seconds(row, calls)
     batch = row["case"]["batch"]
     return batch / median, batch / high, batch / low
+
+
+def error(row: Row) -> float:
+    """Standard error of the median time as a share of it; of several parts, as if their errors all added up."""
+    errors = [
+        (times * statistics.median(row["samples_s"][part]), median_error(row["samples_s"][part]))
+        for part, times in row["calls"].items()
+        if times
+    ]
+    return sum(spent * share for spent, share in errors) / sum(spent for spent, _ in errors)
 
 
 def fastest(row: Row) -> float:

@@ -21,6 +21,7 @@ from benchmarks.harness.conditions import Watch, nvml
 from benchmarks.harness.environment import environment
 
 Row = dict[str, Any]
+TARGET_ERROR = 0.01  # relative standard error of the median at which a measurement ends before its time is up
 FOLDER = Path(__file__).parents[1] / "results"
 
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from benchmarks.harness.checks import Checked, NotTensors, keeps_result, problem, snapshot
 from benchmarks.harness.conditions import Watch, nvml
-from benchmarks.harness.results import median_error
+from benchmarks.harness.results import TARGET_ERROR, median_error
 
 FLUSH_BYTES = 256 << 20  # written before each timed call on a GPU; larger than the L2 cache of any current GPU
 LAUNCH_CYCLES = 2_000_000  # of the GPU's clock: about a millisecond, in which the host launches tens of kernels
-TARGET_ERROR = 0.01  # relative standard error of the median at which a measurement ends before its time is up
 ROUNDS_BEFORE_TARGET = 10  # fewer samples say too little about their own spread
 # A call's work counts as hidden if the GPU goes on for longer than this after the clock has stopped.
 HIDDEN_SHARE, HIDDEN_SECONDS = 0.1, 1e-3

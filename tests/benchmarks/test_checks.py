@@ -209,7 +209,7 @@ def test_rounds_end_when_the_median_is_known_well_enough_or_the_time_is_up() -> 
         {"a": lambda: time.sleep(1e-3)}, 0.1, timer=Scripted(1.0, 7.0, 3.0, 5.0, 2.0, 6.0, 4.0)
     )
     assert len(restless.samples["a"]) > timing.ROUNDS_BEFORE_TARGET
-    assert results.median_error(restless.samples["a"]) > timing.TARGET_ERROR
+    assert results.median_error(restless.samples["a"]) > results.TARGET_ERROR
 
 
 def test_standard_error_of_the_median() -> None:
