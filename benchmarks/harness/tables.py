@@ -31,12 +31,12 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-def rate_cell(row: Row) -> str:
-    """Images per second, with the standard error of the median where that is not below 1%."""
-    error, text = measures.error(row), number(measures.rate(row)[0])
+def with_error(value: float, row: Row) -> str:
+    """A figure from the median time of a row, with the standard error of the median where that is not below 1%."""
+    error = measures.error(row)
     if error < TARGET_ERROR:
-        return text
-    return f"{text} (error unknown)" if math.isinf(error) else f"{text} ± {error:.1%}"
+        return number(value)
+    return f"{number(value)} ± {'unknown' if math.isinf(error) else f'{error:.1%}'}"
 
 
 def rounds_cell(row: Row) -> str:
@@ -103,7 +103,7 @@ def speedup_table(rows: Sequence[Row]) -> Table:
             "M params": number(case["parameters"] / 1e6),
             "GFLOP/img": number(row["flops"] / 1e9, 4),
             "counted": number(row["flops_counted"] / 1e9, 4),
-            "img/s": rate_cell(row),
+            "img/s": with_error(median, row),
             "20-80%": f"{number(low)}-{number(high)}",
             "calls": rounds_cell(row),
             "checked": checked_cell(row),
@@ -137,7 +137,7 @@ def ladder_table(rows: Sequence[Row]) -> Table:
                 case["name"] + mark(row),
                 case["dtype"],
                 str(case["batch"]),
-                rate_cell(row),
+                with_error(median, row),
                 f"{number(low)}-{number(high)}",
                 number(median / measures.rate(rungs[0])[0]),
                 percent(measures.share_of_mm(row, ceiling)),
@@ -175,6 +175,9 @@ def stage_table(row: Row) -> Table:
     """Every stage of a "roofline" row: cost, floor, measured time, and what closing the gap would save."""
     lines = []
     for stage in measures.stages(row):
+        saving = stage["s"] - stage["floor_s"]
+        # Below the floor there is nothing to save: the stage is faster than the product that the floor is made of.
+        save = "unknown" if not stage["known"] else number(1e3 * saving) if saving > 0 else "nothing"
         lines.append(
             [
                 stage["stage"],
@@ -183,8 +186,8 @@ def stage_table(row: Row) -> Table:
                 number(1e3 * stage["floor_s"]),
                 stage["bound"],
                 number(1e3 * stage["s"]),
-                number(stage["gap"]),
-                number(1e3 * (stage["s"] - stage["floor_s"])),
+                number(stage["gap"]) if stage["known"] else "too few calls",
+                save,
             ]
         )
     return ["stage", "GFLOP", "least MB", "floor, ms", "bound by", "measured, ms", "gap", "could save, ms"], lines
