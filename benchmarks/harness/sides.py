@@ -127,7 +127,8 @@ def count_parameters(*modules: nn.Module) -> int:
 def build(make: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> Any:
     """The model of `make()` in evaluation mode with random weights, which do not affect speed.
 
-    The weights are drawn on the device in their dtype, which is faster than the model's own initialisation.
+    The weights are drawn on the device in their dtype, which is faster than the model's own initialisation. Their
+    spread keeps activations near 1 from layer to layer, so that results depend on inputs far more than on rounding.
     """
     with torch.device("meta"):
         model = make()
@@ -135,7 +136,8 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> Any
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():
-                tensor.normal_(std=0.02)
+                fan_in = tensor.numel() / max(1, tensor.shape[0]) if tensor.dim() > 1 else 2500
+                tensor.normal_(std=max(1.0, fan_in) ** -0.5)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None:
                 module.weight.fill_(1)
