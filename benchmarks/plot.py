@@ -28,8 +28,7 @@ from benchmarks.harness.results import FOLDER, Row, read
 
 DOCUMENTS = Path(__file__).parents[1] / "docs"
 FAMILY_COLOURS = {"dit": "#b45f3c", "maskgit": "#8a7a2e", "one step": "#7a3b8f", "amused": "#3c8a5a"}
-CREDIT_POINTS_A_LETTER = 3.3  # of the font of 6 points
-LABEL_HEIGHT = 8  # points of 1/72 inch that a line of a label takes
+LETTER_WIDTH, LINE_HEIGHT = 3.6, 9  # points of 1/72 inch that a letter and a line of the font of 6 points take
 TITOK, EAGER, FAINT = "#2c6e9b", "#9dbdd4", "0.4"
 
 
@@ -83,9 +82,9 @@ def speed(rows: Sequence[Row], figure: Figure) -> bool:
         axes.set(xscale="log", yscale="log", xlim=(low / 3, high * 3), xlabel="GFLOP an image", ylabel="images/s")
         _draw_ceiling(axes, rows, shown, low, high)
         _tidy(axes, f"{shown[0]['case']['resolution']} pixels, {shown[0]['case']['dtype']}")
+    _credit(figure, sides)
     for axes, shown in panels:  # after all panels have their points, because they share the axes' limits
         _label(axes, [(row["flops"] / 1e9, measures.rate(row)[0], _side_name(row)) for row in shown])
-    _credit(figure, sides)
     return True
 
 
@@ -116,14 +115,12 @@ def ladder(rows: Sequence[Row], figure: Figure) -> bool:
     axes.invert_yaxis()
     axes.margins(x=0.4)
     axes.set_xlabel("images/s")
+    lines = _credit(figure, rungs)
     if notes := rungs[-1]["environment"]["notes"]:
-        text = (
-            "\n".join(textwrap.wrap("Note on this run: " + " ".join(notes), 125)) + "\n"
-        )  # a line for the credit
-        figure.supxlabel(text, x=0.01, ha="left", fontsize=7)
+        text = "\n".join(textwrap.wrap("Note on this run: " + " ".join(notes), 125))
+        figure.supxlabel(text + lines * "\n", x=0.01, ha="left", fontsize=7)  # above the lines of the credit
     case = rungs[-1]["case"]
     _tidy(axes, f"{case['family']}, batch {case['batch']}, {case['dtype']}")
-    _credit(figure, rungs)
     return True
 
 
@@ -195,9 +192,9 @@ def tokens(rows: Sequence[Row], figure: Figure) -> bool:
         axes.margins(0.3)
         _ticks(axes, {row["case"]["tokens"] for row in sides})
         _tidy(axes, shown[0]["case"]["dtype"])
+    _credit(figure, sides)
     for axes, shown in panels:
         _label(axes, [(row["case"]["tokens"], 1 / measures.rate(row)[0], _side_name(row)) for row in shown])
-    _credit(figure, sides)
     return True
 
 
@@ -226,11 +223,11 @@ def quality(rows: Sequence[Row], figure: Figure) -> bool:
             axes.set(xscale="log", xlabel=label, ylabel="FID, published")
             axes.margins(0.3)
             _tidy(axes, f"{resolution} pixels")
+    _credit(figure, sides)
     for line, resolution in zip(grid, resolutions, strict=True):
         shown = [row for row in sides if row["case"]["resolution"] == resolution]
         for axes, (_, cost) in zip(line, costs, strict=True):
             _label(axes, [(cost(row), row["case"]["fid"], _quality_name(row)) for row in shown])
-    _credit(figure, sides)
     return True
 
 
@@ -306,11 +303,11 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     # Left end, right end and y of what is drawn already: first the points, then each label.
     taken = [(at_x - 4, at_x + 4, at_y) for at_x, at_y in places]
     for (x, y, text), (at_x, at_y) in sorted(zip(points, places, strict=True), key=lambda item: -item[1][1]):
-        width = 3.3 * len(text)
+        width = LETTER_WIDTH * len(text)
         first = 1 if at_x < (left + right) / 2 else -1
         best = (at_y, first)
-        for step in range(2 * int((high - low) / LABEL_HEIGHT)):
-            label_y = at_y + LABEL_HEIGHT * ((step + 1) // 2) * (-1 if step % 2 else 1)
+        for step in range(2 * int((high - low) / LINE_HEIGHT)):
+            label_y = at_y + LINE_HEIGHT * ((step + 1) // 2) * (-1 if step % 2 else 1)
             free = [side for side in (first, -first) if _is_free(at_x, label_y, width, side, taken, (left, right))]
             if free and low + 4 < label_y < high - 4:
                 best = (label_y, free[0])
@@ -342,7 +339,7 @@ def _is_free(
     start, end = sorted((x + 8 * side, x + (8 + width) * side))
     inside = frame[0] <= start and end <= frame[1]
     return inside and not any(
-        start < right and end > left and abs(y - at) < LABEL_HEIGHT for left, right, at in taken
+        start < right and end > left and abs(y - at) < LINE_HEIGHT for left, right, at in taken
     )
 
 
@@ -358,17 +355,18 @@ def _tidy(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _credit(figure: Figure, rows: Sequence[Row]) -> None:
-    """Machine, PyTorch and commits at the foot of a plot, in as many lines as its width needs."""
+def _credit(figure: Figure, rows: Sequence[Row]) -> int:
+    """Machine, PyTorch and commits at the foot of a plot; returns in how many lines."""
     runs = [row["environment"] for row in rows]
     machines = dict.fromkeys(f"{run.get('gpu') or run.get('cpu')}, torch {run.get('torch')}" for run in runs)
     commits = dict.fromkeys(tables.commit(run) for run in runs)
     text = f"{'; '.join(machines)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     width, height = figure.get_size_inches()
-    lines = textwrap.wrap(text, int(72 * width / CREDIT_POINTS_A_LETTER))
+    lines = textwrap.wrap(text, int(72 * width / LETTER_WIDTH))
     figure.text(0.005, 0.005, "\n".join(lines), fontsize=6, color=FAINT, va="bottom")
-    bottom = (8 * len(lines) + 4) / (72 * height)
+    bottom = (LINE_HEIGHT * len(lines) + 4) / (72 * height)
     figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))  # type: ignore[union-attr, call-arg]
+    return len(lines)
 
 
 def draw(rows: Sequence[Row], folder: Path, plots: Sequence[str]) -> list[Path]:

@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     path = start(arguments)
     results, table, left_out, console = Results(path), rows(arguments), {}, Console()
     if (reason := dit.why_not()) is not None:
-        left_out = {name: reason for name in table if not name.startswith(("titok", MASKGIT))}
+        left_out = {name: reason for name in table if name.startswith(("DiT", "one pass", "aMUSEd"))}
         table = {name: make for name, make in table.items() if name not in left_out}
     comparison = Comparison(arguments, results, console)
     comparison.run(table, left_out)

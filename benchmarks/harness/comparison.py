@@ -212,6 +212,10 @@ class Comparison:
         case = {"dtype": self.arguments.dtype, "device": self.arguments.device}
         of_ceiling = {name: measured.samples[name] for name in ceiling}
         self.rows.append(self.results.row("ceiling", case, of_ceiling, work=work, conditions=measured.conditions))
+        if measured.problems:
+            self.results.write(
+                {"kind": "rejected", "problems": measured.problems, "samples_s": measured.rejected, "case": case}
+            )
         for name, side in list(sides.items()):
             wrong = [
                 measured.problems[key] for part in side.parts if (key := f"{name}: {part}") in measured.problems

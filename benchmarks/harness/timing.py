@@ -30,12 +30,14 @@ class Measured:
     Attributes:
         samples: candidate -> seconds of each call. A candidate whose check failed has none and is left out.
         problems: candidate -> what is wrong with its results.
+        rejected: the samples of the candidates with problems, which no table may show.
         checked: the candidates whose results were compared with the plain path and are right.
         conditions: what the machine was doing: `benchmarks.harness.conditions.Watch.result`.
     """
 
     samples: dict[str, list[float]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, list[float]] = field(default_factory=dict)
     checked: list[str] = field(default_factory=list)
     conditions: dict[str, Any] = field(default_factory=dict)
 
@@ -156,7 +158,7 @@ def measure(
         if name not in measured.problems and (found := problem(candidate, kept[name])) is not None:
             measured.problems[name] = found
         if name in measured.problems:
-            del measured.samples[name]
+            measured.rejected[name] = measured.samples.pop(name)
         elif len(kept[name]) > 1:
             measured.checked.append(name)
     return measured

@@ -151,7 +151,7 @@ def test_all_steps_can_be_run_and_rows_left_out(
 
 @pytest.fixture
 def tiny_few_steps(monkeypatch: pytest.MonkeyPatch, tiny_rivals: None) -> None:
-    """The models of a few steps with narrow layers, for 64 pixels (128 where a decoder has 32 times the size)."""
+    """The models of a few steps with narrow layers, for 64 or 128 pixels."""
     vq = {**few_steps.AMUSED_VQ, "block_out_channels": [32] * 5, "latent_channels": 8, "num_vq_embeddings": 40}
     uvit = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     uvit |= {"in_channels": 24, "block_out_channels": 24, "block_num_heads": 2, "vocab_size": 48}
@@ -161,7 +161,7 @@ def tiny_few_steps(monkeypatch: pytest.MonkeyPatch, tiny_rivals: None) -> None:
     for name, narrowed in {"DC_AE": dc, "UVIT": uvit, "AMUSED_VQ": vq}.items():
         monkeypatch.setattr(few_steps, name, narrowed)
     monkeypatch.setattr(few_steps, "PIXEL_STEP", {**few_steps.PIXEL_STEP, **narrow, "patch_size": 64})
-    for name, pixels in {"one_latent_step": 512, "one_pixel_step": 64, "Amused": 64}.items():
+    for name, pixels in {"one_latent_step": 128, "one_pixel_step": 64, "Amused": 64}.items():
         monkeypatch.setattr(few_steps, name, partial(_at, getattr(few_steps, name), pixels))
 
 

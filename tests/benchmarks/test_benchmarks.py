@@ -9,13 +9,17 @@ import mmap
 import re
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from matplotlib.text import Text
 
+from benchmarks import bench_masked_attention, bench_maskgit_decode_step, bench_nearest_codebook
 from benchmarks import flops as flops_command
 from benchmarks import plot, profile, regression, session, speedup
-from benchmarks.harness import gpu_parts, measures, rival_tables, sides, tables
+from benchmarks.harness import figures, gpu_parts, measures, rival_tables, sides, tables
 from benchmarks.harness.commands import Outcome
 from benchmarks.harness.memory import peak_growth
 from benchmarks.harness.results import Results, read
@@ -163,7 +167,7 @@ def test_labels_and_footer_stay_clear_of_each_other(tmp_path):
     plot._credit(figure, [{"environment": about} for about in environments])
     plot._label(axes, points)
     figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in axes.texts]
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to their points
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     (footer,) = figure.texts
     page = figure.bbox
@@ -441,3 +445,34 @@ def test_benchmarks_use_public_names_only():
                 assert "mock" not in [*module.split("."), *(alias.name for alias in node.names)], path
             found += [f"{path.name}: {name}" for name in names if re.match("_(?!_)", name)]
     assert not found
+
+
+def test_strongest_rivals_of_ops_compute_the_same():
+    """faiss finds the nearest codes, and every back end of SDPA attends; as the plain path does."""
+    latents, codebook = bench_nearest_codebook.case(50, 30, 4, "cpu")
+    if (search := bench_nearest_codebook.faiss_search(codebook)) is not None:
+        assert torch.equal(search(latents, codebook), bench_nearest_codebook.official(latents, codebook))
+    qkv, heads = bench_masked_attention.rotated(torch.randn(1, 5, 3 * 2 * 8), 2, seed=3)
+    plain = bench_masked_attention.eager(qkv, heads)
+    runs = [
+        partial(bench_masked_attention.sdpa_by, backend) for backend in bench_masked_attention.BACKENDS.values()
+    ]
+    ran = [run(qkv, heads) for run in runs if bench_masked_attention.takes(run, qkv, heads)]
+    assert len(ran) >= 2
+    assert all(float((out - plain).abs().max()) < 1e-5 for out in ran)
+
+
+@pytest.mark.slow
+def test_scheduler_of_diffusers_masks_as_many_codes():
+    pytest.importorskip("diffusers")
+    step, codes = bench_maskgit_decode_step.diffusers_step(), bench_maskgit_decode_step.CODES
+    inputs = bench_maskgit_decode_step.case(2, 4, torch.float32, "cpu")
+    before, after = (int((tokens == codes).sum()) for tokens in (inputs[0], step(*inputs, 4)))
+    assert 0 < after < before
+
+
+def test_best_sdpa_is_the_fastest_back_end():
+    row = {"samples_s": {"titok": [1.0], "sdpa": [4.0], "math": [9.0], "flash": [2.0], "views": [3.0]}}
+    assert figures._ratios([row], "best SDPA") == "2"
+    del row["samples_s"]["math"]  # results from before all back ends were timed say nothing of the best
+    assert figures._peer_times(row, "best SDPA") == []
