@@ -52,18 +52,16 @@ def steps(dtype: str) -> list[Step]:
     found += [
         Step("engine 1", 1.5, "engine", (*preset, "--batch", "1", "--seconds", "40")),
         Step("engine 4", 3, "engine", (*preset, "--batch", "4", "--seconds", "60")),
-        Step("ladder", 6, "speedup", ("--ladder", "titok-l-32", "--dtype", dtype, "--seconds", "50")),
+        Step("ladder", 5, "speedup", ("--ladder", "titok-l-32", "--dtype", dtype, "--seconds", "1")),
         Step("roofline l-64", 4, "roofline", (*large, "--seconds", "25")),
         Step("roofline l-32", 1.5, "roofline", (*preset, "--seconds", "15")),
         Step("memory l-32", 1, "memory", preset),
         Step("memory l-64", 1.5, "memory", large),
-        Step("waiting", 4, "waiting", (*preset, "--rounds", "2", "--seconds", "6")),
+        Step("waiting", 3, "waiting", (*preset, "--rounds", "1", "--seconds", "6")),
         Step("dispatch", 0.5, "bench_dispatch", ("--seconds", "1.2"), "--json"),
         Step("nearest codebook", 1, "bench_nearest_codebook", ("--seconds", "3"), "--json"),
-        Step(
-            "attention", 3, "bench_masked_attention", (*of_op, "--batch", "1", "8", "--seconds", "0.4"), "--json"
-        ),
-        Step("group norm", 7, "bench_group_norm_silu", (*of_op, "--few", "--batch", "1", "--compile"), "--json"),
+        Step("attention", 2, "bench_masked_attention", (*of_op, "--batch", "1", "--seconds", "0.4"), "--json"),
+        Step("group norm", 5, "bench_group_norm_silu", (*of_op, "--few", "--batch", "1", "--compile"), "--json"),
         Step("layer norm", 1, "bench_add_layer_norm", (*of_op, "--batch", "1", "8", "--seconds", "1"), "--json"),
         Step("decode step", 1, "bench_maskgit_decode_step", ("--seconds", "3"), "--json"),
     ]
@@ -75,9 +73,9 @@ _RIVALS = (
     ("DiT, 250 steps", 6.0, "as published,sdpa,={} eager,={}", "60", "3"),
     ("DiT, 20 steps", 11.0, "20 dpm,={}", "1", "1"),
     ("DiT, 10 steps", 6.5, "10 dpm,={}", "1", "1"),
-    ("one pass", 9.0, "one pass,={}", "60", "2"),
-    ("aMUSEd", 4.5, "amused,={}", "1", "1"),
-    ("MaskGIT", 5.0, "unguided,={}", "60", "2"),
+    ("one pass", 8.0, "one pass,={}", "1", "2"),
+    ("aMUSEd", 4.0, "amused,={}", "1", "1"),
+    ("MaskGIT", 4.5, "unguided,={}", "1", "2"),
 )
 
 

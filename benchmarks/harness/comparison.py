@@ -162,10 +162,13 @@ class Comparison:
         part, device, seconds = side.parts[name], self.arguments.device, 0.0
         run, times = part.probe(batch) if part.probe else (part.prepare(batch), 1)
         called = time.monotonic()
-        growth = peak_growth(run, device)
+        count, found = device == "cpu" and batch == 1, list[int]()
+        together = count and not side.prepares_weights  # one call for both, because some take minutes
+        growth = peak_growth((lambda: found.append(counted_flops(run))) if together else run, device)
         first_call = times * (time.monotonic() - called)
-        if device == "cpu" and batch == 1:
-            self.counted[side.name] += part.calls * times * counted_flops(run)
+        if count:
+            flops = found[0] if together else counted_flops(run)
+            self.counted[side.name] += part.calls * times * flops
         if growth is not None:
             peak = growth + side.weight_bytes()
             self.peaks[side.name, batch] = max(peak, self.peaks.get((side.name, batch), 0))

@@ -128,6 +128,7 @@ class Models:
             paper=PAPER.get((self.preset, self.resolution)),
             quality=PUBLISHED.get(self.preset),
             modules=self.modules,
+            prepares_weights=may_fold,
         )
 
     def published(self, name: str, change: Callable[[AsPublished], Any] | None = None, **ways: Any) -> Side:

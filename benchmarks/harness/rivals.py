@@ -88,6 +88,7 @@ def maskgit_side(name: str, resolution: int, dtype: torch.dtype, device: str, *,
         paper=None if published else PAPER["maskgit", resolution],
         quality=PUBLISHED.get(f"MaskGIT {resolution}") if published else None,
         modules=[generator, vqgan.decoder],
+        prepares_weights=True,
     )
 
 

@@ -80,6 +80,7 @@ class Side:
         modules: the modules whose weights generation reads.
         batches: the batch sizes to try in place of those of the command; empty takes those of the command.
         must_be_compiled: whether a part that does not run what `torch.compile` made is an error.
+        prepares_weights: whether a call needs other memory while its FLOP are counted, so that it is called once more.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Side:
     modules: list[nn.Module] = field(default_factory=list)
     batches: tuple[int, ...] = ()
     must_be_compiled: bool = False
+    prepares_weights: bool = False
 
     def count_flops(self) -> float:
         """FLOP of one image as `torch.utils.flop_counter` counts them."""

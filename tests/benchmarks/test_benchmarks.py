@@ -16,9 +16,17 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from benchmarks import bench_masked_attention, bench_maskgit_decode_step, bench_nearest_codebook
+from benchmarks import (
+    bench_masked_attention,
+    bench_maskgit_decode_step,
+    bench_nearest_codebook,
+    plot,
+    profile,
+    regression,
+    session,
+    speedup,
+)
 from benchmarks import flops as flops_command
-from benchmarks import plot, profile, regression, session, speedup
 from benchmarks.harness import figures, gpu_parts, measures, rival_tables, sides, tables
 from benchmarks.harness.commands import Outcome
 from benchmarks.harness.memory import peak_growth
