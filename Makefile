@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build quickstart test test-fast sanitize lint format docs kernels gpu bench bench-tables bench-documents wheels clean
+.PHONY: help setup build quickstart test test-fast test-matrix sanitize lint format docs kernels gpu bench bench-tables \
+	bench-documents wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -34,6 +35,11 @@ test: $(STAMP)  ## run every test
 test-fast: $(STAMP)  ## run the tests that take about a second or less each
 	$(PYTEST) -m 'not slow'
 
+# It takes the Pythons on PATH or those of pyenv, and PyTorch from the package index.
+#   ENVIRONMENTS='3.10-lowest 3.13-newest'   some of those that python tests/matrix.py --help lists; default: all
+test-matrix: $(STAMP)  ## run the fast tests on Python 3.10 to 3.13, lowest and newest dependencies; downloads up to 9 GB
+	$(BIN)/python tests/matrix.py $(ENVIRONMENTS)
+
 # Options, e.g. make sanitize SANITIZE_OPTIONS='--seconds 120': see python tests/sanitize/run.py --help
 sanitize: $(STAMP)  ## run the C++ ops under sanitizers; 20 minutes (SANITIZE_OPTIONS='--seconds 120' sets a budget)
 	$(BIN)/python tests/sanitize/run.py $(SANITIZE_OPTIONS)
@@ -52,10 +58,13 @@ docs: $(STAMP)  ## build the documentation into site/; a broken link or an undoc
 	$(BIN)/python -m pytest -q tests/test_docs.py -k api
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# SECOND_TRITON is a folder with another release: pip install --target FOLDER --no-deps triton==3.6.0
+# PyTorch 2.11, which pyproject.toml allows too, brings Triton 3.6.0. It lies in a folder of its own and is downloaded once.
+SECOND_TRITON := build/triton-3.6.0
 kernels: $(STAMP)  ## compile every Triton kernel for six GPU generations without a GPU, check it, write kernels/RESOURCES.md
 	$(BIN)/python -m titok.kernels.aot --write
-	$(if $(SECOND_TRITON),PYTHONPATH=$(SECOND_TRITON) $(BIN)/python -m titok.kernels.aot >/dev/null)
+	test -d $(SECOND_TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(SECOND_TRITON) triton==$(SECOND_TRITON:build/triton-%=%)
+	PYTHONPATH=$(SECOND_TRITON) $(BIN)/python -m titok.kernels.aot >/dev/null
 
 # It takes the Python of PYTHON with its own torch and Triton, and makes no .venv: nothing is downloaded.
 #   PART='2 3'            of the parts that python -m benchmarks.gpu --help lists; default: all
@@ -81,9 +90,14 @@ bench-documents: $(STAMP)  ## write docs/performance.md and its plots from bench
 	$(BIN)/python -m benchmarks.report
 
 # The wheel is of this Python and platform. It bundles no OpenMP runtime: PyTorch's is loaded first and has the same name.
-wheels: $(STAMP)  ## build the source distribution and the wheel of this Python into dist/
+wheels: $(STAMP)  ## build the source distribution and the manylinux wheel of this Python into dist/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
+	rm -rf build/wheels dist
 	$(BIN)/python -c "import setuptools.build_meta as build; build.build_sdist('dist')"
-	TITOK_BUILD=strict $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt -w dist .
+	TITOK_BUILD=strict $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		-w build/wheels .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheels/*.whl
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove what was built, except .venv and runs/
 	rm -rf build dist site *.egg-info titok/_C*.so
