@@ -25,7 +25,7 @@ TITOK_HD To bit_cast(const From& from) {
 }
 
 // For templates over F, which is float or a GCC vector of floats: the 32-bit integers of the same number of lanes,
-// and conversions lane by lane. maskgit_decode_simd.cpp specialises it for its vectors.
+// and conversions lane by lane. masked_decode_simd.cpp specialises it for its vectors.
 template <class F>
 struct Lanes;
 template <>
