@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build quickstart test test-fast sanitize lint format docs kernels gpu bench wheels clean
+.PHONY: help setup build quickstart test test-fast test-matrix sanitize lint format docs kernels gpu bench wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,11 @@ test: $(STAMP)  ## run every test
 
 test-fast: $(STAMP)  ## run the tests that take about a second or less each
 	$(PYTEST) -m 'not slow'
+
+# It takes the Pythons on PATH or those of pyenv, and PyTorch from the package index.
+#   ENVIRONMENTS='3.10-lowest 3.13-newest'   some of those that python tests/matrix.py --help lists; default: all
+test-matrix: $(STAMP)  ## run the fast tests on Python 3.10 to 3.13, lowest and newest dependencies; downloads up to 9 GB
+	$(BIN)/python tests/matrix.py $(ENVIRONMENTS)
 
 # Options, e.g. make sanitize SANITIZE_OPTIONS='--seconds 120': see python tests/sanitize/run.py --help
 sanitize: $(STAMP)  ## run the C++ ops under sanitizers; 20 minutes (SANITIZE_OPTIONS='--seconds 120' sets a budget)
@@ -73,9 +78,14 @@ bench: $(STAMP)  ## TiTok against DiT-XL/2 at 512 pixels, then every op against 
 	for op in $(OPS); do $(BIN)/python -m benchmarks.bench_$$op --seconds 2 || exit 1; done
 
 # The wheel is of this Python and platform. It bundles no OpenMP runtime: PyTorch's is loaded first and has the same name.
-wheels: $(STAMP)  ## build the source distribution and the wheel of this Python into dist/
+wheels: $(STAMP)  ## build the source distribution and the manylinux wheel of this Python into dist/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
+	rm -rf build/wheels dist
 	$(BIN)/python -c "import setuptools.build_meta as build; build.build_sdist('dist')"
-	TITOK_BUILD=strict $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt -w dist .
+	TITOK_BUILD=strict $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		-w build/wheels .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheels/*.whl
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove what was built, except .venv and runs/
 	rm -rf build dist site *.egg-info titok/_C*.so

@@ -9,6 +9,8 @@ of 128 pixels.
 A second table is the paper's claim: titok's step of a generator of 32 tokens beside that of one of 256, as many as a 2D
 tokenizer gives, in turns.
 
+`python -m benchmarks.report` writes the tables of the latest run into docs/performance.md.
+
 Memory is the peak of two steps beyond the memory of the process before them, which holds the weights: gradients, the
 optimizer's state and activations. On a GPU it is counted by PyTorch. On a CPU each side takes its steps in a process of
 its own, and the peak is that of the resident set (VmHWM, Linux).
@@ -20,8 +22,10 @@ import argparse
 import copy
 import dataclasses
 import gc
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +65,7 @@ from titok.training.tokenizer import TokenizerObjective
 from titok.training.vqgan import VQGANObjective
 
 PUBLISHED = "as published"
-CASES = ("vqgan", "proxy", "decoder", "tokenizer", "generator of 32 tokens", "generator of 256 tokens")
+CASES = ("vqgan", "proxy", "decoder", "tokenizer (VQ)", "tokenizer (VAE)", "generator of 32 tokens")
 CLAIM = "generator, 32 against 256 tokens"
 TOKENS = ("32 tokens", "256 tokens")
 # Further apart than this, relative, two first losses are not of the same step.
@@ -92,12 +96,16 @@ def parser() -> argparse.ArgumentParser:
     p = command_parser("training", __doc__)
     p.set_defaults(dtype="fp32")
     p.add_argument("--preset", default="titok-s-128", help="two-stage tokenizer of stage 1 and 2 (%(default)s)")
-    p.add_argument("--single", default="titok-bl-64-vq8k", help="single-stage tokenizer (%(default)s)")
+    p.add_argument("--vq", default="titok-bl-64-vq8k", help="single-stage tokenizer with codes (%(default)s)")
+    p.add_argument("--vae", default="titok-bl-64-vae-c16", help="single-stage tokenizer without (%(default)s)")
     p.add_argument("--generator", default="titok-l-32", help="generator, but for its tokens (%(default)s)")
     p.add_argument("--batch", type=int, default=2, help="images of a step (default: %(default)s)")
-    p.add_argument("--sequences", type=int, default=8, help="of tokens, of a generator's step (%(default)s)")
+    p.add_argument("--sequences", type=int, default=2, help="of tokens, of a generator's step (%(default)s)")
     p.add_argument("--rows", default="", help="parts of the cases' names, comma-separated (default: all)")
-    p.add_argument("--seconds", type=float, default=30, help="of each case (default: %(default)s)")
+    p.add_argument(
+        "--seconds", type=float, default=15, help="of each case; at least 3 steps (default: %(default)s)"
+    )
+    p.add_argument("--limit", type=float, help="seconds, after which no further case is begun")
     p.add_argument("--peak-of", choices=(OURS, PUBLISHED), help=argparse.SUPPRESS)  # in a process of its own
     add_out(p)
     return p
@@ -113,13 +121,15 @@ def main(argv: list[str] | None = None) -> None:
         print(peak_growth(lambda: [step(), step()], arguments.device))
         return
     results = Results(start(arguments))
-    names = matching((*CASES, CLAIM), arguments.rows)
-    rows = [measure(name, arguments, results, argv) for name in names if name != CLAIM]
-    title = f"{arguments.dtype}, {arguments.device}"
-    if rows:
-        tables.show(*tables.training_table(rows, (OURS, PUBLISHED)), title)
-    if CLAIM in names:
-        tables.show(*tables.training_table([measure_claim(arguments, results, argv)], TOKENS), title)
+    end = math.inf if arguments.limit is None else time.monotonic() + arguments.limit
+    rows = []
+    for name in matching((*CASES, CLAIM), arguments.rows):
+        if time.monotonic() >= end:
+            results.note(f"{name} was left out: {arguments.limit:g} seconds were over")
+            continue
+        rows.append((measure_claim if name == CLAIM else measure)(name, arguments, results, argv))
+    for some in tables.by_sides(rows):
+        tables.show(*tables.training_table(some), f"{arguments.dtype}, {arguments.device}")
 
 
 def measure(
@@ -137,7 +147,9 @@ def measure(
     return results.row("training", about, samples, count=case.samples, peak_bytes=peaks, first_loss=first[OURS])
 
 
-def measure_claim(arguments: argparse.Namespace, results: Results, argv: Sequence[str] | None) -> dict[str, Any]:
+def measure_claim(
+    claim: str, arguments: argparse.Namespace, results: Results, argv: Sequence[str] | None
+) -> dict[str, Any]:
     """Times titok's steps of generators of 32 and of 256 tokens and writes them to the results."""
     names = {tokens: f"generator of {tokens}" for tokens in TOKENS}
     peaks = {tokens: peak_bytes(name, OURS, arguments, argv) for tokens, name in names.items()}
@@ -145,7 +157,7 @@ def measure_claim(arguments: argparse.Namespace, results: Results, argv: Sequenc
     for run in runs.values():
         run()
     samples = interleave(runs, arguments.seconds, warm=True)
-    about = {"preset": arguments.generator, **about_run(arguments), "recipe": CLAIM}
+    about = {"preset": arguments.generator, **about_run(arguments), "recipe": claim}
     return results.row("training", about, samples, count=arguments.sequences, peak_bytes=peaks)
 
 
@@ -155,8 +167,12 @@ def about_run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def preset_of(name: str, arguments: argparse.Namespace) -> str:
     """The preset of the model that a case trains."""
-    presets = {"tokenizer": arguments.single, "generator": arguments.generator}
-    preset: str = presets.get(name.split()[0], arguments.preset)
+    if name.startswith("generator"):
+        preset: str = arguments.generator
+    elif name.startswith("tokenizer"):
+        preset = arguments.vae if "VAE" in name else arguments.vq
+    else:
+        preset = arguments.preset
     return preset
 
 
@@ -203,8 +219,8 @@ def build(name: str, arguments: argparse.Namespace) -> Case:
     common: dict[str, Any] = {"steps": 1_000, "warmup_steps": 0, "precision": precision}
     if name.startswith("generator"):
         return generator(int(name.split()[2]), arguments, common)
-    if name == "tokenizer":
-        return single_stage(arguments, common)
+    if name.startswith("tokenizer"):
+        return single_stage(preset_of(name, arguments), arguments, common)
     whole = TokenizerConfig.preset(arguments.preset)
     assert whole.proxy is not None
     vqgan = MaskGITVQGAN(whole.proxy).to(arguments.device).train()
@@ -237,13 +253,12 @@ def build(name: str, arguments: argparse.Namespace) -> Case:
     return Case(objective.train(), config, images, rival.train(), lambda: (images,), len(images))
 
 
-def single_stage(arguments: argparse.Namespace, common: dict[str, Any]) -> Case:
-    """A single-stage tokenizer with a squared error and the loss of its quantizer."""
-    model_config = TokenizerConfig.preset(arguments.single)
+def single_stage(preset: str, arguments: argparse.Namespace, common: dict[str, Any]) -> Case:
+    """A single-stage tokenizer with a squared error and the loss of its bottleneck."""
+    model_config = TokenizerConfig.preset(preset)
     model = TiTok(model_config).to(arguments.device).train()
-    if model.quantizer is None:
-        raise SystemExit(f"--single: expected a vector-quantised tokenizer, got {arguments.single}")
-    nn.init.normal_(model.quantizer.codebook)
+    if model.quantizer is not None:
+        nn.init.normal_(model.quantizer.codebook)
     config = TokenizerTraining(
         model=model_config,
         batch_size=arguments.batch,
@@ -253,8 +268,18 @@ def single_stage(arguments: argparse.Namespace, common: dict[str, Any]) -> Case:
         **common,
     )
     images = torch.rand(arguments.batch, model_config.channels, *model_config.image_size, device=arguments.device)
-    rival = PublishedSingleStage(model).train()
-    return Case(TokenizerObjective(model, config).train(), config, images, rival, lambda: (images,), len(images))
+
+    def inputs() -> tuple[Tensor, ...]:
+        torch.manual_seed(seed_of_step(config))  # both sides draw the same sample of a VAE
+        return (images,)
+
+    rival = PublishedSingleStage(model, config.kl_weight).train()
+    return Case(TokenizerObjective(model, config).train(), config, images, rival, inputs, len(images))
+
+
+def seed_of_step(config: TrainingConfig) -> int:
+    """The seed of the only micro-batch of the step that is timed."""
+    return seed_of(config.seed, 0, 1, 0)
 
 
 def generator(length: int, arguments: argparse.Namespace, common: dict[str, Any]) -> Case:
@@ -269,10 +294,8 @@ def generator(length: int, arguments: argparse.Namespace, common: dict[str, Any]
     config = GeneratorTraining(model=model_config, class_dropout=0.0, batch_size=count, **common)
     objective = GeneratorObjective(model, config, tokens, labels)
 
-    seed = seed_of(config.seed, 0, 1, 0)  # of the micro-batch, so that both sides mask the same tokens
-
     def inputs() -> tuple[Tensor, ...]:
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_of_step(config))  # both sides mask the same tokens
         uniform = torch.rand(count, length + 2)
         return tokens, labels, random_mask(uniform[:, 1], uniform[:, 2:]).to(device)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -178,6 +180,49 @@ def test_compilers_and_flags_of_the_environment(
     command = script.jobs(tmp_path, script.find_cxx(), None)[0].command
     assert command[:2] == ["/a b/g++", "-m64"]
     assert command.index("-DNAME=a b") > command.index("-O3")
+
+
+@pytest.mark.parametrize("nvcc", [None, GOOD])
+def test_flags_of_the_linker(
+    script: ModuleType, build: Build, monkeypatch: pytest.MonkeyPatch, nvcc: str | None
+) -> None:
+    monkeypatch.setenv("CXX", "g++ -m64")
+    monkeypatch.setenv("LDFLAGS", "-s '-Wl,-rpath,/a b'")
+    build(nvcc)  # which replaces compile_and_link
+    replaced = script.compile_and_link
+    linkers: list[list[str]] = []
+    monkeypatch.setattr(
+        script, "compile_and_link", lambda *arguments: (linkers.append(arguments[2]), replaced(*arguments))
+    )
+    command = script.BuildExtension(Distribution())
+    command.left_out = []
+    command._build(Path("_C.so"), "auto")
+    assert linkers[0][-2:] == ["-s", "-Wl,-rpath,/a b"]
+    assert linkers[0][:3] == ["g++", "-m64", "-shared"] or nvcc is not None
+
+
+def test_max_jobs_reaches_ninja(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(script.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(script.subprocess, "run", lambda command, check: commands.append(command))
+    for limit, options in (("3", ["-j", "3"]), (None, [])):
+        monkeypatch.setenv("MAX_JOBS", limit) if limit else monkeypatch.delenv("MAX_JOBS")
+        script.compile_and_link(tmp_path, [], ["g++"], tmp_path / "_C.so")
+        assert commands.pop() == ["/bin/ninja", "-C", str(tmp_path), *options]
+
+
+@pytest.mark.slow
+def test_one_openmp_runtime_is_loaded() -> None:
+    """The kernels run on the threads of PyTorch's OpenMP runtime, and bring none of their own."""
+    code = (
+        "import torch; from titok import ops; ops.nearest_codebook(torch.ones(8, 4), torch.ones(3, 4))\n"
+        "assert ops.last_backend('nearest_codebook') == 'cpp', ops.backends()\n"
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or 'libomp' in line})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    if "AssertionError" in done.stderr:
+        pytest.skip("no C++ kernels")
+    assert len(ast.literal_eval(done.stdout)) == 1, done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_hints_name_our_distribution_and_extras_that_exist() -> None:
 
 def test_every_requirement_of_development_is_pinned() -> None:
     pinned = {normalized(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    wanted, seen = ["dev", "eval"], set()
+    wanted, seen = ["dev", "eval", "demo", "release"], set()
     needed = {normalized(requirement) for requirement in PROJECT["dependencies"]}
     while wanted:
         extra = wanted.pop()

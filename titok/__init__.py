@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
     from titok.generation.pipeline import Pipeline
-    from titok.generation.sampling import sample_tokens
+    from titok.generation.sampling import sample_steps, sample_tokens
     from titok.models.generator import MaskGIT
     from titok.models.tokenizer import TiTok
     from titok.models.vqgan import MaskGITVQGAN
@@ -29,6 +29,7 @@ _HOME = {
     "TokenizerConfig": "titok.config",
     "VQGANConfig": "titok.config",
     "ViTConfig": "titok.config",
+    "sample_steps": "titok.generation.sampling",
     "sample_tokens": "titok.generation.sampling",
 }
 
@@ -42,6 +43,7 @@ __all__ = [
     "TokenizerConfig",
     "VQGANConfig",
     "ViTConfig",
+    "sample_steps",
     "sample_tokens",
 ]
 

@@ -79,7 +79,8 @@ class LatentEncoder(nn.Module):
         self.blocks = nn.Sequential(
             *(LengthFirstBlock(vit.width, vit.heads, vit.mlp_ratio * vit.width) for _ in range(vit.layers))
         )
-        self.project = nn.Conv2d(vit.width, config.code_dim, 1)
+        outputs = 2 * config.code_dim if config.bottleneck == "vae" else config.code_dim
+        self.project = nn.Conv2d(vit.width, outputs, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         batch = len(images)
@@ -171,7 +172,8 @@ class PixelHeadDecoder(nn.Module):
         super().__init__()
         vit = config.decoder
         self.grid, self.side = config.grid("decoder"), vit.patch_size
-        self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
+        if config.bottleneck == "vq":
+            self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
         self.embed = nn.Linear(config.code_dim, vit.width)
         self.class_token = nn.Parameter(torch.empty(1, vit.width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, vit.width))
@@ -185,12 +187,20 @@ class PixelHeadDecoder(nn.Module):
         self.smooth = nn.Conv2d(config.channels, config.channels, 3, padding=1)
 
 
-class PublishedSingleStage(nn.Module):
-    """A single-stage tokenizer with a squared error and the quantizer's loss."""
+def sample(parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance (B, K, 2C) of a VAE -> a sample (B, K, C), and the KL divergence in nats per image."""
+    mean, logvar = parameters.chunk(2, dim=-1)
+    logvar = logvar.clamp(-30.0, 20.0)
+    drawn = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, device=mean.device)
+    return drawn, 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum() / len(mean)
 
-    def __init__(self, tokenizer: TiTok) -> None:
+
+class PublishedSingleStage(nn.Module):
+    """A single-stage tokenizer with a squared error, and the quantizer's loss or the weighted KL divergence."""
+
+    def __init__(self, tokenizer: TiTok, kl_weight: float) -> None:
         super().__init__()
-        self.config = tokenizer.config
+        self.config, self.kl_weight = tokenizer.config, kl_weight
         self.encoder = LatentEncoder.of(tokenizer)
         self.decoder = with_weights(
             lambda: PixelHeadDecoder(tokenizer.config), PublishedDecoder.weights_of(tokenizer), None
@@ -200,7 +210,11 @@ class PublishedSingleStage(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         signed, d = self.config.signed_pixels, self.decoder
         latents = self.encoder(2 * images - 1 if signed else images)
-        codes, bottleneck = quantize(latents, d.codebook, l2_normalize=self.config.l2_normalize)
+        if self.config.bottleneck == "vae":
+            codes, divergence = sample(latents)
+            bottleneck = self.kl_weight * divergence
+        else:
+            codes, bottleneck = quantize(latents, d.codebook, l2_normalize=self.config.l2_normalize)
         pixels = rearrange(decode_features(d, codes), "b (r s c) h w -> b c (h r) (w s)", r=d.side, s=d.side)
         pixels = d.smooth(pixels)
         return F.mse_loss(0.5 * pixels + 0.5 if signed else pixels, images) + bottleneck

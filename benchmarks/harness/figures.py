@@ -63,6 +63,7 @@ def figures(rows: Sequence[Row]) -> Figures:
         published,
         ladder,
         memory,
+        training,
         waiting,
         instruction_sets,
         roofline,
@@ -216,6 +217,15 @@ def memory(rows: Sequence[Row]) -> Figures:
                 tables.with_source([row], tables.memory_table(row), f"{tables.describe(row)}; {weights}")
             )
     return {"memory_tables": "\n\n".join(blocks)}
+
+
+def training(rows: Sequence[Row]) -> Figures:
+    """Training steps beside those of plain PyTorch, and of 32 tokens beside 256."""
+    if not measures.select(rows, "training"):
+        return {"training_tables": "No table of its results is here yet."}
+    run = measures.latest_run(rows, "training")
+    blocks = [tables.with_source(some, tables.training_table(some)) for some in tables.by_sides(run)]
+    return {"training_tables": "\n\n".join(blocks)}
 
 
 def waiting(rows: Sequence[Row]) -> Figures:

@@ -248,8 +248,17 @@ def memory_table(row: Row) -> Table:
     return header, lines
 
 
-def training_table(rows: Sequence[Row], sides: tuple[str, str]) -> Table:
+def by_sides(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that compare the same sides, together."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row["samples_s"]), []).append(row)
+    return list(groups.values())
+
+
+def training_table(rows: Sequence[Row]) -> Table:
     """Columns and lines: samples per second of a training step of two sides, their ratio, and memory of a step."""
+    sides = list(rows[0]["samples_s"])
     speed, memory_of = ([f"{side}, {unit}" for side in sides] for unit in ("samples/s", "MB"))
     header, lines = ["step", *speed, "times as fast", *memory_of], []
     for row in rows:

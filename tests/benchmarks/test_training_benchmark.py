@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import training
-from benchmarks.harness import measures
+from benchmarks.harness import figures, measures
 from benchmarks.harness.results import read
 from titok import config
 from titok.config import GeneratorConfig, TokenizerConfig, ViTConfig, VQGANConfig
@@ -38,12 +38,14 @@ def test_every_recipe_against_the_published_step(
     two_stages = TokenizerConfig(64, vit, vit, 5, 6, 20, head="proxy", proxy=proxy, pixel_decoder=True)
     single = dataclasses.replace(two_stages, head="pixels", proxy=None, pixel_decoder=False, signed_pixels=True)
     monkeypatch.setitem(config.TOKENIZER_PRESETS, "tiny-two", two_stages)
-    monkeypatch.setitem(config.TOKENIZER_PRESETS, "tiny-one", single)
+    monkeypatch.setitem(config.TOKENIZER_PRESETS, "tiny-vq", single)
+    vae = dataclasses.replace(single, bottleneck="vae", l2_normalize=False)
+    monkeypatch.setitem(config.TOKENIZER_PRESETS, "tiny-vae", vae)
     generator = GeneratorConfig(5, 20, width=32, layers=2, heads=2, mlp_width=48)
     monkeypatch.setitem(config.GENERATOR_PRESETS, "tiny", generator)
     monkeypatch.setattr(training, "subprocess", SimpleNamespace(run=run_here, PIPE=subprocess.PIPE))
     path = tmp_path / "r.jsonl"
-    presets = ["--preset", "tiny-two", "--single", "tiny-one", "--generator", "tiny"]
+    presets = ["--preset", "tiny-two", "--vq", "tiny-vq", "--vae", "tiny-vae", "--generator", "tiny"]
     training.main([*presets, "--device", "cpu", "--seconds", "0.01", "--out", str(path)])
     rows = measures.select(read([path]), "training")
     assert [row["case"]["recipe"] for row in rows] == [*training.CASES, training.CLAIM]
@@ -54,3 +56,7 @@ def test_every_recipe_against_the_published_step(
     printed = capsys.readouterr().out
     assert "32 tokens" in printed
     assert "as published" in printed
+    text = figures.training(rows)["training_tables"]
+    assert all(f"| {name} |" in text for name in (*training.CASES, training.CLAIM))
+    training.main([*presets, "--device", "cpu", "--limit", "0", "--out", str(path)])
+    assert "vqgan was left out: 0 seconds were over" in path.read_text()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +74,82 @@ def test_quiet_shows_errors_alone() -> None:
     assert quiet.stderr == "".join(
         line for line in loud.stderr.splitlines(keepends=True) if line.startswith("error: ")
     )
+
+
+def test_verbose_shows_what_the_library_logs_and_quiet_nothing(models: Path, photos: Path) -> None:
+    command = ["tokenize", str(photos / "a.png"), "-t", str(models / "tokenizer"), "-o", "a.npz", "--overwrite"]
+    usual, verbose, quiet = (CliRunner().invoke(app, [*flags, *command]) for flags in ([], ["-v"], ["-q"]))
+    assert (usual.exit_code, verbose.exit_code, quiet.exit_code) == (0, 0, 0)
+    assert verbose.stdout == usual.stdout == quiet.stdout
+    assert re.search(r"^debug: \S+model\.safetensors: read a TiTok of \d+ parameters$", verbose.stderr, flags=re.M)
+    assert "debug: " not in usual.stderr
+    assert quiet.stderr == ""
+    logger = logging.getLogger("titok")
+    assert (logger.handlers, logger.level) == ([], logging.NOTSET), "the host's logging is as it was"
+
+
+def test_what_is_logged_has_the_prefix_of_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    def log() -> dict[str, Any]:
+        logger = logging.getLogger("titok.somewhere")
+        for level in ("debug", "info", "warning", "error"):
+            getattr(logger, level)("%d pictures", 2)
+        return {}
+
+    monkeypatch.setattr("titok.cli.info.collect_facts", log)
+    lines = ["note: 2 pictures", "WARNING: 2 pictures", "error: 2 pictures"]
+    assert CliRunner().invoke(app, ["info"]).stderr.splitlines() == lines
+    assert CliRunner().invoke(app, ["-v", "info"]).stderr.splitlines() == ["debug: 2 pictures", *lines]
+    assert CliRunner().invoke(app, ["-q", "info"]).stderr.splitlines() == lines[-1:]
+    monkeypatch.setenv("RANK", "1")
+    assert CliRunner().invoke(app, ["info"]).stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quiet", [False, True])
+def test_bars_are_on_terminals_without_quiet(quiet: bool, models: Path, photos: Path) -> None:
+    """With a pseudo-terminal as stderr. Without a terminal: the stderr of other tests."""
+    pair = ["-t", str(models / "tokenizer"), "-g", str(models / "generator")]
+    small = [
+        "--width",
+        "64",
+        "--layers",
+        "1",
+        "--batch-size",
+        "2",
+        "--steps",
+        "2",
+        "--image-size",
+        "16",
+        "--tokens",
+        "4",
+    ]
+    for command in (
+        ["tokenize", str(photos), *pair[:2], "-o", "a.npz"],
+        ["generate", *pair, "-o", "a.png", "--num", "2"],
+        ["train", "tokenizer", str(photos / "cats" / "old"), "-o", "run", *small],
+    ):
+        controller, terminal = os.openpty()
+        arguments = [sys.executable, "-m", "titok", *(["--quiet"] if quiet else []), *command]
+        with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=terminal) as process:
+            os.close(terminal)
+            shown = b""
+            with (
+                contextlib.suppress(OSError),
+                open(controller, "rb", buffering=0) as screen,
+            ):  # Linux ends it with EIO
+                while part := screen.read(1 << 16):
+                    shown += part
+        assert process.returncode == 0, shown
+        assert (b"%|" in shown) is not quiet
+        assert shown == b"" or not quiet
+
+
+@pytest.mark.slow
+def test_the_shell_completes_commands() -> None:
+    asked = {"_TITOK_COMPLETE": "complete_bash", "COMP_WORDS": "titok gen", "COMP_CWORD": "1"}
+    code = "import sys, titok.cli.commands as cli; sys.argv = ['titok']; cli.main()"
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True)
+    assert run.stdout.split() == ["generate"]
 
 
 def test_every_command_is_tested_for_its_help() -> None:

@@ -37,6 +37,14 @@ def test_generation_ends_with_the_picture_of_the_pipeline(demo: Demo) -> None:
         assert all(old in (None, new) for old, new in zip(before.tokens, after.tokens, strict=True))
 
 
+def test_a_stage_is_shown_before_the_next_step_runs(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    features = demo.generator.features
+    monkeypatch.setattr(demo.generator, "features", lambda ids: passes.append(1) or features(ids))
+    stages = demo.generate(1, seed=0, steps=4)
+    assert [len(passes) for _ in stages] == [0, 1, 2, 3, 4]
+
+
 def test_masked_tokens_are_shown_as_the_mean_of_all_codes(demo: Demo) -> None:
     first = next(iter(demo.generate(0, seed=0)))
     codes = demo.tokenizer.quantizer.lookup(torch.arange(16))

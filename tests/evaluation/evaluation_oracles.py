@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import socket
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,8 @@ import numpy as np
 import torch
 from scipy import linalg
 from torch import Tensor
+
+import forked
 
 
 def frechet_distance(features: np.ndarray, others: np.ndarray) -> float:
@@ -135,29 +133,4 @@ _KEPT: list[Any] = []  # a library that is garbage takes its declarations with i
 
 def in_processes(count: int, code: str) -> None:
     """Runs code in `count` processes that form a group, to its end. It may import the modules beside this one."""
-    script = textwrap.dedent(
-        f"""
-        import sys
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-        import torch
-        from titok.processes import own_part, process_group
-        torch.set_num_threads(1)
-        with process_group():
-        """
-    ) + textwrap.indent(textwrap.dedent(code), "    ")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script], env={**shared, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(count)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(errors)
+    forked.in_processes(count, code, Path(__file__).parent)

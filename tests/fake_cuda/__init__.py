@@ -2,8 +2,9 @@
 
 PyTorch's `FakeTensorMode` propagates these through the Python code of models, ops and the decoding loop. A dispatch
 mode on top of it records what a GPU would be asked to do, and reports what must not happen: a host that waits for
-the GPU, tensors of several devices in one op, and group norms of maps that are not channels-last. titok's own ops
-choose their back end as on a GPU and run its launcher, whose launches are recorded instead of made.
+the GPU, tensors of several devices in one op or one launch, copies between devices, and group norms of maps that are
+not channels-last. titok's own ops choose their back end as on a GPU and run its launcher, whose launches are recorded
+instead of made.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import importlib
 import pkgutil
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import titok.kernels
@@ -124,6 +126,8 @@ class Recorder(TorchDispatchMode):
             self.host_copies += 1
             if not non_blocking or _storage(source) not in self._pinned:
                 self._find(f"{where}: the host waits, because it blocks or its source is not pinned")
+        elif target.device.type == "cpu" and not (non_blocking and _storage(target) in self._pinned):
+            self._find(f"{where}: the host waits, because it blocks or its target is not pinned")
         else:
             self._find(where)
 
@@ -139,6 +143,22 @@ class Recorder(TorchDispatchMode):
             outputs = op._outputs(chosen, arguments, keep=True)
         self.device_ops += [launch.kernel.__name__ for launch in launches]
         return op._returned(outputs)
+
+    def look_at_launch(self, kernel: str, arguments: Iterable[Any]) -> None:
+        """Reports a launch whose tensors are not all on one GPU."""
+        devices = sorted({str(a.device) for a in arguments if isinstance(a, Tensor)})
+        if len(devices) != 1 or not devices[0].startswith("cuda"):
+            self._find(f"{kernel}: launched with tensors on {devices}")
+
+    def expect_at_most(self, most: int, *, others: int = 0) -> None:
+        """Raises `AssertionError` where a GPU was given more work than a ceiling allows.
+
+        Args:
+            most: the ceiling, of ops and launches.
+            others: ops and launches that count in addition to those recorded.
+        """
+        count = len(self.device_ops) + others
+        assert count <= most, f"{count} ops on the GPU, at most {most} are allowed: {Counter(self.device_ops)}"
 
     def _find(self, text: str) -> None:
         frames = [f for f in traceback.extract_stack() if f.filename.startswith(f"{ROOT}/titok/")]
@@ -193,8 +213,16 @@ def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
 
         return launch
 
-    def fused_linear(kernel: Any, *arguments: Any, **options: Any) -> None:
+    def fused_linear(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
+        recorder.look_at_launch(kernel.__name__, arguments)
         recorder.device_ops.append(kernel.__name__)
+
+    def described(kernel: Any, arguments: Any, *others: Any) -> Any:
+        recorder.look_at_launch(kernel.__name__, arguments)
+        return describe(kernel, arguments, *others)
+
+    def synchronize(device: Any = None) -> None:
+        recorder._find("torch.cuda.synchronize: the host waits")
 
     stub = SimpleNamespace(
         with_cuda=nvcc,
@@ -204,7 +232,7 @@ def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
     there: dict[str, Any] = {"titok._C": stub}
     if not triton:
         there["triton"] = "triton does not import here"
-    load = available._load
+    load, describe = available._load, titok.kernels._launch.describe
 
     def conv_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
         """As cuDNN has it. A PyTorch without CUDA takes every convolution on a GPU for a contiguous one."""
@@ -217,11 +245,13 @@ def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
             ("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
             ("torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)),
             ("torch.cuda.device", on_device),
+            ("torch.cuda.synchronize", synchronize),
             ("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             ("torch.backends.cudnn.is_available", lambda: True),
             ("torch._C._conv_determine_backend_memory_format", conv_format),
             ("titok.inference.fused_linear.is_ordinary_call", lambda tensors: True),  # though they are fake
             ("titok.kernels.linear.launch", fused_linear),
+            ("titok.kernels._launch.describe", described),
             ("titok.ops.core.available._load", lambda name: there.get(name) or load(name)),
         ):
             stack.enter_context(mock.patch(target, replacement))
@@ -250,15 +280,33 @@ def _device_guard() -> Iterator[None]:
         guards[cuda] = before
 
 
+@contextlib.contextmanager
+def autocast() -> Iterator[None]:
+    """`torch.autocast("cuda", torch.bfloat16)`, which a PyTorch without CUDA switches off."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+
+
 def build(make: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> Any:
     """The model of `make()`, in eval mode, with fake weights on a fake GPU. To be called within `fake_gpus`."""
-    with torch.device("meta"), mock.patch("torch.nn.init.trunc_normal_", lambda tensor, **options: tensor):
+    unchanged = mock.patch("torch.nn.init.trunc_normal_", lambda tensor, **options: tensor)
+    with _disable_current_modes(), torch.device("meta"), unchanged:
         model = make()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 values = torch.empty(parameter.shape, dtype=dtype, device=device)
                 module._parameters[name] = nn.Parameter(values, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return model.eval()
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fake_cuda import fake_gpus
 from titok import Pipeline, SamplingConfig, TiTok, sample_tokens
 from titok.generation import batches as streaming
 from titok.generation.batches import BatchSizeSearch
@@ -195,6 +198,57 @@ def test_auto_goes_back_where_memory_ran_out(pipe: Pipeline, monkeypatch: pytest
     assert (pictures.int() - in_one_batch.int()).abs().max() <= 1
     with pytest.raises(torch.OutOfMemoryError):
         list(pipe.generate_many(LABELS, batch_size=4))
+
+
+class CountedStream:
+    """A stream of which the host waits for events."""
+
+    calls: list[str]
+
+    def __init__(self, device: torch.device) -> None:
+        self.events = 0
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def record_event(self) -> Any:
+        self.events += 1
+        number = self.events
+        return SimpleNamespace(synchronize=lambda: CountedStream.calls.append(f"wait for {number}"))
+
+
+class Batches:
+    """Stands for a request, of which `generate_batches` asks for parts."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def part(self, start: int, end: int) -> Batches:
+        return Batches(min(end, self.size) - start)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_between_two_batches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next batch is launched before the host waits for the last one, which is copied to pinned memory meanwhile."""
+    pytest.importorskip("triton")
+    CountedStream.calls = calls = []
+    monkeypatch.setattr(torch.cuda, "Stream", CountedStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+
+    def generate(part: Any) -> Tensor:
+        calls.append(f"launch of {len(part)}")
+        return torch.empty(len(part), 8, 8, 3, dtype=torch.uint8, device=device)
+
+    options: Any = {"device": torch.device(device), "batch_size": 4, "progress": False}
+    with fake_gpus() as recorder:
+        batches = streaming.generate_batches(generate, Batches(10), **options)  # type: ignore[arg-type]
+        assert [len(pictures) for pictures in batches] == [4, 4, 2]
+    assert calls == ["launch of 4", "launch of 4", "wait for 1", "launch of 2", "wait for 2", "wait for 3"]
+    assert len(recorder.findings) == 3
+    assert not any("the host waits" in finding for finding in recorder.findings)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from titok import GeneratorConfig, MaskGIT, SamplingConfig, sample_tokens
+from titok import GeneratorConfig, MaskGIT, SamplingConfig, sample_steps, sample_tokens
 from titok.generation.schedules import mask_ratio, schedule
 
 K, V, CLASSES = 16, 64, 10
@@ -66,6 +66,38 @@ def test_masked_counts_and_known_tokens(generator: MaskGIT, steps: int) -> None:
         assert torch.equal(before[known], after[known])
     # Without a trace, steps that would draw the last token and mask it again are left out. The result is the same.
     assert torch.equal(sample_tokens(generator, [1, 2, 3], config), tokens)
+
+
+@pytest.mark.parametrize("known", [0, 6])
+def test_steps_are_those_of_the_trace(generator: MaskGIT, known: int) -> None:
+    config = SamplingConfig(steps=20, temperature=4.5)  # more steps than tokens: some decide none
+    init = torch.full((3, K), V)
+    init[1, :known] = 5
+    arguments: dict[str, Any] = {"seed": 6, "first_sample": 4, "init_tokens": init}
+    steps = list(sample_steps(generator, [1, 2, 3], config, **arguments))
+    tokens, trace = sample_tokens(generator, [1, 2, 3], config, trace=True, **arguments)
+    assert torch.equal(torch.stack(steps), trace.tokens)
+    assert torch.equal(steps[-1], tokens)
+
+
+def test_a_step_runs_when_its_tokens_are_asked_for(generator: MaskGIT, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    features = generator.features
+    monkeypatch.setattr(generator, "features", lambda ids: passes.append(torch.is_grad_enabled()) or features(ids))
+    steps = sample_steps(generator, [1, 2], SamplingConfig(steps=3))
+    for number, _ in enumerate(steps):
+        assert passes == [False] * number
+        assert torch.is_grad_enabled(), "the caller's setting must not change between two steps"
+    assert len(passes) == 3
+
+
+def test_steps_name_a_bad_argument_at_the_call(generator: MaskGIT) -> None:
+    with pytest.raises(ValueError, match="labels"):
+        sample_steps(generator, [CLASSES + 1])
+    with pytest.raises(ValueError, match="init_tokens: expected 2 rows, one for each label, got 1"):
+        sample_steps(generator, [1, 2], init_tokens=torch.full((1, K), V))
+    with pytest.raises(TypeError, match="generator: expected a MaskGIT, got None"):
+        sample_steps(None, [1])  # type: ignore[arg-type]
 
 
 def test_known_init_tokens_stay(generator: MaskGIT) -> None:

@@ -20,18 +20,27 @@ def arguments(
     return x, torch.randn(outputs, channels, 3, 3) / 7, torch.randn(outputs)
 
 
+@pytest.fixture(params=[True, False], ids=["as large maps", "as small maps"])
+def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of computing, for maps of every size."""
+    monkeypatch.setattr(conv_gradient, "_is_large", lambda x: request.param)
+
+
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
+def always(large: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrix products for maps of every size, on every CPU."""
     monkeypatch.setattr(conv_gradient, "_gains", lambda x, weight: True)
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("size", [(6, 9), (1, 1), (1, 4), (5, 2)])
 def test_weight_gradient(size: tuple[int, int]) -> None:
     x, weight, _ = arguments(size=size)
     grad = torch.randn(3, 7, *size).contiguous(memory_format=torch.channels_last)
     exact = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
-    assert torch.allclose(weight_gradient(x, grad).double(), exact, rtol=1e-5, atol=1e-5)
+    got = weight_gradient(x, grad)
+    assert torch.allclose(got.double(), exact, rtol=1e-5, atol=1e-5)
+    assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.usefixtures("always")
@@ -70,7 +79,7 @@ def test_per_sample_gradients() -> None:
         assert torch.allclose(gradient, torch.func.grad(loss)(weight, image), atol=1e-4)
 
 
-def test_chosen_for_large_maps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_for_large_maps_and_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     large, weight, bias = arguments(128, 128, (32, 32))
     weight.requires_grad_()
@@ -78,6 +87,8 @@ def test_chosen_for_large_maps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in (large[:, :, :16], large.contiguous(), large.double()):
         y = conv3x3(other, weight.to(other.dtype), bias.to(other.dtype))
         assert "_Conv3x3" not in str(y.grad_fn)
+    wide, of_wide, _ = arguments(256, 256, (4, 4))
+    assert "_Conv3x3" in str(conv3x3(wide, of_wide.requires_grad_(), None).grad_fn)
     with torch.no_grad():
         assert conv3x3(large, weight, bias).grad_fn is None
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)

@@ -6,15 +6,14 @@ This file is longer than 400 lines because all tests of one op share its inputs 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import forked
 import oracles
 from titok.ops import add_layer_norm, last_backend, layer_norm, layer_norm_of_sum
 
@@ -201,24 +200,23 @@ def test_out(backend: str, grad: bool) -> None:
 def test_threads_and_instruction_sets(tmp_path: Path) -> None:
     """Threads change no bit; narrower vectors add in another order."""
     program = """
-import sys, torch
-from titok.ops import add_layer_norm
-torch.manual_seed(1)
-torch.set_num_threads(int(sys.argv[1]))
-results = []
-for dtype in (torch.float32, torch.bfloat16):
-    x, residual, *grads = torch.randn(4, 70, 1030).to(dtype)
-    leaves = [t.requires_grad_() for t in (x, residual, *torch.randn(2, 1030))]
-    outputs = add_layer_norm(*leaves, 1e-5, backend="cpp")
-    results += [t.detach() for t in outputs]
-    results += torch.autograd.grad(outputs, leaves, grads)
-torch.save(results, sys.argv[2])
-"""
+        from titok.ops import add_layer_norm
+        torch.manual_seed(1)
+        torch.set_num_threads(threads)
+        results = []
+        for dtype in (torch.float32, torch.bfloat16):
+            x, residual, *grads = torch.randn(4, 70, 1030).to(dtype)
+            leaves = [t.requires_grad_() for t in (x, residual, *torch.randn(2, 1030))]
+            outputs = add_layer_norm(*leaves, 1e-5, backend="cpp")
+            results += [t.detach() for t in outputs]
+            results += torch.autograd.grad(outputs, leaves, grads)
+        torch.save(results, path)
+    """
     runs = {}
     for isa, threads in (("avx512", 2), ("avx512", 1), ("avx2", 2), ("generic", 2)):
         path = tmp_path / f"{isa}{threads}"
-        command = [sys.executable, "-c", program, str(threads), str(path)]
-        subprocess.run(command, check=True, env={**os.environ, "TITOK_CPU_ISA": isa}, timeout=120)
+        code = f"threads, path = {threads}, {str(path)!r}\n{textwrap.dedent(program)}"
+        forked.in_processes(1, code, Path(__file__).parent, TITOK_CPU_ISA=isa)
         runs[path.name] = torch.load(path)
     assert all(torch.equal(a, b) for a, b in zip(runs["avx5122"], runs["avx5121"], strict=True))
     for name in ("avx22", "generic2"):

@@ -48,6 +48,7 @@ def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
     return all(x is y is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("device_of_backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dispatched", [False, True])
 @pytest.mark.parametrize(("name", "backend"), EVERY)
@@ -60,7 +61,7 @@ def test_gradients(name: str, backend: str | None, dispatched: bool, dtype: torc
         found = []
         for inside in (False, True):
             loss, leaves = loss_and_leaves(name, backend, dtype)
-            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            with torch.autocast(loss.device.type, torch.bfloat16, enabled=inside):
                 found.append(list(torch.autograd.grad(loss, leaves, allow_unused=True)))
     assert same(*found)
 

@@ -5,15 +5,14 @@ This file is longer than 400 lines because all tests of one op share its inputs 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import forked
 import oracles
 from titok import ops
 from titok.ops import group_norm_silu, last_backend
@@ -318,11 +317,10 @@ def test_constant_map(backend: str) -> None:
 
 
 PROGRAM = """
-import sys, torch
 from titok import ops
 from titok.ops.core.available import extension
 torch.manual_seed(1)
-torch.set_num_threads(int(sys.argv[1]))
+torch.set_num_threads(threads)
 results = []
 for dtype, out in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)):
     for shape in ((3, 36, 20, 31), (1, 128, 33, 40), (2, 64, 8, 8)):
@@ -333,14 +331,13 @@ for dtype, out in ((torch.float32, None), (torch.bfloat16, None), (torch.float32
         pair = ops.group_norm_silu(x, 4, weight, bias, 1e-6, residual=residual, out_dtype=out, backend="cpp")
         results += [t.detach() for t in pair]
         results += torch.autograd.grad(pair, leaves, [torch.randn_like(t) for t in pair])
-torch.save((extension().cpu_isa(), results), sys.argv[2])
+torch.save((extension().cpu_isa(), results), path)
 """
 
 
 def run_program(path: Any, isa: str, threads: int) -> tuple[str, list[torch.Tensor]]:
-    environment = {**os.environ, "TITOK_CPU_ISA": isa}
-    command = [sys.executable, "-c", PROGRAM, str(threads), str(path)]
-    subprocess.run(command, check=True, env=environment, timeout=120)
+    code = f"threads, path = {threads}, {str(path)!r}\n{PROGRAM}"
+    forked.in_processes(1, code, Path(__file__).parent, TITOK_CPU_ISA=isa)
     return torch.load(path)
 
 

@@ -5,9 +5,6 @@ What it has in common with the other back ends is in test_masked_attention.py.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import forked
 import oracles
 from titok import ops
 from titok.ops import masked_attention
@@ -52,12 +50,10 @@ SHAPES = [
     (1, 129, 2, 96), (2, 97, 1, 128), (1, 289, 2, 64), (1, 600, 1, 64), (2, 20, 2, 7), (2, 20, 2, 6), (1, 9, 1, 200),
 ]  # fmt: skip
 PROGRAM = """
-import sys, torch
-sys.path[:0] = [sys.argv[3], sys.argv[3] + "/.."]  # this file, and tests/oracles.py
 from test_masked_attention_cpp import run_cases
 from titok.ops.core.available import extension
-torch.set_num_threads(int(sys.argv[1]))
-torch.save((extension().cpu_isa(), run_cases()), sys.argv[2])
+torch.set_num_threads(threads)
+torch.save((extension().cpu_isa(), run_cases()), path)
 """
 
 
@@ -93,10 +89,8 @@ def exact() -> list[torch.Tensor]:
 
 
 def run_program(path: Path, isa: str | None, threads: int) -> tuple[str, list[torch.Tensor]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TITOK_CPU_ISA"}
-    environment |= {} if isa is None else {"TITOK_CPU_ISA": isa}
-    command = [sys.executable, "-c", PROGRAM, str(threads), str(path), str(TESTS)]
-    subprocess.run(command, check=True, env=environment, timeout=120)
+    code = f"threads, path = {threads}, {str(path)!r}\n{PROGRAM}"
+    forked.in_processes(1, code, TESTS, **({} if isa is None else {"TITOK_CPU_ISA": isa}))
     return torch.load(path)
 
 

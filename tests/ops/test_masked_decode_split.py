@@ -18,6 +18,7 @@ from titok.ops import (
 )
 from titok.ops.core.available import why_no_cpp, why_no_triton
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of Triton's tensors
 NEEDS_CPP = pytest.mark.skipif(bool(why_no_cpp()), reason=str(why_no_cpp()))
 NEEDS_TRITON = pytest.mark.skipif(bool(why_no_triton()), reason=str(why_no_triton()))
 
@@ -43,7 +44,9 @@ def test_any_split_gives_the_same_bits_in_triton() -> None:
         tensors, arguments = random_call(number, codes=(21,), most_tokens=2)
         arguments |= {"top_k": 0, "top_p": 1.0}
         want = masked_decode_step(*tensors, **arguments, backend="plain")
-        assert_equal(want, split_step(tensors, arguments, [(4, 1), (17, 2)], "triton"), number)
+        moved = tuple(None if t is None else t.to(DEVICE) for t in tensors)
+        given = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        assert_equal(want, split_step(moved, given, [(4, 1), (17, 2)], "triton"), number)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from titok.ops import backends, last_backend, nearest_codebook
 
 NAMES = ("plain", "cpp", "triton")
 CUDA = torch.device("cuda")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the tensors that Triton takes
 INF, NAN = float("inf"), float("nan")
 
 
@@ -31,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def run(latents: torch.Tensor, codebook: torch.Tensor, backend: str, **kwargs: Any) -> torch.Tensor:
     """The op where this back end runs; its indices on the CPU."""
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    device = DEVICE if backend == "triton" else "cpu"
     indices = nearest_codebook(latents.to(device), codebook.to(device), backend=backend, **kwargs)
     assert isinstance(indices, torch.Tensor)
     assert last_backend("nearest_codebook") == backend
@@ -178,7 +179,7 @@ def test_few_latents(shape: tuple[int, ...], backend: str) -> None:
 def test_out(backend: str) -> None:
     latents, codebook = integers(5, 7, 12), integers(40, 12)
     expected = exact_nearest(latents.view(-1, 12), codebook).view(5, 7)
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    device = DEVICE if backend == "triton" else "cpu"
     for out in (torch.empty(5, 7, dtype=torch.int64), torch.empty(7, 5, dtype=torch.int64).T):
         out = out.to(device)
         result = nearest_codebook(latents.to(device), codebook.to(device), out=out, backend=backend)

@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titok import GeneratorConfig, MaskGITVQGAN, TiTok, TokenizerConfig, ViTConfig, VQGANConfig
+from titok import GeneratorConfig, MaskGIT, MaskGITVQGAN, TiTok, TokenizerConfig, ViTConfig, VQGANConfig
 from titok import training as t
+from titok.training.decoder import DecoderObjective, join_stages
+from titok.training.folder import RunFolder
+from titok.training.generator import GeneratorObjective
+from titok.training.proxy import ProxyObjective
+from titok.training.reconstruction import make_adversary
+from titok.training.run import Run
+from titok.training.tokenizer import TokenizerObjective
+from titok.training.vqgan import VQGANObjective
 
 KINDS = ("vqgan", "proxy", "decoder", "tokenizer", "vae", "vit", "uvit")
 VIT = ViTConfig(width=16, layers=2, heads=2, patch_size=8)
@@ -80,14 +88,18 @@ def config_of(kind: str, **changes: Any) -> t.TrainingConfig:
     return config
 
 
+def sequences() -> tuple[Tensor, Tensor]:
+    """Tokens (20, 4) and classes (20,)."""
+    return torch.randint(0, 16, (20, 4), generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+
+
 def train(kind: str, out: Path, changes: dict[str, Any] | None = None, **options: Any) -> torch.nn.Module:
     """Trains by a recipe."""
     config: Any = config_of(kind, **(changes or {}))
     images = pictures()
     options = {"progress": False, **options}
     if kind in ("vit", "uvit"):
-        tokens = torch.randint(0, 16, (20, 4), generator=torch.Generator().manual_seed(0))
-        return t.train_generator(tokens, torch.arange(20) % 3, config, out, **options)
+        return t.train_generator(*sequences(), config, out, **options)
     if kind == "proxy":
         return t.train_proxy(images, seeded(MaskGITVQGAN, VQGAN), config, out, **options)
     options["perceptual"] = perceptual
@@ -97,3 +109,35 @@ def train(kind: str, out: Path, changes: dict[str, Any] | None = None, **options
         proxy, first = seeded(MaskGITVQGAN, VQGAN), seeded(TiTok, FIRST)
         return t.train_decoder(images, first, proxy, config, out, **options)
     return t.train_tokenizer(images, config, out, **options)
+
+
+def train_in_float64(kind: str, out: Path, changes: dict[str, Any]) -> Run[Any]:
+    """Trains by a recipe with weights, images and arithmetic in float64, which the functions of `train` do not do."""
+    config: Any = config_of(kind, **changes)
+    samples, adversary = pictures().double(), None
+    if kind in ("vit", "uvit"):
+        samples = torch.arange(20)
+        model: Any = seeded(MaskGIT, config.model).double()
+        objective: Any = GeneratorObjective(model, config, *sequences())
+    elif kind == "proxy":
+        proxy = seeded(MaskGITVQGAN, VQGAN).double()
+        objective = ProxyObjective(seeded(TiTok, FIRST).double(), proxy, config)
+    else:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(2)
+            adversary = make_adversary(config, 3, "cpu")
+        if adversary is not None:
+            adversary.double()  # which replaces the buffers
+            adversary.state = {"real": adversary.averages.real, "fake": adversary.averages.fake}
+        if kind == "vqgan":
+            make, model = VQGANObjective, seeded(MaskGITVQGAN, VQGAN)
+        elif kind == "decoder":
+            first, proxy = seeded(TiTok, FIRST), seeded(MaskGITVQGAN, VQGAN)
+            make, model = DecoderObjective, join_stages(first, proxy, WHOLE)
+        else:
+            make, model = TokenizerObjective, seeded(TiTok, config.model)
+        objective = make(model.double(), config, perceptual=perceptual, adversary=adversary)
+    with RunFolder(out, resume=False) as folder:
+        run: Run[Any] = Run(objective, config, folder, data={}, adversary=adversary)
+        run.train((samples[indices] for indices in run.batches(len(samples))), name="", progress=False)
+    return run

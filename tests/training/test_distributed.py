@@ -8,19 +8,17 @@ from typing import Any
 import pytest
 import torch
 from processes import in_processes
-from recipes import KINDS, train
+from recipes import KINDS, train, train_in_float64
 from safetensors.torch import load_file
-from test_training import Stop, content, generator_training, pictures, stop_at, tokenizer_training
+from test_training import Stop, content, generator_training, stop_at
 
-from titok import MaskGIT, TiTok
+from titok import MaskGIT
 from titok.training import train_generator
 from titok.training.checkpoint import read_run_info
-from titok.training.folder import CHECKPOINT, RunFolder
+from titok.training.folder import CHECKPOINT
 from titok.training.generator import GeneratorObjective
 from titok.training.optim import decayed_parameters, learning_rate
 from titok.training.order import seed_of, shuffled_batches
-from titok.training.run import Run
-from titok.training.tokenizer import TokenizerObjective
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -34,19 +32,16 @@ def difference(a: Path, b: Path) -> float:
     return max(float((one[n] - other[n]).abs().max() / one[n].abs().max()) for n in one)
 
 
-FOUR: dict[str, Any] = {**TWO, "micro_batch_size": 1, "steps": 8}  # four micro-batches of one
+FOUR: dict[str, Any] = {**TWO, "micro_batch_size": 1}  # four micro-batches of one
+IN_FLOAT64 = ("vqgan", "vit")  # a recipe with discriminator, code restarts and averages, and a transformer
 STOPPED = ("decoder", "vit")  # recipes that two processes begin and one ends
 
 
-def train_in_float64(out: Path) -> None:
-    """Trains a tokenizer in float64 on four micro-batches a step."""
-    config = tokenizer_training(batch_size=12, micro_batch_size=3, steps=8, ema_decay=0.9)
-    torch.manual_seed(0)
-    model = TiTok(config.model).double()
-    images = pictures().double()
-    with RunFolder(out, resume=False) as folder:
-        run = Run(TokenizerObjective(model, config), config, folder, data={})
-        run.train((images[indices] for indices in run.batches(len(images))), name="", progress=False)
+def train_on_four_micro_batches(out: Path) -> None:
+    """Trains in float32, and in float64."""
+    train("vit", out / "float32", FOUR)
+    for kind in IN_FLOAT64:
+        train_in_float64(kind, out / kind, FOUR)
 
 
 def train_and_stop(kind: str, out: Path, changes: dict[str, Any], call: int) -> None:
@@ -75,8 +70,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train(kind, out / kind, test.TWO)
         for kind in test.STOPPED:
             test.train_and_stop(kind, out / "stopped" / kind, test.TWO, 15)
-        train("vit", out / "four", test.FOUR)
-        test.train_in_float64(out / "float64")
+        test.train_on_four_micro_batches(out / "four micro-batches")
         test.train_too_few_micro_batches(out / "refused")
     """
     in_processes(2, code)
@@ -90,8 +84,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = f"""
         import test_distributed as test
         out = Path({str(out)!r})
-        train("vit", out / "four", test.FOUR)
-        test.train_in_float64(out / "float64")
+        test.train_on_four_micro_batches(out / "four micro-batches")
     """
     in_processes(4, code)
     return out
@@ -115,15 +108,11 @@ def test_two_processes_train_as_one_bit_for_bit(kind: str, one: Path, two: Path)
 
 
 def test_four_micro_batches_on_any_number_of_processes(tmp_path: Path, two: Path, four: Path) -> None:
-    train("vit", tmp_path / "four", FOUR)
-    for folder in (two, four):
-        assert difference(tmp_path / "four", folder / "four") < 1e-4
-
-
-def test_four_micro_batches_in_float64(tmp_path: Path, two: Path, four: Path) -> None:
-    train_in_float64(tmp_path / "float64")
-    for folder in (two, four):
-        assert difference(tmp_path / "float64", folder / "float64") < 1e-10
+    train_on_four_micro_batches(tmp_path)
+    for folder in (two / "four micro-batches", four / "four micro-batches"):
+        assert difference(tmp_path / "float32", folder / "float32") < 1e-4
+        for kind in IN_FLOAT64:
+            assert difference(tmp_path / kind, folder / kind) < 1e-10
 
 
 @pytest.mark.parametrize("kind", STOPPED)

@@ -1,4 +1,4 @@
-"""Sharded training (FSDP2) by two processes: the results and the files of a run that is not sharded."""
+"""Sharded training (FSDP2) by two processes: the results and files of DDP, and of a run in one process."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from typing import Any
 import pytest
 import torch
 from processes import in_processes
-from recipes import FIRST, config_of, perceptual, seeded, train
+from recipes import FIRST, config_of, perceptual, seeded, train, train_in_float64
 from recipes import pictures as colour_pictures
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_distributed import difference, train_and_stop
-from test_training import pictures, tokenizer_training
 
 from titok import TiTok
-from titok.training.folder import CHECKPOINT, RunFolder
+from titok.training.folder import CHECKPOINT
 from titok.training.metrics import SPEED, read_metrics
 from titok.training.run import Run
-from titok.training.tokenizer import TokenizerObjective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,17 +42,14 @@ def train_decoder(out: Path) -> TiTok:
     return trained
 
 
-def train_in_float64(out: Path) -> Run[TiTok]:
-    config = tokenizer_training(batch_size=12, micro_batch_size=3, steps=6, ema_decay=0.9, shard=True)
-    torch.manual_seed(0)
-    model, images = TiTok(config.model).double(), pictures().double()
-    with RunFolder(out, resume=False) as folder:
-        run = Run(TokenizerObjective(model, config), config, folder, data={})
-        run.train((images[indices] for indices in run.batches(len(images))), name="", progress=False)
-    return run
+def train_sharded_and_by_ddp(out: Path) -> None:
+    """Trains two recipes in float64. One has a discriminator and code restarts, the other transformer blocks."""
+    for kind in ("vqgan", "vit"):
+        check_shares(train_in_float64(kind, out / f"{kind} in float64", CHANGES))
+        train_in_float64(kind, out / f"{kind} by DDP", {**CHANGES, "shard": False})
 
 
-def check_shares(run: Run[TiTok]) -> None:
+def check_shares(run: Run[Any]) -> None:
     """Each process keeps about half of the weights, of the averages and of the optimizer's state."""
     assert run.ema is not None
     states = [state for state in run.parts[""].optimizer.state.values() if "exp_avg" in state]
@@ -76,6 +71,16 @@ def figures(out: Path) -> list[dict[str, Any]]:
     ]
 
 
+def check_equal_in_float64(a: Path, b: Path) -> None:
+    """Averaged weights, raw weights, and all else in the checkpoints of two runs agree to 1e-10."""
+    assert difference(a, b) < 1e-10
+    assert difference(a / "raw", b / "raw") < 1e-10
+    one, other = (load_file(folder / CHECKPOINT) for folder in (a, b))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
 def check_figures(a: Path, b: Path) -> None:
     """The figures of two runs are equal up to rounding."""
     assert len(figures(a)) == len(figures(b))
@@ -91,7 +96,7 @@ def test_two_processes_share_the_state(tmp_path: Path) -> None:
     code = f"""
         import test_sharding as test
         two = Path({str(two)!r})
-        test.check_shares(test.train_in_float64(two / "float64"))
+        test.train_sharded_and_by_ddp(two)
         test.train_decoder(two / "decoder")
         train("uvit", two / "float16", {{**test.CHANGES, "precision": "float16"}})
         train("vqgan", two / "begun by one process", test.CHANGES, resume=True)
@@ -100,13 +105,16 @@ def test_two_processes_share_the_state(tmp_path: Path) -> None:
     in_processes(2, code)
     train("vit", two / "begun by two processes", {**CHANGES, "shard": False}, resume=True)
 
-    train_in_float64(one / "float64")
+    for kind in ("vqgan", "vit"):
+        sharded = two / f"{kind} in float64"
+        check_equal_in_float64(sharded, two / f"{kind} by DDP")
+        train_in_float64(kind, one / sharded.name, CHANGES)
+        check_equal_in_float64(sharded, one / sharded.name)
     trained = train_decoder(one / "decoder")
     train("uvit", one / "float16", {**CHANGES, "precision": "float16"})
     train("vqgan", one / "begun by one process", CHANGES)
     train("vit", one / "begun by two processes", CHANGES)
 
-    assert difference(one / "float64", two / "float64") < 1e-10
     for out in sorted(one.iterdir()):
         other = two / out.name
         check_figures(out, other)

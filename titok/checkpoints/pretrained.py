@@ -7,6 +7,7 @@ A checkpoint is a folder with `config.json` and the weights. Our config.json is
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from titok.checkpoints.lazy import LazyTensor, open_weights
 from titok.inference.prepared import PreparableLayer, PreparableModel, own_memory, readable
 
 M = TypeVar("M", bound="Pretrained")
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "titok"
 MAX_PARAMETERS = 100_000_000_000  # of a model that is loaded; the largest published one has 0.6e9
@@ -144,6 +147,7 @@ class Pretrained(PreparableModel):
                 own_memory(getattr(layer, leaf))
         if broken:
             warnings.warn(f"{weights_file}: values that are not finite in {', '.join(broken[:5])}", stacklevel=2)
+        logger.debug("%s: read a %s of %d parameters", weights_file, cls.__name__, count)
         return model.prepare() if prepare else model
 
     @classmethod

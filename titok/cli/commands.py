@@ -42,6 +42,9 @@ def titok(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show no notes, warnings and progress bars; errors are shown.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show on stderr also which files are read, and what is chosen.")
+    ] = False,
 ) -> None:
     """TiTok: pictures as short sequences of tokens, and MaskGIT to generate them.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -30,6 +31,12 @@ AFTER_A_SIGNAL = {
 
 
 _QUIET = ContextVar("_QUIET", default=False)
+_PREFIXES = {
+    logging.DEBUG: "debug: ",
+    logging.INFO: "note: ",
+    logging.WARNING: "WARNING: ",
+    logging.ERROR: "error: ",
+}
 
 
 class Interrupted(BaseException):
@@ -39,14 +46,17 @@ class Interrupted(BaseException):
 class ErrorGroup(TyperGroup):
     """A group of commands that reports wrong input in one line on stderr and exit code 2, without a traceback.
 
-    `--debug` lets the exception through. Warnings are one line, too. Ctrl-C and SIGTERM end a command with a line that
-    says how to go on, and the exit code 128 + the number of the signal: 130 and 143.
+    `--debug` lets the exception through. Warnings and what the library logs are one line each, too. Ctrl-C and SIGTERM
+    end a command with a line that says how to go on, and the exit code 128 + the number of the signal: 130 and 143.
     """
 
     def invoke(self, ctx: Any) -> Any:
-        with _signals_raise() as received, warnings.catch_warnings():
+        quiet, verbose = ctx.params["quiet"], ctx.params["verbose"]
+        with _signals_raise() as received, warnings.catch_warnings(), _log_on_stderr(verbose=verbose):
             warnings.showwarning = _show_warning
-            token = _QUIET.set(ctx.params["quiet"])
+            token = _QUIET.set(quiet)
+            if quiet:  # read by huggingface_hub when it is imported
+                os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             try:
                 return super().invoke(ctx)
             except typer.Exit:
@@ -68,6 +78,28 @@ class ErrorGroup(TyperGroup):
             way = AFTER_A_SIGNAL.get(ctx.invoked_subcommand)
             note("interrupted" if way is None else f"interrupted: no file is half-written; {way}")
         raise typer.Exit(128 + number) from None
+
+
+class _NoteHandler(logging.Handler):
+    """Shows what the library logs as lines on stderr, of the first of the processes that torchrun started."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            note(f"{_PREFIXES.get(record.levelno, '')}{record.getMessage()}")
+
+
+@contextlib.contextmanager
+def _log_on_stderr(*, verbose: bool) -> Iterator[None]:
+    """Within, what loggers below "titok" are given is shown: from INFO on, and with `verbose` from DEBUG on."""
+    logger, handler = logging.getLogger("titok"), _NoteHandler()
+    former = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(former)
 
 
 @contextlib.contextmanager
@@ -135,6 +167,11 @@ def note(text: str) -> None:
 def is_quiet() -> bool:
     """Whether the running command was given --quiet: `titok --quiet COMMAND`."""
     return _QUIET.get()
+
+
+def show_progress() -> bool | None:
+    """The argument `progress` of the library's functions: False with --quiet; None shows a bar on a terminal."""
+    return False if is_quiet() else None
 
 
 def say(text: str) -> None:

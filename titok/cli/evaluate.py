@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from titok.cli.errors import note
+from titok.cli.errors import note, show_progress
 from titok.cli.evaluation_record import (
     FeatureDtypeOption,
     FeaturesOption,
@@ -107,7 +107,7 @@ def reconstruction(
             pictures.remove(problems)
         result = evaluate_reconstruction(
             model, pictures, extractor=extractor, perceptual=perceptual, with_ssim="ssim" not in omitted,
-            batch_size=batch_size,
+            batch_size=batch_size, progress=show_progress(),
         )  # fmt: skip
         if rank > 0:
             return
@@ -182,8 +182,9 @@ def samples(
     with process_group(gpu=torch_device.type == "cuda") as (rank, world):
         extractor = load_features(features, feature_weights, feature_dtype, torch_device)
         result = evaluate_samples(
-            generated, real, extractor, with_precision="precision" not in omitted, batch_size=batch_size
-        )
+            generated, real, extractor, with_precision="precision" not in omitted, batch_size=batch_size,
+            progress=show_progress(),
+        )  # fmt: skip
         if rank > 0:
             return
         settings: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from titok.cli.errors import say
+from titok.cli.errors import say, show_progress
 from titok.cli.inputs import load_generator, load_tokenizer
 from titok.cli.options import (
     AutoBatchSizeOption,
@@ -151,6 +151,7 @@ def generate(
         "first_sample": first_sample,
         "sampling": sampling,
         "rounding": rule,
+        "progress": show_progress(),
     }
     with process_group() as (rank, world_size):
         if world_size > 1 and not npz_files:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from titok.cli.errors import show_progress
 from titok.cli.evaluation_record import (
     check_result_file,
     hash_of_model,
@@ -114,8 +115,9 @@ def probe(
     with process_group(gpu=torch_device.type == "cuda") as (rank, world):
         model = load_in_turn(lambda: load_tokenizer(tokenizer, device, dtype))
         folder = pictures_of(images, model)
+        common: dict[str, Any] = {"batch_size": batch_size, "progress": show_progress()}
         names = tuple(dict.fromkeys(features or USUAL_FEATURES))
-        encoded = encode_for_probe(model, folder, folder.labels, features=names, flip=flip, batch_size=batch_size)
+        encoded = encode_for_probe(model, folder, folder.labels, features=names, flip=flip, **common)
         tested: dict[str, ProbeData] | None = None
         paths = list(folder.paths)
         if share is None:
@@ -124,9 +126,7 @@ def probe(
                 raise ValueError(
                     f"--held-out: expected the sub-folders of {images} in {held_out}, got other names"
                 )
-            tested = encode_for_probe(
-                model, others, others.labels, features=names, flip=False, batch_size=batch_size
-            )
+            tested = encode_for_probe(model, others, others.labels, features=names, flip=False, **common)
             paths += others.paths
         elif encoded is not None:
             encoded, tested = _split(encoded, folder, share)
@@ -134,7 +134,10 @@ def probe(
         def train() -> dict[str, float]:
             figures = {}
             for name in names:
-                result = train_probe((encoded or {})[name], (tested or {})[name], settings, device=torch_device)
+                result = train_probe(
+                    (encoded or {})[name], (tested or {})[name], settings,
+                    device=torch_device, progress=show_progress(),
+                )  # fmt: skip
                 figures[f"{name}_top1"], figures[f"{name}_top5"] = result
             return figures
 

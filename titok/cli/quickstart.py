@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from titok.cli.errors import is_quiet
 from titok.cli.outputs import check_files, check_output
 
 
@@ -58,8 +59,8 @@ def quickstart(
     if colour:
         from titok.quickstart import colour as quickstart_in_colour
 
-        quickstart_in_colour.run(output, seed, resume=resume)
+        quickstart_in_colour.run(output, seed, resume=resume, progress=not is_quiet())
         return
     from titok.quickstart.run import run
 
-    run(output, seed, resume=resume)
+    run(output, seed, resume=resume, progress=not is_quiet())

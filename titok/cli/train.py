@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from titok.cli.errors import say
+from titok.cli.errors import is_quiet, say
 from titok.cli.inputs import load_tokenizer, tokenize_source
 from titok.cli.options import select_device
 from titok.cli.outputs import check_apart, check_files, check_output
@@ -237,7 +237,7 @@ def generator(
         train_generator(
             tokens.tokens, tokens.labels, settings, folder, initial=initial,
             samples=None if model is None else _samples_of(model),
-            device=torch_device, trackers=common.trackers(output),
+            device=torch_device, trackers=common.trackers(output), progress=not is_quiet(),
         )  # fmt: skip
         in_first_process(lambda: write_json(output / "classes.json", tokens.classes))
         return f"a generator of {len(tokens.classes)} classes"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from titok.cli.errors import is_quiet
 from titok.cli.inputs import SourceOptions, image_folder, preprocessing
 from titok.cli.options import (
     ClassesOption,
@@ -167,7 +168,7 @@ class Common:
                 raise ValueError(f"--hold-out: expected a share of at least one picture, got {self.hold_out}")
             held_out.remove((~is_held_out).nonzero()[:, 0].tolist())
             pictures.remove(is_held_out.nonzero()[:, 0].tolist())
-        return pictures, {"held_out": held_out, "trackers": self.trackers(output)}
+        return pictures, {"held_out": held_out, "trackers": self.trackers(output), "progress": not is_quiet()}
 
     def trackers(self, output: Path) -> list[Tracker]:
         """The trackers of --log, in the first process."""

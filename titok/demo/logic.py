@@ -19,7 +19,7 @@ from torch import Tensor
 from titok.checks import check_labels
 from titok.data.images import psnr, read_image, to_uint8
 from titok.generation.pipeline import Pipeline
-from titok.generation.sampling import sample_tokens
+from titok.generation.sampling import sample_steps
 from titok.models.tokenizer import TiTok
 
 Picture = np.ndarray[Any, Any]
@@ -167,7 +167,6 @@ class Demo:
 
     # -----------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _sample(
         self,
         start: list[int],
@@ -184,11 +183,11 @@ class Demo:
         labels = torch.tensor([self.generator.no_class if label is None else label])
         check_labels(labels, self.num_classes)
         init_tokens = torch.tensor([start])
-        _, trace = sample_tokens(self.generator, labels, sampling, seed=seed, init_tokens=init_tokens, trace=True)
-        return self._stages(trace.tokens[:, 0])
+        history = sample_steps(self.generator, labels, sampling, seed=seed, init_tokens=init_tokens)
+        return self._stages(tokens[0] for tokens in history)
 
-    def _stages(self, history: Tensor) -> Iterator[Stage]:
-        """The stages of tokens (steps + 1, K); a step that decides nothing has none."""
+    def _stages(self, history: Iterator[Tensor]) -> Iterator[Stage]:
+        """The stages of tokens (K,) before and after each step, as they come; a step that decides nothing has none."""
         before = None
         for step, tokens in enumerate(history):
             masked = tokens == self.generator.mask_token

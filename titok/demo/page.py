@@ -6,7 +6,7 @@ else, so that no request leaves the machine.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fastapi
@@ -31,6 +31,30 @@ STYLE = """
 """
 
 
+class KeepBrowsersHere:
+    """ASGI middleware: adds to every answer the headers that keep a browser from asking other machines.
+
+    FastAPI's decorator for middleware is not used, because it ends a streamed answer wrongly when its reader leaves.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers a request."""
+
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                added = [
+                    (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
 def serve(demo: Demo, port: int) -> None:
     """Answers browsers on this machine until the process is interrupted."""
     uvicorn.run(make_server(demo), host=ADDRESS, port=port, log_level="warning")
@@ -40,15 +64,7 @@ def make_server(demo: Demo) -> fastapi.FastAPI:
     """The web application: the page at "/"."""
     server = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    @server.middleware("http")
-    async def keep_browsers_here(
-        request: fastapi.Request, answer: Callable[[fastapi.Request], Awaitable[fastapi.Response]]
-    ) -> fastapi.Response:
-        response = await answer(request)
-        response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response
-
+    server.add_middleware(KeepBrowsersHere)
     fonts = ["ui-sans-serif", "system-ui", "sans-serif"]
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(

@@ -6,6 +6,7 @@ the host runs on a stream of its own beside the kernels. On a CPU a batch is ret
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import deque
@@ -20,6 +21,8 @@ from tqdm import tqdm
 
 from titok.config import as_integer
 from titok.generation.request import GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 BatchSize = int | Literal["auto"]
 # Turns a request into its pictures, (B, H, W, channels) uint8 on any device.
@@ -183,6 +186,7 @@ class BatchSizeSearch:
             self.size, self.searching = self._best_size, False
             return
         self._best_size, self._best_rate, self._ran_before = self.size, rate, False
+        logger.debug("batch size %d: %.3g pictures a second", self.size, rate)
         if 2 * self.size > self.LARGEST or (self._on_cpu and not self._twice_fits()):
             self.searching = False
         else:

@@ -15,6 +15,7 @@ Shapes: B samples, K tokens of a sample, V codes, U distinct labels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,11 +24,11 @@ from torch import Tensor
 
 from titok.config import SamplingConfig
 from titok.generation.request import GenerationRequest
-from titok.generation.schedules import masked_counts, schedule
+from titok.generation.schedules import Step, masked_counts, schedule
 from titok.models.generator import MaskGIT
 from titok.ops import maskgit_decode_step_packed, pack_step_params
 from titok.ops.maskgit_decode_plain import masked_first_order
-from titok.profiling import each
+from titok.profiling import annotate
 
 
 class StepResult(NamedTuple):
@@ -215,46 +216,71 @@ class DecodeBatch:
         )
 
 
-def decode(
-    generator: MaskGIT, sampling: SamplingConfig, batch: DecodeBatch, history: list[StepResult] | None = None
-) -> Tensor:
+def decode(generator: MaskGIT, sampling: SamplingConfig, batch: DecodeBatch) -> Tensor:
     """Runs all steps of a batch.
 
     Args:
         sampling: that of the request which the batch was prepared from.
-        history: collects the result of every step. No step is left out then.
 
     Returns:
         tokens (B, K) int64, all decided.
     """
-    tokens, order = batch.tokens, batch.order
-    for step in each("step", schedule(sampling)):
-        before, after = batch.masked_counts[step.index], batch.masked_counts[step.index + 1]
-        if after == before and history is None:
-            continue  # the step would draw tokens and mask all of them again
-        is_guided = step.guidance != 1.0
-        if min(before, default=0) == tokens.shape[1]:
-            logits = _shared_logits(generator, tokens, batch, guided=is_guided)
-        else:
-            logits = _masked_logits(generator, tokens, order, batch, max(before, default=0), guided=is_guided)
-        by_sample = batch.masked_counts_by_sample
-        tokens, confidences, order = maskgit_decode_step_packed(
-            tokens,
-            logits.cond,
-            logits.uncond,
-            params=batch.step_params[step.index],
-            mask_token=generator.mask_token,
-            confidence=sampling.confidence,
-            num_masked=None if by_sample is None else by_sample[step.index + 1],
-            rows=logits.cond_rows,
-            uncond_rows=logits.uncond_rows,
-            workspace=batch.workspace,
-            return_confidence=True,  # the op computes the confidences in any case
-            return_order=True,
-        )
-        if history is not None:
-            history.append(StepResult(tokens, confidences))
+    tokens = batch.tokens
+    for result in decode_steps(generator, sampling, batch):
+        tokens = result.tokens
     return tokens
+
+
+def decode_steps(
+    generator: MaskGIT, sampling: SamplingConfig, batch: DecodeBatch, *, all_steps: bool = False
+) -> Iterator[StepResult]:
+    """Runs the steps of a batch one by one, and yields what each of them returns.
+
+    Args:
+        sampling: that of the request which the batch was prepared from.
+        all_steps: also run a step that draws tokens and masks all of them again.
+    """
+    tokens, order = batch.tokens, batch.order
+    for step in schedule(sampling):
+        if all_steps or batch.masked_counts[step.index] != batch.masked_counts[step.index + 1]:
+            with annotate("step", step.index):
+                tokens, confidences, order = _decode_step(generator, sampling, batch, step, tokens, order)
+            yield StepResult(tokens, confidences)
+
+
+def _decode_step(
+    generator: MaskGIT, sampling: SamplingConfig, batch: DecodeBatch, step: Step, tokens: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs one step.
+
+    Args:
+        tokens: (B, K) int64 before the step.
+        order: (2, B, K) int64 of these tokens, as `maskgit_decode_step_packed` returns it.
+
+    Returns:
+        tokens (B, K) int64 after the step, the confidences (B, K) float32 of its draws, and the order of the tokens.
+    """
+    before = batch.masked_counts[step.index]
+    is_guided = step.guidance != 1.0
+    if min(before, default=0) == tokens.shape[1]:
+        logits = _shared_logits(generator, tokens, batch, guided=is_guided)
+    else:
+        logits = _masked_logits(generator, tokens, order, batch, max(before, default=0), guided=is_guided)
+    by_sample = batch.masked_counts_by_sample
+    return maskgit_decode_step_packed(
+        tokens,
+        logits.cond,
+        logits.uncond,
+        params=batch.step_params[step.index],
+        mask_token=generator.mask_token,
+        confidence=sampling.confidence,
+        num_masked=None if by_sample is None else by_sample[step.index + 1],
+        rows=logits.cond_rows,
+        uncond_rows=logits.uncond_rows,
+        workspace=batch.workspace,
+        return_confidence=True,  # the op computes the confidences in any case
+        return_order=True,
+    )
 
 
 class _MaskedLogits(NamedTuple):

@@ -12,7 +12,7 @@ batch size, two codes or two confidences that are equal within rounding may chan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from titok.checks import check_bool, check_tokens
 from titok.config import GeneratorConfig, SamplingConfig
 from titok.generation.captured import decode_captured, is_captured
-from titok.generation.decode_loop import DecodeBatch, StepResult, decode
+from titok.generation.decode_loop import DecodeBatch, decode, decode_steps
 from titok.generation.request import GenerationRequest
 from titok.models.generator import MaskGIT
 from titok.profiling import ranged
@@ -110,30 +110,75 @@ def sample_tokens(
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or value; it is named.
     """
-    config = getattr(generator, "config", None)
-    if not isinstance(config, GeneratorConfig):  # what torch.compile makes of a generator has its attributes
-        raise TypeError(f"generator: expected a MaskGIT, got {type(generator).__name__}")
     check_bool("trace", trace)
-    request = GenerationRequest.checked(config, labels, seed=seed, first_sample=first_sample, sampling=sampling)
-    if init_tokens is not None:
-        init_tokens = check_tokens(
-            init_tokens, config.num_latent_tokens, generator.mask_token + 1, name="init_tokens"
-        )
-        if len(init_tokens) != len(request):
-            raise ValueError(
-                f"init_tokens: expected {len(request)} rows, one for each label, got {len(init_tokens)}"
-            )
-        if bool((init_tokens == generator.mask_token).all()):
-            init_tokens = None  # the same samples, computed in the same way: on a GPU by a captured graph
+    request, init_tokens = _checked(generator, labels, sampling, seed, first_sample, init_tokens)
     if init_tokens is None and not trace:
         return draw_tokens(generator, request)
     batch = DecodeBatch.prepare(generator, request, init_tokens)
     if not trace:
         return decode(generator, request.sampling, batch)
-    history: list[StepResult] = []
-    tokens = decode(generator, request.sampling, batch, history)
+    history = list(decode_steps(generator, request.sampling, batch, all_steps=True))
     entering = [batch.tokens, *(result.tokens for result in history)]
-    return tokens, Trace(torch.stack(entering), torch.stack([result.confidences for result in history]))
+    return entering[-1], Trace(torch.stack(entering), torch.stack([result.confidences for result in history]))
+
+
+def sample_steps(
+    generator: MaskGIT,
+    labels: Tensor | Sequence[int],
+    sampling: SamplingConfig | None = None,
+    *,
+    seed: int = 0,
+    first_sample: int = 0,
+    init_tokens: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Draws the tokens of `sample_tokens`, and yields those of each step as soon as the step is done.
+
+    A step runs when its tokens are asked for, so that a caller can show them before the next one.
+
+    Args:
+        generator, labels, sampling, seed, first_sample, init_tokens: those of `sample_tokens`.
+
+    Yields:
+        (B, K) int64 tokens on the generator's device, `generator.mask_token` where a token is still masked: first
+        those that the first step starts from, then those after each of the `sampling.steps` steps. The last ones are
+        the result of `sample_tokens`.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or value; it is named. This is found at the
+            call, before any step.
+    """
+    request, init_tokens = _checked(generator, labels, sampling, seed, first_sample, init_tokens)
+    return _steps(generator, request, init_tokens)
+
+
+@torch.no_grad()
+def _steps(generator: MaskGIT, request: GenerationRequest, init_tokens: Tensor | None) -> Iterator[Tensor]:
+    batch = DecodeBatch.prepare(generator, request, init_tokens)
+    yield batch.tokens
+    for result in decode_steps(generator, request.sampling, batch, all_steps=True):
+        yield result.tokens
+
+
+def _checked(
+    generator: MaskGIT,
+    labels: Tensor | Sequence[int],
+    sampling: SamplingConfig | None,
+    seed: int,
+    first_sample: int,
+    init_tokens: Tensor | None,
+) -> tuple[GenerationRequest, Tensor | None]:
+    """The request, and the tokens (B, K) to start from; None where all of them are masked."""
+    config = getattr(generator, "config", None)
+    if not isinstance(config, GeneratorConfig):  # what torch.compile makes of a generator has its attributes
+        raise TypeError(f"generator: expected a MaskGIT, got {type(generator).__name__}")
+    request = GenerationRequest.checked(config, labels, seed=seed, first_sample=first_sample, sampling=sampling)
+    if init_tokens is None:
+        return request, None
+    init_tokens = check_tokens(init_tokens, config.num_latent_tokens, generator.mask_token + 1, name="init_tokens")
+    if len(init_tokens) != len(request):
+        raise ValueError(f"init_tokens: expected {len(request)} rows, one for each label, got {len(init_tokens)}")
+    # With all of them masked, the same samples are computed as without `init_tokens`: on a GPU by a captured graph.
+    return request, None if bool((init_tokens == generator.mask_token).all()) else init_tokens
 
 
 def draw_tokens(generator: MaskGIT, request: GenerationRequest) -> Tensor:

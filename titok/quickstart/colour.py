@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import shutil
 import time
@@ -45,6 +46,8 @@ from titok.training import (
 from titok.training.folder import RunFolder
 from titok.training.metrics import read_metrics
 
+logger = logging.getLogger(__name__)
+
 SIZE = 64  # pixels
 # 256 codes for a picture: each stands for 4x4 pixels.
 VQGAN = VQGANConfig(
@@ -78,10 +81,10 @@ GENERATOR = GeneratorConfig(
     heads=4,
     mlp_width=512,
     sampling=SamplingConfig(
-        steps=12,
-        guidance_scale=2.0,
+        steps=32,
+        guidance_scale=4.0,
         guidance_schedule="constant",
-        temperature=4.5,
+        temperature=1.0,
         softmax_annealing=False,
         confidence="maskgit",
     ),
@@ -205,8 +208,7 @@ def run(
                 run_folder.checkpoint.unlink(missing_ok=True)
         images, held_out = emoji.train_images, emoji.test_images
         options: dict[str, Any] = {"progress": progress, "trackers": [Preview(folder / "preview.png")]}
-        if progress:
-            print(f"Training on {len(images):,} emoji; watch {folder / 'preview.png'}.")
+        logger.info("trains on %s emoji; %s shows how far it is", f"{len(images):,}", folder / "preview.png")
 
         def timed(name: str, train: Any, *arguments: Any, **more: Any) -> Any:
             start = time.perf_counter()

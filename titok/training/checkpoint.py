@@ -136,7 +136,9 @@ def load_optimizer(
             if len(state) != len(shapes) or value.shape != shapes[key] or value.dtype != torch.float32:
                 raise damaged(path, f"the optimizer's state of {name} is of another kind")
             value = value.to(parameter.device)
-            optimizer.state[parameter][key] = value if key == "step" else own_share(value, parameter)
+            if key != "step":  # in the memory format of the parameter, as the fused AdamW expects it
+                value = torch.empty_like(parameter).copy_(own_share(value, parameter))
+            optimizer.state[parameter][key] = value
     if tensors:
         raise damaged(path, "its optimizer is of another model")
 

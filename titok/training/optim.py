@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from titok.models.layers import Conv3x3, UpsampleConv
 from titok.training.config import TrainingConfig
 
 
@@ -34,6 +35,17 @@ def decayed_parameters(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d)) and "embed" not in name
     }
+
+
+def lay_out_convolutions(model: nn.Module) -> None:
+    """Stores the weights of the 3x3 convolutions of channels-last maps in channels-last order, too.
+
+    PyTorch otherwise brings a weight into that order three times in a step, before each product that reads or makes it.
+    The optimizer's state and the averages take the order of the weights.
+    """
+    for module in model.modules():
+        if isinstance(module, (Conv3x3, UpsampleConv)):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:

@@ -14,7 +14,7 @@ from titok.processes import is_distributed, own_part
 from titok.profiling import annotate
 from titok.training.config import TrainingConfig
 from titok.training.objective import Losses
-from titok.training.optim import learning_rate, make_optimizer
+from titok.training.optim import lay_out_convolutions, learning_rate, make_optimizer
 from titok.training.order import seed_of
 from titok.training.sharding import shard, whole
 
@@ -44,6 +44,8 @@ class Optimized:
     ) -> None:
         if sharded:
             shard(objective)
+        else:
+            lay_out_convolutions(network)
         self.network, self.objective, self.config = network, objective, config
         self.first_step, self.warmup_steps = first_step, warmup_steps
         self.names: dict[Tensor, str] = {p: name for name, p in network.named_parameters() if p.requires_grad}

@@ -260,6 +260,8 @@ class Run(Generic[M]):
                 return self.objective.model
             averages = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(averages)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.contiguous()  # convolutions were laid out for the training
         return self.model
 
     def _one_step(self, inputs: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
