@@ -1,7 +1,7 @@
 """What a GPU is asked to do for one picture of TiTok-L-64 at 512 pixels, counted without a GPU.
 
-    python -m benchmarks.gpu_counts                  launches, bytes and FLOP, and the arithmetic of docs/performance.md
-    python -m benchmarks.gpu_counts --tree FOLDER    launches alone, of the sources in a folder
+    python -m benchmarks.gpu_counts                  # launches, bytes, FLOP, and the arithmetic of docs/performance.md
+    python -m benchmarks.gpu_counts --tree FOLDER    # launches alone, of the sources in a folder
 
 Launches are counted by the dry run of the tests (`tests/fake_cuda/`): the models run on tensors that have no values,
 and every op and launch that would give a GPU work is recorded. Bytes and FLOP come from the formulas below. Nothing is
@@ -25,7 +25,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from unittest import mock
 
 PRESET, BYTES = "titok-l-64-512", 2  # of an element: bfloat16
 # What the arithmetic assumes of an H200: bytes a second, FLOP a second of products, and multiprocessors.
@@ -63,10 +62,11 @@ def launches(*, fused: bool = False) -> dict[str, float]:
     found = []
     with contextlib.ExitStack() as stack:
         if fused:
-            linear = importlib.import_module("titok.inference.fused_linear")
-            sums = frozenset({(768, 768), (3072, 768), (1024, 1024), (4096, 1024)})
-            stack.enter_context(mock.patch.object(linear, "LINEAR_ADD_NORM_LAYERS", sums))
-            stack.enter_context(mock.patch.object(linear, "LINEAR_GELU_LAYERS", {(768, 3072), (1024, 4096)}))
+            from benchmarks.choices import ADD_NORM_LAYERS, GELU_LAYERS, chosen
+            from titok.inference import fused_linear
+
+            stack.enter_context(chosen("LINEAR_GELU_LAYERS", frozenset(GELU_LAYERS)))
+            stack.enter_context(chosen("LINEAR_ADD_NORM_LAYERS", frozenset(ADD_NORM_LAYERS)))
         for layers in (1, 2):  # all layers of a transformer launch the same
             with fake.fake_gpus() as recorder, torch.no_grad(), contextlib.ExitStack() as run:
                 sides = {
@@ -83,7 +83,8 @@ def launches(*, fused: bool = False) -> dict[str, float]:
                 if hasattr(fake, "prepared"):
                     run.enter_context(fake.prepared(titok))
                 if fused:
-                    run.enter_context(linear.counters(linear.new_counters(torch.device("cuda:0"))))
+                    zeros = fused_linear.new_counters(torch.device("cuda:0"))
+                    run.enter_context(fused_linear.counters(zeros))
                 counts = []
                 recorder.clear()
                 tokens = dry_run.decode(maskgit, request.sampling, batch)

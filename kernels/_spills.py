@@ -30,6 +30,7 @@ ALL, AMPERE = "80 86 89 90 100 120", "80 86 89"
 TILES = "the tiles are chosen for sm_90 and sm_100"
 TRAINING = "in training in float32 alone, and the tiles are chosen for sm_90"
 LAST_LAYER = "the last layer of an encoder, which runs once for an image"
+ONE_TOKEN = "no preset launches it: a sequence of one token has no tile of 32 queries"
 NO_PRESET = "no preset launches it: it has a key mask, more than 64 channels a head, or rows that are not aligned"
 
 # fmt: off
@@ -47,7 +48,8 @@ ALLOWED_SPILLS = tuple(AllowedSpills(*row) for row in (
     ("masked_attention_backward_queries", "key_mask", "120", "3.7", 23, NO_PRESET),
     ("masked_attention_forward_tiled", "^bf16 D=72 N=321$", "80", "3.6", 2, NO_PRESET),
     ("masked_attention_forward_tiled", "^fp32 D=(72|128) ", "100 120", "3.6", 111, NO_PRESET),
-    ("masked_attention_forward_tiled", "integers 1$", "80", "3.7", 6, NO_PRESET),
+    ("masked_attention_forward_tiled", "integers 1$", "80", "3.7", 6, ONE_TOKEN),
+    ("masked_attention_forward_tiled", "^bf16 D=64 N=289 queries=32, integers 1$", ALL, "3.6", 104, ONE_TOKEN),
     ("masked_attention_forward_tiled", "^bf16 D=64 N=289 queries=32$", "100", "3.7", 3, LAST_LAYER),
     ("masked_attention_forward_tiled", "D=72|, integers ", "120", "3.7", 10, NO_PRESET),
     ("masked_attention_forward_whole", "^bf16 D=64 N=129 key_mask$", AMPERE, "3.7", 6, NO_PRESET),

@@ -11,7 +11,7 @@ it does not compile, needs more shared memory than a block can have, spills more
 or lacks the tensor-core instructions or 16-byte loads that it is expected to contain (`AotVariant`). Triton's wheel
 brings the tools, ptxas and cuobjdump. Only kernels that use local memory are disassembled, to count their spills.
 
-Another release of Triton, in a folder of its own, compiles the same (`make kernels SECOND_TRITON=FOLDER`):
+Another release of Triton, in a folder of its own, compiles the same. `make kernels` runs both:
 
     pip install --target FOLDER --no-deps triton==3.6.0
     PYTHONPATH=FOLDER python -m titok.kernels.aot

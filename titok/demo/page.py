@@ -6,13 +6,19 @@ else, so that no request leaves the machine.
 
 from __future__ import annotations
 
+import html
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import fastapi
 import gradio as gr
+import numpy as np
 import uvicorn
+from PIL import Image
 
+from titok.data.class_names import NUM_CLASSES, read_imagenet_names
 from titok.demo.logic import Demo, Picture, Stage
 
 TITLE = "titok: pictures as tokens"
@@ -84,7 +90,7 @@ def make_page(demo: Demo) -> gr.Blocks:
     """The page with its four tabs."""
     config = demo.tokenizer.config
     height, width = config.image_size
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
             f"# {TITLE}\nThis tokenizer turns a picture of {width} x {height} pixels into {demo.length} tokens, each "
             f"one of {demo.codes} codes. The generator draws tokens for one of {demo.num_classes} classes."
@@ -126,7 +132,7 @@ def _generate_tab(demo: Demo) -> None:
         yield from _as_they_come(stages)
 
     inputs: list[Any] = [label, seed, steps, guidance, temperature]
-    button.click(_in_words(act), inputs, [picture, tokens, gallery], api_name="generate")
+    button.click(_as_gradio_calls_it(act), inputs, [picture, tokens, gallery], api_name="generate")
 
 
 def _reconstruct_tab(demo: Demo) -> None:
@@ -141,7 +147,7 @@ def _reconstruct_tab(demo: Demo) -> None:
         result = demo.reconstruct(path)
         yield result.original, result.copy, f"{result.psnr:.2f} dB", _text(result.tokens)
 
-    button.click(_in_words(act), [upload], [original, copy, ratio, tokens], api_name="reconstruct")
+    button.click(_as_gradio_calls_it(act), [upload], [original, copy, ratio, tokens], api_name="reconstruct")
 
 
 def _edit_tab(demo: Demo) -> None:
@@ -178,9 +184,11 @@ def _edit_tab(demo: Demo) -> None:
         for shown, _, steps in _as_they_come(stages):
             yield shown, steps
 
-    read.click(_in_words(take), [upload], [tokens, picture], api_name="tokens")
-    show.click(_in_words(decode), [tokens], [picture], api_name="decode")
-    inpaint.click(_in_words(draw), [tokens, positions, label, seed], [picture, gallery], api_name="inpaint")
+    read.click(_as_gradio_calls_it(take), [upload], [tokens, picture], api_name="tokens")
+    show.click(_as_gradio_calls_it(decode), [tokens], [picture], api_name="decode")
+    inpaint.click(
+        _as_gradio_calls_it(draw), [tokens, positions, label, seed], [picture, gallery], api_name="inpaint"
+    )
 
 
 def _swap_tab(demo: Demo) -> None:
@@ -199,7 +207,7 @@ def _swap_tab(demo: Demo) -> None:
         swapped = demo.swap(tokens[0], tokens[1], demo.parse_positions(places))
         yield *(demo.decode(x) for x in swapped), *(_text(x) for x in swapped)
 
-    button.click(_in_words(act), [*uploads, positions], [*pictures, *texts], api_name="swap")
+    button.click(_as_gradio_calls_it(act), [*uploads, positions], [*pictures, *texts], api_name="swap")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -207,7 +215,11 @@ def _swap_tab(demo: Demo) -> None:
 
 
 def _class_and_seed(demo: Demo, name: str = "generate") -> tuple[gr.Dropdown, gr.Number]:
-    classes = [str(i) for i in range(demo.num_classes)] + [NO_CLASS]
+    numbers = [str(i) for i in range(demo.num_classes)]
+    names = numbers
+    if demo.num_classes == NUM_CLASSES:
+        names = [f"{number}: {known[0]}" for number, known in zip(numbers, read_imagenet_names(), strict=True)]
+    classes = [*zip(names, numbers, strict=True), (NO_CLASS, NO_CLASS)]
     label = gr.Dropdown(classes, value="0", label="Class", filterable=True, elem_id=f"{name}-class")
     return label, gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{name}-seed")
 
@@ -266,13 +278,36 @@ def _seed(value: float | None) -> int:
     return int(value)
 
 
-def _in_words(act: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """The function with errors that the page shows as a sentence."""
+def _with_files(value: Any, folder: Path, written: list[tuple[Picture, str]]) -> Any:
+    """The value with the path of a PNG in `folder` in place of every picture. `written` lists those that are there."""
+    if isinstance(value, list | tuple):
+        return type(value)(_with_files(part, folder, written) for part in value)
+    if not isinstance(value, np.ndarray):
+        return value
+    for picture, path in written:
+        if picture is value:
+            return path
+    path = str(folder / f"{len(written)}.png")
+    Image.fromarray(value).save(path)
+    written.append((value, path))
+    return path
+
+
+def _as_gradio_calls_it(act: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """The function as gradio calls it: pictures are files, and an error is a sentence that leaves the page as it was.
+
+    gradio writes a picture that is shown a second time again to the same file, while a browser may be reading it.
+    A file it copies at once, and a single time.
+    """
 
     def wrapped(*inputs: Any) -> Iterator[Any]:
-        try:
-            yield from act(*inputs)
-        except (ValueError, TypeError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        with tempfile.TemporaryDirectory(prefix="titok-demo-") as folder:
+            written: list[tuple[Picture, str]] = []
+            try:
+                for outputs in act(*inputs):
+                    yield _with_files(outputs, Path(folder), written)
+            except (ValueError, TypeError) as error:
+                gr.Warning(html.escape(str(error), quote=False), title="This does not work")
+                yield gr.skip()
 
     return wrapped
