@@ -85,7 +85,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--tokens", type=int, default=32)
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--only", default="", help="only schedulers whose name begins so")
+    options.add_argument("--only", help="only this scheduler, by its name in the table")
+    options.add_argument("--decided", type=int, default=0, help="tokens of each row that are decided before the step")
     options.add_argument("--cpu-time", action="store_true", help="time of the process in place of wall-clock time")
     return options
 
@@ -99,8 +100,9 @@ def main() -> None:
         for batch in options.batch:
             logits = 3 * torch.randn(batch, options.tokens, codes)
             tokens = torch.full((batch, options.tokens), codes)
+            tokens[:, : options.decided] = 1
             for name, (ours, theirs) in pairs(tokens, logits).items():
-                if not name.startswith(options.only):
+                if options.only not in (None, name):
                     continue
                 memory = peak_growth(ours), peak_growth(theirs)
                 times = [(seconds(ours, clock), seconds(theirs, clock)) for _ in range(options.repeats)]

@@ -32,9 +32,7 @@ TITOK_HD int64_t row_offset(const int64_t* rows, int64_t count, int64_t stride_b
 template <class F>
 TITOK_HD F finite_logit(F guided, float inverse_temperature) {
   const F low = F{} - FLT_MAX, high = F{} + FLT_MAX;
-  F y = guided * inverse_temperature;
-  y = y > low ? y : low;
-  return y < high ? y : high;
+  return Lanes<F>::smaller(Lanes<F>::larger(guided * inverse_temperature, low), high);
 }
 
 // Classifier-free guidance (Ho and Salimans 2022).

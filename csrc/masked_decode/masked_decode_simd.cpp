@@ -14,10 +14,32 @@ struct titok::Lanes<titok::TITOK_ISA::Floats> {
   static TITOK_HD TITOK_ISA::Floats convert(TITOK_ISA::Words x) {
     return __builtin_convertvector(bit_cast<TITOK_ISA::Ints>(x), TITOK_ISA::Floats);
   }
+  // The instructions return their second operand where one is NaN or both are equal, as `?:` does.
+  static TITOK_HD TITOK_ISA::Floats larger(TITOK_ISA::Floats a, TITOK_ISA::Floats b) {
+#if defined(TITOK_ISA_AVX512)
+    return (TITOK_ISA::Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(TITOK_ISA_AVX2)
+    return (TITOK_ISA::Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+  }
+  static TITOK_HD TITOK_ISA::Floats smaller(TITOK_ISA::Floats a, TITOK_ISA::Floats b) {
+#if defined(TITOK_ISA_AVX512)
+    return (TITOK_ISA::Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(TITOK_ISA_AVX2)
+    return (TITOK_ISA::Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+  }
 };
 
 namespace titok::TITOK_ISA {
 namespace {
+
+TITOK_HD Floats larger(Floats a, Floats b) { return Lanes<Floats>::larger(a, b); }
+TITOK_HD Floats smaller(Floats a, Floats b) { return Lanes<Floats>::smaller(a, b); }
 
 // Codes whose largest logit and sum of weights are remembered, so that the last search is short.
 constexpr int kBlock = 512;
@@ -76,17 +98,17 @@ class Row {
   float guidance_, inverse_temperature_;
 };
 
-// A sum of unsigned 32-bit numbers of at most kBlock / kLanes vectors. Their 16-bit halves are summed apart, so
-// that no lane overflows.
+// A sum of unsigned 32-bit numbers of at most kBlock / kLanes vectors: its lower 32 bits, and the sum of the upper halves
+// of the numbers. The latter is short of the sum by less than 2^16 for each vector, which the lower bits make up.
 class BlockSum {
  public:
   TITOK_HD void add(Words values) {
-    low_ += values & 0xFFFFu;
+    low_ += values;
     high_ += values >> 16;
   }
   TITOK_HD int64_t total() const {
     int64_t sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += low_[i] + (int64_t{high_[i]} << 16);
+    for (int i = 0; i < kLanes; ++i) sum += (int64_t{high_[i]} << 16) + (low_[i] - (high_[i] << 16));
     return sum;
   }
 
@@ -106,8 +128,7 @@ struct Law {
   // weight * (top - y) * scale, rounded to an integer below 2^30.
   TITOK_HD Words entropy_product(Floats y, Words weight) const {
     Floats x = (y - top) * scale;
-    const Floats least = broadcast(kLowestExponent);
-    x = x > least ? x : least;
+    x = larger(x, broadcast(kLowestExponent));
     const Floats wide = __builtin_convertvector(bit_cast<Ints>(weight), Floats);
     return bit_cast<Words>(__builtin_convertvector(wide * -x + 0.5f, Ints));
   }
@@ -209,7 +230,7 @@ class Draw {
     top_ = -kInfinity;
     for (int block = 0; block < blocks_; ++block) {
       Floats most = broadcast(-kInfinity);
-      row_.each(block * kBlock, end_of(block), [&](int, Floats y) { most = y > most ? y : most; });
+      row_.each(block * kBlock, end_of(block), [&](int, Floats y) { most = larger(y, most); });
       float block_top = most[0];
       for (int i = 1; i < kLanes; ++i) block_top = most[i] > block_top ? most[i] : block_top;
       if (block_top > top_) {
@@ -223,9 +244,8 @@ class Draw {
   float find_second() const {
     Floats most = broadcast(-kInfinity), next = most;
     row_.each(0, in_.codes, [&](int, Floats y) {
-      const Floats lesser = y < most ? y : most;
-      next = lesser > next ? lesser : next;
-      most = y > most ? y : most;
+      next = larger(smaller(y, most), next);
+      most = larger(y, most);
     });
     float first = -kInfinity, second = -kInfinity;
     for (int i = 0; i < 2 * kLanes; ++i) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from typing import Any, NamedTuple
 
 import torch
@@ -137,9 +138,7 @@ def pack_rows(tokens: Tensor, policy: str, given: RowNumbers) -> PackedRows:
     columns += _window(given.window, tokens)
     if not isinstance(columns[SAMPLE], Tensor) and columns[SAMPLE] + batch > 1 << 63:
         raise ValueError(f"sample: expected sample + B <= 2^63, got {columns[SAMPLE]} + {batch}")
-    whole = _stack(columns, tokens, torch.int64)
-    if not isinstance(columns[SAMPLE], Tensor) and batch > 1:
-        whole[:, SAMPLE] += torch.arange(batch, device=tokens.device)
+    whole = _stack(columns, tokens, torch.int64, None if isinstance(columns[SAMPLE], Tensor) else SAMPLE)
 
     guidance = _number("guidance", given.guidance, tokens, -_FLOAT_MAX, _FLOAT_MAX)
     softmax = _number("softmax_temperature", given.softmax_temperature, tokens, 0.0, math.inf, exclude_least=True)
@@ -182,21 +181,29 @@ def nearest_float32(value: float) -> float:
     return math.ldexp(round(math.ldexp(value, -spacing)), spacing)
 
 
-def _stack(columns: list[Any], tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, K) of K numbers or tensors (B,), floats clamped to those of float32."""
+def _stack(columns: list[Any], tokens: Tensor, dtype: torch.dtype, counted: int | None = None) -> Tensor:
+    """(B, K) of K numbers or tensors (B,), floats clamped to those of float32; column `counted` grows by 1 a row."""
     batch = tokens.shape[0]
     if dtype == torch.float32:
         columns = [
             c.clamp(-_FLOAT_MAX, _FLOAT_MAX) if isinstance(c, Tensor) else min(max(c, -_FLOAT_MAX), _FLOAT_MAX)
             for c in columns
         ]
-    if tokens.is_cpu and not any(isinstance(c, Tensor) for c in columns):
-        return torch.tensor([columns], dtype=dtype).repeat(batch, 1)  # one op; on a GPU a copy from the host
-    full = (
+    is_eager = type(tokens) is Tensor and tokens.is_cpu and not torch.compiler.is_compiling()
+    if is_eager and batch > 0 and not any(isinstance(c, Tensor) for c in columns):
+        # Few microseconds; the ops below take some each.
+        rows = array("q" if dtype == torch.int64 else "f", columns * batch)
+        if counted is not None:
+            for b in range(batch):
+                rows[b * len(columns) + counted] += b
+        return torch.frombuffer(rows, dtype=dtype).view(batch, -1)
+    full = [
         c.to(dtype) if isinstance(c, Tensor) else torch.full((batch,), c, dtype=dtype, device=tokens.device)
         for c in columns
-    )
-    return torch.stack(list(full), 1)
+    ]
+    if counted is not None:
+        full[counted] = full[counted] + torch.arange(batch, device=tokens.device)
+    return torch.stack(full, 1)
 
 
 def _integer(name: str, value: Any, tokens: Tensor) -> Any:
