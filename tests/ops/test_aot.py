@@ -66,7 +66,9 @@ def test_the_table_lists_every_variant(arch: int) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_compiles_with_both_releases_of_triton() -> None:
     """That of the pinned PyTorch, which writes the table, and that of the oldest PyTorch that is allowed."""
-    done = subprocess.run(["make", "-n", "kernels"], cwd=KERNELS.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", "kernels"], cwd=KERNELS.parent, capture_output=True, text=True, check=True
+    )
     compiling = [line for line in done.stdout.splitlines() if "titok.kernels.aot" in line]
     assert len(compiling) == 2, done.stdout
     assert compiling[0].endswith("--write")
