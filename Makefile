@@ -8,10 +8,11 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build quickstart test test-fast test-matrix sanitize lint format docs kernels gpu bench wheels clean
+.PHONY: help setup build quickstart test test-fast test-matrix sanitize lint format docs kernels gpu bench bench-tables \
+	bench-documents wheels clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 # .venv is up to date when this file is newer than everything that an installation is made from. For the build, pip
 # downloads setuptools and pybind11. Neither a GPU nor nvcc nor root is needed.
@@ -79,6 +80,14 @@ gpu:  ## with a GPU: build, GPU tests, benchmarks against DiT, sanitizers, tunin
 bench: $(STAMP)  ## TiTok against DiT-XL/2 at 512 pixels, then every op against its peers; about 15 minutes
 	$(BIN)/python -m benchmarks.speedup --limit 480
 	for op in $(OPS); do $(BIN)/python -m benchmarks.bench_$$op --seconds 2 || exit 1; done
+
+# Goes on where it stopped. Options, e.g. make bench-tables SESSION='--limit 1800 --only engine': see --help
+bench-tables: $(STAMP)  ## measure every table of the documents on a quiet machine, row by row; 80 minutes on two cores
+	$(BIN)/python -m benchmarks.session $(SESSION)
+
+bench-documents: $(STAMP)  ## write docs/performance.md and its plots from benchmarks/results
+	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.report
 
 # The wheel is of this Python and platform. It bundles no OpenMP runtime: PyTorch's is loaded first and has the same name.
 wheels: $(STAMP)  ## build the source distribution and the manylinux wheel of this Python into dist/

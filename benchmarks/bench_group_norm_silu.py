@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.op_report import OpReport, op_parser
+from benchmarks.harness.op_report import OpReport, checked, op_parser
 from titok.ops import group_norm_silu
 
 EPS, GROUPS = 1e-6, 32
@@ -51,6 +51,13 @@ def case(batch: int, channels: int, side: int, dtype: torch.dtype, device: str) 
     maps = torch.randn(2, batch, channels, side, side, device=device).to(dtype)
     affine = torch.randn(2, channels, device=device).to(dtype)
     return [*(m.contiguous(memory_format=torch.channels_last) for m in maps), *affine]
+
+
+def shifted(inputs: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
+    """The same maps, shifted sideways by `seed` pixels, and the same weights."""
+    return tuple(
+        t.roll(seed, -1).contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs
+    )
 
 
 @pytest.mark.parametrize("run", [eager, titok])
@@ -85,7 +92,7 @@ def main() -> None:
             )
             for with_residual, runs, inputs, passes in variants:
                 sizes = {"B": batch, "C": channels, "px": side, "residual": with_residual}
-                calls = {name: partial(run, *inputs) for name, run in runs.items()}
+                calls = checked(runs, partial(shifted, inputs), "eager")
                 with torch.no_grad():
                     report.case(sizes, calls, num_bytes=passes * x.nbytes, flops=20.0 * x.numel())
 

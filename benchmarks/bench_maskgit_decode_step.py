@@ -1,7 +1,8 @@
 """`maskgit_decode_step` against the official step: `python -m benchmarks.bench_maskgit_decode_step`.
 
 The official step computes noise -log(-log u) for every code, an arg max, a gather and a sort, which reads and
-writes about a dozen tensors of B x N x V. titok's op reads the logits of masked positions once. Both draw from the
+writes about a dozen tensors of B x N x V. "diffusers" is the step of its `AmusedScheduler` after the guidance, which it
+leaves to its caller. titok's op reads the logits of masked positions once. Both draw from the
 same distribution, with different random numbers. Bytes: both passes' logits of the masked positions.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness.checks import Checked
 from benchmarks.harness.op_report import OpReport, op_parser
 from titok.ops import maskgit_decode_step
 
@@ -45,7 +48,26 @@ def official_step(tokens: Tensor, cond: Tensor, uncond: Tensor, step: int) -> Te
     return torch.where(score <= cut_off, CODES, new)
 
 
-def titok_step(tokens: Tensor, cond: Tensor, uncond: Tensor, step: int) -> Tensor | tuple[Tensor, Tensor]:
+def diffusers_step() -> Callable[..., Tensor] | None:
+    """The step of diffusers' scheduler for masked codes; None where diffusers is not installed."""
+    if importlib.util.find_spec("diffusers") is None:
+        return None
+    from diffusers.schedulers import AmusedScheduler
+
+    scheduler = AmusedScheduler(mask_token_id=CODES)
+    scheduler.set_timesteps(STEPS)
+
+    def run(tokens: Tensor, cond: Tensor, uncond: Tensor, step: int) -> Tensor:
+        logits = uncond + GUIDANCE * (cond - uncond)
+        result: Tensor = scheduler.step(logits, scheduler.timesteps[step], tokens).prev_sample
+        return result
+
+    return run
+
+
+def titok_step(
+    tokens: Tensor, cond: Tensor, uncond: Tensor, step: int, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
     ratio = (step + 1) / STEPS
     return maskgit_decode_step(
         tokens,
@@ -58,6 +80,7 @@ def titok_step(tokens: Tensor, cond: Tensor, uncond: Tensor, step: int) -> Tenso
         guidance=GUIDANCE,
         softmax_temperature=0.5 + 0.8 * (1 - ratio),
         noise_temperature=TEMPERATURE * (1 - ratio),
+        **options,
     )
 
 
@@ -68,6 +91,12 @@ def case(batch: int, step: int, dtype: torch.dtype, device: str) -> tuple[Tensor
     tokens.scatter_(1, torch.rand(batch, TOKENS, device=device).argsort(dim=1)[:, :masked], CODES)
     cond, uncond = (3 * torch.randn(2, batch, TOKENS, CODES, device=device)).to(dtype).unbind()
     return tokens, cond, uncond
+
+
+def shuffled(inputs: tuple[Tensor, Tensor, Tensor], step: int, seed: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The same tokens, with logits moved along the codes by an amount that depends on the seed."""
+    tokens, cond, uncond = inputs
+    return tokens, cond.roll(31 * seed, -1), uncond.roll(31 * seed, -1), step
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -88,10 +117,17 @@ def main() -> None:
     candidates: dict[str, Callable[..., Any]] = {"official": official_step, "titok": titok_step}
     if arguments.compile:
         candidates["compiled"] = torch.compile(official_step, dynamic=False)
+    if (peer := diffusers_step()) is not None:
+        candidates["diffusers"] = peer
     for batch in arguments.batch:
         for step in (0, 4):
             inputs = case(batch, step, report.dtype, report.device)
-            runs = {name: functools.partial(run, *inputs, step) for name, run in candidates.items()}
+            runs: dict[str, Any] = {
+                name: functools.partial(run, *inputs, step) for name, run in candidates.items()
+            }
+            # Only titok's own paths draw the same random numbers. The others are not compared.
+            plain = functools.partial(titok_step, backend="plain")
+            runs["titok"] = Checked(titok_step, functools.partial(shuffled, inputs, step), plain)
             num_bytes = 2 * int((inputs[0] == CODES).sum()) * CODES * inputs[1].element_size()
             sizes = {"batch": batch, "tokens": TOKENS, "codes": CODES, "step": step}
             report.case(sizes, runs, num_bytes=num_bytes, flops=0.0)

@@ -1,4 +1,4 @@
-"""Whole models under pytest-benchmark: `pytest benchmarks/bench_models.py --benchmark-only --benchmark-save=NAME`.
+"""Whole models under pytest-benchmark: `python -m pytest benchmarks/bench_models.py --benchmark-only`.
 
 The environment variable TITOK_BENCH chooses the sizes: "small" (the default; seconds on a CPU) or "full"
 (titok-l-32 and its parts). `benchmarks.regression` divides by the calibration row, so that saved runs of a busy or

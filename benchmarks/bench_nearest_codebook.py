@@ -2,7 +2,9 @@
 
 Peers: "official" makes the (M, V) matrix of distances from sums of squares and a product, then takes its arg min;
 "plain" is titok's path in PyTorch, which holds a slice of that matrix; "compiled" is the first under
-torch.compile. Bytes: latents and codebook read once, indices written once. FLOP: those of the product, 2 M V C.
+torch.compile; "faiss" is the exact search of the package faiss-cpu, where it is installed, in an index that was made
+before the clock starts. Bytes: latents and codebook read once, indices written once. FLOP: those of the product,
+2 M V C.
 
 Below each table: the peak memory of a call beyond its inputs (on a CPU that of the process), and how many of
 titok's indices differ from the official ones. For those, the distances to both codes are computed in float64, and
@@ -13,6 +15,7 @@ from.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.memory import peak_growth
-from benchmarks.harness.op_report import OpReport, op_parser
+from benchmarks.harness.op_report import OpReport, checked, op_parser
 from titok.ops import nearest_codebook
 
 # (latents M, codes V, channels C): tokens of many images in the presets; proxy codes of 16 images of 256 pixels;
@@ -47,6 +50,28 @@ CANDIDATES: dict[str, Callable[[Tensor, Tensor], Any]] = {
 def case(rows: int, codes: int, width: int, device: str) -> tuple[Tensor, Tensor]:
     """latents (M, C), codebook (V, C)."""
     return torch.randn(rows, width, device=device), torch.randn(codes, width, device=device)
+
+
+def other_latents(latents: Tensor, codebook: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The same latents in another order, which depends on the seed, and the codebook."""
+    return latents.roll(seed, 0), codebook
+
+
+def faiss_search(codebook: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Exact search by faiss-cpu with as many threads as PyTorch; None on a GPU and where it is not installed."""
+    if codebook.is_cuda or importlib.util.find_spec("faiss") is None:
+        return None
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(codebook.shape[1])
+    index.add(codebook.numpy())
+
+    def search(latents: Tensor, codebook: Tensor) -> Tensor:
+        _, found = index.search(latents.numpy(), 1)
+        return torch.from_numpy(found)[:, 0]
+
+    return search
 
 
 def extra_mebibytes(name: str, sizes: tuple[int, int, int], device: str) -> str:
@@ -85,13 +110,17 @@ def main() -> None:
     for sizes in FEW_CASES if arguments.few else GPU_CASES if report.device == "cuda" else CASES:
         rows, codes, width = sizes
         inputs = case(*sizes, report.device)
-        runs = {name: partial(function, *inputs) for name, function in CANDIDATES.items()}
+        runs = dict(CANDIDATES)
         if arguments.compile:
-            runs["compiled"] = partial(torch.compile(official, dynamic=False), *inputs)
+            runs["compiled"] = torch.compile(official, dynamic=False)
+        if (search := faiss_search(inputs[1])) is not None:
+            runs["faiss"] = search
+        fresh = partial(other_latents, *inputs)
         num_bytes = 4 * width * (rows + codes) + 8 * rows
         flops = 2.0 * rows * codes * width
         with torch.inference_mode():
-            report.case({"M": rows, "V": codes, "C": width}, runs, num_bytes=num_bytes, flops=flops)
+            sizes_of_case = {"M": rows, "V": codes, "C": width}
+            report.case(sizes_of_case, checked(runs, fresh, "plain"), num_bytes=num_bytes, flops=flops)
         memory = ", ".join(f"{name} {extra_mebibytes(name, sizes, report.device)}" for name in CANDIDATES)
         count, excess = differences(*inputs)
         print(f"extra MiB: {memory}; {count} of {rows} indices differ, by at most {excess:.1e}")

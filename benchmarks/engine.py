@@ -8,6 +8,7 @@ median over the rounds of their ratios, so that a change in the machine's speed 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.harness.models import Models
 from benchmarks.harness.options import DTYPES, add_out, add_preset, command_parser, matching, start
 from benchmarks.harness.results import Results
 from benchmarks.harness.sides import Side, class_labels
-from benchmarks.harness.timing import interleave
+from benchmarks.harness.timing import measure
 from titok import sample_tokens
 from titok.config import GeneratorConfig
 
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     path = start(arguments)
     results, chosen = Results(path), sides(arguments)
     built = {name: build(name, models, ways) for name, (models, ways) in chosen.items()}
+    failed: dict[str, str] = {}
     for batch in arguments.batch:
         runs, work = ceiling_runs(DTYPES[arguments.dtype], arguments.device)
         for name, (models, ways) in chosen.items():
@@ -107,9 +109,15 @@ def main(argv: list[str] | None = None) -> None:
                 work |= zip(names, stage_flops(name, built[name], models.generator.config), strict=True)
             else:
                 runs[name], work[name] = built[name].parts["generate"].prepare(batch), built[name].flops
-        samples = interleave(runs, arguments.seconds)
+        measured = measure(runs, arguments.seconds)
+        samples = measured.samples
+        failed |= measured.problems
+        for name, problem in measured.problems.items():
+            results.note(f"{name} was not timed: {problem}")
+            print(f"{name} was not timed: {problem}")
         case = {"preset": arguments.preset, "dtype": arguments.dtype, "device": arguments.device, "batch": batch}
-        row = results.row("engine", case, samples, work=work)
+        about = {"work": work, "checked": measured.checked, "conditions": measured.conditions}
+        row = results.row("engine", case, samples, **about)
         header, lines = tables.engine_table(row)
         if arguments.stages:
             lines.sort(key=lambda line: STAGES.index(line[0].split(": ")[1]))
@@ -118,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"fastest matrix product in the same rounds: {mm / 1e9:,.0f} GFLOP/s; else medians; samples in {path}"
         )
+    if failed:
+        sys.exit(f"benchmarks.engine: wrong results: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Plots and tables from results files alone: `python -m benchmarks.plot`.
 
 By default it reads benchmarks/results/*.jsonl and writes the plots that the documents show: docs/speed.png (images
-per second against FLOP an image), docs/ladder.png (from eager PyTorch to titok) and docs/stages.png (time of each
-stage and its floor). Two more can be asked for: batch.png and tokens.png (seconds an image against batch size and
-against tokens). A plot whose measurements no file holds is not written. Where several runs measured the same
-thing, the newest is drawn.
+per second against FLOP an image), docs/ladder.png (from eager PyTorch to titok), docs/stages.png (time of each stage
+and its floor) and docs/quality.png (published FID against measured time and FLOP). Two more can be asked for: batch.png
+and tokens.png (seconds an image against batch size and against tokens). A plot whose measurements no file holds is not
+written. Where several runs measured the same thing, the newest is drawn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from benchmarks.harness import measures, tables
 from benchmarks.harness.results import FOLDER, Row, read
 
 DOCUMENTS = Path(__file__).parents[1] / "docs"
-FAMILY_COLOURS = {"dit": "#b45f3c", "maskgit": "#8a7a2e"}
+FAMILY_COLOURS = {"dit": "#b45f3c", "maskgit": "#8a7a2e", "one step": "#7a3b8f", "amused": "#3c8a5a"}
+LETTER_WIDTH, LINE_HEIGHT = 3.6, 9  # points of 1/72 inch that a letter and a line of the font of 6 points take
 TITOK, EAGER, FAINT = "#2c6e9b", "#9dbdd4", "0.4"
 
 
@@ -42,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--plots",
         nargs="+",
-        default=["speed", "ladder", "stages"],
+        default=["speed", "ladder", "stages", "quality"],
         choices=list(PLOTS),
-        help="which plots to draw (default: speed ladder stages)",
+        help="which plots to draw (default: speed ladder stages quality)",
     )
     p.add_argument("--markdown", action="store_true", help="print tables of everything in the files, draw nothing")
     return p
@@ -81,9 +82,9 @@ def speed(rows: Sequence[Row], figure: Figure) -> bool:
         axes.set(xscale="log", yscale="log", xlim=(low / 3, high * 3), xlabel="GFLOP an image", ylabel="images/s")
         _draw_ceiling(axes, rows, shown, low, high)
         _tidy(axes, f"{shown[0]['case']['resolution']} pixels, {shown[0]['case']['dtype']}")
+    _credit(figure, sides)
     for axes, shown in panels:  # after all panels have their points, because they share the axes' limits
         _label(axes, [(row["flops"] / 1e9, measures.rate(row)[0], _side_name(row)) for row in shown])
-    _credit(figure, sides)
     return True
 
 
@@ -114,14 +115,12 @@ def ladder(rows: Sequence[Row], figure: Figure) -> bool:
     axes.invert_yaxis()
     axes.margins(x=0.4)
     axes.set_xlabel("images/s")
+    lines = _credit(figure, rungs)
     if notes := rungs[-1]["environment"]["notes"]:
-        text = (
-            "\n".join(textwrap.wrap("Note on this run: " + " ".join(notes), 125)) + "\n"
-        )  # a line for the credit
-        figure.supxlabel(text, x=0.01, ha="left", fontsize=7)
+        text = "\n".join(textwrap.wrap("Note on this run: " + " ".join(notes), 125))
+        figure.supxlabel(text + lines * "\n", x=0.01, ha="left", fontsize=7)  # above the lines of the credit
     case = rungs[-1]["case"]
     _tidy(axes, f"{case['family']}, batch {case['batch']}, {case['dtype']}")
-    _credit(figure, rungs)
     return True
 
 
@@ -193,10 +192,48 @@ def tokens(rows: Sequence[Row], figure: Figure) -> bool:
         axes.margins(0.3)
         _ticks(axes, {row["case"]["tokens"] for row in sides})
         _tidy(axes, shown[0]["case"]["dtype"])
+    _credit(figure, sides)
     for axes, shown in panels:
         _label(axes, [(row["case"]["tokens"], 1 / measures.rate(row)[0], _side_name(row)) for row in shown])
-    _credit(figure, sides)
     return True
+
+
+def quality(rows: Sequence[Row], figure: Figure) -> bool:
+    """Published FID over measured seconds an image and over TFLOP an image, a line of panels for each resolution.
+
+    Lower is better on both axes. A model that no FID was published for is in the table and not here.
+    """
+    sides = [
+        row for row in newest_sides(rows) if row["case"].get("fid") and not row["case"]["name"].endswith("eager")
+    ]
+    if not sides:
+        return False
+    resolutions = sorted({row["case"]["resolution"] for row in sides})
+    figure.set_size_inches(10, 3.6 * len(resolutions))
+    grid = figure.subplots(len(resolutions), 2, squeeze=False)
+    costs: list[tuple[str, Callable[[Row], float]]] = [
+        ("seconds an image, measured", lambda row: 1 / measures.rate(row)[0]),
+        ("TFLOP an image", lambda row: row["flops"] / 1e12),
+    ]
+    for line, resolution in zip(grid, resolutions, strict=True):
+        shown = [row for row in sides if row["case"]["resolution"] == resolution]
+        for axes, (label, cost) in zip(line, costs, strict=True):
+            for row in shown:
+                axes.plot(cost(row), row["case"]["fid"], "o", color=_colour(row), markersize=5)
+            axes.set(xscale="log", xlabel=label, ylabel="FID, published")
+            axes.margins(0.3)
+            _tidy(axes, f"{resolution} pixels")
+    _credit(figure, sides)
+    for line, resolution in zip(grid, resolutions, strict=True):
+        shown = [row for row in sides if row["case"]["resolution"] == resolution]
+        for axes, (_, cost) in zip(line, costs, strict=True):
+            _label(axes, [(cost(row), row["case"]["fid"], _quality_name(row)) for row in shown])
+    return True
+
+
+def _quality_name(row: Row) -> str:
+    case = row["case"]
+    return f"work of {case['fid_of']}" if case["fid_of"] else _side_name(row)
 
 
 PLOTS: dict[str, Callable[[Sequence[Row], Figure], bool]] = {
@@ -205,6 +242,7 @@ PLOTS: dict[str, Callable[[Sequence[Row], Figure], bool]] = {
     "stages": stages,
     "batch": batch,
     "tokens": tokens,
+    "quality": quality,
 }
 
 
@@ -252,34 +290,57 @@ def _draw_ceiling(axes: Axes, rows: Sequence[Row], shown: Sequence[Row], low: fl
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes the text of each point (x, y, text) on its side with more room, clear of other texts and points."""
+    """Writes the text of each point (x, y, text) beside it, within the axes and clear of other texts and points.
+
+    A label goes to the nearest free place: beside its point, or higher or lower with a thin line to its point.
+    """
     figure: Any = axes.figure
     figure.draw_without_rendering()  # only now do the points have a place on the page
     scale = 72 / figure.dpi  # from pixels to points of 1/72 inch
-    left, right = scale * axes.get_window_extent().x0, scale * axes.get_window_extent().x1
-    places = {point: scale * axes.transData.transform(point[:2]) for point in points}
+    frame = axes.get_window_extent()
+    left, right, low, high = (scale * side for side in (frame.x0, frame.x1, frame.y0, frame.y1))
+    places = [scale * axes.transData.transform((x, y)) for x, y, _ in points]
     # Left end, right end and y of what is drawn already: first the points, then each label.
-    taken = [(at_x - 4, at_x + 4, at_y) for at_x, at_y in places.values()]
-    for point in sorted(points, key=lambda point: -point[1]):
-        x, y, text = point
-        at_x, at_y = places[point]
-        direction = 1 if at_x < (left + right) / 2 else -1
-        beside = 8 * direction
-        ends = sorted((at_x + beside, at_x + beside + 3.3 * len(text) * direction))
-        label_y = at_y
-        while any(ends[0] < r and ends[1] > lo and abs(label_y - other) < 8 for lo, r, other in taken):
-            label_y -= 1
+    taken = [(at_x - 4, at_x + 4, at_y) for at_x, at_y in places]
+    for (x, y, text), (at_x, at_y) in sorted(zip(points, places, strict=True), key=lambda item: -item[1][1]):
+        width = LETTER_WIDTH * len(text)
+        first = 1 if at_x < (left + right) / 2 else -1
+        best = (at_y, first)
+        for step in range(2 * int((high - low) / LINE_HEIGHT)):
+            label_y = at_y + LINE_HEIGHT * ((step + 1) // 2) * (-1 if step % 2 else 1)
+            free = [side for side in (first, -first) if _is_free(at_x, label_y, width, side, taken, (left, right))]
+            if free and low + 4 < label_y < high - 4:
+                best = (label_y, free[0])
+                break
+        label_y, side = best
+        ends = sorted((at_x + 8 * side, at_x + (8 + width) * side))
         taken.append((ends[0], ends[1], label_y))
         axes.annotate(
             text,
             (x, y),
-            xytext=(beside, label_y - at_y),
+            xytext=(8 * side, label_y - at_y),
             textcoords="offset points",
             fontsize=6,
             va="center",
-            ha="left" if beside > 0 else "right",
+            ha="left" if side > 0 else "right",
             arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.6", "shrinkA": 0, "shrinkB": 3},
         )
+
+
+def _is_free(
+    x: float,
+    y: float,
+    width: float,
+    side: int,
+    taken: Sequence[tuple[float, float, float]],
+    frame: tuple[float, float],
+) -> bool:
+    """Whether a label of this width beside x covers nothing and stays within the frame (left, right)."""
+    start, end = sorted((x + 8 * side, x + (8 + width) * side))
+    inside = frame[0] <= start and end <= frame[1]
+    return inside and not any(
+        start < right and end > left and abs(y - at) < LINE_HEIGHT for left, right, at in taken
+    )
 
 
 def _ticks(axes: Axes, values: set[int]) -> None:
@@ -294,13 +355,18 @@ def _tidy(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _credit(figure: Figure, rows: Sequence[Row]) -> None:
-    """Machine, PyTorch and commits at the foot of a plot."""
+def _credit(figure: Figure, rows: Sequence[Row]) -> int:
+    """Machine, PyTorch and commits at the foot of a plot; returns in how many lines."""
     runs = [row["environment"] for row in rows]
     machines = dict.fromkeys(f"{run.get('gpu') or run.get('cpu')}, torch {run.get('torch')}" for run in runs)
     commits = dict.fromkeys(tables.commit(run) for run in runs)
     text = f"{'; '.join(machines)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
-    figure.text(0.005, 0.005, text, fontsize=6, color=FAINT)
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(text, int(72 * width / LETTER_WIDTH))
+    figure.text(0.005, 0.005, "\n".join(lines), fontsize=6, color=FAINT, va="bottom")
+    bottom = (LINE_HEIGHT * len(lines) + 4) / (72 * height)
+    figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))  # type: ignore[union-attr, call-arg]
+    return len(lines)
 
 
 def draw(rows: Sequence[Row], folder: Path, plots: Sequence[str]) -> list[Path]:
@@ -310,7 +376,6 @@ def draw(rows: Sequence[Row], folder: Path, plots: Sequence[str]) -> list[Path]:
     for name in plots:
         figure = plt.figure(figsize=(7, 4), layout="constrained")
         if PLOTS[name](rows, figure):
-            figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # type: ignore[union-attr, call-arg]
             figure.savefig(folder / f"{name}.png", dpi=140)
             written.append(folder / f"{name}.png")
         plt.close(figure)

@@ -1,7 +1,12 @@
 """Did anything get slower? `python -m benchmarks.regression before.json after.json`
 
-Both files come from `pytest benchmarks/bench_models.py --benchmark-only --benchmark-json=FILE`. Each time is
-divided by the time of the calibration product in the same run, so that runs on a busy or on another machine can be
+Both files come from the same command, run at two commits: `--benchmark-json=before.json` at the first one, and
+`--benchmark-json=after.json` at the second one:
+
+    python -m pytest benchmarks/bench_models.py --benchmark-only --benchmark-json=before.json
+
+More files with benchmarks of ops may be named after benchmarks/bench_models.py, which has to be among them. Each time
+is divided by the time of the calibration product in the same run, so that runs on a busy or on another machine can be
 compared. The exit status is 1 if the calibrated minimum of any benchmark grew by more than `--tolerance`.
 """
 
@@ -56,8 +61,8 @@ def calibrated(path: Path) -> dict[str, float]:
     yardsticks = [seconds for group, seconds in found.values() if group == CALIBRATION]
     if len(yardsticks) != 1:
         raise ValueError(
-            f"{path}: expected one benchmark of group {CALIBRATION!r}, as benchmarks/bench_models.py has it, "
-            f"got {len(yardsticks)}"
+            f"{path}: expected one benchmark of group {CALIBRATION!r}, got {len(yardsticks)}; name "
+            "benchmarks/bench_models.py, which has it, in the command that writes the file"
         )
     return {name: seconds / yardsticks[0] for name, (group, seconds) in found.items() if group != CALIBRATION}
 

@@ -20,8 +20,10 @@ from benchmarks.harness.models import Models
 from benchmarks.harness.options import DTYPES, add_out, add_preset, command_parser, start
 from benchmarks.harness.results import Results
 from benchmarks.harness.sides import Run, class_labels
-from benchmarks.harness.timing import interleave
+from benchmarks.harness.timing import measure
 from titok import Pipeline, sample_tokens
+
+MIN_ROUNDS = 7  # also where they take longer than --seconds: the ceilings need calls that nothing disturbed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,10 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     dtype, batch = DTYPES[arguments.dtype], arguments.batch
     todo = stages(Models(arguments.preset, dtype, arguments.device), batch)
     ceiling, work = ceiling_runs(dtype, arguments.device)
-    samples = interleave({**ceiling, **{name: run for name, (_, run) in todo.items()}}, arguments.seconds)
+    runs = {**ceiling, **{name: run for name, (_, run) in todo.items()}}
+    measured = measure(runs, arguments.seconds, rounds=MIN_ROUNDS)
     case = {"preset": arguments.preset, "dtype": arguments.dtype, "device": arguments.device, "batch": batch}
     costs = {name: {"flops": w.flops, "bytes": w.bytes(dtype.itemsize)} for name, (w, _) in todo.items()}
-    row = Results(path).row("roofline", case, samples, work=work, stages=costs)
+    row = Results(path).row(
+        "roofline", case, measured.samples, work=work, stages=costs, conditions=measured.conditions
+    )
     tables.show(*tables.stage_table(row), tables.describe(row))
     mm, copy = (measures.own_ceiling(row, name) for name in ("mm", "copy"))
     print(

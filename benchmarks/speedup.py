@@ -1,9 +1,11 @@
-"""TiTok against DiT-XL/2 and MaskGIT: `python -m benchmarks.speedup --resolution 512 --dtype bf16`.
+"""TiTok against DiT-XL/2, models of a few steps, and MaskGIT: `python -m benchmarks.speedup --resolution 512`.
 
 All weights are random, because they do not affect speed. The sides take turns, so that a change in the machine's
-speed affects all of them alike. Each side is quoted at the best of the batch sizes tried. Where a side repeats a
-step without change, one step is timed and multiplied; the column "timed" says so. Every sample goes to a results
-file of JSON lines, from which `benchmarks.plot` draws and `benchmarks.report` writes docs/performance.md.
+speed affects all of them alike, until the standard error of every median is below 1% or `--seconds` are over. Results
+of timed calls are compared with the plain path; a side whose results are wrong is named, and not timed. Each side is
+quoted at the best of the batch sizes tried. Where a side repeats a step without change, one step is timed and
+multiplied; the column "timed" says so. Every sample goes to a results file of JSON lines, from which
+`benchmarks.plot` draws and `benchmarks.report` writes docs/performance.md.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from benchmarks.harness.models import Models
 from benchmarks.harness.options import DTYPES, add_out, command_parser, matching, start
 from benchmarks.harness.results import Results
 from benchmarks.harness.sides import Side
+
+MASKGIT = "MaskGIT + MaskGIT-VQGAN"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +65,20 @@ def parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=60,
-        help="how long the sides take turns, for three rounds at least (default: %(default)s)",
+        help="how long the sides take turns, for --min-rounds at least (default: %(default)s)",
+    )
+    p.add_argument(
+        "--min-rounds",
+        type=int,
+        default=3,
+        help="rounds that are made even if they take longer (default: %(default)s)",
+    )
+    p.add_argument(
+        "--sustain",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="instead of taking turns, run each side alone for so long: percentiles, and images per joule",
     )
     p.add_argument("--limit", type=float, help="seconds for everything; sides without time are left out by name")
     add_out(p)
@@ -70,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
 def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
     """Name -> a function that makes that side, for the sides that the arguments ask for."""
     device, resolution, dtype = arguments.device, arguments.resolution, DTYPES[arguments.dtype]
+    common = (resolution, dtype, device)
     built: dict[tuple[str, torch.dtype], Models] = {}
 
     def models(preset: str, dtype: torch.dtype = dtype) -> Models:
@@ -82,7 +101,7 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
     table: dict[str, Callable[[], Side]] = {}
 
     def add_dit(name: str, dtype: torch.dtype, compile_mode: str | None = None) -> None:
-        options: dict[str, Any] = {
+        options: dict[str, Any] = {  # of `dit_side`
             "steps": arguments.steps,
             "compile_mode": compile_mode,
             "all_steps": arguments.all_steps,
@@ -100,9 +119,19 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
         add_dit("DiT-XL/2 bf16, SDPA", torch.bfloat16)
         if device == "cuda":
             add_dit("DiT-XL/2 bf16, compiled", torch.bfloat16, arguments.compile_mode)
-    table["MaskGIT + MaskGIT-VQGAN"] = lambda: rivals.maskgit_side(resolution, dtype, device)
+    table[MASKGIT] = partial(rivals.maskgit_side, MASKGIT, *common)
     for preset in sides.PRESETS[resolution]:
         add_titok(preset)
+    for steps in (20, 10):
+        name = f"DiT-XL/2, {steps} DPM-Solver steps"
+        options: dict[str, Any] = {"steps": steps, "solver": "dpm", "all_steps": True, "compile_mode": None}
+        table[name] = partial(rivals.dit_side, name, *common, **options)
+    for name, deep in (("one pass of DiT-XL/2", False), ("one pass of DiT-XL/1, deep", True)):
+        table[name] = partial(rivals.latent_step_side, name, *common, deep=deep)
+    for name, make in (("one pass over pixels", rivals.pixel_step_side), ("aMUSEd", rivals.amused_side)):
+        table[name] = partial(make, name, *common)
+    name = f"{MASKGIT}, unguided"
+    table[name] = partial(rivals.maskgit_side, name, *common, published=True)
     return {name: table[name] for name in matching(table, arguments.rows)}
 
 
@@ -111,12 +140,14 @@ def main(argv: list[str] | None = None) -> None:
     path = start(arguments)
     results, table, left_out, console = Results(path), rows(arguments), {}, Console()
     if (reason := dit.why_not()) is not None:
-        left_out = {name: reason for name in table if name.startswith("DiT")}
+        left_out = {name: reason for name in table if name.startswith(("DiT", "one pass", "aMUSEd"))}
         table = {name: make for name, make in table.items() if name not in left_out}
     comparison = Comparison(arguments, results, console)
     comparison.run(table, left_out)
     if not comparison.rows:
         pass  # every side has failed
+    elif arguments.sustain:
+        tables.show(*tables.sustain_table(comparison.rows), title=f"{arguments.sustain:.0f} s without a pause")
     elif arguments.ladder:
         tables.show(*tables.ladder_table(comparison.rows), title=arguments.ladder)
     else:
@@ -124,6 +155,8 @@ def main(argv: list[str] | None = None) -> None:
         tables.show(*(shown if console.width >= 250 else tables.transposed(*shown)))
     for name, reason in left_out.items():
         console.print(f"left out: {name} ({reason})")
+    for note in tables.disturbance_notes(comparison.rows):
+        console.print(note)
     console.print(f"medians of interleaved calls, random weights; samples in {path}")
     if comparison.failed:
         sys.exit(f"benchmarks.speedup: failed: {', '.join(comparison.failed)}")

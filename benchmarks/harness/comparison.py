@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,8 +19,9 @@ from benchmarks.harness.compiled import compiled_parts
 from benchmarks.harness.memory import peak_growth
 from benchmarks.harness.options import DTYPES
 from benchmarks.harness.results import Results, Row
-from benchmarks.harness.sides import Run, Side, counted_flops, fewer_steps
-from benchmarks.harness.timing import interleave, time_once
+from benchmarks.harness.sides import Side, counted_flops, fewer_steps
+from benchmarks.harness.sustain import sustain
+from benchmarks.harness.timing import Candidate, interleave, measure, time_once
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 GPU_TRIAL_SECONDS = 0.5  # of each part at each batch size; at least three calls
@@ -37,6 +39,8 @@ class Comparison:
         samples: (side, part, batch) -> seconds of each call.
         counted: side -> FLOP of one image as `torch.utils.flop_counter` counts them.
         peaks: (side, batch) -> peak bytes of a call plus the bytes of the weights.
+        checked: side -> the parts whose results were compared with the plain path.
+        conditions: what the machine was doing while the sides took turns.
     """
 
     def __init__(self, arguments: argparse.Namespace, results: Results, console: Console) -> None:
@@ -48,6 +52,8 @@ class Comparison:
         self.samples: dict[tuple[str, str, int], list[float]] = {}
         self.counted: dict[str, float] = {}
         self.peaks: dict[tuple[str, int], int] = {}
+        self.checked: dict[str, list[str]] = {}
+        self.conditions: dict[str, Any] | None = None
         self.started, self.limit = time.monotonic(), arguments.limit or math.inf
         columns = (
             *Progress.get_default_columns()[:2],
@@ -91,8 +97,13 @@ class Comparison:
             if not sides:
                 return
             self.progress.update(self.task, description="taking turns")
-            self._take_turns(sides, batches)
-        for name, side in sides.items():
+            if self.arguments.sustain:
+                self.progress.update(self.task, description="running without a pause")
+                for name, side in sides.items():
+                    self._sustain(side, batches[name], left_out)
+                return
+            self._take_turns(sides, batches, left_out)
+        for name, side in sides.items():  # those that are left
             self.rows += self._write("ladder" if self.arguments.ladder else "speedup", side, batches[name])
 
     def best_batch(self, side: Side) -> int:
@@ -149,22 +160,25 @@ class Comparison:
             RuntimeError: the side should be compiled and runs uncompiled.
         """
         part, device, seconds = side.parts[name], self.arguments.device, 0.0
-        run = part.prepare(batch)
+        run, times = part.probe(batch) if part.probe else (part.prepare(batch), 1)
         called = time.monotonic()
-        growth = peak_growth(run, device)
-        first_call = time.monotonic() - called
-        if device == "cpu" and batch == 1:
-            self.counted[side.name] += part.calls * counted_flops(run)
+        count, found = device == "cpu" and batch == 1, list[int]()
+        together = count and not side.prepares_weights  # one call for both, because some take minutes
+        growth = peak_growth((lambda: found.append(counted_flops(run))) if together else run, device)
+        first_call = times * (time.monotonic() - called)
+        if count:
+            flops = found[0] if together else counted_flops(run)
+            self.counted[side.name] += part.calls * times * flops
         if growth is not None:
             peak = growth + side.weight_bytes()
             self.peaks[side.name, batch] = max(peak, self.peaks.get((side.name, batch), 0))
         if side.must_be_compiled and not compiled_parts(run):
             raise RuntimeError(f"{side.name}: {name} does not run what torch.compile made")
         if device == "cuda":
-            samples = interleave({name: run}, GPU_TRIAL_SECONDS, warm=True)[name]
+            samples = [times * spent for spent in interleave({name: run}, GPU_TRIAL_SECONDS, warm=True)[name]]
         elif len(self.batches) > 1:
             long = first_call > self.arguments.seconds / 8  # then warming up matters little
-            samples = [first_call if long else time_once(run)]
+            samples = [first_call if long else times * time_once(run)]
         else:
             samples = []
         if samples:
@@ -179,36 +193,71 @@ class Comparison:
             return self.started + self.limit - time.monotonic() < 2 * self.arguments.seconds + 5
         return time.monotonic() - self.started > BUILDING_SHARE * self.limit
 
-    def _take_turns(self, sides: Mapping[str, Side], batches: Mapping[str, int]) -> None:
-        """Times all parts of all sides and the machine's ceilings in turns."""
-
-        def ticking(run: Run) -> Run:
-            def tick() -> None:
-                run()
-                self.progress.advance(self.task)
-
-            return tick
-
+    def _take_turns(self, sides: dict[str, Side], batches: Mapping[str, int], left_out: dict[str, str]) -> None:
+        """Times all parts of all sides and the machine's ceilings in turns; removes sides whose check fails."""
         ceiling, work = ceiling_runs(DTYPES[self.arguments.dtype], self.arguments.device)
         for run in ceiling.values():
             run()
-        runs = dict(ceiling)
+        runs: dict[str, Candidate] = dict(ceiling)
         for name, side in sides.items():
             for part, p in side.parts.items():
                 runs[f"{name}: {part}"] = p.prepare(batches[name])
-        turns = {name: ticking(run) for name, run in runs.items()}
         left = self.started + self.limit - time.monotonic()
-        samples = interleave(turns, min(self.arguments.seconds, max(1.0, left - 5)), warm=True)
+        seconds = min(self.arguments.seconds, max(1.0, left - 5))
+        measured = measure(
+            runs,
+            seconds,
+            warm=True,
+            rounds=self.arguments.min_rounds,
+            after_call=lambda: self.progress.advance(self.task),
+        )
+        self.conditions = measured.conditions
         case = {"dtype": self.arguments.dtype, "device": self.arguments.device}
-        of_ceiling = {name: samples[name] for name in ceiling}
-        self.rows.append(self.results.row("ceiling", case, of_ceiling, work=work))
-        for name, side in sides.items():
+        of_ceiling = {name: measured.samples[name] for name in ceiling}
+        self.rows.append(self.results.row("ceiling", case, of_ceiling, work=work, conditions=measured.conditions))
+        if measured.problems:
+            self.results.write(
+                {"kind": "rejected", "problems": measured.problems, "samples_s": measured.rejected, "case": case}
+            )
+        for name, side in list(sides.items()):
+            wrong = [
+                measured.problems[key] for part in side.parts if (key := f"{name}: {part}") in measured.problems
+            ]
+            if wrong:
+                del sides[name]
+                self.failed.append(name)
+                left_out[name] = f"not timed, {wrong[0]}"
+                self.results.note(f"left out {name}: {left_out[name]}")
+                continue
             for part in side.parts:
-                self.samples[name, part, batches[name]] = samples[f"{name}: {part}"]
+                self.samples[name, part, batches[name]] = measured.samples[f"{name}: {part}"]
+            self.checked[name] = [part for part in side.parts if f"{name}: {part}" in measured.checked]
 
     def _write(self, bench: str, side: Side, batch: int) -> list[Row]:
         """Writes the row of a side, and of a DiT whose single step was timed also that for fewer steps."""
-        case = {
+        case = self._case(side, batch)
+        conditions = {} if bench in ("sweep", "rung") else {"conditions": self.conditions}
+        row = self.results.row(
+            bench,
+            case,
+            {part: self.samples[side.name, part, batch] for part in side.parts},
+            calls={name: part.calls for name, part in side.parts.items()},
+            calls_without_pixels={name: part.calls_without_pixels for name, part in side.parts.items()},
+            flops=side.flops,
+            flops_without_pixels=side.flops_without_pixels,
+            flops_counted=self.counted[side.name],
+            peak_bytes=self.peaks.get((side.name, batch)),
+            checked=self.checked.get(side.name, []),
+            **conditions,
+        )
+        rows = [row]
+        if bench == "speedup" and side.family == "dit" and side.steps == 250 and not self.arguments.all_steps:
+            rows.append(self.results.write(fewer_steps(row, 50)))
+        return rows
+
+    def _case(self, side: Side, batch: int) -> dict[str, Any]:
+        """What identifies a row of a side."""
+        return {
             "name": side.name,
             "family": side.family,
             "resolution": self.arguments.resolution,
@@ -220,22 +269,21 @@ class Comparison:
             "parameters": side.parameters,
             "note": side.note,
             "paper": side.paper,
+            "fid": side.quality.fid if side.quality else None,
+            "fid_source": side.quality.source if side.quality else None,
+            "fid_of": side.quality.of if side.quality else None,
         }
-        row = self.results.row(
-            bench,
-            case,
-            {part: self.samples[side.name, part, batch] for part in side.parts},
-            calls={name: part.calls for name, part in side.parts.items()},
-            calls_without_pixels={name: part.calls_without_pixels for name, part in side.parts.items()},
-            flops=side.flops,
-            flops_without_pixels=side.flops_without_pixels,
-            flops_counted=self.counted[side.name],
-            peak_bytes=self.peaks.get((side.name, batch)),
-        )
-        rows = [row]
-        if bench == "speedup" and side.family == "dit" and side.steps == 250 and not self.arguments.all_steps:
-            rows.append(self.results.write(fewer_steps(row, 50)))
-        return rows
+
+    def _sustain(self, side: Side, batch: int, left_out: dict[str, str]) -> None:
+        """Runs whole images of a side without a pause for `--sustain` seconds and writes a row of "sustain"."""
+        parts = [part for part in side.parts.values() if part.calls]
+        if any(part.calls > 1 for part in parts):
+            left_out[side.name] = "a step of it is timed and multiplied; --whole runs all steps"
+            return
+        runs = [part.prepare(batch) for part in parts]
+        found = sustain(runs, self.arguments.sustain, self.arguments.device)
+        case = self._case(side, batch)
+        self.rows.append(self.results.row("sustain", case, {"image": found.pop("samples")}, **found))
 
     def _dtype(self, side: Side) -> str:
         dtypes = {p.dtype for module in side.modules for p in module.parameters()}

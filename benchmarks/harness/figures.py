@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.harness import flops, gpu_tables, measures, tables
+from benchmarks.harness import flops, gpu_tables, measures, rival_tables, tables
 from benchmarks.harness.results import Row, quantiles
 from benchmarks.harness.tables import number, percent
 from titok.config import GeneratorConfig, TokenizerConfig, VQGANConfig
@@ -30,22 +30,31 @@ INSTRUCTION_SETS = {
 # What the table of ops has: title, bench, case, peer.
 OP_LINES: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("`nearest_codebook`", "nearest_codebook", {}, "official"),
+    ("`nearest_codebook`", "nearest_codebook", {}, "faiss"),
     ("`masked_attention`, forward", "masked_attention", {"direction": "forward"}, "sdpa"),
     ("`masked_attention`, forward", "masked_attention", {"direction": "forward"}, "eager"),
+    ("`masked_attention`, forward", "masked_attention", {"direction": "forward"}, "best SDPA"),
     ("`masked_attention`, forward and backward", "masked_attention", {"direction": "forward+backward"}, "sdpa"),
     ("`masked_attention`, forward and backward", "masked_attention", {"direction": "forward+backward"}, "eager"),
     ("`code_mixture`", "code_mixture", {}, "official"),
     ("`group_norm_silu`", "group_norm_silu", {"residual": "no"}, "eager"),
+    ("`group_norm_silu`", "group_norm_silu", {"residual": "no"}, "compiled"),
     ("`group_norm_silu` with a residual sum", "group_norm_silu", {"residual": "yes"}, "eager"),
     ("`add_layer_norm`, forward", "add_layer_norm", {"direction": "forward"}, "eager"),
     ("`add_layer_norm`, forward and backward", "add_layer_norm", {"direction": "forward+backward"}, "eager"),
     ("`maskgit_decode_step`", "maskgit_decode_step", {}, "official"),
+    ("`maskgit_decode_step`", "maskgit_decode_step", {}, "diffusers"),
 )
 PEERS = {
     "official": "the official expression",
     "sdpa": "SDPA with the copies that it needs",
     "eager": "PyTorch's separate ops",
+    "faiss": "faiss-cpu, exact search",
+    "best SDPA": "the fastest back end of SDPA",
+    "compiled": "`torch.compile`",
+    "diffusers": "diffusers' `AmusedScheduler`",
 }
+SDPA_PEERS = ("sdpa", "views", "flash", "math", "cudnn", "efficient")
 FEW_CASES = 6  # an op with at most so many cases gets a line for each
 
 
@@ -56,7 +65,7 @@ def figures(rows: Sequence[Row]) -> Figures:
         LookupError: a figure's measurement is in none of the results files.
     """
     on_cpu = [row for row in rows if measures.ran_on_cpu(row)]
-    found: Figures = {"gpu_tables": gpu_tables.measured(rows)}
+    found: Figures = {"gpu_tables": gpu_tables.measured(rows), **rival_tables.today(on_cpu)}
     parts = (
         work,
         speedups,
@@ -137,17 +146,17 @@ def speedups(rows: Sequence[Row]) -> Figures:
     ):
         for dtype in dtypes:
             case = {"resolution": resolution, "dtype": dtype}
-            run = measures.latest_run(rows, "speedup", name=preset, **case)
+            rival = {"family": "dit", "steps": DIT_STEPS, **case}
+            run = measures.latest_run_with(rows, "speedup", {"name": preset, **case}, rival)
             ours = measures.latest(run, "speedup", name=preset, **case)
             dit = measures.latest(run, "speedup", family="dit", steps=DIT_STEPS, **case)
             key = f"{preset.removeprefix('titok-').removesuffix('-512').replace('-', '')}_{dtype}"
             found[f"speedup_table_{key}"] = tables.with_source(run, tables.transposed(*tables.speedup_table(run)))
             found[f"speedup_{key}"] = number(measures.rate(ours)[0] / measures.rate(dit)[0])
             found[f"speedup_fastest_{key}"] = number(measures.fastest(ours) / measures.fastest(dit))
-    run = measures.latest_run(rows, "speedup", name="titok-l-32", dtype="bf16")
-    l32, maskgit, b64 = (
-        measures.latest(run, "speedup", name=name) for name in ("titok-l-32", MASKGIT, "titok-b-64")
-    )
+    names = ("titok-l-32", MASKGIT, "titok-b-64")
+    run = measures.latest_run_with(rows, "speedup", *({"name": name, "dtype": "bf16"} for name in names))
+    l32, maskgit, b64 = (measures.latest(run, "speedup", name=name) for name in names)
     found |= {
         "speedup_l32_maskgit": number(measures.rate(l32)[0] / measures.rate(maskgit)[0]),
         "speedup_fastest_l32_maskgit": number(measures.fastest(l32) / measures.fastest(maskgit)),
@@ -273,9 +282,12 @@ def ops(rows: Sequence[Row]) -> Figures:
     """How many times as fast as a peer each op is, over all of its measured cases."""
     lines, missing = [], []
     for title, bench, case, peer in OP_LINES:
-        by_dtype = {dtype: _latest_cases(rows, bench, dtype=dtype, **case) for dtype in ("float32", "bfloat16")}
+        by_dtype = {
+            dtype: [row for row in _latest_cases(rows, bench, dtype=dtype, **case) if _peer_times(row, peer)]
+            for dtype in ("float32", "bfloat16")
+        }
         if not any(by_dtype.values()):
-            missing.append(title)
+            missing.append(f"{title} against {PEERS[peer]}")
         elif not by_dtype["bfloat16"] and len(by_dtype["float32"]) <= FEW_CASES:
             lines += [_op_line(title, peer, {"float32": [row], "bfloat16": []}) for row in by_dtype["float32"]]
         else:
@@ -303,9 +315,20 @@ def _latest_cases(rows: Sequence[Row], bench: str, **case: Any) -> list[Row]:
     return measures.select(measures.latest_run(rows, bench, **case), bench, **case)
 
 
+def _peer_times(row: Row, peer: str) -> list[list[float]]:
+    """The samples of a peer; of "best SDPA" those of every back end, if each that runs here was measured."""
+    samples = row["samples_s"]
+    if peer != "best SDPA":
+        return [samples[peer]] if peer in samples else []
+    return [samples[name] for name in SDPA_PEERS if name in samples] if "math" in samples else []
+
+
 def _ratios(rows: Sequence[Row], peer: str) -> str:
     """The peer's median time over titok's: one number, or the smallest and the largest of several cases."""
-    ratios = [statistics.median(r["samples_s"][peer]) / statistics.median(r["samples_s"]["titok"]) for r in rows]
+    ratios = [
+        min(map(statistics.median, _peer_times(r, peer))) / statistics.median(r["samples_s"]["titok"])
+        for r in rows
+    ]
     if not ratios:
         return "not measured"
     ends = dict.fromkeys(number(ratio) for ratio in (min(ratios), max(ratios)))

@@ -12,7 +12,7 @@ cache.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -153,7 +153,7 @@ def pixel_decoder(config: TokenizerConfig, batch: int = 1, *, folded: bool = Fal
 # --- convolutional decoders
 
 
-def _residual(
+def residual(
     batch: int, h: int, w: int, inputs: int, outputs: int, shortcut_of_result: bool = False, folded: bool = False
 ) -> Work:
     """Two 3x3 convolutions, and a 1x1 convolution where the channels change.
@@ -175,11 +175,11 @@ def vqgan_decoder(config: VQGANConfig, batch: int, h: int, w: int, *, folded: bo
     """
     widths = [config.hidden_channels * m for m in config.channel_multipliers]
     parts = [conv(batch, h, w, config.code_dim, widths[-1])]
-    parts += [_residual(batch, h, w, widths[-1], widths[-1])] * 2
+    parts += [residual(batch, h, w, widths[-1], widths[-1])] * 2
     for level in reversed(range(len(widths))):
         before = widths[min(level + 1, len(widths) - 1)]
         for inputs in [before] + [widths[level]] * (config.blocks_per_level - 1):
-            parts.append(_residual(batch, h, w, inputs, widths[level], config.shortcut_of_result, folded))
+            parts.append(residual(batch, h, w, inputs, widths[level], config.shortcut_of_result, folded))
         if level > 0:
             h, w = 2 * h, 2 * w
             parts.append(upsample_conv(batch, h, w, widths[level], folded=folded))
@@ -187,14 +187,31 @@ def vqgan_decoder(config: VQGANConfig, batch: int, h: int, w: int, *, folded: bo
     return total(parts)
 
 
-def vae_decoder(batch: int, size: int, channels: tuple[int, ...] = (128, 256, 512, 512), latent: int = 4) -> Work:
-    """Stable Diffusion's `AutoencoderKL` decoder: latents (batch, latent, size, size) to 8 times the size."""
+def vae_decoder(
+    batch: int,
+    size: int,
+    channels: Sequence[int] = (128, 256, 512, 512),
+    latent: int = 4,
+    *,
+    blocks: int = 3,
+    attends: bool = True,
+) -> Work:
+    """The decoder of diffusers' `AutoencoderKL` or `VQModel`: latents (batch, latent, size, size) to pixels.
+
+    By default that of Stable Diffusion, whose pictures have 8 times the size of the latents.
+
+    Args:
+        channels: of each level, that of the pixels first.
+        blocks: residual blocks of each level.
+        attends: whether there is attention between the first two blocks.
+    """
     top, pixels = channels[-1], size * size
     parts = [conv(batch, size, size, latent, latent, 1), conv(batch, size, size, latent, top)]
-    parts += [_residual(batch, size, size, top, top)] * 2
-    parts += [linear(batch * pixels, top, top)] * 4 + [attention(batch, pixels, pixels, top)]
+    parts += [residual(batch, size, size, top, top)] * 2
+    if attends:
+        parts += [linear(batch * pixels, top, top)] * 4 + [attention(batch, pixels, pixels, top)]
     for level, (before, now) in enumerate(itertools.pairwise((top, *reversed(channels)))):
-        parts += [_residual(batch, size, size, inputs, now) for inputs in (before, now, now)]
+        parts += [residual(batch, size, size, inputs, now) for inputs in [before] + [now] * (blocks - 1)]
         if level < len(channels) - 1:
             size *= 2
             parts.append(upsample_conv(batch, size, size, now, folded=False))
@@ -250,11 +267,20 @@ def generate(
 
 
 def dit_pass(
-    rows: int, grid: int, *, width: int = 1152, layers: int = 28, patch: int = 2, channels: int = 4
+    rows: int,
+    grid: int,
+    *,
+    width: int = 1152,
+    layers: int = 28,
+    patch: int = 2,
+    channels: int = 4,
+    outputs: int | None = None,
 ) -> Work:
     """One forward pass of DiT (Peebles and Xie 2023; by default XL/2) over `rows` latents of grid x grid patches.
 
     diffusers embeds the time step and the class again in every layer, and once more before the last projection.
+
+    `outputs`: channels of the result; None stands for twice `channels`, as of DiT.
     """
     tokens = grid * grid
     condition = linear(rows, 256, width).plus(linear(rows, width, width))
@@ -265,7 +291,7 @@ def dit_pass(
             layer.times(layers),
             condition,
             linear(rows, width, 2 * width),
-            linear(rows * tokens, width, patch * patch * 2 * channels),
+            linear(rows * tokens, width, patch * patch * (outputs or 2 * channels)),
         )
     )
 

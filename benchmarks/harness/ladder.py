@@ -15,7 +15,7 @@ from benchmarks.baselines.as_published import AsPublished
 from benchmarks.baselines.published_decoder import PixelDecoder, Upsample
 from benchmarks.baselines.published_generator import sample_steps
 from benchmarks.harness import flops
-from benchmarks.harness.models import Models
+from benchmarks.harness.models import Models, Way
 from benchmarks.harness.sides import Side
 from titok.config import SamplingConfig
 from titok.data.images import to_uint8
@@ -57,7 +57,10 @@ def fused_ops(name: str, models: Models) -> Side:
         return generator(tokens, torch.full_like(labels, generator.no_class) if drop else labels)
 
     @torch.no_grad()
-    def sample(labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None) -> Tensor:
+    def sample(
+        labels: list[int], seed: int, sampling: SamplingConfig | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        torch.manual_seed(seed)
         where = torch.tensor(labels, device=generator.device)
         return sample_steps(predict, where, g.num_latent_tokens, generator.mask_token, sampling or g.sampling)[-1]
 
@@ -67,10 +70,12 @@ def fused_ops(name: str, models: Models) -> Side:
 
     return models.side(
         name,
-        lambda labels: decode(sample(labels)),
-        sample,
-        decode,
-        torch.no_grad()(tokenizer.decode_logits),
+        Way(
+            lambda labels, seed: decode(sample(labels, seed)),
+            sample,
+            decode,
+            torch.no_grad()(tokenizer.decode_logits),
+        ),
         flops.generate(g, as_written=True).plus(flops.decoder(t)),
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.harness.results import Row, quantiles
+from benchmarks.harness.results import Row, median_error, quantiles
 
 OURS = "titok"  # the name of titok's side in the rows of `benchmarks.engine`
 CEILING_NAMES = ("mm", "copy")
+GAP_ERROR = 0.2  # largest standard error of the medians from which a ratio of measured time and floor is computed
 
 
 def select(rows: Iterable[Row], bench: str, **case: Any) -> list[Row]:
@@ -27,6 +29,20 @@ def latest_run(rows: Sequence[Row], bench: str, **case: Any) -> list[Row]:
         raise LookupError(f"no result of {bench!r} with {case}")
     run = max((row["environment"] for row in found), key=lambda about: str(about["time"]))
     return [row for row in rows if row["environment"] is run]
+
+
+def latest_run_with(rows: Sequence[Row], bench: str, *cases: dict[str, Any]) -> list[Row]:
+    """All rows of the newest run that has a row of `bench` for each of these cases.
+
+    Raises:
+        LookupError: no run has all of them.
+    """
+    runs = [[row["environment"] for row in select(rows, bench, **case)] for case in cases]
+    common = [run for run in runs[0] if all(any(run is other for other in others) for others in runs[1:])]
+    if not common:
+        raise LookupError(f"no run of {bench!r} with all of {list(cases)}")
+    newest = max(common, key=lambda about: str(about["time"]))
+    return [row for row in rows if row["environment"] is newest]
 
 
 def latest(rows: Sequence[Row], bench: str, **case: Any) -> Row:
@@ -56,6 +72,16 @@ def rate(row: Row, calls: str = "calls") -> tuple[float, float, float]:
     median, low, high = seconds(row, calls)
     batch = row["case"]["batch"]
     return batch / median, batch / high, batch / low
+
+
+def error(row: Row) -> float:
+    """Standard error of the median time as a share of it; of several parts, as if their errors all added up."""
+    errors = [
+        (times * statistics.median(row["samples_s"][part]), median_error(row["samples_s"][part]))
+        for part, times in row["calls"].items()
+        if times
+    ]
+    return sum(spent * share for spent, share in errors) / sum(spent for spent, _ in errors)
 
 
 def fastest(row: Row) -> float:
@@ -106,13 +132,17 @@ def engine_ratio(row: Row, name: str) -> tuple[float, float, float] | None:
 def stages(row: Row) -> list[dict[str, Any]]:
     """The stages of a "roofline" row, each with its name, time and floor in seconds, bound, and ratio "gap".
 
-    The floor is the longer of FLOP at the rate of the matrix product and of least bytes at the rate of a copy.
+    The floor is the longer of FLOP at the rate of the matrix product and of least bytes at the rate of a copy, both at
+    their fastest call. "known" says whether the time and both rates come from enough calls for a gap to mean something.
     """
     mm, copy = own_ceiling(row, "mm"), own_ceiling(row, "copy")
+    known = {name: median_error(samples) < GAP_ERROR for name, samples in row["samples_s"].items()}
+    rates_known = all(known.get(name, False) for name in CEILING_NAMES)
     found = []
     for name, cost in row["stages"].items():
         by_arithmetic, by_memory = cost["flops"] / mm, cost["bytes"] / copy
         floor, time = max(by_arithmetic, by_memory), row["median_s"][name]
         bound = "arithmetic" if by_arithmetic >= by_memory else "memory"
         found.append({"stage": name, **cost, "floor_s": floor, "bound": bound, "s": time, "gap": time / floor})
+        found[-1]["known"] = rates_known and known[name]
     return found

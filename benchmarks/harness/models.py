@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,14 +14,34 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines.as_published import AsPublished
+from benchmarks.baselines.quality import PUBLISHED
 from benchmarks.harness import flops
+from benchmarks.harness.checks import Checked
 from benchmarks.harness.sides import PAPER, Part, Side, build, class_labels, count_parameters
-from titok import GeneratorConfig, MaskGIT, Pipeline, TiTok, TokenizerConfig, sample_tokens
+from titok import GeneratorConfig, MaskGIT, Pipeline, TiTok, TokenizerConfig, engine, sample_tokens
 from titok.config import SamplingConfig
 from titok.data.images import to_uint8
 from titok.profiling import annotate
 
+TOLERANCE = 0.5  # a code that rounding changes in an early step changes later ones: see `Checked.tolerance`
 MANY_STEPS = 16  # above, on a CPU, one step of the generator is timed and multiplied
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """The parts of generation, computed in one way.
+
+    Attributes:
+        generate: (labels, seed) -> pictures.
+        sample: (labels, seed, settings, tokens to start from) -> tokens; the last two may be left out.
+        decode: tokens -> pictures.
+        to_logits: tokens -> logits over the proxy's codes, which the pixel decoder would turn into pictures.
+    """
+
+    generate: Callable[..., Any]
+    sample: Callable[..., Tensor]
+    decode: Callable[[Tensor], Any]
+    to_logits: Callable[[Tensor], Any]
 
 
 class Models:
@@ -42,41 +63,55 @@ class Models:
     def side(
         self,
         name: str,
-        generate: Callable[[list[int]], Any],
-        sample: Callable[..., Tensor],
-        decode: Callable[[Tensor], Any],
-        to_logits: Callable[[Tensor], Any],
+        way: Way,
         work: flops.Work,
         *,
+        expected: Way | None = None,
         may_fold: bool = False,
         counted: Callable[[list[int]], Any] | None = None,
     ) -> Side:
         """One way of running the models.
 
         Args:
-            generate: labels -> pictures.
-            sample: labels -> tokens; also called with a `SamplingConfig` and tokens to start from, for one step.
-            decode: tokens -> pictures.
-            to_logits: tokens -> logits over the proxy's codes, which the pixel decoder would turn into pictures.
+            way: what is timed.
             work: cost of generator and ViT decoder together, for one image.
+            expected: what computes the results that those of `way` are compared with; None takes `way` itself, which
+                finds results that are stale or late, and no wrong ones.
             may_fold: this way may fold upsampling; the counted FLOP decide which formula is right.
-            counted: labels -> pictures, counted in place of `generate` where that replays a CUDA graph.
+            counted: labels -> pictures, counted in place of `way.generate` where that replays a CUDA graph.
         """
         g, t = self.generator.config, self.tokenizer.config
         steps, note = g.sampling.steps, ""
+        expected = expected or way
+
+        def from_labels(run: Callable[[Way], Callable[..., Any]]) -> Callable[[int], Checked]:
+            return lambda batch: Checked(
+                run(way), lambda seed: (class_labels(batch, seed=seed), seed), run(expected), tolerance=TOLERANCE
+            )
+
+        def from_tokens(run: Callable[[Way], Callable[..., Any]]) -> Callable[[int], Checked]:
+            return lambda batch: Checked(
+                run(way), lambda seed: (random_tokens(self.generator, batch, seed),), run(expected)
+            )
+
+        def to_logits(way: Way) -> Callable[..., Any]:
+            return lambda labels, seed: way.to_logits(way.sample(labels, seed))
+
         parts = {
-            "generate": Part(lambda batch: partial(generate, class_labels(batch))),
-            "to logits": Part(lambda batch: lambda: to_logits(sample(class_labels(batch))), 0, 1),
+            "generate": Part(from_labels(lambda way: way.generate)),
+            "to logits": Part(from_labels(to_logits), 0, 1),
         }
         if self.one_step:
             note = f"{steps} x one step"
-            step, half, tokens = middle_step(g.sampling), half_masked(self.generator), known_tokens(self.generator)
+            step, half = middle_step(g.sampling), half_masked(self.generator)
+
+            def one_step(way: Way) -> Callable[..., Any]:
+                return lambda labels, seed: way.sample(labels, seed, step, half.repeat(len(labels), 1))
+
             parts = {
-                "step": Part(
-                    lambda batch: lambda: sample(class_labels(batch), step, half.repeat(batch, 1)), steps, steps
-                ),
-                "to pictures": Part(lambda batch: lambda: decode(tokens.repeat(batch, 1))),
-                "to logits": Part(lambda batch: lambda: to_logits(tokens.repeat(batch, 1)), 0, 1),
+                "step": Part(from_labels(one_step), steps, steps),
+                "to pictures": Part(from_tokens(lambda way: way.decode)),
+                "to logits": Part(from_tokens(lambda way: way.to_logits), 0, 1),
             }
         return Side(
             name=name,
@@ -87,11 +122,13 @@ class Models:
             flops=work.flops + flops.pixel_decoder(t).flops,
             flops_without_pixels=work.flops,
             parts=parts,
-            counted=[(partial(counted or generate, class_labels(1)), 1)],
+            counted=[(partial(counted or partial(way.generate, seed=0), class_labels(1)), 1)],
             folded_flops=work.flops + flops.pixel_decoder(t, folded=True).flops if may_fold else None,
             note=note,
             paper=PAPER.get((self.preset, self.resolution)),
+            quality=PUBLISHED.get(self.preset),
             modules=self.modules,
+            prepares_weights=may_fold,
         )
 
     def published(self, name: str, change: Callable[[AsPublished], Any] | None = None, **ways: Any) -> Side:
@@ -106,17 +143,18 @@ class Models:
             change(rival)
 
         def sample(
-            labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None
+            labels: list[int], seed: int, sampling: SamplingConfig | None = None, start: Tensor | None = None
         ) -> Tensor:
+            torch.manual_seed(seed)  # the official code draws from PyTorch's global generator
             return rival.sample(labels, sampling)  # ignores `start`: here every step costs the same
+
+        def decode(tokens: Tensor) -> Tensor:
+            return rival.pictures(rival.logits(tokens))
 
         generator_work = flops.generate(self.generator.config, as_written=True)
         return self.side(
             name,
-            rival,
-            sample,
-            lambda tokens: rival.pictures(rival.logits(tokens)),
-            rival.logits,
+            Way(lambda labels, seed: decode(sample(labels, seed)), sample, decode, rival.logits),
             generator_work.plus(flops.decoder(self.tokenizer.config, all_rows=True)),
             may_fold=change is not None,
         )
@@ -131,11 +169,6 @@ class Models:
         tokenizer, generator = self.prepared if prepare else (self.tokenizer, self.generator)
         pipe = Pipeline(tokenizer, generator, prepare=prepare)
 
-        def sample(
-            labels: list[int], sampling: SamplingConfig | None = None, start: Tensor | None = None
-        ) -> Tensor:
-            return sample_tokens(generator, labels, sampling, init_tokens=start)
-
         @torch.no_grad()
         def without_graph(labels: list[int]) -> Any:
             """The same work: where every step is returned, no CUDA graph is replayed."""
@@ -143,14 +176,37 @@ class Models:
 
         return self.side(
             name,
-            pipe,
-            sample,
-            torch.no_grad()(lambda tokens: to_uint8(tokenizer.decode(tokens))),
-            torch.no_grad()(tokenizer.decode_logits),
+            titok_way(pipe),
             flops.generate(generator.config).plus(flops.decoder(tokenizer.config)),
+            expected=titok_way(Pipeline(self.tokenizer, self.generator, engine="plain"), plain=True),
             may_fold=prepare,
             counted=without_graph if generator.device.type == "cuda" else None,
         )
+
+
+def titok_way(pipe: Pipeline, *, plain: bool = False) -> Way:
+    """Every part of generation as a pipeline of titok runs it, in plain mode or not."""
+    tokenizer, generator = pipe.tokenizer, pipe.generator
+
+    def within_mode(run: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.no_grad()
+        def call(*arguments: Any) -> Any:
+            with engine.plain() if plain else contextlib.nullcontext():
+                return run(*arguments)
+
+        return call
+
+    def sample(
+        labels: list[int], seed: int, sampling: SamplingConfig | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        return sample_tokens(generator, labels, sampling, seed=seed, init_tokens=start)
+
+    return Way(
+        lambda labels, seed: pipe(labels, seed=seed),
+        within_mode(sample),
+        within_mode(lambda tokens: to_uint8(tokenizer.decode(tokens))),
+        within_mode(tokenizer.decode_logits),
+    )
 
 
 def decoding_modules(tokenizer: TiTok) -> list[nn.Module]:
@@ -164,14 +220,16 @@ def decoding_modules(tokenizer: TiTok) -> list[nn.Module]:
     return [tokenizer.quantizer, tokenizer.decoder, tokenizer.pixel_decoder]
 
 
-def known_tokens(generator: MaskGIT) -> Tensor:
-    """One sample whose tokens are all decided: (1, K) int64."""
-    return torch.zeros(1, generator.config.num_latent_tokens, dtype=torch.int64, device=generator.device)
+def random_tokens(generator: MaskGIT, batch: int, seed: int) -> Tensor:
+    """Samples whose tokens are all decided: (batch, K) int64."""
+    config, noise = generator.config, torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.codebook_size, (batch, config.num_latent_tokens), generator=noise)
+    return tokens.to(generator.device)
 
 
 def half_masked(generator: MaskGIT) -> Tensor:
     """One sample with every other token masked: (1, K) int64."""
-    tokens = known_tokens(generator)
+    tokens = torch.zeros(1, generator.config.num_latent_tokens, dtype=torch.int64, device=generator.device)
     tokens[:, ::2] = generator.mask_token
     return tokens
 

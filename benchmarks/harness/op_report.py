@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.checks import Checked
 from benchmarks.harness.compiled import compiled_parts
+from benchmarks.harness.conditions import disturbances
 from benchmarks.harness.results import FOLDER, Results, quantiles
-from benchmarks.harness.timing import interleave
+from benchmarks.harness.timing import Candidate, interleave, measure
 
 
 def op_parser(description: str | None) -> argparse.ArgumentParser:
@@ -25,7 +27,7 @@ def op_parser(description: str | None) -> argparse.ArgumentParser:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=gpu,
-        help="also time the eager expression under torch.compile (default: on a GPU)",
+        help="also time the eager expression under torch.compile; slow to compile (default: on a GPU)",
     )
     parser.add_argument(
         "--json",
@@ -66,7 +68,7 @@ class OpReport:
     def case(
         self,
         case: Mapping[str, Any],
-        candidates: Mapping[str, Callable[[], Any]],
+        candidates: Mapping[str, Candidate],
         *,
         num_bytes: float,
         flops: float,
@@ -79,7 +81,7 @@ class OpReport:
 
         Args:
             case: sizes, as the results file and the table name them.
-            candidates: name -> function without arguments.
+            candidates: name -> what is timed, a `Checked` or a function without arguments.
             num_bytes: bytes that one call has to read and write, whoever computes it.
             flops: FLOP of one call, whoever computes it.
             ours: the candidate that the last column compares the others with.
@@ -90,13 +92,24 @@ class OpReport:
             if not compiled_parts(candidates["compiled"]):
                 candidates = {name: run for name, run in candidates.items() if name != "compiled"}
                 self.results.note(f"{self.op} {dict(case)}: the compiled peer ran uncompiled and is left out")
-        samples = interleave(candidates, self.options.seconds, hide_launches=True)
-        self.results.row(self.op, {**case, "dtype": self.options.dtype}, samples, num_bytes=num_bytes, flops=flops)
+        measured = measure(candidates, self.options.seconds, hide_launches=True)
+        samples = measured.samples
+        for name, problem in measured.problems.items():
+            print(f"{name} was not timed: {problem}")
+            self.results.note(f"{self.op} {dict(case)}: {name} was not timed: {problem}")
+        if ours not in samples:
+            return
+        about = {"checked": measured.checked, "conditions": measured.conditions}
+        self.results.row(
+            self.op, {**case, "dtype": self.options.dtype}, samples, num_bytes=num_bytes, flops=flops, **about
+        )
         label = " ".join(f"{key}={value}" for key, value in case.items())
         print(f"\n{label}: {num_bytes / 1e6:.1f} MB, {flops / 1e9:.2f} GFLOP, {len(samples[ours])} calls each")
         header = f"{'':12}{'ms':>9}{'p20':>9}{'p80':>9}{'GB/s':>8}{'of copy':>9}{'TFLOP/s':>9}{'of product':>12}"
         print(f"{header}{ours:>8}")
         reference = quantiles(samples[ours])[0]
+        for disturbance in disturbances(measured.conditions):
+            print(f"disturbed: {disturbance}")
         for name, times in samples.items():
             median, p20, p80 = quantiles(times)
             rate, speed = num_bytes / median, flops / median
@@ -104,3 +117,11 @@ class OpReport:
             times_ms = f"{median * 1e3:9.4f}{p20 * 1e3:9.4f}{p80 * 1e3:9.4f}"
             rates = f"{rate / 1e9:8.1f}{of_copy:9.0%}{speed / 1e12:9.2f}{of_product:12.0%}"
             print(f"{name:12}{times_ms}{rates}{median / reference:7.2f}x")
+
+
+def checked(
+    runs: Mapping[str, Callable[..., Any]], inputs: Callable[[int], tuple[Any, ...]], plain: str, **options: Any
+) -> dict[str, Candidate]:
+    """Candidates with the same inputs, whose results are compared with those of the one that is called `plain`."""
+    expected = runs[plain]
+    return {name: Checked(run, inputs, expected, **options) for name, run in runs.items()}

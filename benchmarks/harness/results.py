@@ -7,6 +7,7 @@ seconds; "note" says what a reader of the run should know, such as what was left
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
@@ -14,9 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.harness.conditions import Watch, nvml
 from benchmarks.harness.environment import environment
 
 Row = dict[str, Any]
+TARGET_ERROR = 0.01  # relative standard error of the median at which a measurement ends before its time is up
 FOLDER = Path(__file__).parents[1] / "results"
 
 
@@ -25,6 +30,7 @@ class Results:
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path = Path(path) if path else None
+        self._watch = _watch()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.write(environment())
@@ -38,10 +44,14 @@ class Results:
             bench: which benchmark; rows of one benchmark have the same keys.
             case: what was measured: sizes, dtype, preset.
             samples: candidate -> seconds of each call.
-            numbers: what else belongs to the case, such as bytes and FLOP of one call.
+            numbers: what else belongs to the case, such as bytes and FLOP of one call. "conditions" says what the
+                machine was doing (`benchmarks.harness.conditions`); without it, those since the last row are written.
         """
         medians = {name: statistics.median(values) for name, values in samples.items()}
+        conditions = numbers.pop("conditions", None) or self._watch.result()
+        self._watch = _watch()
         row = {"kind": "row", "bench": bench, "case": dict(case), "median_s": medians, **numbers}
+        row["conditions"] = conditions
         return self.write({**row, "samples_s": {name: list(values) for name, values in samples.items()}})
 
     def note(self, text: str) -> None:
@@ -95,6 +105,25 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     last = len(ordered) - 1
     low, high = (ordered[min(int(share * len(ordered)), last)] for share in (0.2, 0.8))
     return statistics.median(ordered), low, high
+
+
+def _watch() -> Watch:
+    return Watch(nvml() if torch.cuda.is_available() else None)
+
+
+def median_error(samples: Sequence[float]) -> float:
+    """Standard error of the median as a share of the median, without an assumption on the distribution.
+
+    The ranks n/2 - sqrt(n)/2 and n/2 + sqrt(n)/2 enclose the median with the probability of one standard error to each
+    side (binomial distribution of the number of samples below it). Infinite for fewer than three samples.
+    """
+    count = len(samples)
+    if count < 3:
+        return math.inf
+    ordered = sorted(samples)
+    low, high = (count - math.sqrt(count)) / 2, (count + math.sqrt(count)) / 2
+    first, last = ordered[max(0, math.floor(low))], ordered[min(count - 1, math.ceil(high) - 1)]
+    return (last - first) / 2 / statistics.median(ordered)
 
 
 def default_file(device: str) -> Path:

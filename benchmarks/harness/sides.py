@@ -5,15 +5,15 @@ A part that a side repeats without change is timed once and multiplied: of DiT's
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.baselines.quality import Quality
 
 Run = Callable[[], Any]
 
@@ -46,14 +46,17 @@ class Part:
     """One thing to time.
 
     Attributes:
-        prepare: batch size -> the function to time, which takes no arguments.
+        prepare: batch size -> what is timed: a function without arguments, or a `Checked` one.
         calls: how many calls an image needs, pixel decoder included.
         calls_without_pixels: how many calls an image needs up to, and without, the pixel decoder.
+        probe: for a part that takes minutes: batch size -> a step of it, and how many such steps it has. The step is
+            called once for the peak of memory and the counted FLOP. None calls the part itself.
     """
 
     prepare: Callable[[int], Run]
     calls: int = 1
     calls_without_pixels: int = 0
+    probe: Callable[[int], tuple[Run, int]] | None = None
 
 
 @dataclass
@@ -72,10 +75,12 @@ class Side:
         counted: what FlopCounterMode counts for one image: (function without arguments, how many calls).
         folded_flops: `flops` with upsampling folded; None where a side never folds it.
         note: how the side was timed, shown in tables; empty for whole images.
-        paper: images per second on one A100 by the paper, or None.
+        paper: images per second on one A100 by the TiTok paper, or None.
+        quality: the published FID of the model, or None.
         modules: the modules whose weights generation reads.
         batches: the batch sizes to try in place of those of the command; empty takes those of the command.
         must_be_compiled: whether a part that does not run what `torch.compile` made is an error.
+        prepares_weights: whether a call needs other memory while its FLOP are counted, so that it is called once more.
     """
 
     name: str
@@ -90,9 +95,11 @@ class Side:
     folded_flops: int | None = None
     note: str = ""
     paper: float | None = None
+    quality: Quality | None = None
     modules: list[nn.Module] = field(default_factory=list)
     batches: tuple[int, ...] = ()
     must_be_compiled: bool = False
+    prepares_weights: bool = False
 
     def count_flops(self) -> float:
         """FLOP of one image as `torch.utils.flop_counter` counts them."""
@@ -106,33 +113,13 @@ class Side:
         if self.folded_flops is not None and abs(self.folded_flops - counted) < abs(self.flops - counted):
             self.flops = self.folded_flops
 
-    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> Side:
-        """The same side with every timed call made inside a `context()` of its own."""
-
-        def wrapped(prepare: Callable[[int], Run]) -> Callable[[int], Run]:
-            def prepare_within(batch: int) -> Run:
-                run = prepare(batch)
-
-                def run_within() -> Any:
-                    with context():
-                        return run()
-
-                return run_within
-
-            return prepare_within
-
-        parts = {
-            name: dataclasses.replace(part, prepare=wrapped(part.prepare)) for name, part in self.parts.items()
-        }
-        return dataclasses.replace(self, parts=parts)
-
     def weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for m in self.modules for p in m.parameters())
 
 
-def class_labels(batch: int, classes: int = 1000) -> list[int]:
-    """Labels that all differ, up to `classes` of them."""
-    return [(207 + 31 * i) % classes for i in range(batch)]
+def class_labels(batch: int, classes: int = 1000, *, seed: int = 0) -> list[int]:
+    """Labels that all differ, up to `classes` of them, and others for another seed."""
+    return [(207 + seed + 31 * i) % classes for i in range(batch)]
 
 
 def count_parameters(*modules: nn.Module) -> int:
@@ -142,7 +129,8 @@ def count_parameters(*modules: nn.Module) -> int:
 def build(make: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> Any:
     """The model of `make()` in evaluation mode with random weights, which do not affect speed.
 
-    The weights are drawn on the device in their dtype, which is faster than the model's own initialisation.
+    The weights are drawn on the device in their dtype, which is faster than the model's own initialisation. Their
+    spread keeps activations near 1 from layer to layer, so that results depend on inputs far more than on rounding.
     """
     with torch.device("meta"):
         model = make()
@@ -150,7 +138,8 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> Any
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():
-                tensor.normal_(std=0.02)
+                fan_in = tensor.numel() / max(1, tensor.shape[0]) if tensor.dim() > 1 else 2500
+                tensor.normal_(std=max(1.0, fan_in) ** -0.5)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None:
                 module.weight.fill_(1)
@@ -160,6 +149,7 @@ def build(make: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> Any
 def fewer_steps(row: dict[str, Any], steps: int) -> dict[str, Any]:
     """A row for another number of steps, from the samples of a row whose single step was timed."""
     case = {**row["case"], "steps": steps, "note": f"{steps} x one step", "paper": None}
+    case |= {"fid": None, "fid_source": None, "fid_of": None}  # published for the full number of steps only
     pixel_flops = row["flops"] - row["flops_without_pixels"]
     ratio = steps / row["case"]["steps"]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import measures
-from benchmarks.harness.results import Row, quantiles
+from benchmarks.harness.conditions import disturbances
+from benchmarks.harness.results import TARGET_ERROR, Row, quantiles
 
 Table = tuple[list[str], list[list[str]]]  # header, lines
 
@@ -29,6 +31,58 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
+def with_error(value: float, row: Row) -> str:
+    """A figure from the median time of a row, with the standard error of the median where that is not below 1%."""
+    error = measures.error(row)
+    if error < TARGET_ERROR:
+        return number(value)
+    return f"{number(value)} ± {'unknown' if math.isinf(error) else f'{error:.1%}'}"
+
+
+def rounds_cell(row: Row) -> str:
+    """How many calls were timed, and why no more: the error was below 1%, or the time was up."""
+    count = min(len(row["samples_s"][part]) for part, times in row["calls"].items() if times)
+    return f"{count}, {'error below 1%' if measures.error(row) < TARGET_ERROR else 'time up'}"
+
+
+def checked_cell(row: Row) -> str:
+    """Whether results of timed calls were compared with the plain path; "-" in results that do not say it."""
+    if "checked" not in row:
+        return "-"
+    parts = [part for part, times in row["calls"].items() if times]
+    done = [part for part in parts if part in row["checked"]]
+    return "yes" if done == parts else ", ".join(done) or "no"
+
+
+def mark(row: Row) -> str:
+    """An asterisk for a row whose measurement was disturbed."""
+    return "*" if disturbances(row.get("conditions")) else ""
+
+
+def disturbance_notes(rows: Sequence[Row]) -> list[str]:
+    """A line for each kind of disturbance that the asterisks in a table stand for."""
+    found = dict.fromkeys("; ".join(disturbances(row.get("conditions"))) for row in rows)
+    return [f"* disturbed: {text}" for text in found if text]
+
+
+def sustain_table(rows: Sequence[Row]) -> Table:
+    """The rows of "sustain": percentiles of the time of a batch, drift, and images per joule."""
+    lines = []
+    for row in measures.select(rows, "sustain"):
+        case, joules, count = row["case"], row["joules"], len(row["samples_s"]["image"])
+        lines.append(
+            [
+                case["name"] + mark(row),
+                str(case["batch"]),
+                str(count),
+                *(number(1e3 * row[name]) for name in ("p50", "p90", "p99")),
+                number(row["drift"]),
+                number(count * case["batch"] / joules) if joules else "power cannot be read",
+            ]
+        )
+    return ["", "batch", "calls", "p50, ms", "p90, ms", "p99, ms", "drift", "images per joule"], lines
+
+
 def speedup_table(rows: Sequence[Row]) -> Table:
     """The rows of "speedup" in one run, with the ratio of each to every DiT row of its resolution."""
     ceiling = measures.ceilings(rows)
@@ -40,7 +94,7 @@ def speedup_table(rows: Sequence[Row]) -> Table:
         median, low, high = measures.rate(row)
         peak = row.get("peak_bytes")
         line = {
-            "": case["name"],
+            "": case["name"] + mark(row),
             "px": str(case["resolution"]),
             "dtype": case["dtype"],
             "batch": str(case["batch"]),
@@ -49,10 +103,12 @@ def speedup_table(rows: Sequence[Row]) -> Table:
             "M params": number(case["parameters"] / 1e6),
             "GFLOP/img": number(row["flops"] / 1e9, 4),
             "counted": number(row["flops_counted"] / 1e9, 4),
-            "img/s": number(median),
+            "img/s": with_error(median, row),
             "20-80%": f"{number(low)}-{number(high)}",
+            "calls": rounds_cell(row),
+            "checked": checked_cell(row),
             "fastest": number(measures.fastest(row)),
-            "img/s, no pixels": number(measures.rate(row, "calls_without_pixels")[0]),
+            "img/s, no pixels": number(_rate_without_pixels(row)),
             "TFLOP/s": number(measures.achieved_flops(row) / 1e12),
             "of mm": percent(measures.share_of_mm(row, ceiling)),
             "peak GB": number(peak / 1e9 if peak else None),
@@ -63,9 +119,15 @@ def speedup_table(rows: Sequence[Row]) -> Table:
             ratio = median / measures.rate(rival)[0] if same_resolution else None
             line[f"x {name} ({rival['case']['steps']})"] = number(ratio)
         line["paper, A100"] = number(case["paper"])
+        line["published FID"] = number(case.get("fid"))
         line["timed"] = case["note"] or "whole images"
         lines.append(line)
     return list(lines[0]) if lines else [], [list(line.values()) for line in lines]
+
+
+def _rate_without_pixels(row: Row) -> float | None:
+    """None for a model that computes pixels in one pass."""
+    return measures.rate(row, "calls_without_pixels")[0] if any(row["calls_without_pixels"].values()) else None
 
 
 def ladder_table(rows: Sequence[Row]) -> Table:
@@ -77,10 +139,10 @@ def ladder_table(rows: Sequence[Row]) -> Table:
         median, low, high = measures.rate(row)
         lines.append(
             [
-                case["name"],
+                case["name"] + mark(row),
                 case["dtype"],
                 str(case["batch"]),
-                number(median),
+                with_error(median, row),
                 f"{number(low)}-{number(high)}",
                 number(median / measures.rate(rungs[0])[0]),
                 percent(measures.share_of_mm(row, ceiling)),
@@ -118,6 +180,9 @@ def stage_table(row: Row) -> Table:
     """Every stage of a "roofline" row: cost, floor, measured time, and what closing the gap would save."""
     lines = []
     for stage in measures.stages(row):
+        saving = stage["s"] - stage["floor_s"]
+        # Below the floor there is nothing to save: the stage is faster than the product that the floor is made of.
+        save = "unknown" if not stage["known"] else number(1e3 * saving) if saving > 0 else "nothing"
         lines.append(
             [
                 stage["stage"],
@@ -126,8 +191,8 @@ def stage_table(row: Row) -> Table:
                 number(1e3 * stage["floor_s"]),
                 stage["bound"],
                 number(1e3 * stage["s"]),
-                number(stage["gap"]),
-                number(1e3 * (stage["s"] - stage["floor_s"])),
+                number(stage["gap"]) if stage["known"] else "too few calls",
+                save,
             ]
         )
     return ["stage", "GFLOP", "least MB", "floor, ms", "bound by", "measured, ms", "gap", "could save, ms"], lines
@@ -303,8 +368,9 @@ def waiting_table(rows: Sequence[Row]) -> Table:
 def with_source(rows: Sequence[Row], table: Table, detail: str = "") -> str:
     """A Markdown table under its source, and the notes of its runs below it."""
     notes = dict.fromkeys(note for row in rows for note in row["environment"].get("notes", []))
+    marks = disturbance_notes(rows)
     heading = f"{source(rows)}; {detail}" if detail else source(rows)
-    return "\n\n".join([heading, markdown(*table), *(f"Note on this run: {note}" for note in notes)])
+    return "\n\n".join([heading, markdown(*table), *(f"Note on this run: {note}" for note in notes), *marks])
 
 
 def all_tables(rows: Sequence[Row]) -> str:

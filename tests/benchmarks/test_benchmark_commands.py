@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import bench_dispatch, engine, memory, roofline, speedup, waiting
-from benchmarks.baselines import dit
+from benchmarks.baselines import dit, few_steps
 from benchmarks.harness import ceilings, comparison, ladder, measures, rivals, sides, tables
 from benchmarks.harness.models import Models
 from benchmarks.harness.results import Results, read
@@ -53,12 +54,12 @@ def tiny_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dit, "DiT", lambda resolution, *rest, **more: real_dit(64, *rest, **more))
     monkeypatch.setitem(sides.PAPER, ("maskgit", 64), None)
 
-    def maskgit(resolution: int, *rest: Any) -> sides.Side:
+    def maskgit(name: str, resolution: int, *rest: Any, **more: Any) -> sides.Side:
         size = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32}
         with monkeypatch.context() as narrow:
             narrow.setattr(rivals, "GeneratorConfig", partial(GeneratorConfig, **size))
             narrow.setattr(rivals, "MaskGITVQGAN", lambda: MaskGITVQGAN(VQGANConfig(hidden_channels=32)))
-            return real_maskgit(64, *rest)
+            return real_maskgit(name, 64, *rest, **more)
 
     monkeypatch.setattr(rivals, "maskgit_side", maskgit)
 
@@ -107,9 +108,9 @@ def test_ratio_is_the_median_of_the_rounds() -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "tf32"])
 def test_headline(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.jsonl"
-    speedup.main(
-        ["--device", "cpu", "--dtype", dtype, "--seconds", "0.01", "--batches", "1,2", "--out", str(path)]
-    )
+    rows_of = "=DiT-XL/2 bf16, SDPA,as published,=MaskGIT + MaskGIT-VQGAN,tiny"
+    common = ["--device", "cpu", "--dtype", dtype, "--seconds", "0.01", "--batches", "1,2", "--out", str(path)]
+    speedup.main([*common, "--rows", rows_of])
     rival = "DiT-XL/2 bf16, SDPA" if dtype == "bf16" else "DiT-XL/2 as published, fp32"
     titok = ["tiny-8 eager", "tiny-8", "tiny-64 eager", "tiny-64"]
     found = rows(path, "speedup")
@@ -122,6 +123,9 @@ def test_headline(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "",
     ] + 2 * ["64 x one step"]
     assert {r["case"]["dtype"] for r in found} == {"bf16" if dtype == "bf16" else "fp32"}
+    assert {row["case"]["name"]: tables.checked_cell(row) for row in found} == {
+        row["case"]["name"]: "yes" for row in found
+    }
     for row in found[3:]:
         exact = row["case"]["name"].endswith("eager")
         assert row["flops_counted"] == pytest.approx(row["flops"], rel=1e-9 if exact else 0.1), row["case"]["name"]
@@ -138,14 +142,100 @@ def test_all_steps_can_be_run_and_rows_left_out(
 ) -> None:
     path = tmp_path / "r.jsonl"
     common = ["--device", "cpu", "--seconds", "0.01", "--batches", "1", "--out", str(path)]
-    speedup.main([*common, "--whole", "--steps", "3", "--rows", "dit,tiny-64"])
+    speedup.main([*common, "--whole", "--steps", "3", "--rows", "=DiT-XL/2 bf16, SDPA,tiny-64"])
     assert [(r["case"]["note"], max(r["calls"].values())) for r in rows(path, "speedup")] == [("", 1)] * 3
     monkeypatch.setattr(dit, "why_not", lambda: "diffusers is not installed")
-    speedup.main([*common, "--rows", "dit,tiny-8"])
+    speedup.main([*common, "--rows", "=DiT-XL/2 bf16, SDPA,tiny-8"])
     assert "left out: DiT-XL/2 bf16, SDPA (diffusers is not installed)" in capsys.readouterr().out
 
 
+@pytest.fixture
+def tiny_few_steps(monkeypatch: pytest.MonkeyPatch, tiny_rivals: None) -> None:
+    """The models of a few steps with narrow layers, for 64 or 128 pixels."""
+    vq = {**few_steps.AMUSED_VQ, "block_out_channels": [32] * 5, "latent_channels": 8, "num_vq_embeddings": 40}
+    uvit = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    uvit |= {"in_channels": 24, "block_out_channels": 24, "block_num_heads": 2, "vocab_size": 48}
+    uvit |= {"codebook_size": 40, "encoder_hidden_size": 20, "cond_embed_dim": 12, "micro_cond_embed_dim": 1280}
+    dc = {**few_steps.DC_AE, "encoder_block_out_channels": [32] * 6, "decoder_block_out_channels": [32] * 6}
+    narrow = {"num_layers": 1, "attention_head_dim": 4}
+    for name, narrowed in {"DC_AE": dc, "UVIT": uvit, "AMUSED_VQ": vq}.items():
+        monkeypatch.setattr(few_steps, name, narrowed)
+    monkeypatch.setattr(few_steps, "PIXEL_STEP", {**few_steps.PIXEL_STEP, **narrow, "patch_size": 64})
+    for name, pixels in {"one_latent_step": 128, "one_pixel_step": 64, "Amused": 64}.items():
+        monkeypatch.setattr(few_steps, name, partial(_at, getattr(few_steps, name), pixels))
+
+
+def _at(make: Any, pixels: int, resolution: int, *rest: Any, **more: Any) -> Any:
+    return make(pixels, *rest, **more)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("tiny_few_steps")
+def test_rivals_of_today(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each runs whole, its results are checked where that takes no longer than measuring, and sources are named."""
+    path = tmp_path / "r.jsonl"
+    names = [
+        "DiT-XL/2, 20 DPM-Solver steps",
+        "DiT-XL/2, 10 DPM-Solver steps",
+        "one pass of DiT-XL/2",
+        "one pass of DiT-XL/1, deep",
+        "one pass over pixels",
+        "aMUSEd",
+        "MaskGIT + MaskGIT-VQGAN, unguided",
+    ]
+    common = ["--device", "cpu", "--dtype", "fp32", "--batches", "1", "--out", str(path)]
+    speedup.main([*common, "--seconds", "0.01", "--rows", "dpm,one pass,amused,unguided"])
+    found = {row["case"]["name"]: row for row in rows(path, "speedup")}
+    assert list(found) == names
+    for name, row in found.items():
+        assert set(row["calls"].values()) == {1}
+        assert tables.checked_cell(row) == ("pixels" if "DPM" in name else "yes"), name
+        assert (row["case"]["fid"] is None) == (row["case"]["fid_source"] is None)
+    assert found["one pass over pixels"]["case"]["fid_of"] == "pMF-L/32"
+    assert "published FID" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sustain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.jsonl"
+    common = ["--device", "cpu", "--batches", "1", "--out", str(path), "--rows", "=tiny-8,=tiny-64"]
+    speedup.main([*common, "--sustain", "0.2"])
+    (row,) = rows(path, "sustain")
+    assert row["case"]["name"] == "tiny-8"
+    assert row["p50"] <= row["p90"] <= row["p99"] == max(row["samples_s"]["image"])
+    assert sum(row["samples_s"]["image"]) <= row["conditions"]["seconds"]
+    shown = capsys.readouterr().out
+    assert "left out: tiny-64 (a step of it is timed and multiplied; --whole runs all steps)" in shown
+    assert "images per joule" in shown
+
+
+@pytest.mark.slow
+def test_a_side_with_wrong_results_is_named_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, ours = tmp_path / "r.jsonl", Models.ours
+
+    def cheating(self: Models, name: str, **options: Any) -> sides.Side:
+        """Returns the pictures of its first call for ever."""
+        side = ours(self, name, **options)
+        whole = side.parts["generate"]
+
+        def prepare(batch: int) -> Any:
+            checked = whole.prepare(batch)
+            first = checked()
+            return dataclasses.replace(checked, run=lambda *arguments: first)
+
+        side.parts["generate"] = dataclasses.replace(whole, prepare=prepare)
+        return side
+
+    monkeypatch.setattr(Models, "ours", cheating)
+    common = ["--device", "cpu", "--dtype", "fp32", "--seconds", "0.01", "--batches", "1", "--out", str(path)]
+    with pytest.raises(SystemExit, match="failed: tiny-8"):
+        speedup.main([*common, "--rows", "tiny-8"])
+    (row,) = rows(path, "speedup")
+    assert row["case"]["name"] == "tiny-8 eager"
+    (note,) = row["environment"]["notes"]
+    assert note == "left out tiny-8: not timed, it returns the same result for different inputs"
+
+
 @pytest.mark.slow
 def test_every_batch_is_written_at_once_and_a_side_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,12 +9,26 @@ import mmap
 import re
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from matplotlib.text import Text
 
-from benchmarks import plot, profile, regression, speedup
-from benchmarks.harness import gpu_parts, measures, sides, tables
+from benchmarks import (
+    bench_masked_attention,
+    bench_maskgit_decode_step,
+    bench_nearest_codebook,
+    plot,
+    profile,
+    regression,
+    session,
+    speedup,
+)
+from benchmarks import flops as flops_command
+from benchmarks.harness import figures, gpu_parts, measures, rival_tables, sides, tables
+from benchmarks.harness.commands import Outcome
 from benchmarks.harness.memory import peak_growth
 from benchmarks.harness.results import Results, read
 from titok import profiling
@@ -104,8 +118,127 @@ def test_plots_come_from_the_file_alone(file, tmp_path, capsys):
 def test_plots_go_where_the_documents_show_them():
     arguments = plot.parser().parse_args([])
     shown = re.findall(r"!\[[^]]*\]\((\w+)\.png\)", (ROOT / "docs/performance.md").read_text())
-    assert sorted(shown) == sorted(arguments.plots)
+    assert set(shown) <= set(arguments.plots)
+    assert {"speed", "ladder", "stages"} <= set(shown)  # the others are shown as soon as a results file has them
     assert arguments.out == ROOT / "docs"
+
+
+def quality_rows(path: Path) -> Path:
+    """A results file with models of a few steps and one of titok, which a one-step model beats."""
+    results = Results(path)
+    for name, family, seconds, fid, of in (
+        ("one pass over pixels", "one step", 2.0, 2.75, "pMF-L/32"),
+        ("aMUSEd", "amused", 70.0, None, None),
+        ("titok-l-64-512", "titok-l-64-512", 8.0, 2.74, ""),
+    ):
+        samples = {"step": [seconds, seconds, 1.5 * seconds]}
+        about = {"batch": 1, "fid": fid, "fid_source": fid and "a paper", "fid_of": of}
+        side_row(results, name, family, samples, {"step": 1}, **about)
+    return path
+
+
+def test_rivals_of_today_say_where_titok_loses(tmp_path):
+    rows = read([quality_rows(tmp_path / "r.jsonl")])
+    table = rival_tables.rivals(rows, 512)
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    ours, pixels, amused = cells[2:]
+    assert ours[:2] == ["titok-l-64-512", "2.74"]
+    assert pixels[1] == "2.75 (pMF-L/32)"
+    assert pixels[5] == "2 ± 25.0%"
+    assert pixels[-1] == "loses: 4 times as slow"
+    assert (amused[1], amused[-1]) == ("none found", "8.75 times as fast")
+    assert rival_tables.rivals(rows, 256) == rival_tables.NOTHING
+    assert rival_tables.today(rows)["quality_picture"] == rival_tables.PICTURE
+    assert rival_tables.today([])["quality_picture"] == rival_tables.NOTHING
+
+
+@pytest.mark.slow
+def test_quality_is_drawn_from_result_lines(tmp_path):
+    rows = read([quality_rows(tmp_path / "r.jsonl")])
+    assert plot.draw(rows, tmp_path, ["quality"]) == [tmp_path / "quality.png"]
+    figure = plot.plt.figure(layout="constrained")
+    plot.quality(rows, figure)
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert texts.count("work of pMF-L/32") == texts.count("titok-l-64-512, 8 steps") == 2  # by time and by FLOP
+    plot.plt.close(figure)
+
+
+@pytest.mark.slow
+def test_labels_and_footer_stay_clear_of_each_other(tmp_path):
+    """Twelve points close to each other, and more commits than a line of the footer holds."""
+    figure = plot.plt.figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    points = [(1 + i % 3 / 50, 1 + i / 40, f"a model with a long name {i}") for i in range(12)]
+    for x, y, _ in points:
+        axes.plot(x, y, "o")
+    environments = [{"cpu": "a processor with a name", "torch": "2.13", "commit": f"{i:010d}"} for i in range(40)]
+    plot._credit(figure, [{"environment": about} for about in environments])
+    plot._label(axes, points)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to their points
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    (footer,) = figure.texts
+    page = figure.bbox
+    box = footer.get_window_extent()
+    assert page.x0 <= box.x0
+    assert box.x1 <= page.x1
+    assert page.y0 <= box.y0
+    assert box.y1 <= axes.get_tightbbox().y0
+    plot.plt.close(figure)
+
+
+def test_stage_that_was_timed_too_few_times_has_no_gap(tmp_path):
+    case = {"preset": "titok-l-32", "dtype": "bf16", "device": "cpu", "batch": 1}
+    stages = {"encoder": {"flops": 1e12, "bytes": 1}, "generator": {"flops": 1e12, "bytes": 1}}
+    enough = {"mm": [0.5] * 5, "copy": [0.1] * 5, "encoder": [0.4] * 5, "generator": [0.1, 3.0, 9.0, 1.0, 0.5]}
+    row = Results(None).row("roofline", case, enough, work={"mm": 1e12, "copy": 1e9}, stages=stages)
+    encoder, generator = tables.stage_table(row)[1]
+    assert encoder[-2:] == ["0.8", "nothing"]  # faster than the product: nothing to save
+    assert generator[-2:] == ["too few calls", "unknown"]
+
+
+def test_flops_command(capsys):
+    flops_command.main(["--preset", "titok-l-32"])
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("encoder", "generator", "ViT decoder", "pixel decoder", "171"))
+    with pytest.raises(SystemExit):
+        flops_command.main(["--help"])
+    assert "usage: python -m benchmarks.flops" in capsys.readouterr().out
+
+
+def test_commands_of_the_session_parse():
+    for dtype in ("fp32", "bf16"):
+        steps = session.steps(dtype)
+        assert len({step.name for step in steps}) == len(steps)
+        for step in steps:
+            module = importlib.import_module(f"benchmarks.{step.module}")
+            arguments = module.parser().parse_args([*step.arguments, step.out, "r.jsonl"])
+            if step.module == "speedup" and not arguments.ladder:
+                rows = list(speedup.rows(arguments))
+                assert len(rows) >= 2, step
+                assert rows[-1].startswith("titok"), step
+
+
+def test_session_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """Steps that this commit has measured are left out; one that fails is named and measured again."""
+    out, ran = tmp_path / "r.jsonl", []
+
+    def run_limited(command, limit, *rest):
+        ran.append(command[2])
+        with out.open("a") as file:
+            file.write('{"kind": "note", "text": "a line"}\n')
+        return Outcome(1.0, 1 if command[2].endswith("memory") and len(ran) < 3 else 0)
+
+    monkeypatch.setattr(session, "run_limited", run_limited)
+    monkeypatch.setattr(session, "ROOT", tmp_path)
+    common = ["--out", str(out), "--only", "=memory l-32,=dispatch"]
+    assert session.main(common) == 1
+    assert "not measured: memory l-32" in capsys.readouterr().out
+    assert session.main(common) == 0
+    assert "dispatch: measured before" in capsys.readouterr().out
+    assert ran == ["benchmarks.memory", "benchmarks.bench_dispatch", "benchmarks.memory"]
+    assert session.main(["--out", str(tmp_path / "other.jsonl"), "--only", "=dispatch", "--limit", "5"]) == 1
+    assert "left out, 5 s are left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -194,7 +327,11 @@ def test_kernel_filter_names_the_kernels_of_this_repository():
     names = profile.kernel_names()
     modules = [importlib.import_module(f"titok.kernels.{name}") for name in aot.modules([])]
     compiled = [variant.kernel for module in modules for variant in module.aot_variants()]
-    assert {kernel.__name__ for kernel in compiled} | {"maskgit_decode_kernel"} == set(names)
+    in_cuda = {
+        "maskgit_decode_kernel",
+        *(f"masked_decode_{n}_kernel" for n in ("candidates", "stage", "find", "accept")),
+    }
+    assert {kernel.__name__ for kernel in compiled} | in_cuda == set(names)
     line = profile.command_lines(profile.parser().parse_args(["--target", "generate"]))["ncu"]
     (pattern,) = [word.removeprefix("--kernel-name=regex:") for word in line if word.startswith("--kernel-name")]
     for name in names:
@@ -257,8 +394,8 @@ def test_documented_commands_parse():
     checked = [command for command in own if parse(command)]
     words = {word for command in checked for word in shlex.split(command, comments=True)}
     commands = {
-        "engine", "gpu", "gpu_report", "kernel_times", "memory", "plot", "profile", "regression", "report", "roofline",
-        "speedup", "tune", "waiting",
+        "engine", "flops", "gpu", "gpu_report", "kernel_times", "memory", "plot", "profile", "regression", "report",
+        "roofline", "session", "speedup", "tune", "waiting",
     }  # fmt: skip
     assert words >= {"nsys", "ncu", *(f"benchmarks.{name}" for name in commands)}
 
@@ -267,7 +404,15 @@ def test_rows_can_be_chosen():
     arguments = speedup.parser().parse_args(
         ["--resolution", "256", "--rows", "DiT, l-32", "--device", "cpu", "--dtype", "fp32"]
     )
-    assert list(speedup.rows(arguments)) == ["DiT-XL/2 as published, fp32", "titok-l-32 eager", "titok-l-32"]
+    assert list(speedup.rows(arguments)) == [
+        "DiT-XL/2 as published, fp32",
+        "DiT-XL/2, 20 DPM-Solver steps",
+        "DiT-XL/2, 10 DPM-Solver steps",
+        "one pass of DiT-XL/2",
+        "one pass of DiT-XL/1, deep",
+        "titok-l-32 eager",
+        "titok-l-32",
+    ]
     headline = speedup.parser().parse_args(
         ["--resolution", "512", "--rows", "=titok-l-64-512,compiled,as published", "--device", "cuda"]
     )
@@ -312,3 +457,34 @@ def test_benchmarks_use_public_names_only():
                 assert "mock" not in [*module.split("."), *(alias.name for alias in node.names)], path
             found += [f"{path.name}: {name}" for name in names if re.match("_(?!_)", name)]
     assert not found
+
+
+def test_strongest_rivals_of_ops_compute_the_same():
+    """faiss finds the nearest codes, and every back end of SDPA attends; as the plain path does."""
+    latents, codebook = bench_nearest_codebook.case(50, 30, 4, "cpu")
+    if (search := bench_nearest_codebook.faiss_search(codebook)) is not None:
+        assert torch.equal(search(latents, codebook), bench_nearest_codebook.official(latents, codebook))
+    qkv, heads = bench_masked_attention.rotated(torch.randn(1, 5, 3 * 2 * 8), 2, seed=3)
+    plain = bench_masked_attention.eager(qkv, heads)
+    runs = [
+        partial(bench_masked_attention.sdpa_by, backend) for backend in bench_masked_attention.BACKENDS.values()
+    ]
+    ran = [run(qkv, heads) for run in runs if bench_masked_attention.takes(run, qkv, heads)]
+    assert len(ran) >= 2
+    assert all(float((out - plain).abs().max()) < 1e-5 for out in ran)
+
+
+@pytest.mark.slow
+def test_scheduler_of_diffusers_masks_as_many_codes():
+    pytest.importorskip("diffusers")
+    step, codes = bench_maskgit_decode_step.diffusers_step(), bench_maskgit_decode_step.CODES
+    inputs = bench_maskgit_decode_step.case(2, 4, torch.float32, "cpu")
+    before, after = (int((tokens == codes).sum()) for tokens in (inputs[0], step(*inputs, 4)))
+    assert 0 < after < before
+
+
+def test_best_sdpa_is_the_fastest_back_end():
+    row = {"samples_s": {"titok": [1.0], "sdpa": [4.0], "math": [9.0], "flash": [2.0], "views": [3.0]}}
+    assert figures._ratios([row], "best SDPA") == "2"
+    del row["samples_s"]["math"]  # results from before all back ends were timed say nothing of the best
+    assert figures._peer_times(row, "best SDPA") == []

@@ -290,17 +290,18 @@ def test_quickstart_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> No
     import titok.quickstart.run as quickstart
 
     calls: list[Any] = []
-    monkeypatch.setattr(quickstart, "run", lambda out, seed, *, resume: calls.append((out, seed, resume)))
+    record = lambda out, seed, *, resume, progress: calls.append((out, seed, resume, progress))  # noqa: E731
+    monkeypatch.setattr(quickstart, "run", record)
     titok("quickstart")
-    titok("quickstart", "-o", "here", "--seed", 3, "--resume")
-    assert calls == [(Path("runs/quickstart"), 0, False), (Path("here"), 3, True)]
+    titok("--quiet", "quickstart", "-o", "here", "--seed", 3, "--resume")
+    assert calls == [(Path("runs/quickstart"), 0, False, True), (Path("here"), 3, True, False)]
     import titok.quickstart.colour as colour
 
     calls.clear()
-    monkeypatch.setattr(colour, "run", lambda out, seed, *, resume: calls.append((out, seed, resume)))
+    monkeypatch.setattr(colour, "run", record)
     titok("quickstart", "--colour")
-    titok("quickstart", "--colour", "-o", "here", "--seed", 3, "--resume")
-    assert calls == [(Path("runs/colour"), 0, False), (Path("here"), 3, True)]
+    titok("--quiet", "quickstart", "--colour", "-o", "here", "--seed", 3, "--resume")
+    assert calls == [(Path("runs/colour"), 0, False, True), (Path("here"), 3, True, False)]
 
     def missing(*_: Any, **__: Any) -> None:
         raise ModuleNotFoundError("the quickstart needs scikit-learn: pip install 'titok-kernels[quickstart]'")

@@ -25,7 +25,7 @@ from titok.training.folder import CHECKPOINT
 ASKED = os.environ.get("TITOK_TRAINING_KILLS")
 KILLS = int(ASKED or "2")
 CHANGES: dict[str, Any] = {
-    "steps": 30 * KILLS, "micro_batch_size": 2, "checkpoint_every": 3, "keep_last": 2, "keep_every": 50,
+    "steps": 15 * KILLS, "micro_batch_size": 2, "checkpoint_every": 3, "keep_last": 2, "keep_every": 50,
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_killed_runs_end_as_one_that_was_not(kind: str, tmp_path: Path) -> None:
         started = start_processes(1 + attempt % 2, code)
         wait_for_progress(out, started)
         if killed < KILLS:
-            time.sleep(draw.uniform(0, 0.3))
+            time.sleep(draw.uniform(0, 0.15))  # a few steps and checkpoints
             killed += kill(started)
         errors = wait_for(started)
         if all(process.exitcode == 0 for process, _ in started):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import recipes
 import torch
 from PIL import Image
 from recipes import FIRST, KINDS, VQGAN, WHOLE, config_of, perceptual, pictures, seeded, train
@@ -259,7 +261,11 @@ def test_recipes_refuse_models_of_another_kind(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer", "uvit"])  # without dropout, whose random numbers would be others
-def test_compiled_networks(kind: str, tmp_path: Path) -> None:
+def test_compiled_networks(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_layer = dataclasses.replace(recipes.VIT, layers=1)  # which halves what has to be compiled
+    monkeypatch.setattr(
+        recipes, "SINGLE", dataclasses.replace(recipes.SINGLE, encoder=one_layer, decoder=one_layer)
+    )
     changes = {"steps": 4, "log_every": 1}
     train(kind, tmp_path / "plain", changes)
     compiled = train(kind, tmp_path / "compiled", {**changes, "compile": True})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from golden import Case
 from titok import GeneratorConfig, MaskGIT, TiTok, TokenizerConfig, ViTConfig
 from titok.training.masking import drop_classes, masked_token_loss, num_masked, random_mask
 from titok.training.optim import decayed_parameters, learning_rate
-from titok.training.order import seed_of, shuffled_batches
+from titok.training.order import micro_batches, seed_of, shuffled_batches
 
 VARIANTS = {
     "mlm": {},
@@ -110,6 +111,17 @@ def test_every_epoch_is_a_permutation_and_any_step_can_be_the_first() -> None:
     later = shuffled_batches(7, 3, seed=5, first_step=4)
     assert all(torch.equal(next(later), batch) for batch in batches[4:])
     assert not torch.equal(torch.cat([next(shuffled_batches(7, 7, seed=6))]), epochs[0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_all_processes_together_read_every_picture_once_an_epoch(world_size: int) -> None:
+    """Three epochs of 20 pictures, in steps of 12 that are cut into four micro-batches."""
+    parts = [micro_batches(shuffled_batches(20, 12, seed=5), 3, rank, world_size) for rank in range(world_size)]
+    steps = [[list(itertools.islice(part, 4 // world_size)) for part in parts] for _ in range(5)]
+    # A step's micro-batches in the order of the data: the first of each process, then the second of each.
+    read = [batch for step in steps for same_turn in zip(*step, strict=True) for batch in same_turn]
+    epochs = torch.cat(read).reshape(3, 20)
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs.tolist())
 
 
 def test_a_batch_may_be_longer_than_the_data() -> None:
