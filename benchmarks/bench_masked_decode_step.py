@@ -1,7 +1,8 @@
 """`masked_decode_step` against the schedulers of diffusers: `python -m benchmarks.bench_masked_decode_step`.
 
 Each scheduler's step runs on the same float32 logits as titok's, in turns in one process. Peak extra memory is the
-growth of the process's largest resident set over one call, measured once before the timings.
+growth of the process's largest resident set over one call, measured once before the timings. On a busy machine
+`--cpu-time` counts the seconds that the process ran, which suits one thread.
 """
 
 from __future__ import annotations
@@ -71,10 +72,10 @@ def peak_growth(run: Callable[[], Any]) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,20 +85,27 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--tokens", type=int, default=32)
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--only", help="only this scheduler, by its name in the table")
+    options.add_argument("--decided", type=int, default=0, help="tokens of each row that are decided before the step")
+    options.add_argument("--cpu-time", action="store_true", help="time of the process in place of wall-clock time")
     return options
 
 
 def main() -> None:
     options = parser().parse_args()
     torch.set_num_threads(options.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     print("codes, batch, scheduler: titok ms, scheduler ms, ratio; titok MiB, scheduler MiB beyond the inputs")
     for codes in options.codes:
         for batch in options.batch:
             logits = 3 * torch.randn(batch, options.tokens, codes)
             tokens = torch.full((batch, options.tokens), codes)
+            tokens[:, : options.decided] = 1
             for name, (ours, theirs) in pairs(tokens, logits).items():
+                if options.only not in (None, name):
+                    continue
                 memory = peak_growth(ours), peak_growth(theirs)
-                times = [(seconds(ours), seconds(theirs)) for _ in range(options.repeats)]
+                times = [(seconds(ours, clock), seconds(theirs, clock)) for _ in range(options.repeats)]
                 mine, others = (1e3 * statistics.median(side) for side in zip(*times, strict=True))
                 print(
                     f"{codes}, {batch}, {name}: {mine:.2f}, {others:.2f}, {others / mine:.1f}; "

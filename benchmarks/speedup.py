@@ -119,6 +119,9 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
         add_dit("DiT-XL/2 bf16, SDPA", torch.bfloat16)
         if device == "cuda":
             add_dit("DiT-XL/2 bf16, compiled", torch.bfloat16, arguments.compile_mode)
+    table[MASKGIT] = partial(rivals.maskgit_side, MASKGIT, *common)
+    for preset in sides.PRESETS[resolution]:
+        add_titok(preset)
     for steps in (20, 10):
         name = f"DiT-XL/2, {steps} DPM-Solver steps"
         options: dict[str, Any] = {"steps": steps, "solver": "dpm", "all_steps": True, "compile_mode": None}
@@ -127,10 +130,8 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Side]]:
         table[name] = partial(rivals.latent_step_side, name, *common, deep=deep)
     for name, make in (("one pass over pixels", rivals.pixel_step_side), ("aMUSEd", rivals.amused_side)):
         table[name] = partial(make, name, *common)
-    for name, published in ((MASKGIT, False), (f"{MASKGIT}, unguided", True)):
-        table[name] = partial(rivals.maskgit_side, name, *common, published=published)
-    for preset in sides.PRESETS[resolution]:
-        add_titok(preset)
+    name = f"{MASKGIT}, unguided"
+    table[name] = partial(rivals.maskgit_side, name, *common, published=True)
     return {name: table[name] for name in matching(table, arguments.rows)}
 
 

@@ -37,6 +37,29 @@ from titok.kernels._masked_decode_numbers import (
 
 
 @triton.jit
+def _works(
+    state_ptr,  # (13,) int64, of one position
+    integers_ptr,  # (B, 8) int64
+    b,
+    draw_scale,
+    all_codes,
+    STAGE: tl.constexpr,
+    NEEDS_LAW: tl.constexpr,
+):
+    """Whether a position of row b has something to do in a stage."""
+    works = tl.load(state_ptr + KIND) > 0
+    if STAGE == "count":
+        works = works & (draw_scale > 0.0) & truncates_by_k(integers_ptr, b, all_codes)
+    if STAGE == "mass":
+        works = works & (draw_scale > 0.0) & truncates_by_p(integers_ptr, b)
+    if STAGE == "sums":
+        works = works & (NEEDS_LAW | (draw_scale > 0.0))
+    if STAGE == "find":
+        works = works & (draw_scale > 0.0)
+    return works
+
+
+@triton.jit
 def masked_decode_step_partial(
     cond_ptr,  # (B, N, V), or with rows (R, V); V codes from first_code on
     uncond_ptr,  # the same, or None
@@ -73,17 +96,8 @@ def masked_decode_step_partial(
     at, b, n = position.to(tl.int64), (position // N).to(tl.int64), position % N
     state_ptr += at * WIDTH
     partials_ptr += (at * tl.num_programs(1) + chunk) * PARTIAL
-    works = tl.load(state_ptr + KIND) > 0
     draw_scale = load_draw_scale(floats_ptr, b)
-    if STAGE == "count":
-        works = works & (draw_scale > 0.0) & truncates_by_k(integers_ptr, b, all_codes)
-    if STAGE == "mass":
-        works = works & (draw_scale > 0.0) & truncates_by_p(integers_ptr, b)
-    if STAGE == "sums":
-        works = works & (NEEDS_LAW | (draw_scale > 0.0))
-    if STAGE == "find":
-        works = works & (draw_scale > 0.0)
-    if works:
+    if _works(state_ptr, integers_ptr, b, draw_scale, all_codes, STAGE, NEEDS_LAW):
         guidance = tl.load(floats_ptr + b * FLOATS + GUIDANCE)
         inverse_temperature = tl.load(floats_ptr + b * FLOATS + INVERSE_TEMPERATURE)
         cond_ptr += row_offset(rows_ptr, at, b, n, cond_row_count, cond_stride_b, cond_stride_n)
@@ -192,17 +206,8 @@ def masked_decode_step_reduce(
     at, b, n = position.to(tl.int64), (position // N).to(tl.int64), position % N
     state_ptr += at * WIDTH
     partials_ptr += at * C * PARTIAL
-    works = tl.load(state_ptr + KIND) > 0
     draw_scale = load_draw_scale(floats_ptr, b)
-    if STAGE == "count":
-        works = works & (draw_scale > 0.0) & truncates_by_k(integers_ptr, b, all_codes)
-    if STAGE == "mass":
-        works = works & (draw_scale > 0.0) & truncates_by_p(integers_ptr, b)
-    if STAGE == "sums":
-        works = works & (NEEDS_LAW | (draw_scale > 0.0))
-    if STAGE == "find":
-        works = works & (draw_scale > 0.0)
-    if works:
+    if _works(state_ptr, integers_ptr, b, draw_scale, all_codes, STAGE, NEEDS_LAW):
         chunks = tl.arange(0, BLOCK_C)
         inside = chunks < C
         if STAGE == "peak":

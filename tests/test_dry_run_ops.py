@@ -121,7 +121,8 @@ def test_every_op(name: str, device: str) -> None:
         for result in results if isinstance(results, tuple) else (results,):
             assert str(result.device) == device
     assert recorder.findings == []
-    assert recorder.backends[name] == ("cuda" if name == "maskgit_decode_step" else "triton")
+    in_cuda = name in ("masked_decode_step", "maskgit_decode_step")
+    assert recorder.backends[name] == ("cuda" if in_cuda else "triton")
     assert recorder.device_ops != []
 
 

@@ -27,7 +27,7 @@ TITOK_HD typename Lanes<F>::Int exp_weight(F x) {
   // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold.
   constexpr float kRound = 12582912.0f;
   const F lowest = F{} + kLowestExponent;
-  x = x > lowest ? x : lowest;
+  x = Lanes<F>::larger(x, lowest);
   const F shifted = x * 1.44269504f + kRound;
   const F n = shifted - kRound;
   const F r = (x - n * kLn2High) - n * kLn2Low;

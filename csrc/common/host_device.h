@@ -25,7 +25,8 @@ TITOK_HD To bit_cast(const From& from) {
 }
 
 // For templates over F, which is float or a GCC vector of floats: the 32-bit integers of the same number of lanes,
-// and conversions lane by lane. maskgit_decode_simd.cpp specialises it for its vectors.
+// conversions lane by lane, and `a > b ? a : b` and `a < b ? a : b`, which GCC does not make one instruction for vectors.
+// masked_decode_simd.cpp specialises it for its vectors.
 template <class F>
 struct Lanes;
 template <>
@@ -33,6 +34,8 @@ struct Lanes<float> {
   using Int = int32_t;
   static TITOK_HD Int truncate(float x) { return static_cast<Int>(x); }
   static TITOK_HD float convert(uint32_t x) { return static_cast<float>(x); }
+  static TITOK_HD float larger(float a, float b) { return a > b ? a : b; }
+  static TITOK_HD float smaller(float a, float b) { return a < b ? a : b; }
 };
 
 }  // namespace titok

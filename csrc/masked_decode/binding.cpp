@@ -1,5 +1,6 @@
-// titok._C.masked_decode_step: checks tensors and hands their memory to the launcher.
-#include <cfloat>
+// titok._C.masked_decode_step, masked_decode_step_cuda and masked_decode_partial: check tensors and hand their memory to
+// the launchers.
+#include <stdexcept>
 
 #include "masked_decode/masked_decode.h"
 #include "module.h"
@@ -24,7 +25,7 @@ void check_optional(const TensorArg& tensor, DType dtype, int64_t batch, int64_t
 void check_numbers(const MaskedDecodeArgs& args) {
   for (int b = 0; b < args.batch; ++b) {
     const float scale = args.floats[b].draw_scale;
-    if (!(scale >= 0.0f && scale <= FLT_MAX)) {
+    if (!usable_draw_scale(scale)) {
       raise_value_error("floats", "finite scales of the draw >= 0", std::to_string(scale));
     }
     const float bound = args.floats[b].limit;
@@ -37,7 +38,8 @@ void check_numbers(const MaskedDecodeArgs& args) {
   }
 }
 
-PyObject* masked_decode_step(Call& call) {
+// Reads and checks the arguments that the CPU's and the GPU's function share. The numbers of the rows are not read.
+MaskedDecodeArgs read_arguments(Call& call) {
   const TensorArg tokens = call.tensor("tokens"), cond = call.tensor("cond"),
                   uncond = call.optional_tensor("uncond");
   const TensorArg rows = call.optional_tensor("rows"), uncond_rows = call.optional_tensor("uncond_rows");
@@ -55,20 +57,19 @@ PyObject* masked_decode_step(Call& call) {
   const TensorArg out = call.tensor("out"), confidences = call.tensor("confidences");
   const TensorArg log_probabilities = call.optional_tensor("log_probabilities"),
                   new_step_map = call.optional_tensor("new_step_map");
-  const int threads = static_cast<int>(call.integer("threads", 1, INT32_MAX));
 
   expect_contiguous(tokens, {DType::kInt64}, {kAnySize, kAnySize});
   const int64_t batch = tokens.size(0), length = tokens.size(1);
-  if (length > kMaskedDecodeTokens || batch * length > INT32_MAX) {
+  if (length > kMaxTokens || batch * length > INT32_MAX) {
     raise_value_error("tokens",
-                      "at most " + std::to_string(kMaskedDecodeTokens) + " tokens in a row and 2^31 - 1 in all",
+                      "at most " + std::to_string(kMaxTokens) + " tokens in a row and 2^31 - 1 in all",
                       shape_of(tokens));
   }
-  expect_dtype(cond, {DType::kFloat32, DType::kBFloat16});
+  expect_dtype(cond, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
   check_logits(cond, rows.given, batch, length, kAnySize);
   const int64_t codes = cond.size(-1);
-  if (codes < 1 || codes > kMaskedDecodeCodes) {
-    raise_value_error("cond", "1 to " + std::to_string(kMaskedDecodeCodes) + " codes in the last dimension",
+  if (codes < 1 || codes > kMaxCodes) {
+    raise_value_error("cond", "1 to " + std::to_string(kMaxCodes) + " codes in the last dimension",
                       shape_of(cond));
   }
   if (uncond.given) {
@@ -115,16 +116,57 @@ PyObject* masked_decode_step(Call& call) {
   args.confidences = confidences.as<float>();
   args.log_probabilities = log_probabilities.as<float>();
   args.new_step_map = new_step_map.as<int32_t>();
-  check_numbers(args);
+  return args;
+}
 
+PyObject* masked_decode_step(Call& call) {
+  const MaskedDecodeArgs args = read_arguments(call);
+  const int threads = static_cast<int>(call.integer("threads", 1, INT32_MAX));
+  check_numbers(args);
   const char* wrong = nullptr;
-  if (batch > 0 && length > 0) {
+  if (args.batch > 0 && args.length > 0) {
     const WithoutGil released;
     wrong = launch_masked_decode(args, threads);
   }
   if (wrong != nullptr) raise_value_error(wrong, "rows of the logits where a code is drawn", "another");
   Py_RETURN_NONE;
 }
+
+#if defined(TITOK_WITH_CUDA)
+PyObject* masked_decode_step_cuda(Call& call) {
+  call.expect_device(DeviceKind::kCuda);
+  GpuDecodeArgs args{};
+  args.step = read_arguments(call);
+  args.needs = needs_of(args.step);
+  args.truncates = call.boolean("truncates");
+  args.chunk = static_cast<int32_t>(call.integer("chunk", kSegment, kMostChunk));
+  const TensorArg state = call.tensor("state"), partials = call.tensor("partials"),
+                  arrivals = call.tensor("arrivals");
+  void* const stream = reinterpret_cast<void*>(call.unsigned_integer("stream"));
+  const MaskedDecodeArgs& step = args.step;
+  if (args.chunk % kSegment != 0) {
+    raise_value_error("chunk", "a multiple of " + std::to_string(kSegment), std::to_string(args.chunk));
+  }
+  args.chunks = (step.codes + args.chunk - 1) / args.chunk;
+  expect_contiguous(state, {DType::kInt64}, {step.batch, step.length, kColumns});
+  expect_contiguous(partials, {DType::kInt64}, {step.batch, step.length, args.chunks, kDigits});
+  expect_contiguous(arrivals, {DType::kInt32}, {step.batch, step.length});
+  args.state = state.as<int64_t>();
+  args.partials = partials.as<int64_t>();
+  args.arrivals = arrivals.as<uint32_t>();
+  if (step.batch == 0 || step.length == 0) Py_RETURN_NONE;
+  if (step.rows && (step.cond_rows_count == 0 || (step.uncond && step.uncond_rows_count == 0))) {
+    raise_value_error(step.cond_rows_count == 0 ? "cond" : "uncond", "at least one row", "none");
+  }
+  const char* error;
+  {
+    const WithoutGil released;
+    error = launch_masked_decode_cuda(args, stream);
+  }
+  if (error) throw std::runtime_error(std::string("masked_decode_step: CUDA error: ") + error);
+  Py_RETURN_NONE;
+}
+#endif
 
 PyObject* masked_decode_partial(Call& call) {
   const TensorArg cond = call.tensor("cond"), uncond = call.optional_tensor("uncond");
@@ -133,13 +175,13 @@ PyObject* masked_decode_partial(Call& call) {
   PartialArgs args{};
   args.stage = static_cast<Stage>(call.integer("stage", 0, 4));
   args.shift = static_cast<int32_t>(call.integer("shift", 0, 32 - kDigitBits));
-  args.all_codes = static_cast<int32_t>(call.integer("all_codes", 1, kMaskedDecodeCodes));
-  args.first_code = static_cast<int32_t>(call.integer("first_code", 0, kMaskedDecodeCodes));
+  args.all_codes = static_cast<int32_t>(call.integer("all_codes", 1, kMaxCodes));
+  args.first_code = static_cast<int32_t>(call.integer("first_code", 0, kMaxCodes));
   args.first_chunk = static_cast<int32_t>(call.integer("first_chunk", 0, INT32_MAX));
   args.step.model_law = call.boolean("model_law");
-  args.needs_law = call.boolean("needs_law");
-  args.needs_products = call.boolean("needs_products");
-  args.needs_second = call.boolean("needs_second");
+  args.needs.law = call.boolean("needs_law");
+  args.needs.entropy = call.boolean("needs_products");
+  args.needs.margin = call.boolean("needs_second");
   const TensorArg partials = call.tensor("partials");
   const int threads = static_cast<int>(call.integer("threads", 1, INT32_MAX));
 
@@ -150,7 +192,7 @@ PyObject* masked_decode_partial(Call& call) {
   if (chunks < 1 || batch * length > INT32_MAX || chunks > INT32_MAX) {
     raise_value_error("partials", "at least one chunk", shape_of(partials));
   }
-  expect_dtype(cond, {DType::kFloat32, DType::kBFloat16});
+  expect_dtype(cond, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
   check_logits(cond, rows.given, batch, length, kAnySize);
   const int64_t codes = cond.size(-1);
   if (codes < 1 || args.first_code + codes > args.all_codes) {
@@ -212,6 +254,20 @@ PyMethodDef kFunctions[] = {
         "One decode step; titok.ops.masked_decode_step states the definition. CPU tensors.\n\n"
         "integers (B, 8) int64 and floats (B, 6) float32 hold the numbers of each row, policy and confidence the\n"
         "places of their names in titok.ops.masked_decode_plain."),
+#if defined(TITOK_WITH_CUDA)
+    python_function<masked_decode_step_cuda, 27>(
+        "masked_decode_step_cuda",
+        "masked_decode_step_cuda($module, tokens, cond, uncond, rows, uncond_rows, undecided, editable, step_map,\n"
+        "                        integers, floats, mask_token, policy, confidence, model_law, renoise, edits,\n"
+        "                        block_length, out, confidences, log_probabilities, new_step_map, truncates,\n"
+        "                        chunk, state, partials, arrivals, stream, /)\n"
+        "--\n\n"
+        "masked_decode_step on tensors of the current CUDA device: 5 launches on `stream` (a cudaStream_t as an\n"
+        "integer), 21 where `truncates`, without a synchronisation.\n\n"
+        "chunk is the number of codes of a block, a multiple of 256 up to 32,768. state (B, N, 13) and partials\n"
+        "(B, N, ceil(V / chunk), 16), int64, and arrivals (B, N) int32 are memory for the kernels. Values out of\n"
+        "range are clamped, not reported."),
+#endif
     {}};
 
 }  // namespace

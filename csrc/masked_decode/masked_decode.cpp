@@ -51,10 +51,6 @@ void find_candidates(const MaskedDecodeArgs& args, int b, Kind* kind) {
   }
 }
 
-int64_t row_offset(const int64_t* rows, int64_t stride_b, int64_t stride_n, int b, int64_t n, int length) {
-  return rows == nullptr ? b * stride_b + n * stride_n : rows[int64_t{b} * length + n] * stride_n;
-}
-
 const void* row_at(const MaskedDecodeArgs& args, const void* logits, int64_t offset) {
   return logits == nullptr ? nullptr : static_cast<const char*>(logits) + offset * bytes_of(args.dtype);
 }
@@ -65,50 +61,21 @@ void draw_at(const MaskedDecodeArgs& args, DrawToken draw_token, int64_t i, Posi
   const int64_t n = i % args.length;
   const RowIntegers& row = args.integers[b];
   const RowFloats& numbers = args.floats[b];
-  const int64_t cond = row_offset(args.rows, args.cond_stride_b, args.cond_stride_n, b, n, args.length);
-  const int64_t uncond = row_offset(args.uncond_rows, args.uncond_stride_b, args.uncond_stride_n, b, n, args.length);
-  const bool needs_entropy = args.policy == Policy::kEntropy || args.confidence == Confidence::kNegativeEntropy;
-  const bool needs_margin = args.confidence == Confidence::kMargin;
-  const bool needs_law = needs_entropy || needs_margin || args.confidence == Confidence::kLogProbability ||
-                         args.confidence == Confidence::kProbability || args.edits ||
-                         args.policy == Policy::kThreshold || args.policy == Policy::kFactor ||
-                         args.log_probabilities != nullptr;
-  const LogitRow logits = {row_at(args, args.cond, cond),
-                           row_at(args, args.uncond, uncond),
-                           args.dtype,
-                           args.codes,
-                           row.top_k,
-                           row.top_p,
-                           args.model_law,
-                           needs_law,
-                           needs_entropy,
-                           needs_margin};
-  const uint64_t seed = static_cast<uint64_t>(row.seed), sample = static_cast<uint64_t>(row.sample);
-  const PhiloxWords words =
-      philox4x32({static_cast<uint32_t>(n), static_cast<uint32_t>(row.step), static_cast<uint32_t>(sample),
-                  static_cast<uint32_t>(sample >> 32)},
-                 static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-  DrawnToken drawn = draw_token(logits, numbers, uint64_t{words.w0} << 32 | words.w1);
-  const float log_probability = drawn.log_probability;
-  drawn.log_probability = log_probability < 0.0f ? log_probability : 0.0f;  // rounding may have raised it above 0
-  float score = 0.0f;
-  switch (args.confidence) {
-    case Confidence::kLogit: score = drawn.logit; break;
-    case Confidence::kLogProbability: score = log_probability; break;
-    case Confidence::kNegativeEntropy: score = -drawn.entropy; break;
-    case Confidence::kRandom: break;
-    case Confidence::kProbability: score = exp_weight(drawn.log_probability) / kOne; break;
-    case Confidence::kMargin: score = drawn.margin; break;
-  }
-  // The last addition turns -0 into +0, which would otherwise sort apart.
-  args.confidences[i] = (score + gumbel(words.w2) * numbers.noise) + 0.0f;
+  const int64_t cond =
+      row_offset(args.rows, args.cond_rows_count, args.cond_stride_b, args.cond_stride_n, b, n, args.length);
+  const int64_t uncond = row_offset(args.uncond_rows, args.uncond_rows_count, args.uncond_stride_b,
+                                    args.uncond_stride_n, b, n, args.length);
+  const LogitRow logits = {row_at(args, args.cond, cond), row_at(args, args.uncond, uncond),
+                           args.dtype,                    args.codes,
+                           row.top_k,                     row.top_p,
+                           args.model_law,                needs_of(args)};
+  const DecodeNoise noise = decode_noise(row, n);
+  DrawnToken drawn = draw_token(logits, numbers, noise.uniform);
+  args.confidences[i] = noisy_confidence(score_of(args.confidence, drawn), noise.gumbel_word, numbers.noise);
   if (args.log_probabilities != nullptr) args.log_probabilities[i] = drawn.log_probability;
   positions.drawn[i] = drawn;
-  positions.words[i] = words.w3;
+  positions.words[i] = noise.renoise_word;
 }
-
-// A key that sorts by a number, then by position.
-uint64_t key_of(uint32_t number, int64_t n) { return uint64_t{number} << 12 | static_cast<uint64_t>(n); }
 
 // Calls accept(n) for the positions of row b that the policy accepts.
 template <class Accept>
@@ -120,25 +87,15 @@ void apply_policy(const MaskedDecodeArgs& args, int b, Positions& positions, Acc
   int64_t found = 0;
   for (int64_t n = 0; n < args.length; ++n) {
     if (positions.kind[base + n] != Kind::kCandidate) continue;
-    const uint32_t confidence = sortable(args.confidences[base + n]);
-    switch (args.policy) {
-      case Policy::kCount: keys[found++] = key_of(confidence, n); break;
-      case Policy::kEntropy:
-        keys[found++] = key_of(static_cast<uint32_t>(drawn[n].entropy * kEntropyUnit), n);
-        break;
-      case Policy::kLeftmost: keys[found++] = key_of(0, n); break;
-      case Policy::kFactor: keys[found++] = key_of(~sortable(drawn[n].log_probability), n); break;
-      default: keys[found++] = key_of(~confidence, n);
-    }
+    keys[found++] = key_of(sort_number(args.policy, drawn[n], args.confidences[base + n]), n);
   }
   const int64_t count = std::clamp<int64_t>(args.integers[b].count, 0, found);
-  const auto position = [&](int64_t i) { return static_cast<int64_t>(keys[i] & (kMaskedDecodeTokens - 1)); };
   if (args.policy == Policy::kEntropy) {
     std::sort(keys, keys + found);
     const int64_t bound = static_cast<int64_t>(numbers.limit * kEntropyUnit);
     int64_t before = 0;
     for (int64_t i = 0; i < found && (i < count || before <= bound); ++i) {
-      accept(position(i));
+      accept(position_of(keys[i]));
       before += static_cast<int64_t>(keys[i] >> 12);
     }
     return;
@@ -147,17 +104,17 @@ void apply_policy(const MaskedDecodeArgs& args, int b, Positions& positions, Acc
     std::sort(keys, keys + found);
     const int64_t bound = static_cast<int64_t>(numbers.limit * kOne);
     for (int64_t i = 0; i < found; ++i) {
-      const int64_t doubt = static_cast<int64_t>(kOne) - exp_weight(drawn[position(i)].log_probability);
-      if (i < count || (i + 2) * doubt < bound) accept(position(i));
+      const int64_t doubt = static_cast<int64_t>(kOne) - exp_weight(drawn[position_of(keys[i])].log_probability);
+      if (i < count || (i + 2) * doubt < bound) accept(position_of(keys[i]));
     }
     return;
   }
   if (count > 0 && count < found) std::nth_element(keys, keys + (count - 1), keys + found);
   const int64_t first = args.policy == Policy::kCount ? count : 0;
   const int64_t last = args.policy == Policy::kCount ? found : count;
-  for (int64_t i = first; i < last; ++i) accept(position(i));
+  for (int64_t i = first; i < last; ++i) accept(position_of(keys[i]));
   for (int64_t i = last; args.policy == Policy::kThreshold && i < found; ++i) {
-    if (drawn[position(i)].log_probability > numbers.limit) accept(position(i));
+    if (drawn[position_of(keys[i])].log_probability > numbers.limit) accept(position_of(keys[i]));
   }
 }
 
@@ -171,7 +128,7 @@ void write_row(const MaskedDecodeArgs& args, int b, Positions& positions) {
   for (int64_t i = base; i < base + args.length; ++i) {
     int64_t token = args.tokens[i];
     if (args.renoise && positions.kind[i] == Kind::kCandidate) {
-      token = static_cast<int64_t>(uint64_t{positions.words[i]} * static_cast<uint64_t>(args.codes) >> 32);
+      token = uniform_code(positions.words[i], args.codes);
     }
     args.out[i] = token;
     if (args.new_step_map != nullptr) args.new_step_map[i] = args.step_map[i];
@@ -246,16 +203,16 @@ const char* launch_masked_decode_partial(const PartialArgs& args, int threads) {
     int64_t* const partial = args.partials + item * width;
     const RowIntegers& row = step.integers[b];
     const RowFloats& numbers = step.floats[b];
-    const float scale = usable_scale(numbers.draw_scale) ? numbers.draw_scale : 0.0f;
+    const float scale = usable_draw_scale(numbers.draw_scale) ? numbers.draw_scale : 0.0f;
     std::fill(partial, partial + width, 0);
     if (begin == end || state[kKind] == kNoKind ||
-        !works(args.stage, row, scale, args.all_codes, args.needs_law)) {
+        !works(args.stage, row, scale, args.all_codes, args.needs.law)) {
       continue;
     }
-    const int64_t cond =
-        begin + row_offset(step.rows, step.cond_stride_b, step.cond_stride_n, b, n, step.length);
-    const int64_t uncond =
-        begin + row_offset(step.uncond_rows, step.uncond_stride_b, step.uncond_stride_n, b, n, step.length);
+    const int64_t cond = begin + row_offset(step.rows, step.cond_rows_count, step.cond_stride_b,
+                                            step.cond_stride_n, b, n, step.length);
+    const int64_t uncond = begin + row_offset(step.uncond_rows, step.uncond_rows_count, step.uncond_stride_b,
+                                              step.uncond_stride_n, b, n, step.length);
     const LogitRow logits = {row_at(step, step.cond, cond),
                              row_at(step, step.uncond, uncond),
                              step.dtype,
@@ -263,9 +220,7 @@ const char* launch_masked_decode_partial(const PartialArgs& args, int threads) {
                              row.top_k,
                              row.top_p,
                              step.model_law,
-                             args.needs_law,
-                             args.needs_products,
-                             args.needs_second};
+                             args.needs};
     const ChunkOfCodes codes = {args.stage, args.shift, static_cast<int32_t>(args.first_code + begin),
                                 state[kOwner] == args.first_chunk + chunk};
     compute(logits, numbers, codes, state, partial);

@@ -1,17 +1,14 @@
-// One decode step of a masked or uniform-state generator on the CPU. titok/ops/masked_decode_step.py states the
-// definition.
+// One decode step of a masked or uniform-state generator: what CPU and GPU share. titok/ops/masked_decode_step.py
+// states the definition.
 #pragma once
 
 #include <cstdint>
 
+#include "common/decode.h"
 #include "common/dtype.h"
-#include "common/fixed_math.h"
-#include "common/philox.h"
 
 namespace titok {
 
-constexpr int kMaskedDecodeCodes = 262144;      // keeps the sum of a row's weights within 2^48
-constexpr int kMaskedDecodeTokens = 4096;       // of a row
 constexpr int64_t kTopPOne = int64_t{1} << 32;  // RowIntegers::top_p counts units of 2^-32
 constexpr float kOne = 1073741824.0f;           // 2^30: the weight of the largest logit
 constexpr float kEntropyUnit = 16777216.0f;     // entropies are compared as integers
@@ -58,7 +55,7 @@ struct MaskedDecodeArgs {
   int64_t cond_rows_count, uncond_rows_count;  // rows that the logits have, where `rows` is given
   int64_t mask_token;
   int32_t batch, length, codes, block_length;  // block_length 0: no blocks
-  DType dtype;                                 // of the logits: float32 or bfloat16
+  DType dtype;                                 // of the logits: float32, bfloat16 or float16
   Policy policy;
   Confidence confidence;
   bool model_law;  // log-probabilities and entropies are of softmax(y), not of the law that was drawn from
@@ -69,14 +66,75 @@ struct MaskedDecodeArgs {
   int32_t* new_step_map;     // output, null where step_map is; may be step_map
 };
 
-// Integers that sort like the floats.
-TITOK_HD uint32_t sortable(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+// What must be computed beside the drawn codes.
+struct Needs {
+  bool law;      // whether a probability or an entropy is read
+  bool entropy;  // whether an entropy is read
+  bool margin;   // whether the second largest logit is read
+};
+
+TITOK_HD Needs needs_of(const MaskedDecodeArgs& args) {
+  const bool entropy = args.policy == Policy::kEntropy || args.confidence == Confidence::kNegativeEntropy;
+  const bool margin = args.confidence == Confidence::kMargin;
+  const bool law = entropy || margin || args.confidence == Confidence::kLogProbability ||
+                   args.confidence == Confidence::kProbability || args.policy == Policy::kThreshold ||
+                   args.policy == Policy::kFactor || args.edits || args.log_probabilities != nullptr;
+  return {law, entropy, margin};
 }
-TITOK_HD float from_sortable(int64_t integer) {
-  const uint32_t bits = static_cast<uint32_t>(integer);
-  return bit_cast<float>(bits & 0x80000000u ? bits & 0x7FFFFFFFu : ~bits);
+
+// What is known of the code that was drawn at a position.
+struct DrawnToken {
+  int32_t code;
+  float logit;            // y of the code
+  float log_probability;  // 0 unless Needs::law; rounding may raise it above 0
+  float entropy;          // 0 unless Needs::entropy
+  float margin;           // 0 unless Needs::margin
+};
+
+// Sets what depends on the law softmax((y - top) * scale), of which the sums of the weights and of the products for
+// the entropy are known, and the weight of the second largest logit.
+TITOK_HD void evaluate_law(DrawnToken& drawn, float top, float scale, int64_t weights, int64_t products,
+                           int64_t second) {
+  const float total = static_cast<float>(weights), log_total = log_fixed(total) - kLogUnit;
+  const float entropy = log_total + static_cast<float>(products) / total;
+  drawn.log_probability = (drawn.logit - top) * scale - log_total;
+  drawn.entropy = entropy > 0.0f ? entropy : 0.0f;
+  drawn.margin = static_cast<float>(static_cast<int64_t>(kOne) - second) / total;
+}
+
+// The confidence without its noise. Clamps the log-probability.
+TITOK_HD float score_of(Confidence confidence, DrawnToken& drawn) {
+  const float log_probability = drawn.log_probability;
+  drawn.log_probability = log_probability < 0.0f ? log_probability : 0.0f;
+  switch (confidence) {
+    case Confidence::kLogit: return drawn.logit;
+    case Confidence::kLogProbability: return log_probability;
+    case Confidence::kNegativeEntropy: return -drawn.entropy;
+    case Confidence::kProbability: return static_cast<float>(exp_weight(drawn.log_probability)) / kOne;
+    case Confidence::kMargin: return drawn.margin;
+    default: return 0.0f;
+  }
+}
+
+// The number by which a policy sorts its candidates, ascending.
+TITOK_HD uint32_t sort_number(Policy policy, const DrawnToken& drawn, float confidence) {
+  switch (policy) {
+    case Policy::kCount: return sortable(confidence);
+    case Policy::kEntropy: return static_cast<uint32_t>(drawn.entropy * kEntropyUnit);
+    case Policy::kLeftmost: return 0;
+    case Policy::kFactor: return ~sortable(drawn.log_probability);
+    default: return ~sortable(confidence);
+  }
+}
+
+// A uniformly drawn code.
+TITOK_HD int64_t uniform_code(uint32_t word, int32_t codes) {
+  return static_cast<int64_t>(uint64_t{word} * static_cast<uint64_t>(codes) >> 32);
+}
+
+TITOK_HD DecodeNoise decode_noise(const RowIntegers& row, int64_t position) {
+  return decode_noise(static_cast<uint64_t>(row.seed), static_cast<uint64_t>(row.sample),
+                      static_cast<uint32_t>(row.step), static_cast<uint32_t>(position));
 }
 
 // Stages of a step whose codes are split; titok/ops/masked_decode_split.py states what each computes.
@@ -98,12 +156,10 @@ struct PartialArgs {
   MaskedDecodeArgs step;  // of which logits, numbers, sizes and dtype are read; `codes` are those given here
   Stage stage;
   int32_t shift, all_codes, first_code, first_chunk, chunks;
-  bool needs_law, needs_products, needs_second;
+  Needs needs;
   const int64_t* state;  // (batch, length, kColumns)
   int64_t* partials;     // (batch, length, chunks, partial_width), output
 };
-
-TITOK_HD bool usable_scale(float scale) { return scale >= 0.0f && scale <= 3.4028234663852886e38f; }
 
 // Whether a row has something to do in a stage.
 TITOK_HD bool works(Stage stage, const RowIntegers& row, float draw_scale, int all_codes, bool needs_law) {
@@ -117,12 +173,23 @@ TITOK_HD bool works(Stage stage, const RowIntegers& row, float draw_scale, int a
   }
 }
 
-// floor(fraction * total / 2^64).
-TITOK_HD int64_t scale_fraction(uint64_t fraction, int64_t total) {
-  return static_cast<int64_t>((static_cast<unsigned __int128>(fraction) * static_cast<uint64_t>(total)) >> 64);
-}
+// A step on the GPU. Every block takes one chunk of the codes of one position.
+struct GpuDecodeArgs {
+  MaskedDecodeArgs step;
+  Needs needs;
+  bool truncates;        // whether some row's top_k or top_p may leave out codes
+  int32_t chunk;         // codes of a chunk: a multiple of kSegment, at most kMostChunk
+  int32_t chunks;        // of a position
+  int64_t* state;        // (batch, length, kColumns), written
+  int64_t* partials;     // (batch, length, chunks, kDigits), written
+  uint32_t* arrivals;    // (batch, length), written
+};
+constexpr int kMostChunk = 32768;  // keeps sums of 16-bit halves within 32 bits
 
 const char* launch_masked_decode_partial(const PartialArgs& args, int threads);
+
+// Launches the step on a cudaStream_t of the current device; returns null, or CUDA's text for what went wrong.
+const char* launch_masked_decode_cuda(const GpuDecodeArgs& args, void* stream);
 
 // Returns the name of an index tensor that holds a row outside the logits, and has then written nothing; or null.
 const char* launch_masked_decode(const MaskedDecodeArgs& args, int threads);

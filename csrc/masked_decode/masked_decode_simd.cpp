@@ -4,26 +4,58 @@
 // returns the same numbers. A row is read from memory once; later passes find it in the caches.
 #include "masked_decode/masked_decode_simd.h"
 
-#include <cfloat>
-
+#include "common/float16.h"
 #include "common/simd.h"
 
 template <>
 struct titok::Lanes<titok::TITOK_ISA::Floats> {
   using Int = TITOK_ISA::Ints;
   static TITOK_HD Int truncate(TITOK_ISA::Floats x) { return __builtin_convertvector(x, TITOK_ISA::Ints); }
+  static TITOK_HD TITOK_ISA::Floats convert(TITOK_ISA::Words x) {
+    return __builtin_convertvector(bit_cast<TITOK_ISA::Ints>(x), TITOK_ISA::Floats);
+  }
+  // The instructions return their second operand where one is NaN or both are equal, as `?:` does.
+  static TITOK_HD TITOK_ISA::Floats larger(TITOK_ISA::Floats a, TITOK_ISA::Floats b) {
+#if defined(TITOK_ISA_AVX512)
+    return (TITOK_ISA::Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(TITOK_ISA_AVX2)
+    return (TITOK_ISA::Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+  }
+  static TITOK_HD TITOK_ISA::Floats smaller(TITOK_ISA::Floats a, TITOK_ISA::Floats b) {
+#if defined(TITOK_ISA_AVX512)
+    return (TITOK_ISA::Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(TITOK_ISA_AVX2)
+    return (TITOK_ISA::Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+  }
 };
 
 namespace titok::TITOK_ISA {
 namespace {
 
+TITOK_HD Floats larger(Floats a, Floats b) { return Lanes<Floats>::larger(a, b); }
+TITOK_HD Floats smaller(Floats a, Floats b) { return Lanes<Floats>::smaller(a, b); }
+
 // Codes whose largest logit and sum of weights are remembered, so that the last search is short.
 constexpr int kBlock = 512;
-constexpr int kBlocks = kMaskedDecodeCodes / kBlock;
-constexpr float kInfinity = __builtin_inff();
+constexpr int kBlocks = kMaxCodes / kBlock;
 
 TITOK_HD Floats load_logits(const float* from) { return read<Floats>(from); }
 TITOK_HD Floats load_logits(const BFloat16* from) { return widen(read<Halves>(from)); }
+TITOK_HD Floats load_logits(const Float16* from) {
+#if defined(TITOK_ISA_AVX512)
+  return (Floats)_mm512_maskz_cvtph_ps(0xFFFF, read<__m256i>(from));
+#elif defined(TITOK_ISA_AVX2)
+  return (Floats)_mm256_cvtph_ps(read<__m128i>(from));
+#else
+  return widen_float16<Floats>(__builtin_convertvector(read<Halves>(from), Words));
+#endif
+}
 
 // The finite logits y of a row, a vector at a time. Lanes past the last code are -inf, whose weight is 0.
 template <class T, bool kGuided>
@@ -46,14 +78,8 @@ class Row {
  private:
   TITOK_HD Floats logits(const T* cond, const T* uncond) const {
     Floats y = load_logits(cond);
-    if (kGuided) {
-      const Floats base = load_logits(uncond);
-      y = base + (y - base) * guidance_;
-    }
-    y = y * inverse_temperature_;
-    const Floats low = broadcast(-FLT_MAX), high = broadcast(FLT_MAX);
-    y = y > low ? y : low;  // NaN becomes the lowest float, too
-    return y < high ? y : high;
+    if (kGuided) y = guide(y, load_logits(uncond), guidance_);
+    return finite_logit(y, inverse_temperature_);
   }
 
   __attribute__((noinline)) Floats tail(int v, int count) const {
@@ -72,17 +98,17 @@ class Row {
   float guidance_, inverse_temperature_;
 };
 
-// A sum of unsigned 32-bit numbers of at most kBlock / kLanes vectors. Their 16-bit halves are summed apart, so
-// that no lane overflows.
+// A sum of unsigned 32-bit numbers of at most kBlock / kLanes vectors: its lower 32 bits, and the sum of the upper halves
+// of the numbers. The latter is short of the sum by less than 2^16 for each vector, which the lower bits make up.
 class BlockSum {
  public:
   TITOK_HD void add(Words values) {
-    low_ += values & 0xFFFFu;
+    low_ += values;
     high_ += values >> 16;
   }
   TITOK_HD int64_t total() const {
     int64_t sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += low_[i] + (int64_t{high_[i]} << 16);
+    for (int i = 0; i < kLanes; ++i) sum += (int64_t{high_[i]} << 16) + (low_[i] - (high_[i] << 16));
     return sum;
   }
 
@@ -94,16 +120,15 @@ class BlockSum {
 struct Law {
   float top, scale, lowest;
 
-  TITOK_HD Words weigh(Floats y) const {
-    const Words weight = bit_cast<Words>(exp_weight((y - top) * scale));
-    return y >= lowest ? weight : Words{};
-  }
+  TITOK_HD bool is_truncated() const { return lowest > -kInfinity; }
+
+  TITOK_HD Words weigh_all(Floats y) const { return bit_cast<Words>(exp_weight((y - top) * scale)); }
+  TITOK_HD Words weigh(Floats y) const { return y >= lowest ? weigh_all(y) : Words{}; }
 
   // weight * (top - y) * scale, rounded to an integer below 2^30.
   TITOK_HD Words entropy_product(Floats y, Words weight) const {
     Floats x = (y - top) * scale;
-    const Floats least = broadcast(kLowestExponent);
-    x = x > least ? x : least;
+    x = larger(x, broadcast(kLowestExponent));
     const Floats wide = __builtin_convertvector(bit_cast<Ints>(weight), Floats);
     return bit_cast<Words>(__builtin_convertvector(wide * -x + 0.5f, Ints));
   }
@@ -126,24 +151,18 @@ class Draw {
     const bool greedy = draw_scale == 0.0f;
     Law law = {top_, greedy ? 1.0f : draw_scale, -kInfinity};
     if (!greedy) law.lowest = lowest_kept(law);
-    const bool same_law = greedy || !in_.model_law || (law.scale == 1.0f && law.lowest == -kInfinity);
+    const bool same_law = greedy || !in_.model_law || (law.scale == 1.0f && !law.is_truncated());
     Sums sums;
-    if (!greedy || in_.needs_law) sums = sum(law, same_law);
+    if (!greedy || in_.needs.law) sums = sum(law, same_law);
     DrawnToken drawn = greedy ? first_largest() : find(law, scale_fraction(uniform, sums.weights));
-    if (!in_.needs_law) return drawn;
+    if (!in_.needs.law) return drawn;
     if (!same_law) {
       law = {top_, 1.0f, -kInfinity};
       sums = sum(law, true);
     }
-    const float total = static_cast<float>(sums.weights), log_total = log_fixed(total) - kLogUnit;
-    drawn.log_probability = (drawn.logit - top_) * law.scale - log_total;
-    const float entropy = log_total + static_cast<float>(sums.products) / total;
-    drawn.entropy = entropy > 0.0f ? entropy : 0.0f;
-    if (in_.needs_margin) {
-      const float second = find_second();
-      const int64_t other = second >= law.lowest ? exp_weight((second - top_) * law.scale) : 0;
-      drawn.margin = static_cast<float>(static_cast<int64_t>(kOne) - other) / total;
-    }
+    const float second = in_.needs.margin ? find_second() : -kInfinity;
+    const int64_t other = second >= law.lowest ? exp_weight((second - top_) * law.scale) : 0;
+    evaluate_law(drawn, top_, law.scale, sums.weights, sums.products, other);
     return drawn;
   }
 
@@ -152,7 +171,7 @@ class Draw {
       find_top();
       const int64_t code = chunk.first_code + first_largest().code;
       partial[0] = int64_t{sortable(top_ + 0.0f)} << kCodeBits | (code ^ kCodeMask);
-      partial[1] = sortable((in_.needs_margin ? find_second() : -kInfinity) + 0.0f);
+      partial[1] = sortable((in_.needs.margin ? find_second() : -kInfinity) + 0.0f);
       return;
     }
     top_ = from_sortable(state[kTop]);
@@ -167,11 +186,11 @@ class Draw {
       case Stage::kSums: {
         Sums sums = sum(law, !in_.model_law);
         partial[0] = sums.weights;
-        if (in_.model_law && in_.needs_law) {
+        if (in_.model_law && in_.needs.law) {
           law = {top_, 1.0f, -kInfinity};
           sums = sum(law, true);
         }
-        partial[1] = in_.needs_law ? sums.weights : 0;
+        partial[1] = in_.needs.law ? sums.weights : 0;
         partial[2] = sums.products;
         break;
       }
@@ -211,7 +230,7 @@ class Draw {
     top_ = -kInfinity;
     for (int block = 0; block < blocks_; ++block) {
       Floats most = broadcast(-kInfinity);
-      row_.each(block * kBlock, end_of(block), [&](int, Floats y) { most = y > most ? y : most; });
+      row_.each(block * kBlock, end_of(block), [&](int, Floats y) { most = larger(y, most); });
       float block_top = most[0];
       for (int i = 1; i < kLanes; ++i) block_top = most[i] > block_top ? most[i] : block_top;
       if (block_top > top_) {
@@ -225,9 +244,8 @@ class Draw {
   float find_second() const {
     Floats most = broadcast(-kInfinity), next = most;
     row_.each(0, in_.codes, [&](int, Floats y) {
-      const Floats lesser = y < most ? y : most;
-      next = lesser > next ? lesser : next;
-      most = y > most ? y : most;
+      next = larger(smaller(y, most), next);
+      most = larger(y, most);
     });
     float first = -kInfinity, second = -kInfinity;
     for (int i = 0; i < 2 * kLanes; ++i) {
@@ -251,19 +269,22 @@ class Draw {
 
   // The sums over all codes; the sum of the weights of each block is kept.
   Sums sum(const Law& law, bool with_entropy) {
+    if (with_entropy && in_.needs.entropy) return sum_blocks<true>([&](Floats y) { return law.weigh(y); }, law);
+    if (law.is_truncated()) return sum_blocks<false>([&](Floats y) { return law.weigh(y); }, law);
+    return sum_blocks<false>([&](Floats y) { return law.weigh_all(y); }, law);
+  }
+
+  template <bool kProducts, class Weigh>
+  Sums sum_blocks(Weigh weigh, const Law& law) {
     Sums all;
     for (int block = 0; block < blocks_; ++block) {
       BlockSum weights, products;
-      if (with_entropy && in_.needs_entropy) {
-        row_.each(block * kBlock, end_of(block), [&](int, Floats y) {
-          const Words weight = law.weigh(y);
-          weights.add(weight);
-          products.add(law.entropy_product(y, weight));
-        });
-        all.products += products.total();
-      } else {
-        row_.each(block * kBlock, end_of(block), [&](int, Floats y) { weights.add(law.weigh(y)); });
-      }
+      row_.each(block * kBlock, end_of(block), [&](int, Floats y) {
+        const Words weight = weigh(y);
+        weights.add(weight);
+        if (kProducts) products.add(law.entropy_product(y, weight));
+      });
+      if (kProducts) all.products += products.total();
       block_weights_[block] = weights.total();
       all.weights += block_weights_[block];
     }
@@ -324,7 +345,7 @@ class Draw {
       while (left >= masses[digit]) left -= masses[digit--];
       found |= digit << shift;
     }
-    return bit_cast<float>(found & 0x80000000u ? found & 0x7FFFFFFFu : ~found);
+    return from_sortable(found);
   }
 
   const LogitRow& in_;
@@ -343,13 +364,17 @@ DrawnToken draw(const LogitRow& row, const RowFloats& numbers, uint64_t uniform)
 }
 
 DrawnToken draw_for_dtype(const LogitRow& row, const RowFloats& numbers, uint64_t uniform) {
-  return row.dtype == DType::kBFloat16 ? draw<BFloat16>(row, numbers, uniform) : draw<float>(row, numbers, uniform);
+  switch (row.dtype) {
+    case DType::kBFloat16: return draw<BFloat16>(row, numbers, uniform);
+    case DType::kFloat16: return draw<Float16>(row, numbers, uniform);
+    default: return draw<float>(row, numbers, uniform);
+  }
 }
 
 template <class T>
 void partial(const LogitRow& row, const RowFloats& numbers, const ChunkOfCodes& chunk, const int64_t* state,
              int64_t* result) {
-  const float scale = usable_scale(numbers.draw_scale) ? numbers.draw_scale : 0.0f;
+  const float scale = usable_draw_scale(numbers.draw_scale) ? numbers.draw_scale : 0.0f;
   if (row.uncond != nullptr && numbers.guidance != 1.0f) {
     Draw<T, true>(row, numbers).partial(scale, chunk, state, result);
   } else {
@@ -359,8 +384,11 @@ void partial(const LogitRow& row, const RowFloats& numbers, const ChunkOfCodes& 
 
 void partial_for_dtype(const LogitRow& row, const RowFloats& numbers, const ChunkOfCodes& chunk,
                        const int64_t* state, int64_t* result) {
-  return row.dtype == DType::kBFloat16 ? partial<BFloat16>(row, numbers, chunk, state, result)
-                                       : partial<float>(row, numbers, chunk, state, result);
+  switch (row.dtype) {
+    case DType::kBFloat16: return partial<BFloat16>(row, numbers, chunk, state, result);
+    case DType::kFloat16: return partial<Float16>(row, numbers, chunk, state, result);
+    default: return partial<float>(row, numbers, chunk, state, result);
+  }
 }
 
 }  // namespace

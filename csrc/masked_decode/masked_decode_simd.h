@@ -9,21 +9,11 @@ namespace titok {
 struct LogitRow {
   const void* cond;    // (codes) dtype
   const void* uncond;  // (codes) dtype, or null
-  DType dtype;         // float32 or bfloat16
+  DType dtype;         // float32, bfloat16 or float16
   int32_t codes;
   int64_t top_k, top_p;  // as in RowIntegers
   bool model_law;        // as in MaskedDecodeArgs
-  bool needs_law;        // whether the log-probability or the entropy is read
-  bool needs_entropy;
-  bool needs_margin;
-};
-
-struct DrawnToken {
-  int32_t code;
-  float logit;            // y of the code
-  float log_probability;  // 0 unless needs_law
-  float entropy;          // 0 unless needs_entropy
-  float margin;           // 0 unless needs_margin
+  Needs needs;
 };
 
 // One instruction set's.

@@ -1,20 +1,12 @@
-// One step of MaskGIT's decoding on the CPU. Masked positions are shared among threads. The thread that draws the
-// last code of a sample selects which of its positions stay masked.
+// One step of MaskGIT's decoding on the CPU: policy "count" of the masked decode step.
 #include "maskgit_decode/maskgit_decode.h"
 
-#include <omp.h>
-
-#include <algorithm>
-#include <limits>
 #include <vector>
 
-#include "maskgit_decode/maskgit_decode_simd.h"
+#include "masked_decode/masked_decode.h"
 
 namespace titok {
 namespace {
-
-constexpr int kPositionsAtOnce = 4;       // that a thread takes at a time
-constexpr int64_t kCodesAlone = 1 << 15;  // up to so many (about 70 us of work) one thread is faster than all
 
 DecodeError check(const DecodeArgs& args) {
   const int64_t count = int64_t{args.batch} * args.length;
@@ -36,75 +28,50 @@ DecodeError check(const DecodeArgs& args) {
   return DecodeError::kNone;
 }
 
-const void* row_at(const DecodeArgs& args, const void* logits, int64_t offset) {
-  if (logits == nullptr) return nullptr;
-  return static_cast<const char*>(logits) + offset * bytes_of(args.dtype);
-}
-
-// Writes the new tokens of sample b.
-//
-// Args: drawn: (batch, length) drawn codes, -1 where a token was known. keys: (batch, length) memory to sort in.
-// It is not allocated here, because an exception must not leave a parallel region.
-void select(const DecodeArgs& args, int b, const int32_t* drawn, uint64_t* keys) {
-  const int64_t base = int64_t{b} * args.length;
-  keys += base;
-  int count = 0;
-  for (int n = 0; n < args.length; ++n) {
-    if (drawn[base + n] >= 0) keys[count++] = selection_key(args.confidence[base + n], n);
-  }
-  const int keep = positions_kept(args, args.params, b, count);
-  if (keep > 0) std::nth_element(keys, keys + (keep - 1), keys + count);
-  for (int n = 0; n < args.length; ++n) {
-    args.out[base + n] = drawn[base + n] >= 0 ? drawn[base + n] : args.tokens[base + n];
-  }
-  for (int i = 0; i < keep; ++i) args.out[base + (keys[i] & (kMaxTokens - 1))] = args.mask_token;
-}
-
 }  // namespace
 
 DecodeError launch_maskgit_decode(const DecodeArgs& args, int threads) {
   const DecodeError error = check(args);
   if (error != DecodeError::kNone) return error;
   const DecodeParams& params = args.params;
-  const DrawCode draw_code = for_this_cpu([](auto isa) { return draw_code_kernel(isa); });
-  const int64_t count = int64_t{args.batch} * args.length;
-  std::vector<int32_t> drawn(count, -1);
-  std::vector<uint64_t> keys(count);
-  std::vector<int32_t> missing(args.batch, 0);  // codes of each sample that are still to be drawn
-  std::vector<int64_t> masked;                  // the masked positions of the batch
-  for (int64_t i = 0; i < count; ++i) {
-    if (args.tokens[i] == args.mask_token) {
-      masked.push_back(i);
-      ++missing[i / args.length];
-    } else {
-      args.confidence[i] = std::numeric_limits<float>::infinity();
-    }
-  }
+  std::vector<RowIntegers> integers(args.batch);
+  const std::vector<RowFloats> floats(
+      args.batch,
+      {params.guidance, params.inverse_temperature, params.draw_scale, params.noise, 0.0f, 0.0f});
   for (int b = 0; b < args.batch; ++b) {
-    if (missing[b] == 0) select(args, b, drawn.data(), keys.data());
+    integers[b] = {static_cast<int64_t>(params.seed),
+                   static_cast<int64_t>(params.first_sample + b),
+                   params.step,
+                   args.keep != nullptr ? args.keep[b] : params.num_masked,
+                   0,
+                   kTopPOne,
+                   0,
+                   args.length};
   }
-  const int64_t positions = static_cast<int64_t>(masked.size());
-  // One thread or all: libgomp ends the threads that a smaller team leaves idle. Never more than there are
-  // processors or than PyTorch uses.
-  const int most = std::min(threads, std::max(omp_get_max_threads(), omp_get_num_procs()));
-  const int team = positions * args.codes <= kCodesAlone ? 1 : most;
-
-#pragma omp parallel for schedule(dynamic, kPositionsAtOnce) num_threads(team)
-  for (int64_t p = 0; p < positions; ++p) {
-    const int64_t i = masked[p];
-    const int b = static_cast<int>(i / args.length), n = static_cast<int>(i % args.length);
-    const int64_t cond =
-        row_offset(args.rows, args.cond_rows_count, args.cond_stride_b, args.cond_stride_n, b, n, args.length);
-    const int64_t uncond = row_offset(args.uncond_rows, args.uncond_rows_count, args.uncond_stride_b,
-                                      args.uncond_stride_n, b, n, args.length);
-    const DecodeRow row = {row_at(args, args.cond, cond), row_at(args, args.uncond, uncond), args.dtype,
-                           args.codes, args.maskgit};
-    const DecodeNoise noise = decode_noise(params.seed, params.first_sample + b, params.step, n);
-    const DrawnCode code = draw_code(row, params, noise.uniform);
-    drawn[i] = code.code;
-    args.confidence[i] = noisy_confidence(code.score, noise.gumbel_word, params.noise);
-    if (__atomic_sub_fetch(&missing[b], 1, __ATOMIC_ACQ_REL) == 0) select(args, b, drawn.data(), keys.data());
-  }
+  MaskedDecodeArgs step{};
+  step.tokens = args.tokens;
+  step.cond = args.cond;
+  step.uncond = args.uncond;
+  step.rows = args.rows;
+  step.uncond_rows = args.uncond_rows;
+  step.integers = integers.data();
+  step.floats = floats.data();
+  step.cond_stride_b = args.cond_stride_b;
+  step.cond_stride_n = args.cond_stride_n;
+  step.uncond_stride_b = args.uncond_stride_b;
+  step.uncond_stride_n = args.uncond_stride_n;
+  step.cond_rows_count = args.cond_rows_count;
+  step.uncond_rows_count = args.uncond_rows_count;
+  step.mask_token = args.mask_token;
+  step.batch = args.batch;
+  step.length = args.length;
+  step.codes = args.codes;
+  step.dtype = args.dtype;
+  step.policy = Policy::kCount;
+  step.confidence = args.maskgit ? Confidence::kLogProbability : Confidence::kLogit;
+  step.out = args.out;
+  step.confidences = args.confidence;
+  launch_masked_decode(step, threads);  // the rows were checked
   return DecodeError::kNone;
 }
 

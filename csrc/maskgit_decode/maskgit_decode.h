@@ -2,17 +2,12 @@
 // states the definition.
 #pragma once
 
-#include <cfloat>
 #include <cstdint>
 
+#include "common/decode.h"
 #include "common/dtype.h"
-#include "common/fixed_math.h"
-#include "common/philox.h"
 
 namespace titok {
-
-constexpr int kMaxCodes = 262144;  // keeps the sum of a row's weights within 2^48
-constexpr int kMaxTokens = 4096;   // of a sample
 
 // The numbers of one step. A captured CUDA graph reads them from device memory, so that a replay can change them.
 struct DecodeParams {
@@ -26,9 +21,6 @@ struct DecodeParams {
   float draw_scale;           // factor of the logits before the draw, finite and >= 0; 0 takes the largest logit
 };
 static_assert(sizeof(DecodeParams) == 40, "titok.ops packs this layout");
-
-// With any other scale all weights of a row could be 0, and there would be nothing to draw.
-TITOK_HD bool usable_draw_scale(float draw_scale) { return draw_scale >= 0.0f && draw_scale <= FLT_MAX; }
 
 // Index tensors are int64 and contiguous. Logits have unit stride along the codes; other strides are in elements.
 struct DecodeArgs {
@@ -56,69 +48,9 @@ struct DecodeArgs {
   DecodeParams params;
 };
 
-// Offset of the logits of position n of sample b, in elements. Row numbers that came unchecked (on a GPU) are
-// clamped, so that no memory outside the logits is read.
-TITOK_HD int64_t row_offset(const int64_t* rows, int64_t count, int64_t stride_b, int64_t stride_n, int b, int n,
-                            int length) {
-  if (rows == nullptr) return b * stride_b + n * stride_n;
-  int64_t row = rows[int64_t{b} * length + n];
-  row = row < count ? row : count - 1;
-  return (row > 0 ? row : 0) * stride_n;
-}
-
-// Guided logit times the inverse temperature, made finite: NaN and -inf become the lowest float, +inf the highest.
-template <class F>
-TITOK_HD F finite_logit(F guided, float inverse_temperature) {
-  const F low = F{} - FLT_MAX, high = F{} + FLT_MAX;
-  F y = guided * inverse_temperature;
-  y = y > low ? y : low;
-  return y < high ? y : high;
-}
-
-// Classifier-free guidance (Ho and Salimans 2022).
-template <class F>
-TITOK_HD F guide(F cond, F uncond, float weight) {
-  return uncond + (cond - uncond) * weight;
-}
-
-// The random numbers of one position of one sample in one step.
-struct DecodeNoise {
-  uint64_t uniform;      // for the draw
-  uint32_t gumbel_word;  // for the confidence
-};
-
-TITOK_HD DecodeNoise decode_noise(uint64_t seed, uint64_t sample, uint32_t step, uint32_t position) {
-  const PhiloxWords words =
-      philox4x32({position, step, uint32_t(sample), uint32_t(sample >> 32)}, uint32_t(seed), uint32_t(seed >> 32));
-  return {uint64_t{words.w0} << 32 | words.w1, words.w2};
-}
-
-// floor(uniform * total / 2^64): an integer below total. For total <= 2^48 its law differs from the uniform one by
-// at most 2^-16 of the probability of each value.
-TITOK_HD uint64_t scale_uniform(uint64_t uniform, uint64_t total) {
-#if defined(__CUDA_ARCH__)
-  return __umul64hi(uniform, total);
-#else
-  return static_cast<uint64_t>((static_cast<unsigned __int128>(uniform) * total) >> 64);
-#endif
-}
-
 // log softmax of a code from x = (y - max y) * draw_scale and the sum of the row's weights.
-TITOK_HD float log_probability(float x, uint64_t total) {
-  return x - (log_fixed(static_cast<float>(static_cast<int64_t>(total))) - kLogUnit);
-}
-
-// The last addition turns -0 into +0, which would otherwise sort apart.
-TITOK_HD float noisy_confidence(float score, uint32_t word, float noise) {
-  return (score + gumbel(word) * noise) + 0.0f;
-}
-
-// An integer of 44 bits that sorts by confidence, then by position. Keys of a sample are distinct.
-constexpr int kKeyBits = 44;
-TITOK_HD uint64_t selection_key(float confidence, int position) {
-  const uint32_t bits = bit_cast<uint32_t>(confidence);
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return uint64_t{ordered} << 12 | static_cast<uint32_t>(position);
+TITOK_HD float log_probability(float x, int64_t total) {
+  return x - (log_fixed(static_cast<float>(total)) - kLogUnit);
 }
 
 // How many of the `masked` positions of sample b stay masked.

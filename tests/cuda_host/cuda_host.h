@@ -126,6 +126,16 @@ inline void run_block(unsigned index, unsigned threads, unsigned shared_bytes, O
   block = nullptr;
 }
 
+// Runs `blocks` blocks one after another, in this order.
+inline void run_grid(unsigned blocks, unsigned threads, unsigned shared_bytes, Order order,
+                     const std::function<void()>& body) {
+  std::vector<unsigned> turn(blocks);
+  std::iota(turn.begin(), turn.end(), 0u);
+  if (order == Order::kDescending) std::reverse(turn.begin(), turn.end());
+  if (order == Order::kScrambled) std::shuffle(turn.begin(), turn.end(), std::mt19937(blocks));
+  for (const unsigned index : turn) run_block(index, threads, shared_bytes, order, body);
+}
+
 struct ThreadIndex {
   struct X {
     operator unsigned() const { return block->current; }
@@ -169,6 +179,11 @@ inline int __ffs(uint32_t value) { return __builtin_ffs(static_cast<int>(value))
 inline uint32_t atomicInc(uint32_t* address, uint32_t limit) {
   const uint32_t old = *address;
   *address = old >= limit ? 0 : old + 1;
+  return old;
+}
+inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
+  const uint32_t old = *address;
+  *address += value;
   return old;
 }
 template <class T>

@@ -1,8 +1,10 @@
-"""Builds and calls the host build of the CUDA kernel of `maskgit_decode_step`."""
+"""Builds the CUDA kernels of both decode steps for the host, and calls that of `maskgit_decode_step`."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,9 +41,20 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 def build(compiler: str, library: Path, flags: Sequence[str] = ()) -> None:
     """Compiles tests/cuda_host/ into a shared library, with these flags behind the usual ones."""
-    source = ROOT / "tests" / "cuda_host" / "maskgit_decode.cpp"
-    command = [compiler, *FLAGS, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)]
+    sources = (str(ROOT / "tests" / "cuda_host" / f"{name}.cpp") for name in ("maskgit_decode", "masked_decode"))
+    command = [compiler, *FLAGS, *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", str(library)]
     subprocess.run(command, check=True)
+
+
+def build_once(folder: Path) -> Path | None:
+    """The shared library: that of `make sanitize` under it, else built into this folder; None without a compiler."""
+    if (built := os.environ.get("TITOK_TEST_CUDA_HOST")) is not None:
+        return Path(built)
+    compiler = shutil.which("g++")
+    if compiler is None:
+        return None
+    build(compiler, folder / "kernel.so")
+    return folder / "kernel.so"
 
 
 def load(library: Path) -> Kernel:

@@ -12,15 +12,8 @@ namespace {
 
 template <class T, int kThreads, int kRounds>
 void run(const DecodeArgs& args, cuda_host::Order order) {
-  const unsigned blocks = args.batch * args.length;
-  std::vector<unsigned> turn(blocks);
-  std::iota(turn.begin(), turn.end(), 0u);
-  if (order == cuda_host::Order::kDescending) std::reverse(turn.begin(), turn.end());
-  if (order == cuda_host::Order::kScrambled) std::shuffle(turn.begin(), turn.end(), std::mt19937(blocks));
-  for (const unsigned b : turn) {
-    cuda_host::run_block(b, kThreads, shared_bytes(args), order,
-                         [&] { maskgit_decode_kernel<T, kThreads, kRounds>(args); });
-  }
+  cuda_host::run_grid(args.batch * args.length, kThreads, shared_bytes(args), order,
+                      [&] { maskgit_decode_kernel<T, kThreads, kRounds>(args); });
 }
 
 template <class T>

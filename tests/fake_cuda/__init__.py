@@ -202,11 +202,16 @@ def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
         finally:
             current[0] = before
 
-    def decode_step(*arguments: Any) -> None:
-        devices = {t.device for t in arguments if isinstance(t, Tensor)}
-        if devices != {current[0]}:
-            recorder._find(f"launched on {current[0]} with tensors on {sorted(map(str, devices))}")
-        recorder.device_ops.append("maskgit_decode_kernel")
+    def launcher(name: str) -> Callable[..., None]:
+        """The extension's function that launches this CUDA kernel."""
+
+        def launch(*arguments: Any) -> None:
+            devices = {t.device for t in arguments if isinstance(t, Tensor)}
+            if devices != {current[0]}:
+                recorder._find(f"launched on {current[0]} with tensors on {sorted(map(str, devices))}")
+            recorder.device_ops.append(name)
+
+        return launch
 
     def fused_linear(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
         recorder.look_at_launch(kernel.__name__, arguments)
@@ -219,7 +224,11 @@ def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
     def synchronize(device: Any = None) -> None:
         recorder._find("torch.cuda.synchronize: the host waits")
 
-    stub = SimpleNamespace(with_cuda=nvcc, maskgit_decode_step_cuda=decode_step)
+    stub = SimpleNamespace(
+        with_cuda=nvcc,
+        masked_decode_step_cuda=launcher("masked_decode_stage_kernel"),
+        maskgit_decode_step_cuda=launcher("maskgit_decode_kernel"),
+    )
     there: dict[str, Any] = {"titok._C": stub}
     if not triton:
         there["triton"] = "triton does not import here"
@@ -234,6 +243,7 @@ def fake_gpus(*, nvcc: bool = True, triton: bool = True) -> Iterator[Recorder]:
         for target, replacement in (
             ("torch.cuda.device_count", lambda: 2),
             ("torch.cuda.get_device_capability", lambda device=None: (9, 0)),
+            ("torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)),
             ("torch.cuda.device", on_device),
             ("torch.cuda.synchronize", synchronize),
             ("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),

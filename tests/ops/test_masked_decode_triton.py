@@ -5,6 +5,8 @@ Without a GPU the kernels run in Triton's interpreter, which takes about a secon
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -59,3 +61,22 @@ def test_in_place() -> None:
     assert want.step_map is not None
     assert torch.equal(map_of_mine.cpu(), want.step_map)
     assert want.step_map.tolist() == [[4, 4, -1]]
+
+
+def test_memory_is_that_of_positions_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """13 integers for each position and 1 to 16 for each of its chunks and stages."""
+    from titok.kernels import masked_decode_step as kernels
+
+    empty, sizes = torch.empty, []
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        tensor = empty(*args, **options)
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    tokens, logits = torch.full((1, 2), 40, device=DEVICE), torch.randn(1, 2, 40, device=DEVICE)
+    monkeypatch.setattr(torch, "empty", counted)
+    monkeypatch.setattr(kernels, "chunk_size", lambda positions, codes, device: 20)
+    masked_decode_step(tokens, logits, policy="threshold", threshold=0.5, mask_token=40, backend="triton")
+    positions, chunks = 2, 2
+    assert sizes == [8 * positions * 13, *(8 * positions * chunks * width for width in (2, 3, 1))]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from cuda_host.host_kernel import Kernel, build, load
+from cuda_host.host_kernel import Kernel, build_once, load
 from maskgit_cases import Case, random_case
 from titok.ops import maskgit_decode_step
 
@@ -21,13 +18,9 @@ ORDERS = (0, 1, 2)  # threads and blocks ascending, descending, scrambled
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
-    if (built := os.environ.get("TITOK_TEST_CUDA_HOST")) is not None:
-        return load(Path(built))
-    compiler = shutil.which("g++")
-    if compiler is None:
+    library = build_once(tmp_path_factory.mktemp("cuda_host"))
+    if library is None:
         pytest.skip("needs g++")
-    library = tmp_path_factory.mktemp("cuda_host") / "kernel.so"
-    build(compiler, library)
     return load(library)
 
 

@@ -31,7 +31,7 @@ CALLS: dict[str, Callable[[Draw], None]] = {
     "extension_function": raw.extension_function,
     "registered_op": raw.registered_op,
 }
-HOST_KERNEL = "cuda_kernel_on_host"
+HOST_KERNELS = ("cuda_kernel_on_host", "masked_cuda_kernels_on_host")
 
 
 def make_call(
@@ -42,7 +42,7 @@ def make_call(
     A call of a function that is not in `calls` is left out.
     """
     draw = Draw(seed, number)
-    name = draw.pick(*CALLS, HOST_KERNEL)
+    name = draw.pick(*CALLS, *HOST_KERNELS)
     if name not in calls:
         return "", None
     threads = draw.pick(1, 1, 2, 3)
@@ -69,18 +69,22 @@ def main() -> int:
         "--first", type=int, default=0, help="number of the first call; with --calls 1, one call alone"
     )
     parser.add_argument(
-        "--op", choices=(*CALLS, HOST_KERNEL), action="append", help="only this op; may be given more than once"
+        "--op", choices=(*CALLS, *HOST_KERNELS), action="append", help="only this op; may be given more than once"
     )
-    parser.add_argument("--cuda-host", type=Path, help="also call this host build of the CUDA kernel")
+    parser.add_argument("--cuda-host", type=Path, help="also call this host build of the CUDA kernels")
     parser.add_argument("--failures", type=int, default=10, help="stop after so many (default: %(default)s)")
     parser.add_argument("--progress", type=Path, help="a file that holds the number of the call that runs")
     options = parser.parse_args()
     calls = {name: call for name, call in CALLS.items() if options.op is None or name in options.op}
     if options.cuda_host:
-        from cuda_host.host_kernel import load
+        from cuda_host import host_kernel, masked_kernel
 
-        if options.op is None or HOST_KERNEL in options.op:
-            calls[HOST_KERNEL] = functools.partial(decode.cuda_kernel_on_host, kernel=load(options.cuda_host))
+        on_host = (
+            functools.partial(decode.cuda_kernel_on_host, kernel=host_kernel.load(options.cuda_host)),
+            functools.partial(decode.masked_cuda_kernels_on_host, kernel=masked_kernel.load(options.cuda_host)),
+        )
+        named = zip(HOST_KERNELS, on_host, strict=True)
+        calls |= {name: call for name, call in named if options.op is None or name in options.op}
     if missing := why_no_cpp():
         sys.exit(f"random_calls: {missing}")
     print(f"random calls of seed {options.seed}, C++ kernels: {extension().cpu_isa()}", flush=True)

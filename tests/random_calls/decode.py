@@ -1,4 +1,4 @@
-"""Random calls of both decode steps, and of the host build of the CUDA kernel."""
+"""Random calls of both decode steps, and of the host build of their CUDA kernels."""
 
 from __future__ import annotations
 
@@ -244,3 +244,13 @@ def masked_decode_step(draw: Draw) -> None:
         for name, expected, found in zip(want._fields, want, got, strict=True):
             assert (expected is None) == (found is None), name
             assert expected is None or torch.equal(expected, found), f"{name}: {found}, not {expected}"
+
+
+def masked_cuda_kernels_on_host(draw: Draw, kernel: Callable[..., ops.DecodeStep]) -> None:
+    """`kernel` is tests/cuda_host/masked_kernel.py's."""
+    tensors, arguments = random_call(draw.random.getrandbits(31), codes=(1, 7, 256, 1031), most_tokens=2)
+    draw.note(shape=tuple(tensors[1].shape), **{k: v for k, v in arguments.items() if not isinstance(v, Tensor)})
+    want = ops.masked_decode_step(*tensors, **arguments, backend="plain")
+    got = kernel(tensors, arguments, draw.pick(256, 512, 1280), draw.pick(0, 1, 2))
+    for name, expected, found in zip(want._fields, want, got, strict=True):
+        assert expected is None or torch.equal(expected, found), f"{name}: {found}, not {expected}"

@@ -1,7 +1,7 @@
 """`make sanitize`: the C++ ops under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
 1. ThreadSanitizer: threads.cpp runs every kernel with up to five threads, over openmp.cpp in place of libgomp.
-2. AddressSanitizer and UndefinedBehaviorSanitizer: a build of titok._C and of the host build of the CUDA kernel, in a
+2. AddressSanitizer and UndefinedBehaviorSanitizer: a build of titok._C and of the host build of the CUDA kernels, in a
    folder of its own beside links to the Python sources, under the C++ part of the op tests and under random calls.
 
 Each part runs once for every instruction set that this machine has. CONTRIBUTING.md says what they find and what not.
@@ -32,8 +32,8 @@ THREAD = [*COMMON, "-fsanitize=thread"]
 # Sources that need Python; what they do is checked under AddressSanitizer.
 PYTHON_SOURCES = {"module.cpp", "binding.cpp", "python_call.cpp", "python_tensor.cpp", "tensor.cpp"}
 CPP_TESTS = [
-    "test_cpp_boundary.py", "test_cpp_tensors.py", "test_masked_attention_cpp.py", "test_maskgit_decode_cuda_host.py",
-    "test_raw_ops.py", "test_unaligned.py",
+    "test_cpp_boundary.py", "test_cpp_tensors.py", "test_masked_attention_cpp.py", "test_masked_decode_cuda_host.py",
+    "test_maskgit_decode_cuda_host.py", "test_raw_ops.py", "test_unaligned.py",
 ]  # fmt: skip
 # Of these the tests with "cpp" in their name or parameters.
 OP_TESTS = [
@@ -88,7 +88,7 @@ def instrumented(listed: list[setup.Job], flags: list[str], sets: Collection[str
 
 
 def build_address(compiler: str, sets: Collection[str]) -> Path:
-    """Builds titok._C into the mirror and returns the host build of the CUDA kernel."""
+    """Builds titok._C into the mirror and returns the host build of the CUDA kernels."""
     from cuda_host import host_kernel
 
     package = MIRROR / "titok"

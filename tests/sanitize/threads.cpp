@@ -15,6 +15,7 @@
 #include "common/threads.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "masked_attention/masked_attention.h"
+#include "masked_decode/masked_decode.h"
 #include "maskgit_decode/maskgit_decode.h"
 #include "nearest_codebook/nearest_codebook.h"
 
@@ -258,6 +259,81 @@ Case decode(int batch, int length, int codes, DType dtype, bool maskgit) {
           }};
 }
 
+// Rows of every kind: greedy, drawn and truncated; candidates and positions that may be edited.
+MaskedDecodeArgs masked_decode_args(int batch, int length, int codes, DType dtype, const Buffer& logits,
+                                    const Buffer& integers, const Buffer& floats) {
+  for (int b = 0; b < batch; ++b) {
+    integers.as<RowIntegers>()[b] = {7, b, 3, length / 4, b % 2 ? 50 : 0, b % 3 ? kTopPOne : kTopPOne / 2, 1, length};
+    floats.as<RowFloats>()[b] = {1.0f, 1.5f, b % 2 ? 1.25f : 0.0f, 0.5f, 0.75f, -1.0f};
+  }
+  MaskedDecodeArgs args{};
+  args.cond = logits.as<void>();
+  args.integers = integers.as<RowIntegers>();
+  args.floats = floats.as<RowFloats>();
+  args.cond_stride_b = int64_t{length} * codes;
+  args.cond_stride_n = codes;
+  args.batch = batch;
+  args.length = length;
+  args.codes = codes;
+  args.dtype = dtype;
+  return args;
+}
+
+Case masked_decode(int batch, int length, int codes, DType dtype, Policy policy, Confidence confidence) {
+  return {"masked_decode_step", [=] {
+            const int64_t count = int64_t{batch} * length;
+            const Buffer logits = normal(count * codes, dtype, 1);
+            const Buffer integers(batch * sizeof(RowIntegers)), floats(batch * sizeof(RowFloats));
+            Buffer tokens(count * 8), steps(count * 4);
+            for (int64_t i = 0; i < count; ++i) tokens.as<int64_t>()[i] = i % 5 == 0 ? i % codes : codes;
+            Outputs out;
+            for (const int64_t bytes : {8, 4, 4, 4}) out.emplace_back(count * bytes);
+            MaskedDecodeArgs args = masked_decode_args(batch, length, codes, dtype, logits, integers, floats);
+            args.tokens = tokens.as<int64_t>();
+            args.step_map = steps.as<int32_t>();
+            args.mask_token = codes;
+            args.policy = policy;
+            args.confidence = confidence;
+            args.edits = args.renoise = true;
+            args.out = out[0].as<int64_t>();
+            args.confidences = out[1].as<float>();
+            args.log_probabilities = out[2].as<float>();
+            args.new_step_map = out[3].as<int32_t>();
+            launch_masked_decode(args, omp_get_max_threads());
+            return out;
+          }};
+}
+
+Case masked_decode_partial(int batch, int length, int codes, int chunks, DType dtype, Stage stage) {
+  return {"masked_decode_partial", [=] {
+            const int64_t count = int64_t{batch} * length;
+            const Buffer logits = normal(count * codes, dtype, 1);
+            const Buffer integers(batch * sizeof(RowIntegers)), floats(batch * sizeof(RowFloats));
+            Buffer state(count * kColumns * 8);
+            std::memset(state.as<char>(), 0, count * kColumns * 8);
+            for (int64_t i = 0; i < count; ++i) {
+              int64_t* const row = state.as<int64_t>() + i * kColumns;
+              row[kKind] = i % 3;
+              row[kTop] = row[kFound] = sortable(4.0f);
+              row[kLowest] = sortable(-2.0f);
+              row[kOwner] = i % chunks;
+            }
+            Outputs out;
+            out.emplace_back(count * chunks * partial_width(stage) * 8);
+            PartialArgs args{};
+            args.step = masked_decode_args(batch, length, codes, dtype, logits, integers, floats);
+            args.stage = stage;
+            args.shift = stage == Stage::kCount || stage == Stage::kMass ? 24 : 0;
+            args.all_codes = codes;
+            args.chunks = chunks;
+            args.needs = {true, true, true};
+            args.state = state.as<int64_t>();
+            args.partials = out[0].as<int64_t>();
+            launch_masked_decode_partial(args, omp_get_max_threads());
+            return out;
+          }};
+}
+
 std::vector<Case> all_cases() {
   constexpr DType kFloat = DType::kFloat32, kHalf = DType::kBFloat16;
   std::vector<Case> cases;
@@ -274,6 +350,13 @@ std::vector<Case> all_cases() {
       cases.push_back(decode(3, 21, 1031, dtype, flag));
     }
     cases.push_back(layer_norm_backward(1100, 70, dtype));
+    for (const Policy policy : {Policy::kCount, Policy::kTopK, Policy::kThreshold, Policy::kEntropy,
+                                Policy::kLeftmost, Policy::kFactor}) {
+      cases.push_back(masked_decode(5, 19, 1031, dtype, policy, Confidence::kMargin));
+    }
+    for (const Stage stage : {Stage::kPeak, Stage::kCount, Stage::kMass, Stage::kSums, Stage::kFind}) {
+      cases.push_back(masked_decode_partial(3, 7, 2999, 4, dtype, stage));
+    }
   }
   cases.push_back(attention(1, 65, 1, 40, kFloat, false));  // less work than threads
   cases.push_back(group_norm(1, 9000, 256, kFloat, true));  // large enough to be written past the caches

@@ -31,7 +31,7 @@ CONTENT_SECURITY_POLICY = (
 NO_CLASS = "no class"
 STYLE = """
 .tokens textarea { font-family: ui-monospace, monospace; }
-.steps .grid-wrap { min-height: 0 !important; }
+.steps .grid-wrap { min-height: 0 !important; max-height: none !important; overflow: visible !important; }
 .steps .grid-container { grid-template-rows: none !important; }
 @media (max-width: 640px) { .steps .grid-container { grid-template-columns: repeat(2, 1fr) !important; } }
 """
@@ -245,7 +245,7 @@ def _gallery(heading: str, name: str) -> gr.Gallery:
 
 def _tokens(label: str, *, interactive: bool = False, value: str = "", name: str | None = None) -> gr.Textbox:
     return gr.Textbox(
-        value, label=label, interactive=interactive, lines=2, max_lines=8, elem_classes=["tokens"], elem_id=name
+        value, label=label, interactive=interactive, lines=2, max_lines=16, elem_classes=["tokens"], elem_id=name
     )
 
 
@@ -307,7 +307,7 @@ def _as_gradio_calls_it(act: Callable[..., Iterator[Any]]) -> Callable[..., Iter
                 for outputs in act(*inputs):
                     yield _with_files(outputs, Path(folder), written)
             except (ValueError, TypeError) as error:
-                gr.Warning(html.escape(str(error), quote=False), title="This does not work")
+                gr.Warning(html.escape(str(error), quote=False))
                 yield gr.skip()
 
     return wrapped

@@ -19,7 +19,8 @@ from titok.ops.masked_decode_partial import (
     masked_decode_reduce,
 )
 from titok.ops.masked_decode_step import DecodeStep, masked_decode_step
-from titok.ops.maskgit_decode_step import maskgit_decode_step, maskgit_decode_step_packed, pack_step_params
+from titok.ops.maskgit_decode_params import pack_step_params
+from titok.ops.maskgit_decode_step import maskgit_decode_step, maskgit_decode_step_packed
 from titok.ops.nearest_codebook import nearest_codebook
 from titok.ops.quantize import Quantized, quantize
 

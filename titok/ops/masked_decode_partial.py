@@ -20,11 +20,19 @@ import torch
 from torch import Tensor
 
 from titok.checks import check_bool, check_int, check_tensor
-from titok.ops.core.available import extension, why_no_cpp, why_no_triton, why_not_float32_or_bfloat16
+from titok.ops.core.available import extension, why_no_cpp, why_no_triton
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Kernel
 from titok.ops.masked_decode_plain import CONFIDENCES, LAWS, Inputs, Logits
-from titok.ops.masked_decode_rows import check_choice, pack_rows
+from titok.ops.masked_decode_rows import (
+    MAX_CODES,
+    MAX_TOKENS,
+    RowNumbers,
+    check_choice,
+    check_logits_at,
+    contiguous_but_logits,
+    pack_rows,
+)
 from titok.ops.masked_decode_split import (
     COLUMNS,
     Chunks,
@@ -37,10 +45,9 @@ from titok.ops.masked_decode_split import (
     stages_of,
     what_is_wanted,
 )
-from titok.ops.masked_decode_step import MAX_CODES, MAX_TOKENS, DecodeStep
+from titok.ops.masked_decode_step import DecodeStep
 
 _STAGES = ("peak", "count", "mass", "sums", "find")
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SplitDecode(NamedTuple):
@@ -105,28 +112,23 @@ def begin_masked_decode(
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
-    packed = pack_rows(
-        tokens,
-        policy=policy,
-        mask_token=mask_token,
-        undecided=undecided,
-        count=count,
-        threshold=threshold,
-        entropy_bound=entropy_bound,
-        factor=factor,
-        window=window,
-        block_length=block_length,
-        step=step,
-        seed=seed,
-        sample=sample,
-        guidance=guidance,
-        softmax_temperature=softmax_temperature,
-        temperature=temperature,
-        noise_temperature=noise_temperature,
-        top_k=top_k,
-        top_p=top_p,
-        edit_threshold=edit_threshold,
+    given = RowNumbers(
+        *(
+            mask_token,
+            undecided,
+            count,
+            threshold,
+            entropy_bound,
+            factor,
+            window,
+            block_length,
+            step,
+            seed,
+            sample,
+        ),
+        *(guidance, softmax_temperature, temperature, noise_temperature, top_k, top_p, edit_threshold),
     )
+    packed = pack_rows(tokens, policy, given)
     if tokens.shape[1] > MAX_TOKENS:
         raise ValueError(f"tokens: expected at most {MAX_TOKENS} per row, got {tokens.shape[1]}")
     if not 1 <= check_int("num_codes", num_codes) <= MAX_CODES:
@@ -269,8 +271,7 @@ class Arguments(NamedTuple):
 def _check(a: Arguments) -> None:
     check_tensor("state", a.state, shape=("B", "N", COLUMNS), dtypes=(torch.int64,))
     batch, length, device = *a.state.shape[:2], a.state.device
-    leading: tuple[int | str, ...] = (batch, length) if a.rows is None else ("R",)
-    check_tensor("cond_logits", a.cond_logits, shape=(*leading, "v"), dtypes=_LOGIT_DTYPES, device=device)
+    check_logits_at(a, (batch, length), device)
     codes = a.cond_logits.shape[-1]
     if not (a.first_code >= 0 and codes >= 1 and a.first_code + codes <= a.codes):
         raise ValueError(
@@ -280,15 +281,6 @@ def _check(a: Arguments) -> None:
         raise ValueError(f"first_chunk: expected a number >= 0, got {a.first_chunk}")
     if not 1 <= a.chunks <= codes:
         raise ValueError(f"chunks: expected 1 to {codes}, one for each code, got {a.chunks}")
-    if a.uncond_logits is not None:
-        shape, dtypes = (*leading, codes), (a.cond_logits.dtype,)
-        check_tensor("uncond_logits", a.uncond_logits, shape=shape, dtypes=dtypes, device=device)
-    for name, logits in (("cond_logits", a.cond_logits), ("uncond_logits", a.uncond_logits)):
-        if logits is not None and codes > 1 and logits.stride(-1) != 1:
-            raise ValueError(f"{name}: expected stride 1 along the codes, got strides {logits.stride()}")
-    for name, index in (("rows", a.rows), ("uncond_rows", a.uncond_rows)):
-        if index is not None:
-            check_tensor(name, index, shape=(batch, length), dtypes=(torch.int64,), device=device)
     check_tensor("integers", a.integers, shape=(batch, 8), dtypes=(torch.int64,), device=device)
     check_tensor("floats", a.floats, shape=(batch, 6), dtypes=(torch.float32,), device=device)
     if a.stage not in _STAGES:
@@ -298,12 +290,6 @@ def _check(a: Arguments) -> None:
 def _results(a: Arguments) -> tuple[Tensor]:
     width = {"peak": 2, "sums": 3, "find": 1}.get(a.stage, 16)
     return (a.state.new_empty((*a.state.shape[:2], a.chunks, width)),)
-
-
-def _contiguous_indices(a: Arguments) -> Arguments:
-    """The arguments with contiguous tensors, but for the logits, whose strides the kernels take."""
-    names = ("rows", "uncond_rows", "integers", "floats", "state")
-    return a._replace(**{name: t.contiguous() for name in names if (t := getattr(a, name)) is not None})
 
 
 def _cpp(a: Arguments, partials: Tensor) -> None:
@@ -344,13 +330,8 @@ _PARTIAL = Op(
     check=_check,
     results=_results,
     backends=(
-        Kernel("triton", _triton, _why_no_triton, _contiguous_indices),
-        Kernel(
-            "cpp",
-            _cpp,
-            lambda a: why_no_cpp(a.state) or why_not_float32_or_bfloat16(a.cond_logits.dtype),
-            _contiguous_indices,
-        ),
+        Kernel("triton", _triton, _why_no_triton, contiguous_but_logits),
+        Kernel("cpp", _cpp, lambda a: why_no_cpp(a.state), contiguous_but_logits),
         Composite("plain", _plain, differentiable=False),
     ),
 )

@@ -1,20 +1,77 @@
-"""The numbers of each row of `masked_decode_step`, checked and packed into two tensors."""
+"""The arguments of `masked_decode_step`: logits checked, the numbers of each row packed into two tensors."""
 
 from __future__ import annotations
 
 import math
+from array import array
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titok.checks import check_int, check_integer, check_number, check_tensor
-from titok.ops.masked_decode_plain import POLICIES, TOP_P_ONE
+from titok.ops.masked_decode_plain import POLICIES, SAMPLE, TOP_P_ONE
+
+MAX_CODES = 262_144  # so that the sum of the weights stays within 2^48
+MAX_TOKENS = 4_096
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _FLOAT_MAX = torch.finfo(torch.float32).max
 _MOST_NATS = 1e6  # above the entropy of any number of tokens, and far from an overflow of its integer units
 _MOST_FACTOR = 1e6  # above (n + 1) (1 - p) for any number n of tokens, and far from an overflow
 _STEPS, _COUNTS = 1 << 31, 1 << 31
+
+
+def check_logits(a: Any) -> None:
+    """Checks `tokens`, `cond_logits`, `uncond_logits`, `rows` and `uncond_rows` of the arguments of a decode step.
+
+    Shapes, dtypes and devices; nothing that would make the host wait for a GPU.
+    """
+    check_tensor("tokens", a.tokens, shape=("B", "N"), dtypes=(torch.int64,))
+    if a.tokens.shape[1] > MAX_TOKENS:
+        raise ValueError(f"tokens: expected at most {MAX_TOKENS} per row, got {a.tokens.shape[1]}")
+    check_logits_at(a, a.tokens.shape, a.tokens.device)
+    codes = a.cond_logits.shape[-1]
+    if not 1 <= codes <= MAX_CODES:
+        raise ValueError(f"cond_logits: expected 1 <= V <= {MAX_CODES}, got V = {codes}")
+
+
+def check_logits_at(a: Any, positions: tuple[int, ...], device: torch.device) -> None:
+    """Checks the logits of the arguments of a decode step, and their rows, for (B, N) positions."""
+    if a.rows is None and a.uncond_rows is not None:
+        raise ValueError("uncond_rows: expected None without rows, got a tensor")
+    leading: tuple[int | str, ...] = tuple(positions) if a.rows is None else ("R",)
+    check_tensor("cond_logits", a.cond_logits, shape=(*leading, "V"), dtypes=LOGIT_DTYPES, device=device)
+    codes = a.cond_logits.shape[-1]
+    if a.uncond_logits is not None:
+        dtypes = (a.cond_logits.dtype,)
+        check_tensor("uncond_logits", a.uncond_logits, shape=(*leading, codes), dtypes=dtypes, device=device)
+    for name, logits in (("cond_logits", a.cond_logits), ("uncond_logits", a.uncond_logits)):
+        if logits is not None and codes > 1 and logits.numel() and logits.stride(-1) != 1:
+            raise ValueError(f"{name}: expected stride 1 along V, got strides {logits.stride()}")
+    for name, index in (("rows", a.rows), ("uncond_rows", a.uncond_rows)):
+        if index is not None:
+            check_tensor(name, index, shape=positions, dtypes=(torch.int64,), device=device)
+
+
+def check_row_values(a: Any, read: Tensor, kind: str) -> None:
+    """Checks the rows of the logits at the positions `read`, (B, N) bool. Only on a CPU can they be read at no cost."""
+    pairs = (("rows", a.rows, a.cond_logits), ("uncond_rows", a.uncond_rows, a.uncond_logits))
+    for name, index, logits in pairs:
+        if index is not None and logits is not None:
+            used = index[read]
+            if used.numel() and (int(used.min()) < 0 or int(used.max()) >= logits.shape[0]):
+                raise ValueError(f"{name}: expected rows in [0, {logits.shape[0]}) at {kind} positions")
+
+
+def contiguous_but_logits(a: Any) -> Any:
+    """The arguments with contiguous tensors, but for the logits, whose strides the kernels take."""
+    given = {
+        name: value.contiguous()
+        for name, value in zip(a._fields, a, strict=True)
+        if isinstance(value, Tensor) and not value.is_contiguous() and name not in ("cond_logits", "uncond_logits")
+    }
+    return a._replace(**given) if given else a
 
 
 class PackedRows(NamedTuple):
@@ -28,29 +85,30 @@ class PackedRows(NamedTuple):
     truncates: bool  # whether top_k or top_p may leave out codes
 
 
-def pack_rows(
-    tokens: Tensor,
-    *,
-    policy: str,
-    mask_token: int | None = None,
-    undecided: Tensor | None = None,
-    count: int | Tensor = 1,
-    threshold: float | Tensor | None = None,
-    entropy_bound: float | Tensor | None = None,
-    factor: float | Tensor | None = None,
-    window: tuple[int, int] | Tensor | None = None,
-    block_length: int | None = None,
-    step: int | Tensor = 0,
-    seed: int | Tensor = 0,
-    sample: int | Tensor = 0,
-    guidance: float | Tensor = 1.0,
-    softmax_temperature: float | Tensor = 1.0,
-    temperature: float | Tensor = 0.0,
-    noise_temperature: float | Tensor = 0.0,
-    top_k: int | Tensor = 0,
-    top_p: float | Tensor = 1.0,
-    edit_threshold: float | Tensor | None = None,
-) -> PackedRows:
+class RowNumbers(NamedTuple):
+    """Arguments of `masked_decode_step`, which documents them: one value for all rows, or (B,) tensors."""
+
+    mask_token: int | None
+    undecided: Tensor | None
+    count: int | Tensor
+    threshold: float | Tensor | None
+    entropy_bound: float | Tensor | None
+    factor: float | Tensor | None
+    window: tuple[int, int] | Tensor | None
+    block_length: int | None
+    step: int | Tensor
+    seed: int | Tensor
+    sample: int | Tensor
+    guidance: float | Tensor
+    softmax_temperature: float | Tensor
+    temperature: float | Tensor
+    noise_temperature: float | Tensor
+    top_k: int | Tensor
+    top_p: float | Tensor
+    edit_threshold: float | Tensor | None
+
+
+def pack_rows(tokens: Tensor, policy: str, given: RowNumbers) -> PackedRows:
     """Checks and packs the numbers of `masked_decode_step`, which documents them.
 
     Values of CPU tensors are checked. Values of CUDA tensors are clamped into range, because reading them would make
@@ -61,52 +119,51 @@ def pack_rows(
     """
     check_tensor("tokens", tokens, shape=("B", "N"), dtypes=(torch.int64,))
     check_choice("policy", policy, POLICIES)
-    if undecided is not None:
-        check_tensor("undecided", undecided, shape=tokens.shape, dtypes=(torch.bool,), device=tokens.device)
-    if (mask_token is None) == (undecided is None):
+    if given.undecided is not None:
+        check_tensor("undecided", given.undecided, shape=tokens.shape, dtypes=(torch.bool,), device=tokens.device)
+    if (given.mask_token is None) == (given.undecided is None):
         raise ValueError("mask_token: expected either mask_token or undecided, got both or none of them")
-    limits = {"threshold": threshold, "entropy": entropy_bound, "factor": factor}
+    limits = {"threshold": given.threshold, "entropy": given.entropy_bound, "factor": given.factor}
     if policy in limits and limits[policy] is None:
         name = "entropy_bound" if policy == "entropy" else policy
         raise ValueError(f"{name}: expected a number for policy {policy!r}, got None")
-    integers = {"seed": seed, "sample": sample, "step": step, "count": count, "top_k": top_k}
+    names = ("seed", "sample", "step", "count", "top_k")
     batch = len(tokens)
-    columns = [_integer(name, value, tokens) for name, value in integers.items()]
-    fraction = _number("top_p", top_p, tokens, 0.0, 1.0, exclude_least=True)
+    columns = [_integer(name, getattr(given, name), tokens) for name in names]
+    fraction = _number("top_p", given.top_p, tokens, 0.0, 1.0, exclude_least=True)
     if isinstance(fraction, Tensor):
         columns.append((fraction * TOP_P_ONE).to(torch.int64).clamp(0, TOP_P_ONE))
     else:
         columns.append(int(fraction * TOP_P_ONE))
-    columns += _window(window, tokens)
-    sample = columns[1]
-    if not isinstance(sample, Tensor):
-        if sample + batch > 1 << 63:
-            raise ValueError(f"sample: expected sample + B <= 2^63, got {sample} + {batch}")
-        columns[1] = torch.arange(batch, device=tokens.device) + sample
-    whole = torch.stack([_column(value, tokens, torch.int64) for value in columns], 1)
+    columns += _window(given.window, tokens)
+    if not isinstance(columns[SAMPLE], Tensor) and columns[SAMPLE] + batch > 1 << 63:
+        raise ValueError(f"sample: expected sample + B <= 2^63, got {columns[SAMPLE]} + {batch}")
+    whole = _stack(columns, tokens, torch.int64, None if isinstance(columns[SAMPLE], Tensor) else SAMPLE)
 
-    guidance = _number("guidance", guidance, tokens, -_FLOAT_MAX, _FLOAT_MAX)
-    softmax = _number("softmax_temperature", softmax_temperature, tokens, 0.0, math.inf, exclude_least=True)
-    draw = _number("temperature", temperature, tokens, 0.0, math.inf)
-    noise = _number("noise_temperature", noise_temperature, tokens, 0.0, math.inf)
-    nats = _at_most("entropy_bound", entropy_bound, tokens, _MOST_NATS)
-    doubt = _at_most("factor", factor, tokens, _MOST_FACTOR)
-    least = _log_probability("threshold", threshold, tokens)
-    limit = {"entropy": nats, "factor": doubt}.get(policy, least)
-    edit = _log_probability("edit_threshold", edit_threshold, tokens)
+    guidance = _number("guidance", given.guidance, tokens, -_FLOAT_MAX, _FLOAT_MAX)
+    softmax = _number("softmax_temperature", given.softmax_temperature, tokens, 0.0, math.inf, exclude_least=True)
+    draw = _number("temperature", given.temperature, tokens, 0.0, math.inf)
     # The divisor of the draw is rounded to float32 before its inverse is taken, as in `maskgit_decode_step`.
-    inverses = (_inverse(_column(softmax, tokens, torch.float64)), _inverse(_column(draw, tokens, torch.float32)))
-    values = (guidance, *inverses, noise, limit, edit)
-    parts = [_column(value, tokens, torch.float32) for value in values]
-    if block_length is not None and check_int("block_length", block_length) < 1:
-        raise ValueError(f"block_length: expected at least 1, got {block_length}")
+    draw = draw.to(torch.float32) if isinstance(draw, Tensor) else nearest_float32(draw)
+    noise = _number("noise_temperature", given.noise_temperature, tokens, 0.0, math.inf)
+    nats = _at_most("entropy_bound", given.entropy_bound, tokens, _MOST_NATS)
+    doubt = _at_most("factor", given.factor, tokens, _MOST_FACTOR)
+    least = _log_probability("threshold", given.threshold, tokens)
+    limit = {"entropy": nats, "factor": doubt}.get(policy, least)
+    edit = _log_probability("edit_threshold", given.edit_threshold, tokens)
+    values = [guidance, _inverse(softmax), _inverse(draw), noise, limit, edit]
+    if given.block_length is not None and check_int("block_length", given.block_length) < 1:
+        raise ValueError(f"block_length: expected at least 1, got {given.block_length}")
     return PackedRows(
         whole,
-        torch.stack(parts, 1),
-        mask_token=0 if mask_token is None else check_int("mask_token", mask_token),
-        edits=edit_threshold is not None,
-        block_length=block_length or 0,
-        truncates=isinstance(top_k, Tensor) or top_k != 0 or isinstance(top_p, Tensor) or top_p != 1.0,
+        _stack(values, tokens, torch.float32),
+        mask_token=0 if given.mask_token is None else check_int("mask_token", given.mask_token),
+        edits=given.edit_threshold is not None,
+        block_length=given.block_length or 0,
+        truncates=isinstance(given.top_k, Tensor)
+        or given.top_k != 0
+        or isinstance(given.top_p, Tensor)
+        or given.top_p != 1.0,
     )
 
 
@@ -117,13 +174,36 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
-def _column(value: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B,) of a number or of a tensor."""
-    if isinstance(value, Tensor):
-        return value.clamp(-_FLOAT_MAX, _FLOAT_MAX).to(dtype) if value.is_floating_point() else value
+def nearest_float32(value: float) -> float:
+    """The nearest float32, ties to even. Arithmetic that torch.compile can trace, which `struct` is not."""
+    value = min(max(value, -_FLOAT_MAX), _FLOAT_MAX)
+    spacing = max(math.frexp(value)[1] - 24, -149)  # exponent of the distance between the float32 around the value
+    return math.ldexp(round(math.ldexp(value, -spacing)), spacing)
+
+
+def _stack(columns: list[Any], tokens: Tensor, dtype: torch.dtype, counted: int | None = None) -> Tensor:
+    """(B, K) of K numbers or tensors (B,), floats clamped to those of float32; column `counted` grows by 1 a row."""
+    batch = tokens.shape[0]
     if dtype == torch.float32:
-        value = min(max(value, -_FLOAT_MAX), _FLOAT_MAX)
-    return torch.full((tokens.shape[0],), value, dtype=dtype, device=tokens.device)
+        columns = [
+            c.clamp(-_FLOAT_MAX, _FLOAT_MAX) if isinstance(c, Tensor) else min(max(c, -_FLOAT_MAX), _FLOAT_MAX)
+            for c in columns
+        ]
+    is_eager = type(tokens) is Tensor and tokens.is_cpu and not torch.compiler.is_compiling()
+    if is_eager and batch > 0 and not any(isinstance(c, Tensor) for c in columns):
+        # Few microseconds; the ops below take some each.
+        rows = array("q" if dtype == torch.int64 else "f", columns * batch)
+        if counted is not None:
+            for b in range(batch):
+                rows[b * len(columns) + counted] += b
+        return torch.frombuffer(rows, dtype=dtype).view(batch, -1)
+    full = [
+        c.to(dtype) if isinstance(c, Tensor) else torch.full((batch,), c, dtype=dtype, device=tokens.device)
+        for c in columns
+    ]
+    if counted is not None:
+        full[counted] = full[counted] + torch.arange(batch, device=tokens.device)
+    return torch.stack(full, 1)
 
 
 def _integer(name: str, value: Any, tokens: Tensor) -> Any:
@@ -188,9 +268,11 @@ def _at_most(name: str, value: Any, tokens: Tensor, most: float) -> Any:
     return number.clamp_max(most) if isinstance(number, Tensor) else min(number, most)
 
 
-def _inverse(temperature: Tensor) -> Tensor:
+def _inverse(temperature: Any) -> Any:
     """1 / temperature, and 0 for a temperature of 0."""
-    return torch.where(temperature > 0, 1.0 / temperature.double(), 0.0)
+    if isinstance(temperature, Tensor):
+        return torch.where(temperature > 0, 1.0 / temperature.double(), 0.0)
+    return 1.0 / temperature if temperature > 0.0 else 0.0
 
 
 def _log_probability(name: str, threshold: Any, tokens: Tensor) -> Any:

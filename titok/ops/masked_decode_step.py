@@ -24,7 +24,7 @@ serves `renoise`. A row's result depends on nothing else of the batch.
 "log_probability" (its rule "maskgit", temperature = 1), bit for bit.
 
 titok/ops/masked_decode_split.py says how the codes are split over blocks of a GPU, titok/ops/masked_decode_partial.py
-offers the same split to tensor-parallel ranks. Not provided: a CUDA C++ kernel (CUDA tensors run Triton).
+offers the same split to tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -35,16 +35,19 @@ import torch
 from torch import Tensor
 
 from titok.checks import check_bool, check_tensor
-from titok.ops.core.available import extension, why_no_cpp, why_no_triton, why_not_float32_or_bfloat16
+from titok.ops.core.available import extension, why_no_cpp, why_no_cuda, why_no_triton
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Kernel
 from titok.ops.masked_decode_plain import CONFIDENCES, LAWS, POLICIES, Inputs, Logits, decode_plain
-from titok.ops.masked_decode_rows import check_choice, pack_rows
-from titok.ops.masked_decode_split import stages_of, what_is_wanted
-
-MAX_CODES = 262_144  # so that the sum of the weights stays within 2^48
-MAX_TOKENS = 4_096
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from titok.ops.masked_decode_rows import (
+    RowNumbers,
+    check_choice,
+    check_logits,
+    check_row_values,
+    contiguous_but_logits,
+    pack_rows,
+)
+from titok.ops.masked_decode_split import COLUMNS, DIGIT_BITS, stages_of, what_is_wanted
 
 
 class DecodeStep(NamedTuple):
@@ -152,38 +155,32 @@ def masked_decode_step(
             `rows`.
         return_log_probabilities: also return the log-probabilities of the drawn codes.
         in_place: write the new tokens and step map to `tokens` and `step_map`, which are returned.
-        backend: "plain", "cpp", "triton", or None for the fastest.
+        backend: "plain", "cpp", "cuda", "triton", or None for the fastest.
 
     Returns:
-        `DecodeStep`. Memory beside the results: O(B * N) in C++; in Triton also up to 128 bytes for each position and
-        chunk of codes.
+        `DecodeStep`. Memory beside the results: O(B * N) in C++; in CUDA and Triton also up to 128 bytes for each
+        position and chunk of codes.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
-    rows_numbers = pack_rows(
-        tokens,
-        policy=policy,
-        mask_token=mask_token,
-        undecided=undecided,
-        count=count,
-        threshold=threshold,
-        entropy_bound=entropy_bound,
-        factor=factor,
-        window=window,
-        block_length=block_length,
-        step=step,
-        seed=seed,
-        sample=sample,
-        guidance=guidance,
-        softmax_temperature=softmax_temperature,
-        temperature=temperature,
-        noise_temperature=noise_temperature,
-        top_k=top_k,
-        top_p=top_p,
-        edit_threshold=edit_threshold,
+    given = RowNumbers(
+        *(
+            mask_token,
+            undecided,
+            count,
+            threshold,
+            entropy_bound,
+            factor,
+            window,
+            block_length,
+            step,
+            seed,
+            sample,
+        ),
+        *(guidance, softmax_temperature, temperature, noise_temperature, top_k, top_p, edit_threshold),
     )
-    integers, floats, mask, edits, length_of_blocks, truncates = rows_numbers
+    integers, floats, mask, edits, length_of_blocks, truncates = pack_rows(tokens, policy, given)
     check_bool("return_log_probabilities", return_log_probabilities)
     outputs = (tokens, None, None, step_map) if check_bool("in_place", in_place) else None
     results = _MASKED_DECODE_STEP(
@@ -227,26 +224,9 @@ class Arguments(NamedTuple):
 
 def _check(a: Arguments) -> None:
     """Shapes, dtypes and devices; nothing that would make the host wait for a GPU."""
-    check_tensor("tokens", a.tokens, shape=("B", "N"), dtypes=(torch.int64,))
-    batch, length = a.tokens.shape
-    if length > MAX_TOKENS:
-        raise ValueError(f"tokens: expected at most {MAX_TOKENS} per row, got {length}")
-    if a.rows is None and a.uncond_rows is not None:
-        raise ValueError("uncond_rows: expected None without rows, got a tensor")
-    device = a.tokens.device
-    leading: tuple[int | str, ...] = (batch, length) if a.rows is None else ("R",)
-    check_tensor("cond_logits", a.cond_logits, shape=(*leading, "V"), dtypes=_LOGIT_DTYPES, device=device)
-    codes = a.cond_logits.shape[-1]
-    if not 1 <= codes <= MAX_CODES:
-        raise ValueError(f"cond_logits: expected 1 <= V <= {MAX_CODES}, got V = {codes}")
-    if a.uncond_logits is not None:
-        dtypes = (a.cond_logits.dtype,)
-        check_tensor("uncond_logits", a.uncond_logits, shape=(*leading, codes), dtypes=dtypes, device=device)
-    for name, logits in (("cond_logits", a.cond_logits), ("uncond_logits", a.uncond_logits)):
-        if logits is not None and codes > 1 and logits.stride(-1) != 1:
-            raise ValueError(f"{name}: expected stride 1 along V, got strides {logits.stride()}")
+    check_logits(a)
+    batch, length, device = *a.tokens.shape, a.tokens.device
     optional = (
-        *(("rows", a.rows, torch.int64), ("uncond_rows", a.uncond_rows, torch.int64)),
         *(("undecided", a.undecided, torch.bool), ("editable", a.editable, torch.bool)),
         ("step_map", a.step_map, torch.int32),
     )
@@ -266,18 +246,6 @@ def _check_choices(a: Arguments) -> None:
     check_choice("probabilities", a.probabilities, LAWS)
 
 
-def _check_rows(a: Arguments) -> None:
-    """Numbers of rows, wherever the window lies. Only on a CPU can they be read at no cost."""
-    undecided = a.tokens == a.mask_token if a.undecided is None else a.undecided
-    pairs = (("rows", a.rows, a.cond_logits), ("uncond_rows", a.uncond_rows, a.uncond_logits))
-    for name, index, logits in pairs:
-        if index is not None and logits is not None:
-            used = index if a.edits else index[undecided]
-            if used.numel() and (int(used.min()) < 0 or int(used.max()) >= logits.shape[0]):
-                where = "" if a.edits else " at undecided positions"
-                raise ValueError(f"{name}: expected rows in [0, {logits.shape[0]}){where}")
-
-
 def _results(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     new = torch.empty_like(a.tokens, memory_format=torch.contiguous_format)
     log_probabilities = torch.empty_like(new, dtype=torch.float32) if a.return_log_probabilities else None
@@ -285,27 +253,42 @@ def _results(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
     return new, torch.empty_like(new, dtype=torch.float32), log_probabilities, step_map
 
 
-def _contiguous_indices(a: Arguments) -> Arguments:
-    """The arguments with contiguous tensors, but for the logits, whose strides the kernel takes."""
-    logits = ("cond_logits", "uncond_logits")
-    given: dict[str, Any] = {k: v for k, v in a._asdict().items() if isinstance(v, Tensor) and k not in logits}
-    return a._replace(**{name: tensor.contiguous() for name, tensor in given.items()})
-
-
-def _why_no_cpp(a: Arguments) -> str | None:
-    return why_no_cpp(a.tokens) or why_not_float32_or_bfloat16(a.cond_logits.dtype)
+def _numbers_of_kernel(a: Arguments) -> tuple[Any, ...]:
+    """The arguments of the extension's functions from `policy` on, up to the results."""
+    choices = (POLICIES.index(a.policy), CONFIDENCES.index(a.confidence), a.probabilities == "model")
+    return (*choices, a.renoise, a.edits, a.block_length)
 
 
 def _cpp(a: Arguments, new: Tensor, confidences: Tensor, log_probs: Tensor | None, steps: Tensor | None) -> None:
     _check_choices(a)
-    extension().masked_decode_step(
-        *a[:11],
-        POLICIES.index(a.policy),
-        CONFIDENCES.index(a.confidence),
-        a.probabilities == "model",
-        *(a.renoise, a.edits, a.block_length),
-        *(new, confidences, log_probs, steps, torch.get_num_threads()),
-    )
+    results = (new, confidences, log_probs, steps)
+    extension().masked_decode_step(*a[:11], *_numbers_of_kernel(a), *results, torch.get_num_threads())
+
+
+def _why_no_cuda(a: Arguments) -> str | None:
+    if not a.cond_logits.numel():
+        return "a CUDA kernel must have some row of logits to read"
+    return why_no_cuda(a.tokens)
+
+
+def _cuda(a: Arguments, new: Tensor, confidences: Tensor, log_probs: Tensor | None, steps: Tensor | None) -> None:
+    with torch.cuda.device(a.tokens.device):
+        codes, device = a.cond_logits.shape[-1], a.tokens.device
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        chunk = cuda_chunk_size(a.tokens.numel(), codes, processors)
+        state = torch.empty((*a.tokens.shape, COLUMNS), dtype=torch.int64, device=device)
+        partials = state.new_empty((*a.tokens.shape, -(-codes // chunk), 1 << DIGIT_BITS))
+        arrivals = torch.empty_like(a.tokens, dtype=torch.int32)
+        extension().masked_decode_step_cuda(
+            *(*a[:11], *_numbers_of_kernel(a), new, confidences, log_probs, steps, a.truncates),
+            *(chunk, state, partials, arrivals, torch.cuda.current_stream().cuda_stream),
+        )
+
+
+def cuda_chunk_size(positions: int, codes: int, multiprocessors: int) -> int:
+    """Codes of a block: at most 32,768, and from 4,096 on fewer, so that each multiprocessor has four blocks."""
+    chunks = max(-(-4 * multiprocessors // max(positions, 1)), -(-codes // 32_768))
+    return max(4096, -(-codes // chunks // 256) * 256)
 
 
 def _why_no_triton(a: Arguments) -> str | None:
@@ -333,9 +316,9 @@ def _triton(
 
 
 def _plain(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    if a.tokens.device.type == "cpu":
-        _check_rows(a)
     undecided = a.tokens == a.mask_token if a.undecided is None else a.undecided
+    if a.tokens.device.type == "cpu":
+        check_row_values(a, torch.ones_like(undecided) if a.edits else undecided, "undecided")
     inputs = Inputs(a.tokens, undecided, a.editable, a.step_map, a.integers, a.floats, *a[11:17])
     new, confidences, log_probabilities, step_map = decode_plain(Logits(*a[1:5]), inputs)
     return new, confidences, log_probabilities if a.return_log_probabilities else None, step_map
@@ -348,8 +331,9 @@ _MASKED_DECODE_STEP = Op(
     check=_check,
     results=_results,
     backends=(
-        Kernel("triton", _triton, _why_no_triton, _contiguous_indices),
-        Kernel("cpp", _cpp, _why_no_cpp, _contiguous_indices, checks_itself=True),
+        Kernel("cuda", _cuda, _why_no_cuda, contiguous_but_logits),
+        Kernel("triton", _triton, _why_no_triton, contiguous_but_logits),
+        Kernel("cpp", _cpp, lambda a: why_no_cpp(a.tokens), contiguous_but_logits, checks_itself=True),
         Composite("plain", _plain, differentiable=False),
     ),
 )

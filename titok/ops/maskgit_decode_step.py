@@ -2,51 +2,38 @@
 
 The decision of every still-masked position is defined in float32 and integers, operation by operation, so that
 plain PyTorch, C++, CUDA and Triton give the same bits for the same logits (titok/ops/maskgit_decode_plain.py,
-csrc/maskgit_decode/, kernels/maskgit_decode_step.py):
+csrc/maskgit_decode/, kernels/maskgit_decode_step.py).
 
-1. Guided logit g = u + w (c - u), or g = c where w = 1 or no unconditional pass is given; y = g / softmax_temperature,
-   NaN and -inf raised to the lowest finite float32, +inf lowered to the highest.
-2. Draw. One categorical sample costs one 64-bit uniform, by inverse CDF on integers: with m = max y, code v weighs
-   W_v = round(exp((y_v - m) * scale) * 2^30); the sum S is exact in any order, hence for any SIMD width, thread
-   count or GPU block; r = floor(uniform * S / 2^64), and the code is the first whose inclusive cumulative weight
-   exceeds r. A weight is off by at most half a unit, 2^-31 of the likeliest code's, so the drawn law differs from
-   the softmax by less than V * 2^-31 in total variation (2^-19 at V = 4,096) beside the 3e-7 relative error of exp;
-   codes 2^31 times less likely than the likeliest are never drawn.
-   Rule "titok": scale = 1 / t, in law the official argmax of y + t * Gumbel; t = 0 takes the first largest y.
-   Rule "maskgit": scale = 1.
-3. Confidence, t = noise_temperature. Rule "titok": y_v + t * Gumbel; "maskgit": log softmax(y)_v + t * Gumbel.
-4. Selection, per sample: of the positions masked on entry the `num_masked` least confident stay masked (of equal
+It is policy "count" of `masked_decode_step`, whose file defines the guided logits y and the draw. Below, t is
+noise_temperature.
+
+1. Draw. Rule "titok": from softmax(y / t), in law the official argmax of y + t * Gumbel; t = 0 takes the first largest.
+   Rule "maskgit": from softmax(y). The drawn law differs from the softmax by less than V * 2^-31 in total variation
+   (2^-19 at V = 4,096) beside the 3e-7 relative error of exp; codes 2^31 times less likely than the likeliest are
+   never drawn.
+2. Confidence. Rule "titok": y_v + t * Gumbel; "maskgit": log softmax(y)_v + t * Gumbel.
+3. Selection, per sample: of the positions masked on entry the `num_masked` least confident stay masked (of equal
    ones the earlier position), the others take their code. Known tokens are never touched.
 
 Rule "titok" is the official TiTok sampler's ("An Image is Worth 32 Tokens", 2024), rule "maskgit" the one of
 "MaskGIT: Masked Generative Image Transformer" (2022).
-
-This file is longer than 400 lines because the definition above and the docstrings of the arguments fill half of it.
 """
 
 from __future__ import annotations
 
-import math
-import struct
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from titok.checks import check_bool, check_int, check_integer, check_number, check_tensor
+from titok.checks import check_bool, check_int, check_tensor
 from titok.ops.core.available import extension, why_no_cpp, why_no_cuda, why_no_triton, why_too_old
 from titok.ops.core.op import Op
 from titok.ops.core.parts import Composite, Kernel
-from titok.ops.maskgit_decode_plain import StepParams, StepTensors, decode_plain, masked_first_order
-
-CONFIDENCE_RULES = ("titok", "maskgit")
-MAX_CODES = 262_144  # so that the sum of the weights stays within 2^48
-MAX_TOKENS = 4_096
-
-_FLOAT_MAX = torch.finfo(torch.float32).max
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PACKED = struct.Struct("<QQIiffff")  # StepParams in the memory layout of DecodeParams in csrc/
-_PACKED_WORDS = _PACKED.size // 4
+from titok.ops.masked_decode_plain import Logits
+from titok.ops.masked_decode_rows import check_logits, check_row_values, contiguous_but_logits
+from titok.ops.maskgit_decode_params import PACKED, StepParams, check_rule, check_step_params
+from titok.ops.maskgit_decode_plain import decode_plain, masked_first_order
 
 
 def maskgit_decode_step(
@@ -116,36 +103,11 @@ def maskgit_decode_step(
     if final:
         counts, count = None, 0
     temperatures = (softmax_temperature, noise_temperature)
-    numbers = _step_params(step, steps, count, guidance, *temperatures, confidence, seed, first_sample)
+    numbers = check_step_params(step, steps, count, guidance, *temperatures, confidence, seed, first_sample)
     uncond_rows = rows if uncond_rows is None else uncond_rows
     tensors = (tokens, cond_logits, uncond_logits, rows, uncond_rows, counts, None, None)
     new, scores, _ = _decide(tensors, numbers, mask_token, confidence, False, out, return_confidence, backend)
     return (new, scores) if return_confidence else new
-
-
-def pack_step_params(
-    *,
-    step: int,
-    steps: int,
-    num_masked: int,
-    guidance: float = 1.0,
-    softmax_temperature: float = 1.0,
-    noise_temperature: float = 0.0,
-    confidence: str = "titok",
-    seed: int = 0,
-    first_sample: int = 0,
-) -> Tensor:
-    """The numbers of a step for `maskgit_decode_step_packed`, int32 (10,) on the CPU.
-
-    Args and errors: as of `maskgit_decode_step`; `num_masked` is 0 in the final step.
-    """
-    temperatures = (softmax_temperature, noise_temperature)
-    numbers = _step_params(step, steps, num_masked, guidance, *temperatures, confidence, seed, first_sample)
-    # The layout of `_PACKED`, by operators that torch.compile can trace.
-    words = [numbers.seed, numbers.seed >> 32, numbers.first_sample, numbers.first_sample >> 32, *numbers[2:4]]
-    signed = [((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for word in words]
-    integers = torch.tensor(signed, dtype=torch.int32, device="cpu")
-    return torch.cat([integers, torch.tensor(numbers[4:], dtype=torch.float32, device="cpu").view(torch.int32)])
 
 
 @overload
@@ -289,70 +251,10 @@ def why_no_captured_step(device: torch.device) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The numbers of a step
-
-
-def _step_params(
-    step: int,
-    steps: int,
-    num_masked: int,
-    guidance: float,
-    softmax_temperature: float,
-    noise_temperature: float,
-    confidence: str,
-    seed: int,
-    first_sample: int,
-) -> StepParams:
-    """Checks a step's numbers and rounds them to float32."""
-    step, steps, num_masked = (
-        check_int("step", step),
-        check_int("steps", steps),
-        check_int("num_masked", num_masked),
-    )
-    seed, first_sample = check_integer("seed", seed, 64), check_integer("first_sample", first_sample, 63)
-    guidance = check_number("guidance", guidance)
-    softmax_temperature = check_number("softmax_temperature", softmax_temperature)
-    noise_temperature = check_number("noise_temperature", noise_temperature)
-    _check_rule(confidence)
-    if not 0 <= step < steps:
-        raise ValueError(f"step: expected 0 <= step < steps = {steps}, got {step}")
-    if steps > 1 << 32:
-        raise ValueError(f"steps: expected at most 2^32, got {steps}")
-    if num_masked < 0:
-        raise ValueError(f"num_masked: expected a count >= 0, got {num_masked}")
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance: expected a finite weight, got {guidance}")
-    if not 0 < softmax_temperature < math.inf:
-        raise ValueError(f"softmax_temperature: expected a finite value > 0, got {softmax_temperature}")
-    if not 0 <= noise_temperature < math.inf:
-        raise ValueError(f"noise_temperature: expected a finite value >= 0, got {noise_temperature}")
-    noise = _float32(noise_temperature)
-    draw_scale = _float32(1.0 / noise) if noise > 0.0 else 0.0
-    return StepParams(
-        seed=seed,
-        first_sample=first_sample,
-        step=step,
-        num_masked=min(num_masked, MAX_TOKENS),
-        guidance=_float32(guidance),
-        inverse_temperature=_float32(1.0 / softmax_temperature),
-        noise=noise,
-        draw_scale=1.0 if confidence == "maskgit" else draw_scale,
-    )
-
+# Arguments and results
 
 # Stands for the numbers of a step where these are in a tensor.
 _READ_FROM_PACKED = StepParams(0, 0, 0, 0, 1.0, 1.0, 0.0, 0.0)
-
-
-def _float32(value: float) -> float:
-    """The nearest float32, ties to even. Arithmetic that torch.compile can trace, which `struct` is not."""
-    value = min(max(value, -_FLOAT_MAX), _FLOAT_MAX)
-    spacing = max(math.frexp(value)[1] - 24, -149)  # exponent of the distance between the float32 around the value
-    return math.ldexp(round(math.ldexp(value, -spacing)), spacing)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Arguments and results
 
 
 class Arguments(NamedTuple):
@@ -376,42 +278,20 @@ class Arguments(NamedTuple):
     confidence: str
     with_order: bool = False
 
-    def tensors(self) -> StepTensors:
-        return StepTensors(*self[:6])
-
     def numbers(self) -> StepParams:
         return StepParams(self.seed % (1 << 64), *self[9:16])
 
 
 def _check(a: Arguments) -> None:
     """Shapes, dtypes and devices; nothing that would make the host wait for a GPU."""
-    check_tensor("tokens", a.tokens, shape=("B", "N"), dtypes=(torch.int64,))
-    batch, length = a.tokens.shape
-    if length > MAX_TOKENS:
-        raise ValueError(f"tokens: expected at most {MAX_TOKENS} per sample, got {length}")
-    if a.rows is None and a.uncond_rows is not None:
-        raise ValueError("uncond_rows: expected None without rows, got a tensor")
-    device = a.tokens.device
-    leading: tuple[int | str, ...] = (batch, length) if a.rows is None else ("R",)
-    check_tensor("cond_logits", a.cond_logits, shape=(*leading, "V"), dtypes=_LOGIT_DTYPES, device=device)
-    codes = a.cond_logits.shape[-1]
-    if not 1 <= codes <= MAX_CODES:
-        raise ValueError(f"cond_logits: expected 1 <= V <= {MAX_CODES}, got V = {codes}")
-    if a.uncond_logits is not None:
-        dtypes = (a.cond_logits.dtype,)
-        check_tensor("uncond_logits", a.uncond_logits, shape=(*leading, codes), dtypes=dtypes, device=device)
-    for name, logits in (("cond_logits", a.cond_logits), ("uncond_logits", a.uncond_logits)):
-        if logits is not None and codes > 1 and logits.numel() and logits.stride(-1) != 1:
-            raise ValueError(f"{name}: expected stride 1 along V, got strides {logits.stride()}")
-    for name, index in (("rows", a.rows), ("uncond_rows", a.uncond_rows)):
-        if index is not None:
-            check_tensor(name, index, shape=(batch, length), dtypes=(torch.int64,), device=device)
+    check_logits(a)
+    batch, codes, device = len(a.tokens), a.cond_logits.shape[-1], a.tokens.device
     if a.counts is not None:
         check_tensor("num_masked", a.counts, shape=(batch,), dtypes=(torch.int64,), device=device)
     if a.params is not None:
-        check_tensor("params", a.params, shape=(_PACKED_WORDS,), dtypes=(torch.int32,), device=device)
+        check_tensor("params", a.params, shape=(PACKED.size // 4,), dtypes=(torch.int32,), device=device)
     _check_workspace(a)
-    _check_rule(a.confidence)
+    check_rule(a.confidence)
     if 0 <= a.mask_token < codes or not -(1 << 63) <= a.mask_token < 1 << 63:
         raise ValueError(f"mask_token: expected an id of 64 bits outside [0, {codes}), got {a.mask_token}")
 
@@ -422,11 +302,6 @@ def _check_workspace(a: Arguments) -> None:
         check_tensor("workspace", a.workspace, shape=(len(a.tokens),), dtypes=(torch.int32,), device=device)
 
 
-def _check_rule(confidence: str) -> None:
-    if not isinstance(confidence, str) or confidence not in CONFIDENCE_RULES:
-        raise ValueError(f"confidence: expected one of {CONFIDENCE_RULES}, got {confidence!r}")
-
-
 def _check_values(a: Arguments) -> None:
     """Contents of the index tensors. Only on a CPU can they be read at no cost."""
     codes = a.cond_logits.shape[-1]
@@ -434,12 +309,7 @@ def _check_values(a: Arguments) -> None:
     known = a.tokens[~masked]
     if known.numel() and (int(known.min()) < 0 or int(known.max()) >= codes):
         raise ValueError(f"tokens: expected codes in [0, {codes}) or mask_token = {a.mask_token}")
-    pairs = (("rows", a.rows, a.cond_logits), ("uncond_rows", a.uncond_rows, a.uncond_logits))
-    for name, index, logits in pairs:
-        if index is not None and logits is not None:
-            used = index[masked]
-            if used.numel() and (int(used.min()) < 0 or int(used.max()) >= logits.shape[0]):
-                raise ValueError(f"{name}: expected rows in [0, {logits.shape[0]}) at masked positions")
+    check_row_values(a, masked, "masked")
     if a.counts is not None and a.counts.numel() and int(a.counts.min()) < 0:
         raise ValueError(f"num_masked: expected counts >= 0, got {int(a.counts.min())}")
 
@@ -455,15 +325,8 @@ def _results(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None]:
 # Back ends
 
 
-def _contiguous_indices(a: Arguments) -> Arguments:
-    """The arguments with contiguous tensors, but for the logits, whose strides the kernels take."""
-    names = ("tokens", "rows", "uncond_rows", "counts", "params", "workspace")
-    given = {name: tensor for name in names if (tensor := getattr(a, name)) is not None}
-    return a._replace(**{name: tensor.contiguous() for name, tensor in given.items()})
-
-
 def _cpp(a: Arguments, new: Tensor, confidences: Tensor, order: Tensor | None) -> None:
-    _check_rule(a.confidence)
+    check_rule(a.confidence)
     _check_workspace(a)  # the kernel needs none
     is_maskgit = a.confidence == "maskgit"
     found_bad_value = extension().maskgit_decode_step(
@@ -505,7 +368,7 @@ def _triton(a: Arguments, new: Tensor, confidences: Tensor, order: Tensor | None
 
     params = a.params
     if params is None:
-        packed = bytearray(_PACKED.pack(*a.numbers()))
+        packed = bytearray(PACKED.pack(*a.numbers()))
         params = torch.frombuffer(packed, dtype=torch.int32).to(a.tokens.device)
     kernels.forward(*a[:6], params, a.mask_token, a.confidence == "maskgit", new, confidences, order)
 
@@ -515,8 +378,10 @@ def _plain(a: Arguments) -> tuple[Tensor, Tensor, Tensor | None]:
         _check_values(a)
     numbers = a.numbers()
     if a.params is not None:
-        numbers = StepParams(*_PACKED.unpack(a.params.cpu().numpy().tobytes()))
-    new, confidences = decode_plain(a.tensors(), a.mask_token, a.confidence == "maskgit", numbers)
+        numbers = StepParams(*PACKED.unpack(a.params.cpu().numpy().tobytes()))
+    masked = a.tokens == a.mask_token
+    logits = Logits(a.cond_logits, a.uncond_logits, a.rows, a.uncond_rows)
+    new, confidences = decode_plain(a.tokens, masked, logits, a.counts, a.confidence == "maskgit", numbers)
     return new, confidences, masked_first_order(new, a.mask_token) if a.with_order else None
 
 
@@ -527,9 +392,9 @@ _MASKGIT_DECODE_STEP = Op(
     check=_check,
     results=_results,
     backends=(
-        Kernel("cuda", _cuda, _why_no_cuda, _contiguous_indices),
-        Kernel("triton", _triton, _why_no_triton, _contiguous_indices),
-        Kernel("cpp", _cpp, lambda a: why_no_cpp(a.tokens), _contiguous_indices, checks_itself=True),
+        Kernel("cuda", _cuda, _why_no_cuda, contiguous_but_logits),
+        Kernel("triton", _triton, _why_no_triton, contiguous_but_logits),
+        Kernel("cpp", _cpp, lambda a: why_no_cpp(a.tokens), contiguous_but_logits, checks_itself=True),
         Composite("plain", _plain, differentiable=False),
     ),
 )
