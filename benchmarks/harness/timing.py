@@ -131,13 +131,12 @@ def measure(
             if name in measured.problems:
                 continue
             seed = done + 1
-            checked = isinstance(candidate, Checked)
             run, arguments = (
                 (candidate.run, candidate.inputs(seed)) if isinstance(candidate, Checked) else (candidate, ())
             )
             spent, result = timer.time(run, arguments)
             measured.samples[name].append(spent)
-            if checked and keeps_result(done):
+            if isinstance(candidate, Checked) and keeps_result(done):
                 try:
                     kept[name][seed] = snapshot(result)
                 except NotTensors as error:
@@ -155,11 +154,15 @@ def measure(
     for name, candidate in candidates.items():
         if not isinstance(candidate, Checked):
             continue
-        if name not in measured.problems and (found := problem(candidate, kept[name])) is not None:
+        checked = len(kept[name]) > 1
+        try:
+            found = measured.problems.get(name) or problem(candidate, kept[name])
+        except (torch.OutOfMemoryError, MemoryError):  # the plain path needs more memory than the fast one
+            found, checked = None, False
+        if found is not None:
             measured.problems[name] = found
-        if name in measured.problems:
             measured.rejected[name] = measured.samples.pop(name)
-        elif len(kept[name]) > 1:
+        elif checked:
             measured.checked.append(name)
     return measured
 
