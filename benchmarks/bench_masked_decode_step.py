@@ -86,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--only", help="only this scheduler, by its name in the table")
-    options.add_argument("--decided", type=int, default=0, help="tokens of each row that are decided before the step")
+    options.add_argument(
+        "--decided", type=int, default=0, help="tokens of each row that are decided before the step"
+    )
     options.add_argument("--cpu-time", action="store_true", help="time of the process in place of wall-clock time")
     return options
 
