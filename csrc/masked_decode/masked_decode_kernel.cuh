@@ -1,6 +1,7 @@
 // One decode step of a masked or uniform-state generator on the GPU (titok/ops/masked_decode_step.py states the
 // definition, titok/ops/masked_decode_split.py the stages). This file holds device code alone, so that tests/cuda_host
-// can build it for the CPU.
+// can build it for the CPU. It is longer than 400 lines, because the stages and the policy share the state of a
+// position.
 //
 // A kernel with one block for each row finds the candidates. Each stage is a kernel with one block for each chunk of
 // codes of each position: the block computes a partial result, and the block of a position that finishes last reduces
