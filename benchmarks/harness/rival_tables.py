@@ -34,7 +34,8 @@ def today(rows: Sequence[Row]) -> dict[str, str]:
 
 def rivals(rows: Sequence[Row], resolution: int) -> str:
     """A table of the newest measurement of each rival, and of titok's model in the same run."""
-    lines, runs = [], []
+    lines: list[list[str]] = []
+    runs = []
     for name in NAMES:
         case = {"resolution": resolution, "name": TITOK[resolution]}
         measured = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, Literal
 
@@ -40,8 +41,9 @@ def maskgit_side(name: str, resolution: int, dtype: torch.dtype, device: str, *,
         mask_schedule="cosine",
         confidence="maskgit",
     )
-    options = {"sampling": sampling} if published else {}
-    config = GeneratorConfig(width * width, vqgan.config.codebook_size, **options)
+    config = GeneratorConfig(width * width, vqgan.config.codebook_size)
+    if published:
+        config = dataclasses.replace(config, sampling=sampling)
     generator: MaskGIT = build(lambda: MaskGIT(config), dtype, device)
 
     def sample(labels: list[int], seed: int) -> Tensor:

@@ -95,7 +95,8 @@ def sustain(
         run()
     gpu = nvml() if device == "cuda" else None
     meter = meter or (GpuEnergy(gpu) if device == "cuda" else CpuEnergy())
-    watch, samples = Watch(gpu), []
+    watch = Watch(gpu)
+    samples: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not samples:
         seed = 1 + len(samples)

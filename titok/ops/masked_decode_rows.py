@@ -90,7 +90,7 @@ class RowNumbers(NamedTuple):
 
     mask_token: int | None
     undecided: Tensor | None
-    count: int | Tensor
+    count: int | Tensor  # type: ignore[assignment]  # it replaces the method of tuples, which nothing calls
     threshold: float | Tensor | None
     entropy_bound: float | Tensor | None
     factor: float | Tensor | None
