@@ -37,7 +37,7 @@ from titok.ops import backends, masked_attention
 # (tokens, heads, head dim) of the generators of L-32, B-64 and S-128, then of the encoders of L-32, B-64 and S-128
 SHAPES = ((33, 16, 48), (65, 16, 48), (129, 16, 64), (289, 16, 64), (321, 12, 64), (385, 8, 64))
 # Those of the generators of L-32 and L-64, then of the decoders of L-32 at 256 pixels and of L-64 at 512 pixels
-FEW_SHAPES = ((33, 16, 48), (65, 16, 48), (289, 16, 64), (1089, 16, 64))
+FEW_SHAPES = ((33, 16, 48), (65, 16, 48), (289, 16, 64), (321, 16, 64))
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "math": SDPBackend.MATH,

@@ -102,7 +102,7 @@ TUNABLES: dict[str, Tunable] = {
             (64, 128, 4, 2),
             (32, 64, 4, 3),
         ),
-        partial(attention, ((64, 289, 16, 64), (64, 1089, 16, 64))),
+        partial(attention, ((64, 289, 16, 64), (64, 321, 16, 64))),
     ),
     "masked_attention_forward_whole": Tunable(
         "MASKED_ATTENTION_FORWARD_WHOLE",
@@ -125,7 +125,7 @@ TUNABLES: dict[str, Tunable] = {
         partial(mixture, 64 * 1024),
     ),
     "add_layer_norm_forward": Tunable(
-        "ADD_LAYER_NORM_CHANNELS_PER_WARP", None, (128, 256, 512), partial(add_norm, 64 * 1089, 1024)
+        "ADD_LAYER_NORM_CHANNELS_PER_WARP", None, (128, 256, 512), partial(add_norm, 64 * 321, 1024)
     ),
 }
 
