@@ -1,4 +1,7 @@
-"""The figures of docs/performance.md: every number and table in it, by the name that its template uses."""
+"""The figures of docs/performance.md: every number and table in it, by the name that its template uses.
+
+This file is longer than 400 lines because every name that the template may use is defined in it.
+"""
 
 from __future__ import annotations
 

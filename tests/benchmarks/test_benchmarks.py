@@ -1,4 +1,7 @@
-"""Tables, plots, regression check, profiles and documented commands; nothing is measured."""
+"""Tables, plots, regression check, profiles and documented commands; nothing is measured.
+
+This file is longer than 400 lines because its tests share the result files that they read.
+"""
 
 from __future__ import annotations
 
