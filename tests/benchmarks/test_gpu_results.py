@@ -75,7 +75,7 @@ def test_report_of_everything_else(tmp_path: Path) -> None:
     other = {"preset": "titok-l-32", "dtype": "bf16", "device": "cuda", "batch": 1}
     of_stages = {"mm": 1e12, "copy": 1e9}
     stages = {"generator": {"flops": 1e12, "bytes": 1e6}}
-    timed = {"mm": [0.5], "copy": [0.1], "generator": [1.0]}
+    timed = {name: [seconds] * 7 for name, seconds in (("mm", 0.5), ("copy", 0.1), ("generator", 1.0))}
     results.row("roofline", other, timed, work=of_stages, stages=stages)
     results.row("engine", other, {"mm": [0.5], "copy": [0.1], "titok": [0.008]}, work={**of_stages, "titok": 1e11})
     comparison_row(results, "rung", "bf16", "titok-l-32", 32, 1.0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -129,6 +132,9 @@ def test_bars_are_on_terminals_without_quiet(quiet: bool, models: Path, photos: 
         ["train", "tokenizer", str(photos / "cats" / "old"), "-o", "run", *small],
     ):
         controller, terminal = os.openpty()
+        fcntl.ioctl(
+            terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0)
+        )  # tqdm draws no bar without width
         arguments = [sys.executable, "-m", "titok", *(["--quiet"] if quiet else []), *command]
         with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=terminal) as process:
             os.close(terminal)

@@ -12,8 +12,6 @@ import torch
 from scipy import linalg
 from torch import Tensor
 
-import forked
-
 
 def frechet_distance(features: np.ndarray, others: np.ndarray) -> float:
     """Heusel et al. (2017), with a matrix square root, for covariances of full rank."""
@@ -133,4 +131,6 @@ _KEPT: list[Any] = []  # a library that is garbage takes its declarations with i
 
 def in_processes(count: int, code: str) -> None:
     """Runs code in `count` processes that form a group, to its end. It may import the modules beside this one."""
+    import forked  # here, because commands that a test starts import this module without tests/ on their path
+
     forked.in_processes(count, code, Path(__file__).parent)

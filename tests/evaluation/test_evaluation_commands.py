@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -179,6 +180,17 @@ def start(*arguments: Any) -> subprocess.Popen[str]:
     )
 
 
+def wait_until_signals_are_handled(process: subprocess.Popen[str]) -> None:
+    """Waits until a process has a handler of its own for SIGTERM, which a command has once it has started."""
+    mask = 1 << (signal.SIGTERM - 1)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), flags=re.M)
+        if caught and int(caught[1], 16) & mask:
+            return
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_kill_leaves_no_file(number: signal.Signals, models: Path) -> None:
@@ -186,7 +198,8 @@ def test_a_kill_leaves_no_file(number: signal.Signals, models: Path) -> None:
     command = ("evaluate", "reconstruction", "photos", "-t", models / "tokenizer", *FEATURES, "--without", "lpips",
                "--without", "ssim", "--batch-size", 1)  # fmt: skip
     process = start(*command)
-    time.sleep(6)
+    wait_until_signals_are_handled(process)
+    time.sleep(2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     if process.returncode == 0:
