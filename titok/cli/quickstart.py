@@ -30,7 +30,7 @@ def quickstart(
         bool,
         typer.Option(
             "--colour",
-            help="Emoji in colour, and both stages of the paper; more than half an hour.",
+            help="Emoji in colour, and both stages of the paper; about half an hour.",
         ),
     ] = False,
 ) -> None:
