@@ -88,7 +88,7 @@ def tokenize(folder: Path) -> int:
     [
         (generate, 8 * MIB),  # the pictures take 26 MiB; measured: 2 to 4 MiB
         (write_set, 8 * MIB),
-        (tokenize, 64 * MIB),  # the images after the 100th batch take 880 MiB; measured: 4 MiB, and 32 beside other load
+        (tokenize, 64 * MIB),  # images after the 100th batch: 880 MiB; measured: 4 MiB, 32 under load
     ],
 )
 def test_a_long_run_takes_no_more_memory(run: Callable[[Path], int], allowed: int, tmp_path: Path) -> None:
