@@ -300,8 +300,10 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     frame = axes.get_window_extent()
     left, right, low, high = (scale * side for side in (frame.x0, frame.x1, frame.y0, frame.y1))
     places = [scale * axes.transData.transform((x, y)) for x, y, _ in points]
-    # Left end, right end and y of what is drawn already: first the points, then each label.
+    # Left end, right end and y of what is drawn already: first the points and other texts, then each label.
     taken = [(at_x - 4, at_x + 4, at_y) for at_x, at_y in places]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    taken += [(scale * box.x0, scale * box.x1, scale * (box.y0 + box.y1) / 2) for box in boxes]
     for (x, y, text), (at_x, at_y) in sorted(zip(points, places, strict=True), key=lambda item: -item[1][1]):
         width = LETTER_WIDTH * len(text)
         first = 1 if at_x < (left + right) / 2 else -1
