@@ -113,21 +113,11 @@ def begin_masked_decode(
         TypeError, ValueError: an argument of wrong type, dtype, shape, device or range.
     """
     given = RowNumbers(
-        *(
-            mask_token,
-            undecided,
-            count,
-            threshold,
-            entropy_bound,
-            factor,
-            window,
-            block_length,
-            step,
-            seed,
-            sample,
-        ),
-        *(guidance, softmax_temperature, temperature, noise_temperature, top_k, top_p, edit_threshold),
-    )
+        mask_token=mask_token, undecided=undecided, count=count, threshold=threshold, entropy_bound=entropy_bound,
+        factor=factor, window=window, block_length=block_length, step=step, seed=seed, sample=sample,
+        guidance=guidance, softmax_temperature=softmax_temperature, temperature=temperature,
+        noise_temperature=noise_temperature, top_k=top_k, top_p=top_p, edit_threshold=edit_threshold,
+    )  # fmt: skip
     packed = pack_rows(tokens, policy, given)
     if tokens.shape[1] > MAX_TOKENS:
         raise ValueError(f"tokens: expected at most {MAX_TOKENS} per row, got {tokens.shape[1]}")
