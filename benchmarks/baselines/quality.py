@@ -38,5 +38,6 @@ PUBLISHED = {
     "MaskGIT 256": Quality(6.18, _MASKGIT),
     "MaskGIT 512": Quality(7.32, _MASKGIT),
     "one latent step 256": Quality(3.43, "Geng et al. 2025, arXiv:2505.13447", "MeanFlow-XL/2"),
+    "one pixel step 256": Quality(2.52, _PMF, "pMF-L/16"),
     "one pixel step 512": Quality(2.75, _PMF, "pMF-L/32"),
 }
