@@ -70,12 +70,12 @@ def steps(dtype: str) -> list[Step]:
 
 # Name, minutes at 512 pixels, parts of row names, seconds of taking turns, least number of rounds.
 _RIVALS = (
-    ("DiT, 250 steps", 6.0, "as published,sdpa,={} eager,={}", "60", "3"),
+    ("DiT, 250 steps", 8.0, "as published,sdpa,={} eager,={}", "60", "3"),
     ("DiT, 20 steps", 11.0, "20 dpm,={}", "1", "1"),
     ("DiT, 10 steps", 6.5, "10 dpm,={}", "1", "1"),
     ("one pass", 8.0, "one pass,={}", "1", "2"),
     ("aMUSEd", 4.0, "amused,={}", "1", "1"),
-    ("MaskGIT", 4.5, "unguided,={}", "1", "2"),
+    ("MaskGIT", 9.0, "unguided,={}", "1", "2"),
 )
 
 

@@ -55,20 +55,31 @@ const void* row_at(const MaskedDecodeArgs& args, const void* logits, int64_t off
   return logits == nullptr ? nullptr : static_cast<const char*>(logits) + offset * bytes_of(args.dtype);
 }
 
-// Writes the confidence and log-probability of position i, and returns what was drawn.
-void draw_at(const MaskedDecodeArgs& args, DrawToken draw_token, int64_t i, Positions& positions) {
-  const int b = static_cast<int>(i / args.length);
-  const int64_t n = i % args.length;
-  const RowIntegers& row = args.integers[b];
-  const RowFloats& numbers = args.floats[b];
+// Guided and unguided logits of position i.
+struct Logits {
+  const void* cond = nullptr;
+  const void* uncond = nullptr;
+};
+
+Logits logits_at(const MaskedDecodeArgs& args, int64_t i) {
+  const int64_t b = i / args.length, n = i % args.length;
   const int64_t cond =
       row_offset(args.rows, args.cond_rows_count, args.cond_stride_b, args.cond_stride_n, b, n, args.length);
   const int64_t uncond = row_offset(args.uncond_rows, args.uncond_rows_count, args.uncond_stride_b,
                                     args.uncond_stride_n, b, n, args.length);
-  const LogitRow logits = {row_at(args, args.cond, cond), row_at(args, args.uncond, uncond),
-                           args.dtype,                    args.codes,
-                           row.top_k,                     row.top_p,
-                           args.model_law,                needs_of(args)};
+  return {row_at(args, args.cond, cond), row_at(args, args.uncond, uncond)};
+}
+
+// Draws at position i, and writes its confidence and log-probability. `next` is drawn from after it.
+void draw_at(const MaskedDecodeArgs& args, DrawToken draw_token, int64_t i, const Logits& next,
+             Positions& positions) {
+  const int b = static_cast<int>(i / args.length);
+  const int64_t n = i % args.length;
+  const RowIntegers& row = args.integers[b];
+  const RowFloats& numbers = args.floats[b];
+  const Logits here = logits_at(args, i);
+  const LogitRow logits = {here.cond,  here.uncond, next.cond, next.uncond,    args.dtype,
+                           args.codes, row.top_k,   row.top_p, args.model_law, needs_of(args)};
   const DecodeNoise noise = decode_noise(row, n);
   DrawnToken drawn = draw_token(logits, numbers, noise.uniform);
   args.confidences[i] = noisy_confidence(score_of(args.confidence, drawn), noise.gumbel_word, numbers.noise);
@@ -170,7 +181,10 @@ const char* launch_masked_decode(const MaskedDecodeArgs& args, int threads) {
 #pragma omp parallel num_threads(team)
   {
 #pragma omp for schedule(dynamic, kPositionsAtOnce)
-    for (int64_t p = 0; p < draws; ++p) draw_at(args, draw_token, to_draw[p], positions);
+    for (int64_t p = 0; p < draws; ++p) {
+      const Logits next = p + 1 < draws ? logits_at(args, to_draw[p + 1]) : Logits{};
+      draw_at(args, draw_token, to_draw[p], next, positions);
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int b = 0; b < args.batch; ++b) write_row(args, b, positions);
   }
@@ -215,6 +229,8 @@ const char* launch_masked_decode_partial(const PartialArgs& args, int threads) {
                                               step.uncond_stride_n, b, n, step.length);
     const LogitRow logits = {row_at(step, step.cond, cond),
                              row_at(step, step.uncond, uncond),
+                             nullptr,
+                             nullptr,
                              step.dtype,
                              static_cast<int32_t>(end - begin),
                              row.top_k,

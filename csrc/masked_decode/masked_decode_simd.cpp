@@ -41,9 +41,25 @@ namespace {
 TITOK_HD Floats larger(Floats a, Floats b) { return Lanes<Floats>::larger(a, b); }
 TITOK_HD Floats smaller(Floats a, Floats b) { return Lanes<Floats>::smaller(a, b); }
 
+// Whether a comparison holds in some lane.
+TITOK_HD bool any(Ints holds) {
+#if defined(TITOK_ISA_AVX512)
+  return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0;
+#elif defined(TITOK_ISA_AVX2)
+  return _mm256_movemask_epi8((__m256i)holds) != 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= holds[i];
+  return found != 0;
+#endif
+}
+
 // Codes whose largest logit and sum of weights are remembered, so that the last search is short.
 constexpr int kBlock = 512;
 constexpr int kBlocks = kMaxCodes / kBlock;
+// Weights of this exponent are below 2^24.3, so that the sum of a lane over a block, of at most 128, fits into 32 bits.
+constexpr float kSmallExponent = -4.0f;
+static_assert(kBlock / kLanes <= 128);
 
 TITOK_HD Floats load_logits(const float* from) { return read<Floats>(from); }
 TITOK_HD Floats load_logits(const BFloat16* from) { return widen(read<Halves>(from)); }
@@ -64,20 +80,34 @@ class Row {
   Row(const LogitRow& row, const RowFloats& numbers)
       : cond_(static_cast<const T*>(row.cond)),
         uncond_(static_cast<const T*>(row.uncond)),
+        next_cond_(static_cast<const T*>(row.next_cond != nullptr ? row.next_cond : row.cond)),
+        next_uncond_(static_cast<const T*>(row.next_uncond != nullptr ? row.next_uncond : row.uncond)),
         guidance_(numbers.guidance),
         inverse_temperature_(numbers.inverse_temperature) {}
 
-  // Calls visit(v, y of codes v ... v + kLanes - 1) over [begin, end); begin is a multiple of kLanes.
-  template <class Visit>
+  // Whether finite logits are used as they are stored.
+  bool as_stored() const { return !kGuided && inverse_temperature_ == 1.0f; }
+
+  // Calls visit(v, y of codes v ... v + kLanes - 1) over [begin, end); begin is a multiple of kLanes. With kStored,
+  // which as_stored() must allow, logits that are not finite are left as they are.
+  template <bool kStored = false, class Visit>
   TITOK_HD void each(int begin, int end, Visit visit) const {
     int v = begin;
-    for (; v + kLanes <= end; v += kLanes) visit(v, logits(cond_ + v, uncond_ + (kGuided ? v : 0)));
+    for (; v + kLanes <= end; v += kLanes) visit(v, logits<kStored>(cond_ + v, uncond_ + (kGuided ? v : 0)));
     if (v < end) visit(v, tail(v, end - v));
   }
 
+  // Asks for the same codes of the row that is drawn from next, so that its first pass does not wait for memory.
+  TITOK_HD void prefetch_next(int v) const {
+    __builtin_prefetch(next_cond_ + v, 0, 2);
+    if (kGuided) __builtin_prefetch(next_uncond_ + v, 0, 2);
+  }
+
  private:
+  template <bool kStored>
   TITOK_HD Floats logits(const T* cond, const T* uncond) const {
     Floats y = load_logits(cond);
+    if (kStored) return y;
     if (kGuided) y = guide(y, load_logits(uncond), guidance_);
     return finite_logit(y, inverse_temperature_);
   }
@@ -88,13 +118,15 @@ class Row {
       cond[i] = cond_[v + i];
       if (kGuided) uncond[i] = uncond_[v + i];
     }
-    Floats y = logits(cond, uncond);
+    Floats y = logits<false>(cond, uncond);
     for (int i = count; i < kLanes; ++i) y[i] = -kInfinity;
     return y;
   }
 
   const T* cond_;
   const T* uncond_;
+  const T* next_cond_;
+  const T* next_uncond_;
   float guidance_, inverse_temperature_;
 };
 
@@ -175,6 +207,7 @@ class Draw {
       return;
     }
     top_ = from_sortable(state[kTop]);
+    for (int block = 0; block < blocks_; ++block) block_tops_[block] = kInfinity;  // not known in this stage
     Law law = {top_, draw_scale == 0.0f ? 1.0f : draw_scale, from_sortable(state[kLowest])};
     switch (chunk.stage) {
       case Stage::kCount:
@@ -226,13 +259,18 @@ class Draw {
     return end < in_.codes ? end : in_.codes;
   }
 
-  void find_top() {
+  void find_top() { row_.as_stored() ? find_top_of<true>() : find_top_of<false>(); }
+
+  template <bool kStored>
+  void find_top_of() {
     top_ = -kInfinity;
     for (int block = 0; block < blocks_; ++block) {
       Floats most = broadcast(-kInfinity);
-      row_.each(block * kBlock, end_of(block), [&](int, Floats y) { most = larger(y, most); });
+      row_.template each<kStored>(block * kBlock, end_of(block), [&](int, Floats y) { most = larger(y, most); });
       float block_top = most[0];
       for (int i = 1; i < kLanes; ++i) block_top = most[i] > block_top ? most[i] : block_top;
+      block_top = finite_logit(block_top, 1.0f);
+      block_tops_[block] = block_top;
       if (block_top > top_) {
         top_ = block_top;
         top_block_ = block;
@@ -269,22 +307,60 @@ class Draw {
 
   // The sums over all codes; the sum of the weights of each block is kept.
   Sums sum(const Law& law, bool with_entropy) {
-    if (with_entropy && in_.needs.entropy) return sum_blocks<true>([&](Floats y) { return law.weigh(y); }, law);
-    if (law.is_truncated()) return sum_blocks<false>([&](Floats y) { return law.weigh(y); }, law);
-    return sum_blocks<false>([&](Floats y) { return law.weigh_all(y); }, law);
+    if (with_entropy && in_.needs.entropy) return sum_products(law);
+    if (law.is_truncated()) return sum_weights<false>(law, [&](Floats y) { return law.weigh(y); });
+    // A stored logit that is not finite has the weight 0, as the number that stands for it: +inf would be the top.
+    if (row_.as_stored() && law.scale == 1.0f && law.top > -FLT_MAX / 2 && law.top < FLT_MAX) {
+      return sum_weights<true>(law, [&](Floats y) { return bit_cast<Words>(exp_weight(y - law.top)); });
+    }
+    return sum_weights<false>(law, [&](Floats y) { return law.weigh_all(y); });
   }
 
-  template <bool kProducts, class Weigh>
-  Sums sum_blocks(Weigh weigh, const Law& law) {
+  // The exponent of the largest weight of a block.
+  float exponent_of(const Law& law, int block) const { return (block_tops_[block] - law.top) * law.scale; }
+
+  template <bool kStored, class Weigh>
+  Sums sum_weights(const Law& law, Weigh weigh) {
+    Sums all;
+    for (int block = 0; block < blocks_; ++block) {
+      const int begin = block * kBlock, end = end_of(block);
+      const float exponent = exponent_of(law, block);
+      int64_t total = 0;
+      if (exponent <= kLowestExponent) {
+        // All weights are 0.
+        for (int v = begin; v < end; v += kLanes) row_.prefetch_next(v);
+      } else if (exponent <= kSmallExponent) {
+        Words low = {};
+        row_.template each<kStored>(begin, end, [&](int v, Floats y) {
+          row_.prefetch_next(v);
+          low += weigh(y);
+        });
+        for (int i = 0; i < kLanes; ++i) total += low[i];
+      } else {
+        BlockSum weights;
+        row_.template each<kStored>(begin, end, [&](int v, Floats y) {
+          row_.prefetch_next(v);
+          weights.add(weigh(y));
+        });
+        total = weights.total();
+      }
+      block_weights_[block] = total;
+      all.weights += total;
+    }
+    return all;
+  }
+
+  Sums sum_products(const Law& law) {
     Sums all;
     for (int block = 0; block < blocks_; ++block) {
       BlockSum weights, products;
-      row_.each(block * kBlock, end_of(block), [&](int, Floats y) {
-        const Words weight = weigh(y);
+      row_.each(block * kBlock, end_of(block), [&](int v, Floats y) {
+        row_.prefetch_next(v);
+        const Words weight = law.weigh(y);
         weights.add(weight);
-        if (kProducts) products.add(law.entropy_product(y, weight));
+        products.add(law.entropy_product(y, weight));
       });
-      if (kProducts) all.products += products.total();
+      all.products += products.total();
       block_weights_[block] = weights.total();
       all.weights += block_weights_[block];
     }
@@ -334,12 +410,15 @@ class Draw {
     uint32_t found = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
       int64_t masses[256] = {};  // of the logits that begin with the digits found so far, by their next digit
+      const uint32_t known = 0xFFFFFF00u << shift;  // bits of the digits found so far
       row_.each(0, in_.codes, [&](int, Floats y) {
-        const Words mass = mass_of(y);
-        for (int i = 0; i < kLanes; ++i) {
-          const uint32_t key = sortable(y[i]);
-          if ((uint64_t{key} ^ found) >> (shift + 8) == 0) masses[key >> shift & 255] += mass[i];
-        }
+        const Words bits = bit_cast<Words>(y);
+        const Words keys = bits ^ (bit_cast<Words>(bit_cast<Ints>(bits) >> 31) | 0x80000000u);  // sortable()
+        const Ints begins = ((keys ^ found) & known) == 0;
+        if (!any(begins)) return;
+        const Words mass = mass_of(y) & bit_cast<Words>(begins);
+        const Words digits = keys >> shift & 255;
+        for (int i = 0; i < kLanes; ++i) masses[digits[i]] += mass[i];
       });
       uint32_t digit = 255;
       while (left >= masses[digit]) left -= masses[digit--];
@@ -353,6 +432,7 @@ class Draw {
   const int blocks_;
   float top_ = 0.0f;
   int top_block_ = 0;
+  float block_tops_[kBlocks];
   int64_t block_weights_[kBlocks];
 };
 

@@ -7,9 +7,11 @@
 namespace titok {
 
 struct LogitRow {
-  const void* cond;    // (codes) dtype
-  const void* uncond;  // (codes) dtype, or null
-  DType dtype;         // float32, bfloat16 or float16
+  const void* cond;         // (codes) dtype
+  const void* uncond;       // (codes) dtype, or null
+  const void* next_cond;    // of the row that this thread draws from next, or null; only prefetched
+  const void* next_uncond;  // likewise
+  DType dtype;              // float32, bfloat16 or float16
   int32_t codes;
   int64_t top_k, top_p;  // as in RowIntegers
   bool model_law;        // as in MaskedDecodeArgs

@@ -48,6 +48,33 @@ def test_cpp_gives_the_bits_of_plain() -> None:
             assert want is None or torch.equal(want, got), (number, name, want, got)
 
 
+@NEEDS_CPP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_of_many_sizes_give_the_bits_of_plain(dtype: torch.dtype) -> None:
+    """Runs of 512 codes whose weights are 0, small or large beside the top, and logits that are not finite."""
+    g = torch.Generator().manual_seed(5)
+    levels = torch.tensor([0.0, -3.5, -4.5, -12.0, -20.9, -22.5, -60.0, -30000.0])
+    logits = (levels.repeat_interleave(512) + torch.rand(12, 4096, generator=g))[:, :4090].to(dtype)
+    logits[1:4] *= -1
+    chosen = torch.rand(12, 4090, generator=g)
+    logits[2:8][chosen[2:8] < 0.01] = -math.inf
+    logits[4:8][chosen[4:8] > 0.99] = math.nan
+    logits[6, 7], logits[7, 4000], logits[9, 600] = math.inf, math.inf, torch.finfo(dtype).max
+    logits[8], logits[10], logits[11] = -math.inf, math.nan, torch.finfo(dtype).min
+    tokens = torch.full((1, 12), 4090)
+    for temperature, softmax_temperature in ((0.0, 1.0), (1.0, 1.0), (0.5, 1.0), (1e-38, 1.0), (1e38, 1.0), (1.0, 0.7)):
+        for top_p in (1.0, 0.8):
+            numbers = {"temperature": temperature, "softmax_temperature": softmax_temperature, "top_p": top_p}
+            for confidence in ("log_probability", "negative_entropy"):
+                plain, cpp = (
+                    decode(tokens, logits[None], mask_token=4090, confidence=confidence, **numbers, backend=backend,
+                           policy="top_k", count=12, return_log_probabilities=True)
+                    for backend in ("plain", "cpp")
+                )  # fmt: skip
+                for want, got in zip(plain[:3], cpp[:3], strict=True):
+                    assert torch.equal(want, got), (numbers, confidence, want, got)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 @NEEDS_CPP
