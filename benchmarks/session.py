@@ -118,7 +118,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(step: Step, out: Path) -> list[str]:
-    return [sys.executable, "-m", f"benchmarks.{step.module}", *step.arguments, step.out, str(out)]
+    """The command of a step, which runs in the root of the repository."""
+    file = os.path.relpath(out.resolve(), ROOT)  # so that results name no folder outside the repository
+    return [sys.executable, "-m", f"benchmarks.{step.module}", *step.arguments, step.out, file]
 
 
 def done(out: Path, commit: str | None) -> set[str]:

@@ -295,7 +295,7 @@ def ops(rows: Sequence[Row]) -> Figures:
             lines += [_op_line(title, peer, {"float32": [row], "bfloat16": []}) for row in by_dtype["float32"]]
         else:
             lines.append(_op_line(title, peer, by_dtype))
-    header = ["op", "sizes", "compared with", "float32", "bfloat16", "commit"]
+    header = ["op", "sizes", "compared with", "float32", "bfloat16", "commit, instruction set"]
     return {
         "op_table": tables.markdown(header, lines),
         "ops_not_measured": ", ".join(missing) or "none",
@@ -306,7 +306,8 @@ def ops(rows: Sequence[Row]) -> Figures:
 def _op_line(title: str, peer: str, by_dtype: dict[str, list[Row]]) -> list[str]:
     """A line of the table of ops: one number for each dtype, or a range over several cases."""
     measured = [row for cases in by_dtype.values() for row in cases]
-    commits = dict.fromkeys(tables.commit(row["environment"]) for row in measured)
+    runs = (row["environment"] for row in measured)
+    commits = dict.fromkeys(f"{tables.commit(about)}, {about['cpu_capability']}" for about in runs)
     ratios = [_ratios(cases, peer) for cases in by_dtype.values()]
     return [title, _sizes(measured), PEERS[peer], *ratios, "; ".join(commits)]
 
@@ -357,8 +358,7 @@ def _commands(rows: Sequence[Row], benches: Iterable[str]) -> str:
     found: dict[str, None] = {}
     for bench in sorted(benches):
         for row in measures.select(rows, bench):
-            command = row["environment"]["command"].split(" --json ")[0]
-            found[command] = None
+            found[tables.command(row["environment"])] = None
     return "\n".join(f"- `{command}`" for command in found)
 
 

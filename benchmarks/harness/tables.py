@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -295,9 +296,14 @@ def source(rows: Sequence[Row]) -> str:
         machine = about.get("gpu") or cpu
         seen[about.get("time")] = (
             f"{machine}; torch {about.get('torch')}; {str(about.get('time'))[:10]}; "
-            f"commit {commit(about)}; `{about.get('command')}`"
+            f"commit {commit(about)}; `{command(about)}`"
         )
     return "\n".join(seen.values())
+
+
+def command(about: Row) -> str:
+    """The command of a run, without the results file that it wrote."""
+    return re.sub(r" --(?:out|json) \S+", "", str(about.get("command")))
 
 
 def memory_table(row: Row) -> Table:
