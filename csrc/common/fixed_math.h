@@ -30,7 +30,8 @@ TITOK_HD typename Lanes<F>::Int exp_weight(F x) {
   x = Lanes<F>::larger(x, lowest);
   const F shifted = x * 1.44269504f + kRound;
   const F n = shifted - kRound;
-  const F r = (x - n * kLn2High) - n * kLn2Low;
+  // Both fused products are exact, so that fusing changes no bit.
+  const F r = Lanes<F>::fuse(n, F{} - kLn2High, x) - n * kLn2Low;
   F p = r * 0.00831247866f + 0.0418905504f;
   p = p * r + 0.166671157f;
   p = p * r + 0.499992281f;
@@ -38,7 +39,7 @@ TITOK_HD typename Lanes<F>::Int exp_weight(F x) {
   // 2^(n + 30). The bits of kRound are subtracted from those of the sum, because a signed shift must not overflow.
   constexpr int32_t kRoundBits = 0x4B400000;
   const F scale = bit_cast<F>(Int((bit_cast<Int>(shifted) + (127 + kWeightBits - kRoundBits)) << 23));
-  return Lanes<F>::truncate(p * scale + 0.5f);
+  return Lanes<F>::truncate(Lanes<F>::fuse(p, scale, F{} + 0.5f));
 }
 
 // Natural logarithm of a positive normal float: x = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and a

@@ -25,7 +25,8 @@ TITOK_HD To bit_cast(const From& from) {
 }
 
 // For templates over F, which is float or a GCC vector of floats: the 32-bit integers of the same number of lanes,
-// conversions lane by lane, and `a > b ? a : b` and `a < b ? a : b`, which GCC does not make one instruction for vectors.
+// conversions lane by lane, `a > b ? a : b` and `a < b ? a : b`, which GCC does not make one instruction for vectors, and
+// `fuse`: a * b + c, rounded once or twice, for products that are exact.
 // masked_decode_simd.cpp specialises it for its vectors.
 template <class F>
 struct Lanes;
@@ -36,6 +37,7 @@ struct Lanes<float> {
   static TITOK_HD float convert(uint32_t x) { return static_cast<float>(x); }
   static TITOK_HD float larger(float a, float b) { return a > b ? a : b; }
   static TITOK_HD float smaller(float a, float b) { return a < b ? a : b; }
+  static TITOK_HD float fuse(float a, float b, float c) { return a * b + c; }
 };
 
 }  // namespace titok

@@ -14,6 +14,9 @@ struct titok::Lanes<titok::TITOK_ISA::Floats> {
   static TITOK_HD TITOK_ISA::Floats convert(TITOK_ISA::Words x) {
     return __builtin_convertvector(bit_cast<TITOK_ISA::Ints>(x), TITOK_ISA::Floats);
   }
+  static TITOK_HD TITOK_ISA::Floats fuse(TITOK_ISA::Floats a, TITOK_ISA::Floats b, TITOK_ISA::Floats c) {
+    return TITOK_ISA::fma(a, b, c);
+  }
   // The instructions return their second operand where one is NaN or both are equal, as `?:` does.
   static TITOK_HD TITOK_ISA::Floats larger(TITOK_ISA::Floats a, TITOK_ISA::Floats b) {
 #if defined(TITOK_ISA_AVX512)
@@ -93,6 +96,7 @@ class Row {
   template <bool kStored = false, class Visit>
   TITOK_HD void each(int begin, int end, Visit visit) const {
     int v = begin;
+#pragma GCC unroll 4
     for (; v + kLanes <= end; v += kLanes) visit(v, logits<kStored>(cond_ + v, uncond_ + (kGuided ? v : 0)));
     if (v < end) visit(v, tail(v, end - v));
   }
