@@ -62,7 +62,14 @@ def test_logits_of_many_sizes_give_the_bits_of_plain(dtype: torch.dtype) -> None
     logits[6, 7], logits[7, 4000], logits[9, 600] = math.inf, math.inf, torch.finfo(dtype).max
     logits[8], logits[10], logits[11] = -math.inf, math.nan, torch.finfo(dtype).min
     tokens = torch.full((1, 12), 4090)
-    for temperature, softmax_temperature in ((0.0, 1.0), (1.0, 1.0), (0.5, 1.0), (1e-38, 1.0), (1e38, 1.0), (1.0, 0.7)):
+    for temperature, softmax_temperature in (
+        (0.0, 1.0),
+        (1.0, 1.0),
+        (0.5, 1.0),
+        (1e-38, 1.0),
+        (1e38, 1.0),
+        (1.0, 0.7),
+    ):
         for top_p in (1.0, 0.8):
             numbers = {"temperature": temperature, "softmax_temperature": softmax_temperature, "top_p": top_p}
             for confidence in ("log_probability", "negative_entropy"):
