@@ -249,6 +249,8 @@ PLOTS: dict[str, Callable[[Sequence[Row], Figure], bool]] = {
 def _side_name(row: Row) -> str:
     case = row["case"]
     name = case["name"].removesuffix(f" {case['dtype']}, SDPA").removesuffix(f" as published, {case['dtype']}")
+    if "step" in name or name.startswith("one pass"):
+        return name
     return f"{name}, {case['steps']} steps"
 
 
@@ -358,11 +360,14 @@ def _tidy(axes: Axes, title: str) -> None:
 
 
 def _credit(figure: Figure, rows: Sequence[Row]) -> int:
-    """Machine, PyTorch and commits at the foot of a plot; returns in how many lines."""
+    """Each machine, its PyTorch and its commits at the foot of a plot; returns in how many lines."""
     runs = [row["environment"] for row in rows]
-    machines = dict.fromkeys(f"{run.get('gpu') or run.get('cpu')}, torch {run.get('torch')}" for run in runs)
-    commits = dict.fromkeys(tables.commit(run) for run in runs)
-    text = f"{'; '.join(machines)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    commits: dict[str, dict[str, None]] = {}
+    for run in runs:
+        cpu = f"{run.get('cpu')}, {run.get('cpu_capability')}"
+        machine = f"{run.get('gpu') or cpu}, torch {run.get('torch')}"
+        commits.setdefault(machine, {})[tables.commit(run)] = None
+    text = "; ".join(f"{machine}: {', '.join(found)}" for machine, found in commits.items())
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(text, int(72 * width / LETTER_WIDTH))
     figure.text(0.005, 0.005, "\n".join(lines), fontsize=6, color=FAINT, va="bottom")
