@@ -379,7 +379,7 @@ def dispatcher(rows: Sequence[Row]) -> Figures:
     header = ["op", "around the dispatcher, us", "through it, us", "difference, us"]
     calls = calls_per_image(TokenizerConfig.preset("titok-l-32"), GeneratorConfig.preset("titok-l-32"))
     saved = sum(differences[op] * count for op, count in calls.items()) / 1e6
-    image = measures.latest(rows, "engine", preset="titok-l-32", dtype="bf16", batch=1)["median_s"]["titok"]
+    image = measures.latest(rows, "engine", preset="titok-l-32", dtype="fp32", batch=1)["median_s"]["titok"]
     return {
         "dispatch_table": tables.with_source(run, (header, lines)),
         "dispatch_calls": number(sum(calls.values())),
