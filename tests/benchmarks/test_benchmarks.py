@@ -145,7 +145,7 @@ def test_rivals_of_today_say_where_titok_loses(tmp_path):
     table = rival_tables.rivals(rows, 512)
     cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     ours, pixels, amused = cells[2:]
-    assert ours[:2] == ["titok-l-64-512", "2.74"]
+    assert [cell.rstrip("*") for cell in ours[:2]] == ["titok-l-64-512", "2.74"]  # * on a busy machine
     assert pixels[1] == "2.75 (pMF-L/32)"
     assert pixels[5] == "2 ± 25.0%"
     assert pixels[-1] == "loses: 4 times as slow"

@@ -40,12 +40,13 @@ def test_template_uses_exactly_the_figures_that_exist() -> None:
 
 
 def test_uncommitted_changes_show() -> None:
-    """The recorded run of nearest_codebook had some."""
-    runs = measures.select(read(FOLDER.glob("nearest_codebook*.jsonl")), "nearest_codebook")
+    """The recorded run of nearest_codebook of this day had some; a newer one had none."""
+    runs = measures.select(read(FOLDER.glob("nearest_codebook*2026-11-22.jsonl")), "nearest_codebook")
     assert runs[0]["environment"]["changed"]
-    lines = [line for line in report.document().splitlines() if line.startswith("| `nearest_codebook` | M")]
-    assert lines
-    assert all(line.endswith("with uncommitted changes |") for line in lines)
+    for rows, shows in ((runs, True), (read(FOLDER.glob("*.jsonl")), False)):
+        lines = [line for line in figures.ops(rows)["op_table"].splitlines() if "| `nearest_codebook` | M" in line]
+        assert lines
+        assert all(("with uncommitted changes" in line) == shows for line in lines)
 
 
 def test_newest_run_counts(tmp_path: Path) -> None:

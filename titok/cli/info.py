@@ -51,10 +51,13 @@ def _versions() -> dict[str, str]:
     import importlib.metadata
     import platform
 
+    import torch
+
     from titok import __version__
 
-    versions = {"titok": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "numpy"):
+    # The package's metadata leaves out for which CUDA a torch of PyPI is.
+    versions = {"titok": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "numpy"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -67,7 +67,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor
     Returns:
         (B, outputs, H + 3 - k, W + 3 - k), channels-last.
     """
-    if x.dtype.itemsize == 2 and _has_cudnn():
+    if x.is_cuda and x.dtype.itemsize == 2 and _has_cudnn():
         is_deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
         one = (1, 1)
         tunes = _tuning.get() and not is_deterministic
