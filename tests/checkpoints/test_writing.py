@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import sys
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
