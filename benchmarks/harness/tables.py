@@ -1,4 +1,7 @@
-"""The tables that commands print and documents show."""
+"""The tables that commands print and documents show.
+
+This file is longer than 400 lines because it holds every table of results on a CPU.
+"""
 
 from __future__ import annotations
 

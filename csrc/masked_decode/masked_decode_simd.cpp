@@ -2,6 +2,8 @@
 //
 // All sums are of integers, which do not depend on their order, so every instruction set draws the same code and
 // returns the same numbers. A row is read from memory once; later passes find it in the caches.
+//
+// This file is longer than 400 lines because whole draws and their stages over split codes use the same passes.
 #include "masked_decode/masked_decode_simd.h"
 
 #include "common/float16.h"

@@ -36,7 +36,11 @@ DEFAULTS: dict[str, Any] = {
         ({"labels": [0.0, 1.0]}, TypeError, "labels: expected dtype int64, got float32"),
         ({"labels": [True, False]}, TypeError, "labels: expected dtype int64, got bool"),
         ({"labels": [0, True]}, TypeError, "labels: expected dtype int64, got bool"),
-        ({"labels": [0, np.True_]}, TypeError, "labels: expected"),
+        (
+            {"labels": [0, np.True_]},
+            TypeError,
+            "labels: expected (a tensor or a sequence of ints|dtype int64), got",
+        ),
         ({"labels": np.array([True])}, TypeError, "labels: expected dtype int64, got bool"),
         ({"labels": torch.tensor([True])}, TypeError, "labels: expected dtype int64, got bool"),
         ({"labels": [1j]}, TypeError, "labels: expected dtype int64, got complex64"),
