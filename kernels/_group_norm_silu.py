@@ -7,13 +7,17 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from titok.kernels._tuning import GROUP_NORM_SILU, GROUP_NORM_SILU_CHUNK
+from titok.kernels._tuning import GROUP_NORM_SILU_CHUNKS, Tile
 
 
 @triton.jit
 def load_float32(ptr, mask):
-    """Values as float32, 0 where masked."""
-    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    """Values as float32, 0 where masked; a mask of None reads all."""
+    if mask is None:
+        values = tl.load(ptr)
+    else:
+        values = tl.load(ptr, mask=mask, other=0.0)
+    return values.to(tl.float32)
 
 
 @triton.jit
@@ -23,10 +27,10 @@ def load_statistics(mean_ptr, rstd_ptr, image, channels, C: tl.constexpr, WIDTH:
     return load_float32(mean_ptr + groups, channels < C), load_float32(rstd_ptr + groups, channels < C)
 
 
-def tile_constexprs(C: int) -> dict[str, Any]:
-    tile = GROUP_NORM_SILU
+def tile_constexprs(C: int, tile: Tile) -> dict[str, Any]:
+    """What a kernel that walks over a map of C channels in this tile is compiled with."""
     columns = min(triton.next_power_of_2(C), tile.columns)
-    rows = min(tile.rows * tile.columns // columns, GROUP_NORM_SILU_CHUNK)
+    rows = min(tile.rows * tile.columns // columns, GROUP_NORM_SILU_CHUNKS[0])
     return {
         "C": C,
         "BLOCK_P": rows,

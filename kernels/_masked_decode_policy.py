@@ -194,7 +194,7 @@ def masked_decode_step_accept(
         is_surer = log_probability > tl.load(row_floats_ptr + EDIT_LIMIT)
         accepted = accepted | ((kind == EDITABLE) & (code != token) & is_surer)
     if RENOISE:
-        uniform = (uniform_word.to(tl.int64) * all_codes.to(tl.int64)) >> 32
+        uniform = (uniform_word.to(tl.int64) * tl.cast(all_codes, tl.int64)) >> 32
         token = tl.where(candidates, uniform, token)
     tl.store(out_ptr + at, tl.where(accepted, code, token), mask=inside)
     if step_map_ptr is not None:

@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages of every kernel, and why they are as they are.
 
-They were chosen from the table of resources (RESOURCES.md): no register spills on sm_80, sm_90 and sm_100. None has
-been chosen by timing yet. A change here changes speed, and results only by the order of float sums.
+Where no measurement is given, they were chosen from the table of resources (RESOURCES.md): no register spills on
+sm_80, sm_90 and sm_100. A change here changes speed, and results only by the order of float sums.
 """
 
 from __future__ import annotations
@@ -42,9 +42,17 @@ ADD_LAYER_NORM_BACKWARD_VALUES = 4096  # in a program's block of rows
 ADD_LAYER_NORM_PROGRAMS = 512  # of the backward pass at most: each writes a partial sum
 
 # group_norm_silu. Rows are pixels, columns are channels. With 2,048 values in a tile, a thread's share of the tile and
-# of its two sums stays below 128 registers. 128 channels are 256 bytes of a pixel or more, read in one go.
-GROUP_NORM_SILU = Tile(16, 128, 4, 2)
-GROUP_NORM_SILU_CHUNK = 128  # pixels in a partial sum: 32 programs for a map of 64 x 64, 512 for 256 x 256
+# of its two sums stays below 128 registers. 128 channels are 256 bytes of a pixel or more, read in one go. H200,
+# 2026-11-26, maps of 32 x 512 x 512 x 128 in bfloat16: sums with a residual 4.26 TB/s with 3 tiles read ahead, 3.73
+# without; a normalising program of 64 pixels 4.17 TB/s, of 16 pixels 4.10; a copy 4.25.
+GROUP_NORM_SILU_SUMS = Tile(16, 128, 4, 3)
+GROUP_NORM_SILU_NORMALISE = Tile(64, 128, 8, 1)
+GROUP_NORM_SILU_BACKWARD = Tile(16, 128, 4, 2)
+# Pixels in a partial sum: the map's divided by so many parts, within these bounds. Without a residual, sums ran at
+# 3.46 TB/s with 256 pixels in each and at 2.49 with 128, since each program ends by adding up what its threads hold.
+GROUP_NORM_SILU_PARTS = 128
+GROUP_NORM_SILU_CHUNKS = (128, 512)
+GROUP_NORM_SILU_BACKWARD_CHUNK = 128
 GROUP_NORM_SILU_ONE_PASS_VALUES = 16384  # of a map that one program of 8 warps can hold in registers
 
 # masked_attention. Rows are queries, columns are keys. The key of each table is (bytes per element, head dim rounded up
@@ -93,5 +101,12 @@ MASKGIT_DECODE_STEP_SELECT_WARPS = 4
 # linear_gelu and linear_add_norm. Rows are rows of x, columns are outputs. Tiles of 64 x 64 make 36 programs of the
 # smallest product of a generator at batch 1 (130 rows, 768 outputs), where tiles of 128 x 128 would make 12.
 LINEAR = Tile(64, 64, 4, 3)
+# H200, 2026-11-26, 768 inputs and 3,072 outputs in bfloat16, against cuBLAS and PyTorch's GELU: 9.1 and 11.1 us for 66
+# rows, 10.5 and 10.6 for 130 (64 x 64: 9.7 and 10.5); for 8,320 rows 107 at best and 102.
+LINEAR_GELU = Tile(64, 32, 4, 6)
+GELU = Tile(1, 4096, 4, 1)
 LINEAR_DEPTH = 64  # inputs in one step of the loop
 LINEAR_NORM_VALUES = 4096  # that a program normalises at once
+
+# place_windows. Rows are pixels, columns are channels. H200, 2026-11-26: 3.8 to 4.1 TB/s, PyTorch's sum 1.3.
+PLACE_WINDOWS = Tile(8, 512, 4, 1)

@@ -59,7 +59,8 @@ def add_layer_norm_forward(
         x = total.to(tl.float32)
     elif x_ptr.dtype.element_ty == residual_ptr.dtype.element_ty:
         x = x.to(x_ptr.dtype.element_ty).to(tl.float32)  # of two dtypes the sum is float32
-    centred = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
+    mean = tl.div_rn(tl.sum(x, 0), tl.full((), D, tl.float32))  # so that the mean of equal values is that value
+    centred = tl.where(mask, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
     weight = tl.load(weight_ptr + channels, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channels, mask=mask, other=0.0).to(tl.float32)

@@ -31,7 +31,13 @@ import triton.language as tl
 from titok.kernels._aot import AotVariant, label_launches, meta, name_of
 from titok.kernels._group_norm_silu import load_float32, load_statistics, tile_constexprs
 from titok.kernels._launch import launch, record
-from titok.kernels._tuning import GROUP_NORM_SILU_CHUNK, GROUP_NORM_SILU_ONE_PASS_VALUES
+from titok.kernels._tuning import (
+    GROUP_NORM_SILU_CHUNKS,
+    GROUP_NORM_SILU_NORMALISE,
+    GROUP_NORM_SILU_ONE_PASS_VALUES,
+    GROUP_NORM_SILU_PARTS,
+    GROUP_NORM_SILU_SUMS,
+)
 from titok.kernels.group_norm_silu_backward import backward
 
 
@@ -110,6 +116,8 @@ def group_norm_silu_sums(
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles that are read ahead
+    IS_WHOLE: tl.constexpr,  # no tile reaches beyond the map
 ):
     chunk, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -123,11 +131,14 @@ def group_norm_silu_sums(
         shift += load_float32(residual_ptr + base + channels, inside)
     sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, CHUNK, BLOCK_P):
+    for start in tl.range(0, CHUNK, BLOCK_P, num_stages=STAGES):
         offsets = base + start * C + (rows[:, None] * C + channels[None, :])
-        mask = (first + start + rows < P)[:, None] & inside[None, :]
-        x = _load_total(x_ptr, residual_ptr, total_ptr, offsets, mask)
-        distance = tl.where(mask, x - shift[None, :], 0.0)
+        if IS_WHOLE:
+            distance = _load_total(x_ptr, residual_ptr, total_ptr, offsets, None) - shift[None, :]
+        else:
+            mask = (first + start + rows < P)[:, None] & inside[None, :]
+            x = _load_total(x_ptr, residual_ptr, total_ptr, offsets, mask)
+            distance = tl.where(mask, x - shift[None, :], 0.0)
         sums += distance
         squares += distance * distance
     count = tl.minimum(P - first, CHUNK).to(tl.float32)
@@ -232,25 +243,29 @@ def forward(
             **small,
         )
         return
-    tile = tile_constexprs(C)
-    chunks, columns = triton.cdiv(P, GROUP_NORM_SILU_CHUNK), triton.cdiv(C, tile["BLOCK_C"])
+    tile = tile_constexprs(C, GROUP_NORM_SILU_SUMS)
+    chunk = _chunk(P)
+    chunks, columns = triton.cdiv(P, chunk), triton.cdiv(C, tile["BLOCK_C"])
     partial = torch.empty((B, chunks, 2, C), dtype=torch.float32, device=x.device)
     launch(
         group_norm_silu_sums,
         (chunks, columns, B),
         *(x, residual, written, partial, P),
-        CHUNK=GROUP_NORM_SILU_CHUNK,
+        CHUNK=chunk,
+        STAGES=tile["num_stages"],
+        IS_WHOLE=P % chunk == 0 and C % tile["BLOCK_C"] == 0,
         **tile,
     )
     launch(
         group_norm_silu_statistics,
         (num_groups, B),
         *(partial, mean, rstd, P, chunks, eps),
-        **_statistics_constexprs(C, group_width),
+        **_statistics_constexprs(C, group_width, chunk),
     )
+    tile = tile_constexprs(C, GROUP_NORM_SILU_NORMALISE)
     launch(
         group_norm_silu_normalise,
-        (triton.cdiv(P, tile["BLOCK_P"]), columns, B),
+        (triton.cdiv(P, tile["BLOCK_P"]), triton.cdiv(C, tile["BLOCK_C"]), B),
         *(x if residual is None else total, weight, bias, normalised, mean, rstd, P),
         WIDTH=group_width,
         **tile,
@@ -273,12 +288,18 @@ def _one_pass_constexprs(P: int, C: int, group_width: int, element_size: int) ->
     }
 
 
-def _statistics_constexprs(C: int, group_width: int) -> dict[str, Any]:
+def _chunk(P: int) -> int:
+    """Pixels in a partial sum of a map of P pixels."""
+    fewest, most = GROUP_NORM_SILU_CHUNKS
+    return min(most, max(fewest, triton.next_power_of_2(P) // GROUP_NORM_SILU_PARTS))
+
+
+def _statistics_constexprs(C: int, group_width: int, chunk: int) -> dict[str, Any]:
     columns = triton.next_power_of_2(group_width)
     return {
         "C": C,
         "WIDTH": group_width,
-        "CHUNK": GROUP_NORM_SILU_CHUNK,
+        "CHUNK": chunk,
         "BLOCK_CHUNKS": max(1, 1024 // columns),
         "BLOCK_W": columns,
         "num_warps": 4,

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from titok.kernels._group_norm_silu import load_float32, load_statistics, tile_constexprs
 from titok.kernels._launch import launch
-from titok.kernels._tuning import GROUP_NORM_SILU_CHUNK
+from titok.kernels._tuning import GROUP_NORM_SILU_BACKWARD, GROUP_NORM_SILU_BACKWARD_CHUNK
 
 
 @triton.jit
@@ -118,14 +118,14 @@ def backward(
     """
     B, C, height, width = x.shape
     P, num_groups = height * width, mean.shape[1]
-    tile = tile_constexprs(C) | {"WIDTH": C // num_groups}
-    chunks, columns = triton.cdiv(P, GROUP_NORM_SILU_CHUNK), triton.cdiv(C, tile["BLOCK_C"])
+    tile = tile_constexprs(C, GROUP_NORM_SILU_BACKWARD) | {"WIDTH": C // num_groups}
+    chunks, columns = triton.cdiv(P, GROUP_NORM_SILU_BACKWARD_CHUNK), triton.cdiv(C, tile["BLOCK_C"])
     partial = torch.empty((B, chunks, 2, C), dtype=torch.float32, device=x.device)
     launch(
         group_norm_silu_backward_sums,
         (chunks, columns, B),
         *(grad, x, weight, bias, mean, rstd, partial, P),
-        CHUNK=GROUP_NORM_SILU_CHUNK,
+        CHUNK=GROUP_NORM_SILU_BACKWARD_CHUNK,
         **tile,
     )
     sums = partial.sum(1)

@@ -404,6 +404,9 @@ def forward(
         kernel,
         (triton.cdiv(NQ, block_m) * batch * num_heads,),
         *(qkv, key_mask, out, lse, qkv.stride(0), qkv.stride(1), num_heads, N, start, NQ, scale * LOG2_E),
+        # With it, some of the uses of a score would see its product with the scale unrounded, others rounded: of
+        # float32 scores in the thousands, the weights of the keys would no longer add up to their sum.
+        fp_fusion=qkv.dtype != torch.float32,
         **constexprs_of(tile, qkv.dtype, D, N) | {"BLOCK_M": block_m, "ROW_TAIL": row_tail},
     )
 

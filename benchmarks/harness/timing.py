@@ -179,8 +179,15 @@ def interleave(
     warm: bool = False,
     hide_launches: bool = False,
 ) -> dict[str, list[float]]:
-    """The samples of `measure` alone, for candidates whose results are not checked."""
-    return measure(candidates, seconds, warm=warm, hide_launches=hide_launches).samples
+    """The samples of `measure` alone.
+
+    Raises:
+        RuntimeError: the result of a `Checked` candidate is wrong.
+    """
+    measured = measure(candidates, seconds, warm=warm, hide_launches=hide_launches)
+    for name, what in measured.problems.items():
+        raise RuntimeError(f"{name}: {what}")
+    return measured.samples
 
 
 def time_on_cpu(run: Callable[[], Any]) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from titok.inference.folded_upsample import FoldedUpsampleConv, fold_upsample_conv, upsample_conv
+from titok.inference.folded_upsample import FoldedUpsampleConv, copy_windows, fold_upsample_conv, upsample_conv
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -41,6 +41,31 @@ def test_rounding(dtype: torch.dtype, tolerance: float) -> None:
     expected = reference(x, weight, bias)
     error = (upsample_conv(x, fold_upsample_conv(weight, bias)).double() - expected).abs().max()
     assert error <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 5, 3, 7), (1, 200, 2, 33)], ids=str)  # B, C, H, W
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_windows_are_placed_in_triton(with_bias: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The same bits as PyTorch's sum; each call writes the rows of its parity and no others."""
+    pytest.importorskip("triton")
+    from titok.kernels import upsample
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, channels, height, width = shape
+    windows = torch.randn(batch, 2 * channels, height + 1, width + 1, device=device).to(dtype)
+    windows = windows.contiguous(memory_format=torch.channels_last)
+    bias = torch.randn(channels, device=device).to(dtype) if with_bias else None
+    for parity in (0, 1):
+        untouched = torch.full((batch, 2 * height, 2 * width, channels), 7.0, dtype=dtype, device=device)
+        want, got = (untouched.clone().permute(0, 3, 1, 2) for _ in range(2))
+        copy_windows(want, windows, parity, bias)
+        upsample.place(windows, bias, got, parity)
+        if dtype == torch.bfloat16 and device == "cpu":  # Triton's interpreter rounds a sum down
+            assert torch.allclose(got, want, rtol=torch.finfo(dtype).eps, atol=0)
+        else:
+            assert torch.equal(got, want)
+        assert bool((got[:, :, 1 - parity :: 2] == 7.0).all())
 
 
 def test_gradients() -> None:

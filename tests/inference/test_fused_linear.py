@@ -26,7 +26,7 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of the largest value
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both kernels compute the layers of these tests."""
-    monkeypatch.setattr(fused_linear, "LINEAR_GELU_LAYERS", frozenset({(K, N)}))
+    monkeypatch.setattr(fused_linear, "LINEAR_GELU_LAYERS", {(K, N): 1 << 20})
     monkeypatch.setattr(fused_linear, "LINEAR_ADD_NORM_LAYERS", frozenset({(K, N), (N, K), (K, K)}))
 
 
@@ -52,6 +52,28 @@ def test_gelu(rows: int, bias: bool, dtype: torch.dtype) -> None:
     assert (result.shape, result.dtype) == ((2, rows, N), dtype)
     exact = F.gelu(F.linear(x.double(), weight.double(), None if offsets is None else offsets.double()))
     assert close(result, exact)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_gelu_in_place(dtype: torch.dtype) -> None:
+    """Every normal value of 16 bits, and a tail in the last program, within half a step of rounding of the exact GELU."""
+    from titok.kernels import linear
+
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    normal_values = values[values.isfinite() & (values.abs() >= 4 * torch.finfo(dtype).smallest_normal)]
+    x = torch.cat([normal_values, torch.tensor([1.0, -1.0, 3.0], dtype=dtype)]).to(DEVICE)
+    exact, result = F.gelu(x.double()), x.clone()
+    linear.gelu(result)
+    step = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+    rounding = 1.01 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.51  # Triton's interpreter rounds down
+    assert bool(((result.double() - exact).abs() <= rounding * step + 2e-7 * x.double().abs().clamp(max=10)).all())
+
+
+def test_layers_of_more_rows_are_computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_linear, "LINEAR_GELU_LAYERS", {(K, N): 70})
+    weight = normal(N, K)
+    assert fused_linear.gelu(normal(2, 35, K), weight, None) is not None
+    assert fused_linear.gelu(normal(71, K), weight, None) is None
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

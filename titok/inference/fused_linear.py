@@ -1,24 +1,25 @@
 """Linear layers of a transformer block, with what follows them in one launch (`kernels/linear.py`).
 
-Two sets choose the layers that are computed so. They are empty until a GPU has shown where these kernels are faster
-than PyTorch's products. So by default `gelu` and `add_norm` return None, and their callers make separate launches.
+Two tables choose the layers that are computed so: those for which an H200 has shown that these kernels are faster than
+PyTorch's products. For others `gelu` and `add_norm` return None, and their callers make separate launches.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextvars import ContextVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titok.ops import is_plain
 from titok.ops.core.available import why_no_triton
 from titok.ops.core.mode import is_ordinary
 
-# Layers (K, N): inputs and outputs.
-LINEAR_GELU_LAYERS: frozenset[tuple[int, int]] = frozenset()
+# Layers (K, N), inputs and outputs, and the most rows with which each is computed so. 768 x 3,072 is in the generators.
+LINEAR_GELU_LAYERS: dict[tuple[int, int], int] = {(768, 3072): 192}
 LINEAR_ADD_NORM_LAYERS: frozenset[tuple[int, int]] = frozenset()
 
 _COUNTERS = 1 << 16  # blocks of rows: four million rows of 64 to a block
@@ -67,13 +68,25 @@ def gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     Returns:
         (..., N).
     """
-    if not _is_usable(LINEAR_GELU_LAYERS, x, weight, bias):
+    most = LINEAR_GELU_LAYERS.get((weight.shape[-1], len(weight)), 0)
+    if x.numel() > most * x.shape[-1] or not _is_usable(LINEAR_GELU_LAYERS, x, weight, bias):
         return None
     from titok.kernels import linear
 
     out = x.new_empty(*x.shape[:-1], len(weight))
     linear.gelu_forward(x.flatten(0, -2), weight.detach(), bias, out.flatten(0, -2))
     return out
+
+
+def gelu_of(x: Tensor) -> Tensor:
+    """gelu(x), in the memory of x where a kernel computes it: x must belong to the caller alone."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.is_contiguous() and x.numel() > 0:
+        if why_no_triton(x) is None and is_ordinary_call([x]):
+            from titok.kernels import linear
+
+            linear.gelu(x)
+            return x
+    return F.gelu(x)
 
 
 def add_norm(
@@ -112,7 +125,7 @@ def add_norm(
     return total, normalised
 
 
-def _is_usable(chosen: frozenset[tuple[int, int]], x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+def _is_usable(chosen: Container[tuple[int, int]], x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether a layer is chosen, and the kernels can take these tensors: 16 bits, contiguous, without gradients."""
     if (weight.shape[-1], len(weight)) not in chosen:
         return False

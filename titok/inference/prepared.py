@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
 import sys
 import threading
@@ -154,6 +155,8 @@ def replace_weights(
     """
     weights = list(weights)
     if not all(map(_is_sole_owner, weights)):
+        if not all(_preparation(weight) is not None for weight in weights):
+            _refused.found = True
         return
     with torch.no_grad(), torch.inference_mode(False):  # what is prepared in inference mode is used outside it too
         form = prepare()
@@ -278,10 +281,66 @@ class PreparableLayer(nn.Module):
 _PREPARING = threading.RLock()
 
 
+class _Refused(threading.local):
+    """Whether a weight that this thread wanted to prepare could not be, because somebody else holds its memory."""
+
+    found = False
+
+
+_refused = _Refused()
+
+
+class _Known:
+    """What was found out about a model, and the parts that it had then. A copy of it, or of its owner, knows nothing.
+
+    Attributes:
+        parts: modules, parameters and what was prepared from them, as `_parts_of` lists them.
+        weights: what `weights_of` returns as long as the model has these parts.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[object] = []
+        self.weights: list[Tensor] = []
+
+    def is_of(self, parts: list[object]) -> bool:
+        """Whether these are the same objects as those that the model had."""
+        return bool(parts) and len(parts) == len(self.parts) and all(map(operator.is_, parts, self.parts))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Known:
+        return _Known()
+
+    def __reduce__(self) -> Any:
+        return _Known, ()
+
+
+def _parts_of(model: nn.Module) -> list[object]:
+    """The modules below a model, all parameters, and what was prepared from each or whether it requires a gradient.
+
+    The model itself is left out, so that it can keep the list and is freed with its last user all the same.
+    """
+    parts: list[object] = []
+    parameters: list[Any] = [*model._parameters.values()]
+    modules = [*model._modules.values()]
+    while modules:
+        module = modules.pop()
+        if module is not None:
+            parts.append(module)
+            parameters += module._parameters.values()
+            modules += module._modules.values()
+    parts += parameters
+    # A prepared parameter requires no gradient, and would answer slowly.
+    parts += [
+        p.preparation if type(p) is PreparedParameter else p is not None and p.requires_grad for p in parameters
+    ]
+    return parts
+
+
 class PreparableModel(nn.Module):
     """A model that can be prepared for inference. See the top of this file."""
 
     _frozen: set[str] | None = None  # the names of the parameters that require gradients when it is not prepared
+    _prepared: _Known | None = None  # its parts after the last time that all of its weights could be prepared
+    _listed: _Known | None = None  # its weights
 
     @property
     def prepared(self) -> bool:
@@ -302,7 +361,10 @@ class PreparableModel(nn.Module):
             raise RuntimeError(
                 "prepare: expected a model in eval mode, got one in training mode: call eval() first"
             )
+        if self._prepared is not None and self._prepared.is_of(_parts_of(self)):
+            return self
         with _PREPARING:
+            _refused.found, self._prepared = False, None
             self._frozen = self._frozen or set()
             for name, parameter in self.named_parameters():
                 if parameter.requires_grad:
@@ -311,6 +373,9 @@ class PreparableModel(nn.Module):
             for module in self.modules():
                 if isinstance(module, PreparableLayer):
                     module.prepare_weights()
+            if not _refused.found:
+                self._prepared = _Known()
+                self._prepared.parts = _parts_of(self)
         return self
 
     def unprepare(self: M) -> M:
@@ -326,7 +391,7 @@ class PreparableModel(nn.Module):
         for name, parameter in self.named_parameters():
             if self._frozen is not None and name in self._frozen:
                 parameter.requires_grad_(True)
-        self._frozen = None
+        self._frozen = self._prepared = None
 
     # -----------------------------------------------------------------------------------------------------------
     # What needs the values of the weights, or gradients, gives them back first.
@@ -371,11 +436,20 @@ def weights_of(model: nn.Module) -> list[Tensor]:
     A captured CUDA graph has their addresses fixed and reads them when it runs. Weights in oneDNN's layout, which no
     GPU reads, are left out.
     """
+    parts = _parts_of(model)
+    known: _Known | None = getattr(model, "_listed", None)
+    if known is not None and known.is_of(parts):
+        return [*known.weights]
     tensors: list[Tensor] = []
     for parameter in model.parameters():
         form = prepared_with(parameter)
         tensors += [parameter] if form is None else tree_leaves(form)
-    return [t for t in tensors if isinstance(t, Tensor) and not t.is_mkldnn]
+    tensors = [t for t in tensors if isinstance(t, Tensor) and not t.is_mkldnn]
+    if isinstance(model, PreparableModel):
+        known = _Known()
+        known.parts, known.weights = parts, tensors
+        model._listed = known
+    return [*tensors]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Linear(nn.Linear, PreparableLayer):
         if fused is not None:
             return fused
         y = F.linear(x, weight, self.bias)
-        return F.gelu(y) if gelu else y
+        return fused_linear.gelu_of(y) if gelu else y
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor] | None:
         """self(x) + residual and the norm of it, where one launch computes them; otherwise None.
