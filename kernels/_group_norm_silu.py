@@ -13,7 +13,7 @@ from titok.kernels._tuning import GROUP_NORM_SILU_CHUNKS, Tile
 @triton.jit
 def load_float32(ptr, mask):
     """Values as float32, 0 where masked; a mask of None reads all."""
-    if mask is None:
+    if mask is None:  # noqa: SIM108 (Triton would compile both branches of a conditional expression)
         values = tl.load(ptr)
     else:
         values = tl.load(ptr, mask=mask, other=0.0)

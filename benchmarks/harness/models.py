@@ -23,10 +23,12 @@ from titok.config import SamplingConfig
 from titok.data.images import to_uint8
 from titok.profiling import annotate
 
-# Random weights of a proxy's head times this: codes that differ clearly give pictures that differ by more than rounding.
+# The random weights of a proxy's head are multiplied by this, so that pictures of two samples differ by far more than
+# rounding changes them.
 PROXY_LOGITS = 8.0
-FIRST_STEPS = 2  # whose tokens are compared with plain mode: rounding changes later steps by more and more
-EQUAL_TOKENS = 0.8  # share of those tokens at least
+# Share of the tokens of a single step that plain mode draws as well. Rounding in bfloat16 changes some of them, and in
+# later steps most. Tokens that are drawn from other logits agree by chance only.
+EQUAL_TOKENS = 0.5
 TOLERANCE = 0.4  # of whole pictures: bfloat16 rounding alone gives up to 0.2
 MANY_STEPS = 16  # above, on a CPU, one step of the generator is timed and multiplied
 
@@ -181,7 +183,7 @@ class Models:
             return tokenizer.decode(sample_tokens(generator, labels, trace=True)[0])
 
         plain = titok_way(Pipeline(self.tokenizer, self.generator, engine="plain"), plain=True)
-        self.check_first_steps(titok_way(pipe), plain)
+        self.check_a_step(titok_way(pipe), plain)
 
         @torch.no_grad()
         def step_by_step(labels: list[int], seed: int, *rest: Any) -> Tensor:
@@ -206,20 +208,18 @@ class Models:
             counted=without_graph if generator.device.type == "cuda" else None,
         )
 
-    def check_first_steps(self, way: Way, plain: Way) -> None:
-        """Compares tokens of a few steps, drawn in one way, with those of plain mode.
+    def check_a_step(self, way: Way, plain: Way) -> None:
+        """Compares the tokens of a single step, drawn in one way, with those of plain mode.
 
         Raises:
             RuntimeError: more of them differ than rounding explains.
         """
-        sampling = dataclasses.replace(self.generator.config.sampling, steps=FIRST_STEPS)
-        labels = class_labels(4)
+        sampling, labels = dataclasses.replace(self.generator.config.sampling, steps=1), class_labels(4)
         equal = way.sample(labels, 1, sampling) == plain.sample(labels, 1, sampling)
-        share = float(equal.double().mean())
-        if share < EQUAL_TOKENS:
+        if (share := float(equal.double().mean())) < EQUAL_TOKENS:
             raise RuntimeError(
-                f"{self.preset}: {share:.0%} of the tokens of {FIRST_STEPS} steps are those of plain mode, "
-                f"expected {EQUAL_TOKENS:.0%} or more"
+                f"{self.preset}: expected {EQUAL_TOKENS:.0%} of the tokens of a step to be those of plain mode, "
+                f"got {share:.0%}"
             )
 
 

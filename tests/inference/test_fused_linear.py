@@ -56,7 +56,7 @@ def test_gelu(rows: int, bias: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_gelu_in_place(dtype: torch.dtype) -> None:
-    """Every normal value of 16 bits, and a tail in the last program, within half a step of rounding of the exact GELU."""
+    """Every normal value of 16 bits, and a tail in the last program, within half a step of the exact GELU."""
     from titok.kernels import linear
 
     values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)

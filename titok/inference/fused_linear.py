@@ -80,13 +80,13 @@ def gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
 def gelu_of(x: Tensor) -> Tensor:
     """gelu(x), in the memory of x where a kernel computes it: x must belong to the caller alone."""
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.is_contiguous() and x.numel() > 0:
-        if why_no_triton(x) is None and is_ordinary_call([x]):
-            from titok.kernels import linear
+    fits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.is_contiguous() and x.numel() > 0
+    if not fits or why_no_triton(x) is not None or not is_ordinary_call([x]):
+        return F.gelu(x)
+    from titok.kernels import linear
 
-            linear.gelu(x)
-            return x
-    return F.gelu(x)
+    linear.gelu(x)
+    return x
 
 
 def add_norm(
