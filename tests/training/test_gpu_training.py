@@ -1,7 +1,8 @@
 """Training steps on a GPU: every recipe in float32 as on the CPU, and in bfloat16 within bounds of float32.
 
-Random numbers of a step come from the CPU on every device, so that the losses of two devices can be compared. The tests
-with bfloat16 run on the CPU as well.
+Masks, dropped classes and crops of a step come from the CPU on every device, so that the losses of two devices can be
+compared. Only the noise of a VAE and the dropout of a generator are drawn on the device. The tests with bfloat16 run on
+the CPU as well.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ def test_the_gpu_trains_as_the_cpu(kind: str, tmp_path: Path) -> None:
     assert len(ours) == len(theirs) == SHORT["steps"]
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
-    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-4)
-    assert ours[0]["gradient_norm"] == pytest.approx(theirs[0]["gradient_norm"], rel=1e-3)
+    draws_on_the_device = kind in ("vae", "vit")
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=2e-2 if draws_on_the_device else 1e-4)
+    if not draws_on_the_device:
+        assert ours[0]["gradient_norm"] == pytest.approx(theirs[0]["gradient_norm"], rel=1e-3)
 
 
 @DEVICES
