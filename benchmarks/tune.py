@@ -82,12 +82,37 @@ def add_norm(rows: int, width: int, device: str) -> dict[str, Callable[[], Any]]
     return {f"M={rows} D={width}": norm}
 
 
-GROUP_NORM = Tunable(
-    "GROUP_NORM_SILU",
-    None,
-    ((8, 128, 4, 2), (16, 128, 4, 1), (16, 128, 4, 3), (32, 128, 4, 2), (32, 128, 8, 2), (32, 64, 4, 2)),
-    partial(group_norm, ((16, 256, 128), (4, 128, 512))),
-)
+def windows(shapes: tuple[tuple[int, int, int], ...], device: str) -> dict[str, Callable[[], Any]]:
+    """Placing the windows of upsampled maps of (B, C, pixels a side of the small map)."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for B, C, side in shapes:
+        wide, bias = bf16(device, B, 2 * C, side + 1, side + 1), bf16(device, C)
+        result = bf16(device, B, C, 2 * side, 2 * side).contiguous(memory_format=torch.channels_last)
+        read = wide.contiguous(memory_format=torch.channels_last)
+        calls[f"B={B} C={C} px={side}"] = partial(placed, read, bias, result)
+    return calls
+
+
+def placed(read: Tensor, bias: Tensor, result: Tensor) -> Tensor:
+    from titok.kernels import upsample
+
+    upsample.place(read, bias, result, 1)
+    return result
+
+
+def gelu(rows: int, device: str) -> dict[str, Callable[[], Any]]:
+    """A product with its GELU in one launch, as the generators use it at small batch sizes."""
+    x, weight, bias = bf16(device, rows, 768), bf16(device, 3072, 768), bf16(device, 3072)
+
+    def call() -> Any:
+        from titok.inference import fused_linear
+
+        return fused_linear.gelu(x, weight, bias)
+
+    return {f"M={rows} K=768 N=3072": call}
+
+
+MAPS = partial(group_norm, ((16, 256, 128), (4, 128, 512)))
 # Kernel -> what its launcher reads. The kernels of one launcher have the same.
 TUNABLES: dict[str, Tunable] = {
     "masked_attention_forward_tiled": Tunable(
@@ -110,8 +135,27 @@ TUNABLES: dict[str, Tunable] = {
         ((32, 0, 4, 1), (32, 0, 2, 1), (64, 0, 2, 1), (64, 0, 8, 1), (16, 0, 2, 1)),
         partial(attention, ((128, 33, 16, 48), (128, 65, 16, 48))),
     ),
-    "group_norm_silu_sums": GROUP_NORM,
-    "group_norm_silu_normalise": GROUP_NORM,
+    "group_norm_silu_sums": Tunable(
+        "GROUP_NORM_SILU_SUMS",
+        None,
+        ((8, 128, 4, 3), (16, 128, 4, 2), (16, 128, 4, 4), (32, 128, 4, 3), (32, 128, 8, 3), (32, 64, 4, 3)),
+        MAPS,
+    ),
+    "group_norm_silu_normalise": Tunable(
+        "GROUP_NORM_SILU_NORMALISE",
+        None,
+        ((16, 128, 4, 1), (32, 128, 4, 1), (64, 128, 4, 1), (128, 128, 8, 1)),
+        MAPS,
+    ),
+    "place_windows": Tunable(
+        "PLACE_WINDOWS",
+        None,
+        ((4, 512, 4, 1), (16, 512, 4, 1), (16, 512, 8, 1)),
+        partial(windows, ((32, 128, 256), (64, 512, 32))),
+    ),
+    "linear_gelu": Tunable(
+        "LINEAR_GELU", None, ((64, 64, 4, 4), (128, 32, 4, 5), (64, 32, 4, 4)), partial(gelu, 66)
+    ),
     "group_norm_silu_one_pass": Tunable(
         "GROUP_NORM_SILU_ONE_PASS_VALUES",
         None,

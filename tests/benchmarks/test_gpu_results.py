@@ -132,6 +132,8 @@ SMALL = {
     "masked_attention_forward_whole": lambda: tune.attention(((1, 33, 1, 48),), "cpu"),
     "group_norm_silu_sums": lambda: tune.group_norm(((1, 32, 40),), "cpu"),
     "group_norm_silu_normalise": lambda: tune.group_norm(((1, 32, 40),), "cpu"),
+    "place_windows": lambda: tune.windows(((1, 32, 5),), "cpu"),
+    "linear_gelu": lambda: tune.gelu(3, "cpu"),
     "group_norm_silu_one_pass": lambda: tune.group_norm(((1, 64, 32),), "cpu"),
     "code_mixture_forward": lambda: tune.mixture(5, "cpu"),
     "add_layer_norm_forward": lambda: tune.add_norm(3, 512, "cpu"),

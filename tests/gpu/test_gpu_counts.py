@@ -20,7 +20,7 @@ def test_bytes_and_flop_of_the_pixel_decoder() -> None:
 
 
 def test_arithmetic() -> None:
-    section = " ".join(TEXT.partition("## On a GPU: counted, not measured")[2].split())
+    section = " ".join(TEXT.partition("## On a GPU: counted")[2].split())
     for name, value in gpu_counts.choices().items():
         shown = f"{100 * value:.1f}%" if name.startswith("multiprocessors") else gpu_counts.figure(value)
         if name.endswith(", MB"):

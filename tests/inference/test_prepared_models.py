@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from titok.checkpoints.pretrained import Pretrained
 from titok.inference import onednn, prepared
 from titok.inference.prepared import PreparedParameter
 from titok.inference.workspace import Buffers, Workspace
+from titok.models.layers import Linear
 from wide_models import wide_generator, wide_tokenizer
 
 
@@ -228,3 +230,63 @@ def test_a_model_without_a_part_gets_its_other_weights_back() -> None:
     model.unprepare()
     assert all(torch.equal(value, weights[name]) for name, value in model.decoder.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_preparing_again_looks_at_no_layer_and_misses_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide_generator()
+    view = model.trunk.blocks[0].mlp.fc1.weight.view(-1)  # somebody else holds this weight
+    looked: list[nn.Module] = []
+    prepare_weights = Linear.prepare_weights
+
+    def counted(self: Linear) -> None:
+        looked.append(self)
+        prepare_weights(self)
+
+    monkeypatch.setattr(Linear, "prepare_weights", counted)
+    everything = {name for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name}
+
+    def prepare() -> tuple[set[str], bool]:
+        looked.clear()
+        model.prepare()
+        return held(model), bool(looked)
+
+    most, has_looked = prepare()
+    assert has_looked
+    assert "trunk.blocks.0.mlp.fc1.weight" not in most
+    assert prepare() == (most, True), "a weight is left that may be free now"
+    del view
+    whole, has_looked = prepare()
+    assert whole == most | {"trunk.blocks.0.mlp.fc1.weight"}
+    assert whole <= everything
+    assert has_looked
+    assert prepare() == (whole, False)
+    blocks = model.trunk.blocks
+    blocks[1].attn.proj.weight = nn.Parameter(torch.randn(tuple(blocks[1].attn.proj.weight.shape)))
+    assert prepare() == (whole, True), "another parameter"
+    blocks[1].norm1.weight.requires_grad_(True)
+    assert prepare() == (whole, True), "a gradient was switched on"
+    assert not blocks[1].norm1.weight.requires_grad
+    blocks[0].mlp.fc2 = Linear(*reversed(blocks[0].mlp.fc2.weight.shape))
+    assert prepare() == (whole, True), "another layer"
+    assert prepare() == (whole, False)
+    prepared.give_back(blocks[0].mlp.fc2.weight)
+    assert prepare() == (whole, True), "a weight that was given back"
+    model.unprepare()
+    assert held(model) == set()
+    assert prepare() == (whole, True)
+    assert prepared.weights_of(copy.deepcopy(model))[0] is not prepared.weights_of(model)[0]
+
+
+def test_weights_of_a_model_follow_it() -> None:
+    """Also the lists that callers change."""
+    model = wide_generator()
+    first = prepared.weights_of(model)
+    assert all(a is b for a, b in zip(first, model.parameters(), strict=True))
+    first.clear()
+    again = prepared.weights_of(model)
+    assert all(a is b for a, b in zip(again, model.parameters(), strict=True))
+    model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    assert any(t is model.lm_head.weight for t in prepared.weights_of(model))
+    reference = weakref.ref(model)
+    del model, again, first
+    assert reference() is None, "nothing that was kept about a model keeps the model"

@@ -391,7 +391,7 @@ class PreparableModel(nn.Module):
         for name, parameter in self.named_parameters():
             if self._frozen is not None and name in self._frozen:
                 parameter.requires_grad_(True)
-        self._frozen = self._prepared = None
+        self._frozen = self._prepared = self._listed = None
 
     # -----------------------------------------------------------------------------------------------------------
     # What needs the values of the weights, or gradients, gives them back first.
