@@ -92,10 +92,9 @@ def speed(rows: Sequence[Row], figure: Figure) -> bool:
 
 def ladder(rows: Sequence[Row], figure: Figure) -> bool:
     """Images per second of each rung, with its share of the rate of the matrix product in its dtype."""
-    measured = measures.select(rows, "ladder")
-    if not measured:
+    if not measures.select(rows, "ladder"):
         return False
-    run = measures.latest_run(rows, "ladder")
+    run = measures.latest_run(measures.of_dtype(rows, "fp32") or rows, "ladder")
     rungs, ceilings = measures.select(run, "ladder"), measures.ceilings(run)
     rates = [measures.rate(row) for row in rungs]
     errors = [[m - low for m, low, _ in rates], [high - m for m, _, high in rates]]
@@ -205,8 +204,11 @@ def quality(rows: Sequence[Row], figure: Figure) -> bool:
 
     Lower is better on both axes. A model that no FID was published for is in the table and not here.
     """
+    of_one_dtype = measures.of_dtype(rows, "fp32") or rows
     sides = [
-        row for row in newest_sides(rows) if row["case"].get("fid") and not row["case"]["name"].endswith("eager")
+        row
+        for row in newest_sides(of_one_dtype)
+        if row["case"].get("fid") and not row["case"]["name"].endswith("eager")
     ]
     if not sides:
         return False
@@ -394,6 +396,8 @@ def draw(rows: Sequence[Row], folder: Path, plots: Sequence[str]) -> list[Path]:
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     rows = read(arguments.files or sorted(FOLDER.glob("*.jsonl")))
+    if not arguments.files:  # those of the documents are of CPUs
+        rows = [row for row in rows if measures.ran_on_cpu(row)]
     if arguments.markdown:
         print(tables.all_tables(rows))
         return

@@ -5,6 +5,7 @@ This file is longer than 400 lines because every name that the template may use 
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ from titok.config import GeneratorConfig, TokenizerConfig, VQGANConfig
 
 Figures = dict[str, str]
 DIT_STEPS = 250
-MASKGIT = "MaskGIT + MaskGIT-VQGAN"
 NAMES = {
     "titok-l-32": "TiTok-L-32",
     "titok-b-64": "TiTok-B-64",
@@ -145,7 +145,6 @@ def speedups(rows: Sequence[Row]) -> Figures:
     for preset, resolution, dtypes in (
         ("titok-l-64-512", 512, ("bf16", "fp32")),
         ("titok-l-32", 256, ("bf16", "fp32")),
-        ("titok-b-128-512", 512, ("bf16",)),
     ):
         for dtype in dtypes:
             case = {"resolution": resolution, "dtype": dtype}
@@ -157,15 +156,6 @@ def speedups(rows: Sequence[Row]) -> Figures:
             found[f"speedup_table_{key}"] = tables.with_source(run, tables.transposed(*tables.speedup_table(run)))
             found[f"speedup_{key}"] = number(measures.rate(ours)[0] / measures.rate(dit)[0])
             found[f"speedup_fastest_{key}"] = number(measures.fastest(ours) / measures.fastest(dit))
-    names = ("titok-l-32", MASKGIT, "titok-b-64")
-    run = measures.latest_run_with(rows, "speedup", *({"name": name, "dtype": "bf16"} for name in names))
-    l32, maskgit, b64 = (measures.latest(run, "speedup", name=name) for name in names)
-    found |= {
-        "speedup_l32_maskgit": number(measures.rate(l32)[0] / measures.rate(maskgit)[0]),
-        "speedup_fastest_l32_maskgit": number(measures.fastest(l32) / measures.fastest(maskgit)),
-        "b64_rate": number(measures.rate(b64)[0]),
-        "b64_fastest": number(measures.fastest(b64)),
-    }
     return found | _mm_range(rows)
 
 
@@ -212,23 +202,26 @@ def published(rows: Sequence[Row]) -> Figures:
 
 
 def ladder(rows: Sequence[Row]) -> Figures:
-    run = measures.latest_run(rows, "ladder", family="titok-l-32")
-    return {"ladder_table": tables.with_source(run, tables.ladder_table(run))}
+    found: Figures = {}
+    for dtype in ("fp32", "bf16"):
+        run = measures.latest_run(measures.of_dtype(rows, dtype), "ladder", family="titok-l-32")
+        found[f"ladder_table_{dtype}"] = tables.with_source(run, tables.ladder_table(run))
+    return found
 
 
 def memory(rows: Sequence[Row]) -> Figures:
-    """Memory of whole processes in float32, and in bfloat16 where that was measured."""
-    blocks = []
-    for preset in ("titok-l-32", "titok-l-64-512"):
-        for dtype in ("fp32", "bf16"):
-            if dtype == "bf16" and not measures.select(rows, "memory", preset=preset, dtype=dtype, batch=1):
-                continue
+    """Memory of whole processes."""
+    found: Figures = {}
+    for dtype in ("fp32", "bf16"):
+        blocks = []
+        for preset in ("titok-l-32", "titok-l-64-512"):
             row = measures.latest(rows, "memory", preset=preset, dtype=dtype, batch=1)
             weights = f"weights {row['weight_bytes'] / 1e6:,.0f} MB"
             blocks.append(
                 tables.with_source([row], tables.memory_table(row), f"{tables.describe(row)}; {weights}")
             )
-    return {"memory_tables": "\n\n".join(blocks)}
+        found[f"memory_tables_{dtype}"] = "\n\n".join(blocks)
+    return found
 
 
 def training(rows: Sequence[Row]) -> Figures:
@@ -242,8 +235,11 @@ def training(rows: Sequence[Row]) -> Figures:
 
 def waiting(rows: Sequence[Row]) -> Figures:
     """What each way of waiting costs, alone and beside busy processes."""
-    run = measures.latest_run(rows, "waiting")
-    return {"waiting_table": tables.with_source(run, tables.waiting_table(run))}
+    found: Figures = {}
+    for dtype in ("fp32", "bf16"):
+        run = measures.latest_run(rows, "waiting", dtype=dtype)
+        found[f"waiting_table_{dtype}"] = tables.with_source(run, tables.waiting_table(run))
+    return found
 
 
 def instruction_sets(rows: Sequence[Row]) -> Figures:
@@ -271,8 +267,10 @@ def instruction_sets(rows: Sequence[Row]) -> Figures:
 
 def roofline(rows: Sequence[Row]) -> Figures:
     found: Figures = {}
-    for preset, key in (("titok-l-64-512", "l64"), ("titok-l-32", "l32")):
-        row = measures.latest(rows, "roofline", preset=preset)
+    presets = (("titok-l-64-512", "l64"), ("titok-l-32", "l32"))
+    for (preset, name), dtype in itertools.product(presets, ("fp32", "bf16")):
+        key = f"{name}_{dtype}"
+        row = measures.latest(rows, "roofline", preset=preset, dtype=dtype)
         found[f"stage_table_{key}"] = tables.with_source([row], tables.stage_table(row), tables.describe(row))
         parts = measures.stages(row)[:-1]  # the last one is all of them together
         most = max(parts, key=lambda stage: stage["s"] - stage["floor_s"])

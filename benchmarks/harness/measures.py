@@ -55,6 +55,21 @@ def ran_on_cpu(row: Row) -> bool:
     return bool(row["case"].get("device", "cuda" if row["environment"].get("gpu") else "cpu") == "cpu")
 
 
+def of_dtype(rows: Iterable[Row], dtype: str) -> list[Row]:
+    """The rows of the runs whose command asked for a dtype ("fp32" or "bf16"), or that have it where none did.
+
+    A run in bfloat16 may have sides in float32, such as the first rung of a ladder.
+    """
+    asked = {"float32": "fp32", "bfloat16": "bf16"}
+
+    def is_of(row: Row) -> bool:
+        words = str(row["environment"].get("command", "")).split()
+        named = words[words.index("--dtype") + 1] if "--dtype" in words[:-1] else str(row["case"].get("dtype"))
+        return asked.get(named, named) == dtype
+
+    return [row for row in rows if is_of(row)]
+
+
 def seconds(row: Row, calls: str = "calls") -> tuple[float, float, float]:
     """Seconds of one batch: (median, 20th percentile, 80th percentile).
 

@@ -26,8 +26,12 @@ PICTURE = "![Published FID against measured seconds and against FLOP an image](q
 
 
 def today(rows: Sequence[Row]) -> dict[str, str]:
-    """The figures "rivals_512", "rivals_256" and "quality_picture"."""
-    found = {f"rivals_{resolution}": rivals(rows, resolution) for resolution in TITOK}
+    """The figures "rivals_512_fp32" and so on for both resolutions and dtypes, and "quality_picture"."""
+    found = {
+        f"rivals_{resolution}_{dtype}": rivals(measures.of_dtype(rows, dtype), resolution)
+        for resolution in TITOK
+        for dtype in ("fp32", "bf16")
+    }
     drawn = any(row["case"].get("fid") for row in measures.select(rows, "speedup"))
     return found | {"quality_picture": PICTURE if drawn else NOTHING}
 
