@@ -121,7 +121,11 @@ def _ladders(rows: Sequence[Row]) -> list[str]:
 
 def _kernels(rows: Sequence[Row]) -> list[str]:
     blocks = []
-    for row in measures.select(rows, "kernel_times"):
+    newest = {
+        (row["case"]["preset"], row["case"]["batch"]): row  # a later row replaces an earlier one
+        for row in sorted(measures.select(rows, "kernel_times"), key=lambda row: str(row["environment"]["time"]))
+    }
+    for row in newest.values():
         heading = f"### The kernels that take longest: {tables.describe(row)}"
         blocks.append(f"{heading}\n\n{tables.with_source([row], tables.kernel_table(row, SHOWN_KERNELS))}")
     for run in _runs(rows, "tuning"):
