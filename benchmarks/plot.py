@@ -204,7 +204,7 @@ def quality(rows: Sequence[Row], figure: Figure) -> bool:
 
     Lower is better on both axes. A model that no FID was published for is in the table and not here.
     """
-    of_one_dtype = measures.of_dtype(rows, "fp32") or rows
+    of_one_dtype = measures.of_dtype(rows, "bf16") or rows
     sides = [
         row
         for row in newest_sides(of_one_dtype)
