@@ -94,9 +94,9 @@ def windows(shapes: tuple[tuple[int, int, int], ...], device: str) -> dict[str, 
 
 
 def placed(read: Tensor, bias: Tensor, result: Tensor) -> Tensor:
-    from titok.kernels import upsample
+    from titok.kernels import place_windows
 
-    upsample.place(read, bias, result, 1)
+    place_windows.place(read, bias, result, 1)
     return result
 
 

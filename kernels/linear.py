@@ -70,7 +70,7 @@ def _gelu(y):
 
 
 @triton.jit
-def gelu_in_place(
+def linear_gelu_in_place(
     x_ptr,  # (count,), overwritten
     count,
     BLOCK: tl.constexpr,
@@ -195,7 +195,13 @@ def gelu(x: torch.Tensor) -> None:
     tile = GELU
     grid = (triton.cdiv(x.numel(), tile.columns),)
     launch(
-        gelu_in_place, grid, x, x.numel(), BLOCK=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages
+        linear_gelu_in_place,
+        grid,
+        x,
+        x.numel(),
+        BLOCK=tile.columns,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 

@@ -49,7 +49,7 @@ def test_rounding(dtype: torch.dtype, tolerance: float) -> None:
 def test_windows_are_placed_in_triton(with_bias: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The same bits as PyTorch's sum; each call writes the rows of its parity and no others."""
     pytest.importorskip("triton")
-    from titok.kernels import upsample
+    from titok.kernels import place_windows
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, channels, height, width = shape
@@ -60,7 +60,7 @@ def test_windows_are_placed_in_triton(with_bias: bool, shape: tuple[int, ...], d
         untouched = torch.full((batch, 2 * height, 2 * width, channels), 7.0, dtype=dtype, device=device)
         want, got = (untouched.clone().permute(0, 3, 1, 2) for _ in range(2))
         copy_windows(want, windows, parity, bias)
-        upsample.place(windows, bias, got, parity)
+        place_windows.place(windows, bias, got, parity)
         if dtype == torch.bfloat16 and device == "cpu":  # Triton's interpreter rounds a sum down
             assert torch.allclose(got, want, rtol=torch.finfo(dtype).eps, atol=0)
         else:
