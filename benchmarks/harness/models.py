@@ -186,10 +186,10 @@ class Models:
         self.check_a_step(titok_way(pipe), plain)
 
         @torch.no_grad()
-        def step_by_step(labels: list[int], seed: int, *rest: Any) -> Tensor:
-            if rest:
-                return plain.sample(labels, seed, *rest)
-            return sample_tokens(generator, labels, seed=seed, trace=True)[0]
+        def step_by_step(
+            labels: list[int], seed: int, sampling: SamplingConfig | None = None, start: Tensor | None = None
+        ) -> Tensor:
+            return sample_tokens(generator, labels, sampling, seed=seed, init_tokens=start, trace=True)[0]
 
         # With random weights, a token that rounding changes in an early step changes most of the later ones. So the
         # pictures are compared with those that plain mode makes of the tokens that titok draws without a CUDA graph.
