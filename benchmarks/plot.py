@@ -202,7 +202,8 @@ def tokens(rows: Sequence[Row], figure: Figure) -> bool:
 def quality(rows: Sequence[Row], figure: Figure) -> bool:
     """Published FID over measured seconds an image and over TFLOP an image, a line of panels for each resolution.
 
-    Lower is better on both axes. A model that no FID was published for is in the table and not here.
+    Of runs in bfloat16 where there are any, so that all points are of one kind. Lower is better on both axes. A model
+    that no FID was published for is in the table and not here.
     """
     of_one_dtype = measures.of_dtype(rows, "bf16") or rows
     sides = [

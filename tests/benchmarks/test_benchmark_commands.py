@@ -426,3 +426,15 @@ def test_waiting_table() -> None:
     ]
     _, lines = tables.waiting_table(rows)
     assert lines == [[policy, "10.0", "30.0", "3.0", "1,000.0", "1,000.0", "1.0"] for policy in "ab"]
+
+
+def test_a_side_of_titok_with_other_logits_is_not_built() -> None:
+    """What the comparison of pictures cannot show, because it starts from titok's own tokens."""
+    models = Models("tiny-8", torch.float32, "cpu")
+    assert models.ours("as it is").name == "as it is"
+    _, generator = models.prepared
+    generator.unprepare()
+    with torch.no_grad():
+        generator.lm_head.weight.copy_(generator.lm_head.weight.flip(0))
+    with pytest.raises(RuntimeError, match="tokens of a step"):
+        models.ours("broken")

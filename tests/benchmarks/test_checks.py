@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import checks, results, timing
+from benchmarks.harness import checks, measures, results, timing
 from benchmarks.harness.checks import Checked
 
 WEIGHT = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
@@ -235,3 +235,21 @@ def test_standard_error_of_the_median() -> None:
 def test_a_candidate_can_be_called_without_arguments() -> None:
     assert torch.equal(side(honest)(), honest(*inputs(0)))
     assert dataclasses.replace(side(honest), tolerance=0.5).tolerance == 0.5
+
+
+def test_samples_of_a_wrong_side_are_not_handed_out() -> None:
+    with pytest.raises(RuntimeError, match="wrong: its result is"):
+        timing.interleave({"wrong": side(lambda x: -honest(x))}, 0.0)
+
+
+def test_rows_of_a_dtype_are_those_of_its_runs() -> None:
+    def row(command: str, dtype: str) -> dict[str, Any]:
+        return {"environment": {"command": command}, "case": {"dtype": dtype}}
+
+    rung = row("python -m benchmarks.speedup --ladder titok-l-32 --dtype bf16", "fp32")
+    op, plain = (
+        row("python -m benchmarks.bench_x --dtype float32", "float32"),
+        row("python -m benchmarks.x", "bf16"),
+    )
+    assert measures.of_dtype([rung, op, plain], "bf16") == [rung, plain]
+    assert measures.of_dtype([rung, op, plain], "fp32") == [op]

@@ -1,7 +1,8 @@
 """Linear layers of a transformer block, with what follows them in one launch (`kernels/linear.py`).
 
 Two tables choose the layers that are computed so: those for which an H200 has shown that these kernels are faster than
-PyTorch's products. For others `gelu` and `add_norm` return None, and their callers make separate launches.
+PyTorch's products; of the second kind there are none yet. For other layers `gelu` and `add_norm` return None, and their
+callers make separate launches.
 """
 
 from __future__ import annotations

@@ -361,7 +361,8 @@ class PreparableModel(nn.Module):
             raise RuntimeError(
                 "prepare: expected a model in eval mode, got one in training mode: call eval() first"
             )
-        if self._prepared is not None and self._prepared.is_of(_parts_of(self)):
+        known = self._prepared  # another thread may give the weights back, and this attribute with them
+        if known is not None and known.is_of(_parts_of(self)):
             return self
         with _PREPARING:
             _refused.found, self._prepared = False, None
