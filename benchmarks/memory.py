@@ -1,8 +1,9 @@
 """Memory of whole processes on a CPU: `python -m benchmarks.memory --preset titok-l-32 --dtype fp32`.
 
 Each side loads both models from files in a process of its own and generates one batch: titok by
-`Pipeline.from_pretrained`, the rival `benchmarks/baselines/as_published.py` with the models from the same files. A
-further process only imports PyTorch. The files hold random weights. Linux only, because it reads /proc/self/status.
+`Pipeline.from_pretrained`, for bf16 also with 8-bit layers where the CPU is fast with them; the rival
+`benchmarks/baselines/as_published.py` with the models from the same files. A further process only imports PyTorch. The
+files hold random weights. Linux only, because it reads /proc/self/status.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import torch
 
 from benchmarks.baselines.as_published import AsPublished
 from benchmarks.harness import tables
+from benchmarks.harness.measures import INT8, OURS
 from benchmarks.harness.memory import status_bytes
 from benchmarks.harness.models import Models
 from benchmarks.harness.options import DTYPES, add_out, add_preset, command_parser, start
 from benchmarks.harness.results import Results
 from benchmarks.harness.sides import class_labels
 from titok import MaskGIT, Pipeline, TiTok
+from titok.inference.dtypes import Dtype
+from titok.inference.int8 import why_no_int8
 
-TORCH, PUBLISHED, OURS = "import torch", "as published", "titok"
+TORCH, PUBLISHED = "import torch", "as published"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add_preset(p)
     p.add_argument("--batch", type=int, default=1, help="default: %(default)s")
     p.add_argument(
-        "--side", choices=[TORCH, PUBLISHED, OURS], help="measure one side in this process and print JSON"
+        "--side", choices=[TORCH, PUBLISHED, OURS, INT8], help="measure one side in this process and print JSON"
     )
     p.add_argument("--folder", type=Path, help="where the models of --side are")
     add_out(p)
@@ -45,8 +49,9 @@ def measure(side: str, folder: Path, dtype: torch.dtype, batch: int) -> dict[str
     found = {"loaded": status_bytes("VmRSS")}
     if side == TORCH:
         return found
-    if side == OURS:
-        generate = Pipeline.from_pretrained(folder / "tokenizer", folder / "generator", dtype=dtype)
+    if side in (OURS, INT8):
+        precision: Dtype = "int8" if side == INT8 else dtype
+        generate = Pipeline.from_pretrained(folder / "tokenizer", folder / "generator", dtype=precision)
     else:
         tokenizer = TiTok.from_pretrained(folder / "tokenizer", dtype=dtype)  # with its encoder, as in titok
         generator = MaskGIT.from_pretrained(folder / "generator", dtype=dtype)
@@ -81,11 +86,14 @@ def main(argv: list[str] | None = None) -> None:
         )
         command = [sys.executable, "-m", "benchmarks.memory", "--dtype", arguments.dtype, "--device", "cpu"]
         command += ["--batch", str(arguments.batch), "--folder", folder]
+        chosen = [TORCH, PUBLISHED, OURS]
+        if dtype == torch.bfloat16 and why_no_int8("cpu") is None:
+            chosen.append(INT8)
         sides = {
             side: json.loads(
                 subprocess.run([*command, "--side", side], check=True, capture_output=True, text=True).stdout
             )
-            for side in (TORCH, PUBLISHED, OURS)
+            for side in chosen
         }
     case = {"preset": arguments.preset, "dtype": arguments.dtype, "device": "cpu", "batch": arguments.batch}
     row = results.row("memory", case, {}, weight_bytes=int(written.stdout), sides=sides)
