@@ -210,6 +210,11 @@ def test_what_does_not_go_together() -> None:
     assert not model.quantized
 
 
+def test_a_dtype_of_integers_is_refused(models: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype: expected a floating dtype, got torch\.int8"):
+        Pipeline.from_pretrained(models / "tokenizer", models / "generator", dtype=torch.int8)
+
+
 def test_a_machine_without_the_instructions(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
     monkeypatch.undo()
     assert int8.why_no_int8("cuda") == "8-bit layers are computed on CPUs alone"

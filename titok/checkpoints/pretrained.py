@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titok.checkpoints.files import (
     HubOptions,
@@ -114,8 +114,10 @@ class Pretrained(PreparableModel):
             FileNotFoundError: there is no such folder, file or repository, or it holds no weights.
             ValueError: the file is damaged or carries code, or the configuration and the weights contradict each
                 other; lists missing, unexpected and misshapen names. Or there is no such preset, or both `preset`
-                and `config` are given; or `int8` on a CPU without AVX-512 VNNI or on a GPU.
+                and `config` are given; or `dtype` is not floating; or `int8` on a CPU without AVX-512 VNNI or on a GPU.
         """
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
         if int8:
             check_int8(device)
         if preset is not None and config is not None:
@@ -150,7 +152,7 @@ class Pretrained(PreparableModel):
             codebook = name == "quantizer.codebook" and dtype != torch.float64
             stored = weights.pop(name)
             tensor = stored.load().to(device=device, dtype=torch.float32 if codebook else dtype)
-            if not tensor.isfinite().all():
+            if not _is_finite(tensor):
                 broken.append(name)
             path, _, leaf = name.rpartition(".")
             layer = model.get_submodule(path)
@@ -230,6 +232,11 @@ class Pretrained(PreparableModel):
         from titok.checkpoints.hub import upload
 
         return upload({subfolder or "": self}, repo, private=private, token=token)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, by the smallest and the largest: that needs no memory."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _has_other_names(model: nn.Module, weights: Mapping[str, LazyTensor]) -> bool:

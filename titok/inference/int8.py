@@ -56,15 +56,17 @@ def takes(weight: Tensor) -> bool:
 
 def quantize(weight: Tensor) -> Int8Weight:
     """weight (O, C) float32 or bfloat16 -> the nearest integers in [-127, 127] times a scale for each output."""
-    wide = weight.detach().float()
-    scale = wide.abs().amax(1) / 127
-    rows = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
     outputs, inputs = weight.shape
-    padding = -outputs % _PANEL
-    rows, scale = F.pad(rows, (0, 0, 0, padding)), F.pad(scale, (0, padding))
-    panels = rows.to(torch.int8).view(-1, _PANEL, inputs // _GROUP, _GROUP)
-    values = panels.transpose(1, 2).flatten(2)
-    return Int8Weight(values, scale, rows.sum(1, dtype=torch.float64).float() * scale, (outputs, inputs))
+    panels = []
+    # In pieces, so that loading a model takes little more memory than the model.
+    for rows in weight.detach().split(_PANEL):
+        wide = F.pad(rows.float(), (0, 0, 0, _PANEL - len(rows)))
+        scale = wide.abs().amax(1) / 127
+        integers = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
+        values = integers.to(torch.int8).view(_PANEL, inputs // _GROUP, _GROUP).transpose(0, 1)
+        panels.append((values.flatten(1), scale, integers.sum(1, dtype=torch.float64).float() * scale))
+    values, scales, totals = zip(*panels, strict=True)
+    return Int8Weight(torch.stack(values), torch.cat(scales), torch.cat(totals), (outputs, inputs))
 
 
 def dequantize(weight: Int8Weight) -> Tensor:
