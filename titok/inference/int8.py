@@ -57,15 +57,15 @@ def takes(weight: Tensor) -> bool:
 def quantize(weight: Tensor) -> Int8Weight:
     """weight (O, C) float32 or bfloat16 -> the nearest integers in [-127, 127] times a scale for each output."""
     outputs, inputs = weight.shape
-    panels = []
+    values, scales, totals = [], [], []
     # In pieces, so that loading a model takes little more memory than the model.
     for rows in weight.detach().split(_PANEL):
         wide = F.pad(rows.float(), (0, 0, 0, _PANEL - len(rows)))
         scale = wide.abs().amax(1) / 127
         integers = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
-        values = integers.to(torch.int8).view(_PANEL, inputs // _GROUP, _GROUP).transpose(0, 1)
-        panels.append((values.flatten(1), scale, integers.sum(1, dtype=torch.float64).float() * scale))
-    values, scales, totals = zip(*panels, strict=True)
+        values.append(integers.to(torch.int8).view(_PANEL, -1, _GROUP).transpose(0, 1).flatten(1))
+        scales.append(scale)
+        totals.append(integers.sum(1, dtype=torch.float64).float() * scale)
     return Int8Weight(torch.stack(values), torch.cat(scales), torch.cat(totals), (outputs, inputs))
 
 
