@@ -243,7 +243,10 @@ def int8(rows: Sequence[Row]) -> Figures:
         row = measures.latest(rows, "engine", preset="titok-l-32", dtype="bf16", batch=batch)
         median, low, high = measures.ratio(row, "native", measures.INT8)
         found |= {f"int8_ratio_{batch}": f"{median:.2f}", f"int8_range_{batch}": f"{low:.2f}-{high:.2f}"}
-    parts = [measures.latest(rows, "precision", part=part) for part in ("generator", "tokenizer", "golden", "quickstart")]
+    parts = [
+        measures.latest(rows, "precision", part=part)
+        for part in ("generator", "tokenizer", "golden", "quickstart")
+    ]
     blocks = [tables.with_source([row], tables.precision_table(row), row["case"]["part"]) for row in parts]
     return found | {"precision_tables": "\n\n".join(blocks)}
 

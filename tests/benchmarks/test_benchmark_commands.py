@@ -16,13 +16,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import bench_dispatch, engine, memory, roofline, speedup, waiting
+from benchmarks import bench_dispatch, engine, memory, precision, roofline, speedup, waiting
 from benchmarks.baselines import dit, few_steps
 from benchmarks.harness import ceilings, comparison, ladder, measures, rivals, sides, tables
 from benchmarks.harness.models import Models
 from benchmarks.harness.results import Results, read
 from titok import MaskGITVQGAN, config
 from titok.config import GeneratorConfig, SamplingConfig, TokenizerConfig, ViTConfig, VQGANConfig
+from titok.inference import int8
 
 
 @pytest.fixture(autouse=True)
@@ -73,13 +74,17 @@ def rows(path: Path, bench: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_engine_against_published(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_engine_against_published(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (engine, int8):  # every CPU computes in 8 bits, though not fast
+        monkeypatch.setattr(module, "why_no_int8", lambda device: None)
     path = tmp_path / "r.jsonl"
     common = ["--preset", "tiny-8", "--device", "cpu", "--dtype", dtype, "--seconds", "0.01", "--out", str(path)]
     engine.main([*common, "--batch", "1", "3"])
     engine.main([*common, "--batch", "2", "--stages"])
     one, three, stages = rows(path, "engine")
-    names = ["native", "autocast", "titok"] if dtype == "bf16" else ["native", "titok"]
+    names = ["native", "autocast", "titok", "titok, int8"] if dtype == "bf16" else ["native", "titok"]
     assert list(three["samples_s"]) == ["mm", "copy", *names]
     assert {len(samples) for samples in one["samples_s"].values()} >= {3}
     assert [name for name in stages["work"] if ": " in name] == [
@@ -89,8 +94,8 @@ def test_engine_against_published(dtype: str, tmp_path: Path, capsys: pytest.Cap
         parts = [stages["work"][f"{name}: {stage}"] for stage in ("generator", "both decoders")]
         assert sum(parts) == one["work"][name]
     header, cells = tables.engine_table(three)
-    assert [line[-1] for line in cells][-1] == ""
-    assert all(line[-1].endswith(")") for line in cells[:-1])
+    assert [line[-1] == "" for line in cells] == [name == "titok" for name in names]
+    assert all(line[-1].endswith(")") for line in cells if line[0] != "titok")
     assert {len(line) for line in cells} == {len(header)}
     assert "fastest matrix product in the same rounds" in capsys.readouterr().out
     written = tables.all_tables(read([path]))
@@ -383,15 +388,13 @@ def test_dispatched_calls_reach_the_registered_op(op: str) -> None:
 
 
 @pytest.mark.slow
-def test_memory_of_a_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_of_a_side(tmp_path: Path) -> None:
     weights = memory.write_models("tiny-8", torch.float32, tmp_path)
     assert weights > 100_000
-    for side in (memory.TORCH, memory.PUBLISHED, memory.OURS):
-        memory.main(
-            ["--side", side, "--folder", str(tmp_path), "--dtype", "fp32", "--device", "cpu", "--batch", "2"]
-        )
-    printed = map(json.loads, capsys.readouterr().out.splitlines())
-    sides = dict(zip(("import torch", "as published", "titok"), printed, strict=True))
+    names = ["import torch", "as published", "titok"]
+    if int8.why_no_int8("cpu") is None:
+        names.append("titok, int8")
+    sides = {name: memory.measure(name, str(tmp_path), torch.float32, 2) for name in names}
     for name, found in sides.items():
         assert found["loaded"] > 50e6
         if name != "import torch":
@@ -400,6 +403,26 @@ def test_memory_of_a_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     header, lines = tables.memory_table(row)
     assert [line[0] for line in lines] == list(sides)
     assert {len(line) for line in lines} == {len(header)}
+
+
+@pytest.mark.slow
+def test_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (precision, int8):
+        monkeypatch.setattr(module, "why_no_int8", lambda device: None)
+    path = tmp_path / "r.jsonl"
+    precision.main(["--preset", "tiny-8", "--batch", "2", "--out", str(path)])
+    generator, tokenizer, golden = rows(path, "precision")
+    for row in (generator, tokenizer, golden):
+        assert list(row["figures"]) == ["float32", "bfloat16", "int8"]
+        header, lines = tables.precision_table(row)
+        assert [len(line) for line in lines] == [len(header)] * 3
+    for name, row in (("logits", generator), ("head", tokenizer)):
+        errors = [figures[name] for figures in row["figures"].values()]
+        assert errors[0] < 1e-5 < errors[1] < errors[2] < 0.2
+    shares = [figures["golden_tokens"] for figures in golden["figures"].values()]
+    assert shares[0] == 1
+    assert all(0.1 < share < 1 for share in shares[1:])
+    assert "tokens of the official code" in capsys.readouterr().out
 
 
 @pytest.mark.slow
