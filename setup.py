@@ -52,17 +52,22 @@ ISA_FLAGS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": _AVX512_FLAGS,
-    "avx512bf16": [*_AVX512_FLAGS, "-mavx512bf16"],
+    "avx512vnni": [*_AVX512_FLAGS, "-mavx512vnni"],
+    "avx512bf16": [*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"],
 }
 # By these the sources tell what they may use.
 ISA_MACROS = {
     "generic": ["-DTITOK_ISA_GENERIC"],
     "avx2": ["-DTITOK_ISA_AVX2"],
     "avx512": ["-DTITOK_ISA_AVX512"],
-    "avx512bf16": ["-DTITOK_ISA_AVX512", "-DTITOK_ISA_AVX512BF16"],
+    "avx512vnni": ["-DTITOK_ISA_AVX512", "-DTITOK_ISA_AVX512VNNI"],
+    "avx512bf16": ["-DTITOK_ISA_AVX512", "-DTITOK_ISA_AVX512VNNI", "-DTITOK_ISA_AVX512BF16"],
 }
-# The files that are also compiled for AVX-512 CPUs that multiply bfloat16.
-BFLOAT16_SOURCES = ("masked_attention_simd", "masked_attention_backward_simd")
+# The files that are also compiled for AVX-512 CPUs that multiply 8-bit integers or bfloat16.
+SOURCES_OF_ISA = {
+    "avx512vnni": ("int8_linear_simd",),
+    "avx512bf16": ("masked_attention_simd", "masked_attention_backward_simd"),
+}
 CUDA_ARCHS = ("80", "90", "100")
 LEFT_OUT_FILE = "_C.left_out.txt"  # beside the extension; titok/ops/core/available.py reads it
 MODES = ("auto", "cpu", "none", "strict")  # of TITOK_BUILD
@@ -199,7 +204,7 @@ def jobs(build: Path, cxx: list[str], nvcc: str | None, features: Features | Non
             continue
         isas = list(features.isa_flags) if is_x86() else ["generic"]
         for isa in isas:
-            if isa != "avx512bf16" or source.stem in BFLOAT16_SOURCES:
+            if isa not in SOURCES_OF_ISA or source.stem in SOURCES_OF_ISA[isa]:
                 command = [*base, *features.isa_flags[isa], f"-DTITOK_ISA={isa}"]
                 listed.append(Job(source, place(source, f".{isa}.o"), command))
     if nvcc:

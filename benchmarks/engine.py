@@ -1,7 +1,8 @@
 """titok's generation against generation as published, on this machine: `python -m benchmarks.engine --batch 1 4`.
 
 The rival is `benchmarks/baselines/as_published.py` with the same random weights: "native" in the dtype asked for
-and, for bf16, "autocast" with float32 weights. All sides and a matrix product, the ceiling, take turns. A ratio is the
+and, for bf16, "autocast" with float32 weights. For bf16, titok also runs with 8-bit layers where the CPU is fast with
+them. All sides and a matrix product, the ceiling, take turns. A ratio is the
 median over the rounds of their ratios, so that a change in the machine's speed affects both of its sides.
 """
 
@@ -18,7 +19,7 @@ import torch
 from benchmarks.baselines.as_published import AsPublished
 from benchmarks.harness import flops, measures, tables
 from benchmarks.harness.ceilings import ceiling_runs
-from benchmarks.harness.measures import OURS
+from benchmarks.harness.measures import INT8, OURS
 from benchmarks.harness.models import Models
 from benchmarks.harness.options import DTYPES, add_out, add_preset, command_parser, matching, start
 from benchmarks.harness.results import Results
@@ -26,6 +27,7 @@ from benchmarks.harness.sides import Side, class_labels
 from benchmarks.harness.timing import measure
 from titok import sample_tokens
 from titok.config import GeneratorConfig
+from titok.inference.int8 import why_no_int8
 
 NATIVE, AUTOCAST = "native", "autocast"  # two ways to run the published code
 STAGES = ("generator", "ViT decoder", "both decoders")
@@ -48,16 +50,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def sides(arguments: argparse.Namespace) -> dict[str, tuple[Models, dict[str, Any]]]:
-    """Name -> models, and the keyword arguments of `AsPublished` (none for titok)."""
+    """Name -> models, and the keyword arguments of `AsPublished` or, for titok, of `Models.ours`."""
     dtype = DTYPES[arguments.dtype]
     candidates = [NATIVE, AUTOCAST, OURS] if dtype == torch.bfloat16 else [NATIVE, OURS]
+    if dtype == torch.bfloat16 and why_no_int8(arguments.device) is None:
+        candidates.append(INT8)
     models: dict[torch.dtype, Models] = {}
     found: dict[str, tuple[Models, dict[str, Any]]] = {}
     for name in matching(candidates, arguments.rows):
         weights = torch.float32 if name == AUTOCAST else dtype
         if weights not in models:
             models[weights] = Models(arguments.preset, weights, arguments.device, all_steps=True)
-        found[name] = models[weights], {"autocast": True} if name == AUTOCAST else {}
+        found[name] = models[weights], {AUTOCAST: {"autocast": True}, INT8: {"quantize": True}}.get(name, {})
     return found
 
 
@@ -65,8 +69,8 @@ def stages(name: str, models: Models, ways: dict[str, Any], batch: int) -> list[
     """A function without arguments for each of `STAGES`."""
     labels, g = class_labels(batch), models.generator.config
     tokens = torch.randint(g.codebook_size, (batch, g.num_latent_tokens), device=models.generator.device)
-    if name == OURS:
-        tokenizer, generator = models.prepared
+    if name in (OURS, INT8):
+        tokenizer, generator = models.quantized if name == INT8 else models.prepared
         return [
             partial(sample_tokens, generator, labels),
             torch.no_grad()(partial(tokenizer.decode_logits, tokens)),
@@ -82,14 +86,14 @@ def stages(name: str, models: Models, ways: dict[str, Any], batch: int) -> list[
 
 def stage_flops(name: str, side: Side, generator: GeneratorConfig) -> list[int]:
     """FLOP of one image in each of `STAGES`."""
-    sampling = flops.generate(generator, as_written=name != OURS).flops
+    sampling = flops.generate(generator, as_written=name not in (OURS, INT8)).flops
     return [sampling, side.flops_without_pixels - sampling, side.flops - sampling]
 
 
 def build(name: str, models: Models, ways: dict[str, Any]) -> Side:
-    if name != OURS:
+    if name not in (OURS, INT8):
         return models.published(name, **ways)
-    side = models.ours(name)
+    side = models.ours(name, **ways)
     side.choose_formula(side.count_flops())
     return side
 

@@ -1,8 +1,9 @@
 """Memory of whole processes on a CPU: `python -m benchmarks.memory --preset titok-l-32 --dtype fp32`.
 
 Each side loads both models from files in a process of its own and generates one batch: titok by
-`Pipeline.from_pretrained`, the rival `benchmarks/baselines/as_published.py` with the models from the same files. A
-further process only imports PyTorch. The files hold random weights. Linux only, because it reads /proc/self/status.
+`Pipeline.from_pretrained`, for bf16 also with 8-bit layers where the CPU is fast with them; the rival
+`benchmarks/baselines/as_published.py` with the models from the same files. A further process only imports PyTorch. The
+files hold random weights. Linux only, because it reads /proc/self/status.
 """
 
 from __future__ import annotations
@@ -16,44 +17,65 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.baselines.as_published import AsPublished
 from benchmarks.harness import tables
-from benchmarks.harness.memory import status_bytes
+from benchmarks.harness.measures import INT8, OURS
 from benchmarks.harness.models import Models
 from benchmarks.harness.options import DTYPES, add_out, add_preset, command_parser, start
 from benchmarks.harness.results import Results
 from benchmarks.harness.sides import class_labels
-from titok import MaskGIT, Pipeline, TiTok
+from titok.inference.int8 import why_no_int8
 
-TORCH, PUBLISHED, OURS = "import torch", "as published", "titok"
+TORCH, PUBLISHED = "import torch", "as published"
+
+# What a process runs, with the folder of the models, the dtype and the labels as its arguments. It imports nothing but
+# what it needs, because imported modules count as well.
+_REPORT = """
+import json, sys, torch
+def status(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+"""
+_GENERATE = """
+found = {"loaded": status("VmRSS:"), "peak_loading": status("VmHWM:")}
+generate(labels)
+print(json.dumps(found | {"peak_generating": status("VmHWM:")}))
+"""
+_ARGUMENTS = "folder, dtype, labels = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])\n"
+_OURS = """
+from titok import Pipeline
+dtype = dtype if dtype == "int8" else getattr(torch, dtype)
+generate = Pipeline.from_pretrained(f"{folder}/tokenizer", f"{folder}/generator", dtype=dtype)
+"""
+_PUBLISHED = """
+from benchmarks.baselines.as_published import AsPublished
+from titok import MaskGIT, TiTok
+dtype = getattr(torch, dtype)
+tokenizer = TiTok.from_pretrained(f"{folder}/tokenizer", dtype=dtype)  # with its encoder, as in titok
+generate = AsPublished(tokenizer, MaskGIT.from_pretrained(f"{folder}/generator", dtype=dtype), dtype=dtype)
+"""
+PROGRAMS = {
+    TORCH: _REPORT + 'print(json.dumps({"loaded": status("VmRSS:")}))',
+    PUBLISHED: _REPORT + _ARGUMENTS + _PUBLISHED + _GENERATE,
+    OURS: _REPORT + _ARGUMENTS + _OURS + _GENERATE,
+    INT8: _REPORT + _ARGUMENTS + _OURS + _GENERATE,
+}
 
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("memory", __doc__)
     add_preset(p)
     p.add_argument("--batch", type=int, default=1, help="default: %(default)s")
-    p.add_argument(
-        "--side", choices=[TORCH, PUBLISHED, OURS], help="measure one side in this process and print JSON"
-    )
-    p.add_argument("--folder", type=Path, help="where the models of --side are")
     add_out(p)
     return p
 
 
-def measure(side: str, folder: Path, dtype: torch.dtype, batch: int) -> dict[str, int]:
-    """Bytes of this process: "loaded", and the peaks "peak_loading" and "peak_generating" up to these points."""
-    found = {"loaded": status_bytes("VmRSS")}
-    if side == TORCH:
-        return found
-    if side == OURS:
-        generate = Pipeline.from_pretrained(folder / "tokenizer", folder / "generator", dtype=dtype)
-    else:
-        tokenizer = TiTok.from_pretrained(folder / "tokenizer", dtype=dtype)  # with its encoder, as in titok
-        generator = MaskGIT.from_pretrained(folder / "generator", dtype=dtype)
-        generate = AsPublished(tokenizer, generator, dtype=dtype)  # type: ignore[assignment]
-    found = {"loaded": status_bytes("VmRSS"), "peak_loading": status_bytes("VmHWM")}
-    generate(class_labels(batch))
-    return found | {"peak_generating": status_bytes("VmHWM")}
+def measure(side: str, folder: str, dtype: torch.dtype, batch: int) -> dict[str, int]:
+    """Bytes of a process: "loaded", and the peaks "peak_loading" and "peak_generating" up to these points."""
+    name = "int8" if side == INT8 else str(dtype).removeprefix("torch.")
+    command = [sys.executable, "-c", PROGRAMS[side], folder, name, json.dumps(class_labels(batch))]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, int] = json.loads(output)
+    return found
 
 
 def write_models(preset: str, dtype: torch.dtype, folder: Path) -> int:
@@ -68,27 +90,15 @@ def write_models(preset: str, dtype: torch.dtype, folder: Path) -> int:
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     dtype = DTYPES[arguments.dtype]
-    if arguments.side:
-        print(json.dumps(measure(arguments.side, arguments.folder, dtype, arguments.batch)))
-        return
     results = Results(start(arguments))
+    sides = [TORCH, PUBLISHED, OURS]
+    if dtype == torch.bfloat16 and why_no_int8("cpu") is None:
+        sides.append(INT8)
     with tempfile.TemporaryDirectory() as folder:
-        # In a process of its own, whose memory ends with it.
-        program = "import sys, torch; from pathlib import Path; from benchmarks.memory import write_models;"
-        program += f"print(write_models({arguments.preset!r}, {dtype}, Path(sys.argv[1])))"
-        written = subprocess.run(
-            [sys.executable, "-c", program, folder], check=True, capture_output=True, text=True
-        )
-        command = [sys.executable, "-m", "benchmarks.memory", "--dtype", arguments.dtype, "--device", "cpu"]
-        command += ["--batch", str(arguments.batch), "--folder", folder]
-        sides = {
-            side: json.loads(
-                subprocess.run([*command, "--side", side], check=True, capture_output=True, text=True).stdout
-            )
-            for side in (TORCH, PUBLISHED, OURS)
-        }
+        weight_bytes = write_models(arguments.preset, dtype, Path(folder))
+        found = {side: measure(side, folder, dtype, arguments.batch) for side in sides}
     case = {"preset": arguments.preset, "dtype": arguments.dtype, "device": "cpu", "batch": arguments.batch}
-    row = results.row("memory", case, {}, weight_bytes=int(written.stdout), sides=sides)
+    row = results.row("memory", case, {}, weight_bytes=weight_bytes, sides=found)
     tables.show(*tables.memory_table(row), f"{arguments.preset}, {arguments.dtype}, batch {arguments.batch}")
     print(f"weights: {row['weight_bytes'] / 1e6:,.0f} MB")
 

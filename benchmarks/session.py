@@ -53,6 +53,7 @@ def steps(dtype: str) -> list[Step]:
         Step("engine 1", 1.5, "engine", (*preset, "--batch", "1", "--seconds", "40")),
         Step("engine 4", 3, "engine", (*preset, "--batch", "4", "--seconds", "60")),
         Step("ladder", 5, "speedup", ("--ladder", "titok-l-32", "--dtype", dtype, "--seconds", "1")),
+        *([Step("precision", 2, "precision", ("--preset", "titok-l-32"))] if dtype == "bf16" else []),
         Step("roofline l-64", 4, "roofline", (*large, "--seconds", "25")),
         Step("roofline l-32", 1.5, "roofline", (*preset, "--seconds", "15")),
         Step("memory l-32", 1, "memory", preset),

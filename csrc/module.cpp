@@ -51,8 +51,9 @@ PYBIND11_MODULE(_C, m) {
       "_describe_tensor", &describe_tensor, py::arg("tensor"), py::arg("attributes"),
       "(address, dtype, device, sizes, strides) as the kernels see a tensor. With `attributes` it is read the way "
       "that serves torch releases without the DLPack exchange API. For tests.");
-  for (const auto bind : {bind_add_layer_norm, bind_group_norm_silu, bind_masked_attention, bind_masked_decode,
-                          bind_maskgit_decode, bind_nearest_codebook}) {
+  m.def("multiplies_int8", &cpu_multiplies_int8, "Whether the CPU has the instructions that int8_linear is fast with.");
+  for (const auto bind : {bind_add_layer_norm, bind_group_norm_silu, bind_int8_linear, bind_masked_attention,
+                          bind_masked_decode, bind_maskgit_decode, bind_nearest_codebook}) {
     if (bind(m.ptr()) != 0) throw py::error_already_set();
   }
 }

@@ -8,6 +8,7 @@ namespace titok {
 
 int bind_add_layer_norm(PyObject* module);
 int bind_group_norm_silu(PyObject* module);
+int bind_int8_linear(PyObject* module);
 int bind_masked_attention(PyObject* module);
 int bind_masked_decode(PyObject* module);
 int bind_maskgit_decode(PyObject* module);

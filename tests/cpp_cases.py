@@ -110,6 +110,15 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "mean": torch.zeros(2, 3),
         "rstd": torch.zeros(2, 3),
     },
+    "int8_linear": lambda: {
+        "x": rows(3, 12),
+        "weight": torch.ones(2, 3, 256, dtype=torch.int8),
+        "scale": rows(128),
+        "total": rows(128),
+        "bias": rows(70),
+        "gelu": False,
+        "out": torch.zeros(3, 70),
+    },
     "masked_attention": lambda: {
         "qkv": rows(2, 5, 3 * 2 * 4),
         "key_mask": torch.ones(2, 5, dtype=torch.bool),
@@ -149,6 +158,7 @@ Names = set[str | tuple[str, str]]  # argument names, in all functions or (funct
 OPTIONAL: Names = {
     "grad_total",
     "key_mask",
+    ("int8_linear", "bias"),
     "mean",
     "rstd",
     "keep",

@@ -24,12 +24,6 @@ NAMES = {
     "titok-l-64-512": "TiTok-L-64",
     "titok-b-128-512": "TiTok-B-128",
 }
-# Instruction sets that the runs of "engine" with TiTok-B-64 allowed: (oneDNN's limit, PyTorch's capability).
-INSTRUCTION_SETS = {
-    "no limit": (None, "AVX512"),
-    "oneDNN limited to AVX-512 without bfloat16 (`ONEDNN_MAX_CPU_ISA=AVX512_CORE`)": ("AVX512_CORE", "AVX512"),
-    "oneDNN and PyTorch limited to AVX2 (`ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2`)": ("AVX2", "AVX2"),
-}
 # What the table of ops has: title, bench, case, peer.
 OP_LINES: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("`nearest_codebook`", "nearest_codebook", {}, "official"),
@@ -77,7 +71,7 @@ def figures(rows: Sequence[Row]) -> Figures:
         memory,
         training,
         waiting,
-        instruction_sets,
+        int8,
         roofline,
         ops,
         dispatcher,
@@ -242,27 +236,16 @@ def waiting(rows: Sequence[Row]) -> Figures:
     return found
 
 
-def instruction_sets(rows: Sequence[Row]) -> Figures:
-    """Seconds of one image of TiTok-B-64 with what oneDNN and PyTorch may use of the CPU."""
-    runs = measures.select(rows, "engine", preset="titok-b-64", batch=1)
-    lines = []
-    for title, (limit, capability) in INSTRUCTION_SETS.items():
-        line, commits = [title], []
-        for dtype in ("fp32", "bf16"):
-            same = [
-                row
-                for row in measures.select(runs, "engine", dtype=dtype)
-                if row["environment"]["onednn_max_cpu_isa"] == limit
-                and row["environment"]["cpu_capability"] == capability
-            ]
-            if same:
-                row = measures.latest(same, "engine")
-                line.append(f"{number(row['median_s']['titok'])} s")
-                commits.append(tables.commit(row["environment"]))
-            else:
-                line.append("not measured")
-        lines.append([*line, "; ".join(dict.fromkeys(commits))])
-    return {"instruction_set_table": tables.markdown(["instruction sets", "float32", "bfloat16", "commit"], lines)}
+def int8(rows: Sequence[Row]) -> Figures:
+    """What 8-bit layers gain and cost."""
+    found: Figures = {}
+    for batch in (1, 4):
+        row = measures.latest(rows, "engine", preset="titok-l-32", dtype="bf16", batch=batch)
+        median, low, high = measures.ratio(row, "native", measures.INT8)
+        found |= {f"int8_ratio_{batch}": f"{median:.2f}", f"int8_range_{batch}": f"{low:.2f}-{high:.2f}"}
+    parts = [measures.latest(rows, "precision", part=part) for part in ("generator", "tokenizer", "golden", "quickstart")]
+    blocks = [tables.with_source([row], tables.precision_table(row), row["case"]["part"]) for row in parts]
+    return found | {"precision_tables": "\n\n".join(blocks)}
 
 
 def roofline(rows: Sequence[Row]) -> Figures:

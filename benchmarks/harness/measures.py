@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.harness.results import Row, median_error, quantiles
 
 OURS = "titok"  # the name of titok's side in the rows of `benchmarks.engine`
+INT8 = "titok, int8"  # the same with 8-bit layers
 CEILING_NAMES = ("mm", "copy")
 GAP_ERROR = 0.2  # largest standard error of the medians from which a ratio of measured time and floor is computed
 
@@ -138,10 +139,14 @@ def engine_ratio(row: Row, name: str) -> tuple[float, float, float] | None:
     itself and where titok was not timed.
     """
     samples = row["samples_s"]
-    ours = samples.get(name.replace(name.split(":")[0], OURS))
-    if ours is None or ours is samples[name]:
-        return None
-    return quantiles([theirs / own for theirs, own in zip(samples[name], ours, strict=True)])
+    ours = name.replace(name.split(":")[0], OURS)
+    return None if ours == name or ours not in samples else ratio(row, name, ours)
+
+
+def ratio(row: Row, name: str, reference: str) -> tuple[float, float, float]:
+    """How many times as long as `reference` the candidate `name` takes: (median, 20th, 80th percentile) over rounds."""
+    samples = row["samples_s"]
+    return quantiles([theirs / own for theirs, own in zip(samples[name], samples[reference], strict=True)])
 
 
 def stages(row: Row) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,11 @@ from benchmarks.harness.sides import PAPER, Part, Side, build, class_labels, cou
 from titok import GeneratorConfig, MaskGIT, Pipeline, TiTok, TokenizerConfig, engine, sample_tokens
 from titok.config import SamplingConfig
 from titok.data.images import to_uint8
+from titok.inference import int8
+from titok.models.layers import BlockLinear
 from titok.profiling import annotate
+
+M = TypeVar("M", bound=nn.Module)
 
 # The random weights of a proxy's head are multiplied by this, so that pictures of two samples differ by far more than
 # rounding changes them.
@@ -172,9 +176,15 @@ class Models:
         """Copies of the models that are prepared for inference. Other sides share the weights of the originals."""
         return copy.deepcopy(self.tokenizer).prepare(), copy.deepcopy(self.generator).prepare()
 
-    def ours(self, name: str, *, prepare: bool = True) -> Side:
-        """As titok computes it, with or without prepared weights."""
-        tokenizer, generator = self.prepared if prepare else (self.tokenizer, self.generator)
+    @functools.cached_property
+    def quantized(self) -> tuple[TiTok, MaskGIT]:
+        """As `prepared`, with the linear layers of the transformers in 8 bits."""
+        return copy.deepcopy(self.tokenizer).prepare(int8=True), copy.deepcopy(self.generator).prepare(int8=True)
+
+    def ours(self, name: str, *, prepare: bool = True, quantize: bool = False) -> Side:
+        """As titok computes it, with or without prepared weights, or with 8-bit layers."""
+        prepared = self.quantized if quantize else self.prepared if prepare else (self.tokenizer, self.generator)
+        tokenizer, generator = prepared
         pipe = Pipeline(tokenizer, generator, prepare=prepare)
 
         @torch.no_grad()
@@ -182,7 +192,9 @@ class Models:
             """The same work: where every step is returned, no CUDA graph is replayed."""
             return tokenizer.decode(sample_tokens(generator, labels, trace=True)[0])
 
-        plain = titok_way(Pipeline(self.tokenizer, self.generator, engine="plain"), plain=True)
+        reference = quantized_reference if quantize else lambda model: model
+        plain_models = reference(self.tokenizer), reference(self.generator)
+        plain = titok_way(Pipeline(*plain_models, engine="plain"), plain=True)
         self.check_a_step(titok_way(pipe), plain)
 
         @torch.no_grad()
@@ -191,6 +203,11 @@ class Models:
         ) -> Tensor:
             return sample_tokens(generator, labels, sampling, seed=seed, init_tokens=start, trace=True)[0]
 
+        counted: Callable[[list[int]], Any] | None = None
+        if generator.device.type == "cuda":
+            counted = without_graph
+        elif quantize:  # the FLOP counter does not see products of integers
+            counted = partial(Pipeline(*self.prepared), seed=0)
         # With random weights, a token that rounding changes in an early step changes most of the later ones. So the
         # pictures are compared with those that plain mode makes of the tokens that titok draws without a CUDA graph.
         expected = Way(
@@ -205,7 +222,7 @@ class Models:
             flops.generate(generator.config).plus(flops.decoder(tokenizer.config)),
             expected=expected,
             may_fold=prepare,
-            counted=without_graph if generator.device.type == "cuda" else None,
+            counted=counted,
         )
 
     def check_a_step(self, way: Way, plain: Way) -> None:
@@ -221,6 +238,37 @@ class Models:
                 f"{self.preset}: expected {EQUAL_TOKENS:.0%} of the tokens of a step to be those of plain mode, "
                 f"got {share:.0%}"
             )
+
+
+class QuantizedLinear(nn.Module):
+    """An 8-bit layer written in PyTorch: what `csrc/int8_linear` computes, in float32 and without its kernel."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = int8.quantize(layer.weight), layer.bias
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """x (..., C) -> (..., O), with the GELU of it when `gelu` is set."""
+        rows = x.float()
+        low, high = rows.aminmax(dim=-1, keepdim=True)
+        step = (high - low) / 255
+        rounded = low + step * ((rows - low) / step.clamp(min=1e-37)).round()
+        bias = None if self.bias is None else self.bias.float()
+        y = torch.nn.functional.linear(rounded, int8.dequantize(self.weight), bias)
+        return (torch.nn.functional.gelu(y) if gelu else y).to(x.dtype)
+
+    def add_norm(self, *_: Any) -> None:
+        """Like `Linear.add_norm` without a kernel for it."""
+
+
+def quantized_reference(model: M) -> M:
+    """A copy of a model in which `QuantizedLinear` stands for each layer that `prepare(int8=True)` quantises."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, BlockLinear):
+                setattr(module, name, QuantizedLinear(child))
+    return model
 
 
 def titok_way(pipe: Pipeline, *, plain: bool = False) -> Way:

@@ -322,6 +322,29 @@ def memory_table(row: Row) -> Table:
     return header, lines
 
 
+# Figures of "precision" rows, in the order of the columns: heading and format.
+_PRECISION_FIGURES = {
+    "logits": ("error of the logits", "{:.2%}"),
+    "head": ("error of the ViT decoder", "{:.2%}"),
+    "pictures": ("error of the pictures", "{:.2%}"),
+    "heldout_psnr": ("held-out PSNR, dB", "{:.2f}"),
+    "samples_right": ("labels right", "{:.1%}"),
+    "diversity": ("diversity", "{:.1%}"),
+    "golden_tokens": ("tokens of the official code", "{:.1%}"),
+    "equal_tokens": ("tokens as in float32", "{:.1%}"),
+}
+
+
+def precision_table(row: Row) -> Table:
+    """Figures of a "precision" row, a line for each precision."""
+    shown = [name for name in _PRECISION_FIGURES if name in next(iter(row["figures"].values()))]
+    lines = [
+        [precision, *(_PRECISION_FIGURES[name][1].format(figures[name]) for name in shown)]
+        for precision, figures in row["figures"].items()
+    ]
+    return ["precision", *(_PRECISION_FIGURES[name][0] for name in shown)], lines
+
+
 def by_sides(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows that compare the same sides, together."""
     groups: dict[tuple[str, ...], list[Row]] = {}

@@ -40,14 +40,24 @@ const char* cpu_isa_name() {
   }
 }
 
-bool cpu_multiplies_bf16() {
 #if defined(__x86_64__)
+
+bool cpu_multiplies_int8() {
   static const bool yes =
-      cpu_isa() == CpuIsa::kAvx512 && __builtin_cpu_supports("avx512bf16") && !std::getenv("TITOK_CPU_ISA");
+      cpu_isa() == CpuIsa::kAvx512 && __builtin_cpu_supports("avx512vnni") && !std::getenv("TITOK_CPU_ISA");
   return yes;
-#else
-  return false;
-#endif
 }
+
+bool cpu_multiplies_bf16() {
+  static const bool yes = cpu_multiplies_int8() && __builtin_cpu_supports("avx512bf16");
+  return yes;
+}
+
+#else
+
+bool cpu_multiplies_int8() { return false; }
+bool cpu_multiplies_bf16() { return false; }
+
+#endif
 
 }  // namespace titok

@@ -13,6 +13,7 @@ namespace titok {
 struct Generic {};
 struct Avx2 {};
 struct Avx512 {};
+struct Avx512Vnni {};  // AVX-512 that also multiplies 8-bit integers; only int8_linear has code for it
 struct Avx512Bf16 {};  // AVX-512 that also multiplies bfloat16; only masked_attention has code for it
 
 enum class CpuIsa { kGeneric, kAvx2, kAvx512 };
@@ -22,7 +23,8 @@ enum class CpuIsa { kGeneric, kAvx2, kAvx512 };
 CpuIsa cpu_isa();
 const char* cpu_isa_name();
 
-// Whether Avx512Bf16 can run. False where TITOK_CPU_ISA is set, so that "avx512" means AVX-512 alone.
+// Whether Avx512Vnni and Avx512Bf16 can run. False where TITOK_CPU_ISA is set, so that "avx512" means AVX-512 alone.
+bool cpu_multiplies_int8();
 bool cpu_multiplies_bf16();
 
 // Calls visit with the tag of cpu_isa(). The branches return one type.

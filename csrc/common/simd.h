@@ -23,6 +23,9 @@ namespace {
 #if defined(TITOK_ISA_AVX512BF16)
 using ThisIsa = Avx512Bf16;
 constexpr int kLanes = 16;
+#elif defined(TITOK_ISA_AVX512VNNI)
+using ThisIsa = Avx512Vnni;
+constexpr int kLanes = 16;
 #elif defined(TITOK_ISA_AVX512)
 using ThisIsa = Avx512;
 constexpr int kLanes = 16;

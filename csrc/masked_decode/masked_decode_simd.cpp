@@ -46,17 +46,59 @@ namespace {
 TITOK_HD Floats larger(Floats a, Floats b) { return Lanes<Floats>::larger(a, b); }
 TITOK_HD Floats smaller(Floats a, Floats b) { return Lanes<Floats>::smaller(a, b); }
 
-// Whether a comparison holds in some lane.
-TITOK_HD bool any(Ints holds) {
+// Bit i says whether a comparison holds in lane i.
+TITOK_HD uint32_t lanes_where(Ints holds) {
 #if defined(TITOK_ISA_AVX512)
-  return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0;
+  return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds);
 #elif defined(TITOK_ISA_AVX2)
-  return _mm256_movemask_epi8((__m256i)holds) != 0;
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)holds));
 #else
-  int32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= holds[i];
-  return found != 0;
+  uint32_t lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= static_cast<uint32_t>(holds[i]) & (1u << i);
+  return lanes;
 #endif
+}
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
+
+// sortable() of every lane.
+TITOK_HD Words sortable_lanes(Floats x) {
+  const Words bits = bit_cast<Words>(x);
+  return bits ^ (bit_cast<Words>(bit_cast<Ints>(bits) >> 31) | 0x80000000u);
+}
+
+// The lanes of a vector in memory, to be read one by one. A loop over `vector[i]` takes each lane out of the register
+// with several instructions instead, which made a draw with `top_p` 4 times slower (AVX-512, GCC 12).
+class LanesInMemory {
+ public:
+  explicit TITOK_HD LanesInMemory(Words vector) {
+    write(lanes_, vector);
+    asm("" : "+m"(lanes_));  // keeps GCC from returning to the register
+  }
+  TITOK_HD uint32_t operator[](int i) const { return lanes_[i]; }
+
+ private:
+  uint32_t lanes_[kLanes];
+};
+
+// The sum of all lanes.
+TITOK_HD int64_t add_lanes(Words vector) {
+  const LanesInMemory lanes(vector);
+  int64_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
+}
+
+// Adds `values` to sums[places] in the lanes whose bit is set in `chosen`.
+TITOK_HD void add_at(Words places, Words values, uint32_t chosen, int64_t* sums) {
+  const LanesInMemory place(places), value(values);
+  if (chosen == kAllLanes) {
+    for (int i = 0; i < kLanes; ++i) sums[place[i]] += value[i];
+    return;
+  }
+  for (; chosen != 0; chosen &= chosen - 1) {
+    const int i = __builtin_ctz(chosen);
+    sums[place[i]] += value[i];
+  }
 }
 
 // Codes whose largest logit and sum of weights are remembered, so that the last search is short.
@@ -103,10 +145,11 @@ class Row {
     if (v < end) visit(v, tail(v, end - v));
   }
 
-  // Asks for the same codes of the row that is drawn from next, so that its first pass does not wait for memory.
+  // Asks for the same codes of the row that is drawn from next, so that its first pass does not wait for memory. They go
+  // to the first-level cache (3) and fall from there to the second; asked for there (2), draws took longer.
   TITOK_HD void prefetch_next(int v) const {
-    __builtin_prefetch(next_cond_ + v, 0, 2);
-    if (kGuided) __builtin_prefetch(next_uncond_ + v, 0, 2);
+    __builtin_prefetch(next_cond_ + v, 0, 3);
+    if (kGuided) __builtin_prefetch(next_uncond_ + v, 0, 3);
   }
 
  private:
@@ -144,11 +187,7 @@ class BlockSum {
     low_ += values;
     high_ += values >> 16;
   }
-  TITOK_HD int64_t total() const {
-    int64_t sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += (int64_t{high_[i]} << 16) + (low_[i] - (high_[i] << 16));
-    return sum;
-  }
+  TITOK_HD int64_t total() const { return (add_lanes(high_) << 16) + add_lanes(low_ - (high_ << 16)); }
 
  private:
   Words low_ = {}, high_ = {};
@@ -171,6 +210,9 @@ struct Law {
     return bit_cast<Words>(__builtin_convertvector(wide * -x + 0.5f, Ints));
   }
 };
+
+// The mass of codes that are counted: 1 for each.
+constexpr auto count_one = [](Floats y) { return bit_cast<Words>(y > -kInfinity ? Ints{} + 1 : Ints{}); };
 
 struct Sums {
   int64_t weights = 0, products = 0;
@@ -215,12 +257,14 @@ class Draw {
     top_ = from_sortable(state[kTop]);
     for (int block = 0; block < blocks_; ++block) block_tops_[block] = kInfinity;  // not known in this stage
     Law law = {top_, draw_scale == 0.0f ? 1.0f : draw_scale, from_sortable(state[kLowest])};
+    const uint32_t found = static_cast<uint32_t>(state[kFound]);
+    const uint32_t known = ~static_cast<uint32_t>((uint64_t{1} << (chunk.shift + kDigitBits)) - 1);
     switch (chunk.stage) {
       case Stage::kCount:
-        sum_by_digit(chunk.shift, state[kFound], partial, [](Floats) { return Words{} + 1; });
+        sum_by_digit<kDigitBits>(found, known, chunk.shift, partial, count_one);
         break;
       case Stage::kMass:
-        sum_by_digit(chunk.shift, state[kFound], partial, [&](Floats y) { return law.weigh(y); });
+        sum_by_digit<kDigitBits>(found, known, chunk.shift, partial, [&](Floats y) { return law.weigh(y); });
         break;
       case Stage::kSums: {
         Sums sums = sum(law, !in_.model_law);
@@ -244,19 +288,16 @@ class Draw {
   }
 
  private:
-  // Words by the digit that follows those found so far.
-  template <class Mass>
-  void sum_by_digit(int shift, int64_t found, int64_t* masses, Mass mass_of) const {
-    for (int i = 0; i < kDigits; ++i) masses[i] = 0;
-    row_.each(0, in_.codes, [&](int v, Floats y) {
-      const Words mass = mass_of(y);
-      const int lanes = in_.codes - v < kLanes ? in_.codes - v : kLanes;
-      for (int i = 0; i < lanes; ++i) {
-        const int64_t key = sortable(y[i] + 0.0f);
-        if (key >> (shift + kDigitBits) == found >> (shift + kDigitBits)) {
-          masses[key >> shift & (kDigits - 1)] += mass[i];
-        }
-      }
+  // Adds up the mass of the logits whose sortable integers have the bits `known` of `found`, by the digit of kBits bits
+  // from `shift` on.
+  template <int kBits, class Mass>
+  void sum_by_digit(uint32_t found, uint32_t known, int shift, int64_t* masses, Mass mass_of) const {
+    constexpr uint32_t kLargest = (1u << kBits) - 1;
+    for (uint32_t digit = 0; digit <= kLargest; ++digit) masses[digit] = 0;
+    row_.each(0, in_.codes, [&](int, Floats y) {
+      const Words keys = sortable_lanes(y + 0.0f);
+      const uint32_t chosen = lanes_where(((keys ^ found) & known) == 0);
+      if (chosen != 0) add_at(keys >> shift & kLargest, mass_of(y), chosen, masses);
     });
   }
 
@@ -332,7 +373,7 @@ class Draw {
       const int begin = block * kBlock, end = end_of(block);
       const float exponent = exponent_of(law, block);
       int64_t total = 0;
-      if (exponent <= kLowestExponent) {
+      if (exponent <= kLowestExponent || block_tops_[block] < law.lowest) {
         // All weights are 0.
         for (int v = begin; v < end; v += kLanes) row_.prefetch_next(v);
       } else if (exponent <= kSmallExponent) {
@@ -341,7 +382,7 @@ class Draw {
           row_.prefetch_next(v);
           low += weigh(y);
         });
-        for (int i = 0; i < kLanes; ++i) total += low[i];
+        total = add_lanes(low);
       } else {
         BlockSum weights;
         row_.template each<kStored>(begin, end, [&](int v, Floats y) {
@@ -396,37 +437,37 @@ class Draw {
   }
 
   // The smallest logit that truncation keeps, first of the top k, then of the top p of what is left.
-  float lowest_kept(Law law) {
+  float lowest_kept(Law law) const {
     if (in_.top_k > 0 && in_.top_k < in_.codes) {
-      const auto one = [](Floats y) { return bit_cast<Words>(y > -kInfinity ? Ints{} + 1 : Ints{}); };
-      law.lowest = logit_at(in_.top_k - 1, one);
+      law.lowest = logit_at([&](int64_t) { return in_.top_k - 1; }, count_one);
     }
     if (in_.top_p < kTopPOne) {
-      const int64_t limit = scale_fraction(uint64_t(in_.top_p) << 32, sum(law, false).weights);
+      const auto limit = [&](int64_t total) { return scale_fraction(uint64_t(in_.top_p) << 32, total); };
       const float nucleus = logit_at(limit, [&](Floats y) { return law.weigh(y); });
       law.lowest = nucleus > law.lowest ? nucleus : law.lowest;
     }
     return law.lowest;
   }
 
-  // The logit in which unit `left` of the mass lies, counted from the largest logit down. Equal logits count as one.
-  // A search by digits of eight bits of the logit's sortable integer.
-  template <class Mass>
-  float logit_at(int64_t left, Mass mass_of) {
-    uint32_t found = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-      int64_t masses[256] = {};  // of the logits that begin with the digits found so far, by their next digit
-      const uint32_t known = 0xFFFFFF00u << shift;  // bits of the digits found so far
-      row_.each(0, in_.codes, [&](int, Floats y) {
-        const Words bits = bit_cast<Words>(y);
-        const Words keys = bits ^ (bit_cast<Words>(bit_cast<Ints>(bits) >> 31) | 0x80000000u);  // sortable()
-        const Ints begins = ((keys ^ found) & known) == 0;
-        if (!any(begins)) return;
-        const Words mass = mass_of(y) & bit_cast<Words>(begins);
-        const Words digits = keys >> shift & 255;
-        for (int i = 0; i < kLanes; ++i) masses[digits[i]] += mass[i];
-      });
-      uint32_t digit = 255;
+  // The logit in which unit `unit_of(total mass)` of the mass lies, counted from the largest logit down. Equal logits
+  // count as one. Finds the bits of its sortable integer from the highest down, 11 in each pass over the row; all passes
+  // but the first need the mass of the few codes only that share the bits found so far.
+  template <class Unit, class Mass>
+  float logit_at(Unit unit_of, Mass mass_of) const {
+    constexpr int kBits = 11;
+    constexpr int kShifts[] = {32 - kBits, 32 - 2 * kBits, 0};
+    int64_t masses[1 << kBits];
+    uint32_t found = 0, known = 0;
+    int64_t left = -1;
+    for (const int shift : kShifts) {
+      sum_by_digit<kBits>(found, known, shift, masses, mass_of);
+      if (known == 0) {
+        int64_t total = 0;
+        for (const int64_t mass : masses) total += mass;
+        left = unit_of(total);
+      }
+      uint32_t digit = (1u << kBits) - 1;
+      known |= digit << shift;
       while (left >= masses[digit]) left -= masses[digit--];
       found |= digit << shift;
     }

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from titok import GeneratorConfig, MaskGIT, SamplingConfig, TiTok, TokenizerConfig, ViTConfig, VQGANConfig
+from titok.checkpoints.pretrained import _is_finite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -238,3 +239,26 @@ def test_a_repository_that_is_not_in_the_cache(tmp_path: Path, monkeypatch: pyte
         FileNotFoundError, match="its weights are not in the local cache, and the hub is switched off"
     ):
         MaskGIT.from_pretrained("someone/some-model")
+
+
+def test_loading_does_not_import_the_compiler(models: Path) -> None:
+    """PyTorch's compiler takes 0.9 s and 80 MB, and loading needs none of it."""
+    code = (
+        "import sys, torch; from titok import Pipeline; before = 'torch._dynamo' in sys.modules;"
+        "pipe = Pipeline.from_pretrained(sys.argv[1] + '/tokenizer', sys.argv[1] + '/generator');"
+        "pipe([1]); sys.exit(not before and 'torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(models)], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_whether_all_values_are_finite(dtype: torch.dtype) -> None:
+    for length in (1, 40, 1003):
+        values = torch.randn(length).to(dtype)
+        assert _is_finite(values)
+        for at in {0, length // 2, length - 1}:
+            for wrong in (float("nan"), float("inf"), float("-inf")):
+                changed = values.clone()
+                changed[at] = wrong
+                assert not _is_finite(changed)
+    assert _is_finite(torch.empty(0, 3, dtype=dtype))

@@ -137,7 +137,7 @@ def test_tokenize_refuses(models: Path, photos: Path) -> None:
     assert refused("tokenize", photos, "-t", model, "--device", "tpu").startswith(
         "--device: expected auto or one of cpu"
     )
-    assert "got 'int8'" in refused("tokenize", photos, "-t", model, "--dtype", "int8")
+    assert "got 'int4'" in refused("tokenize", photos, "-t", model, "--dtype", "int4")
     if not torch.cuda.is_available():
         assert "no CUDA device" in refused("tokenize", photos, "-t", model, "--device", "cuda")
 

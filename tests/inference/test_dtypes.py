@@ -33,10 +33,10 @@ def test_auto_is_bfloat16_on_a_gpu_that_has_it() -> None:
 
 
 def test_anything_else_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"dtype: expected a torch.dtype or 'auto', got 'float32'"):
+    with pytest.raises(TypeError, match=r"dtype: expected a torch.dtype, 'auto' or 'int8', got 'float32'"):
         choose_dtype("float32", "cpu")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="--dtype: expected auto, float32, bfloat16 or float16, got 'int8'"):
-        parse_dtype("int8", torch.device("cpu"))
+    with pytest.raises(ValueError, match="--dtype: expected auto, float32, bfloat16, float16 or int8, got 'int4'"):
+        parse_dtype("int4", torch.device("cpu"))
 
 
 def test_a_pipeline_is_loaded_in_it(models: Path) -> None:

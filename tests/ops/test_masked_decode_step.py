@@ -82,6 +82,26 @@ def test_logits_of_many_sizes_give_the_bits_of_plain(dtype: torch.dtype) -> None
                     assert torch.equal(want, got), (numbers, confidence, want, got)
 
 
+@NEEDS_CPP
+@pytest.mark.parametrize("first", [0.0, 1.0, 20.0, -7.0])
+def test_truncation_among_logits_that_differ_in_their_last_bits_gives_the_bits_of_plain(first: float) -> None:
+    """Logits whose patterns of bits lie up to 0, 1, 600, 5,000 and 3 million above that of `first`."""
+    g = torch.Generator().manual_seed(3)
+    start = torch.tensor(first).view(torch.int32)
+    above = [torch.randint(0, most + 1, (3, 1031), generator=g) for most in (0, 1, 600, 5000, 3_000_000)]
+    logits = (start + torch.cat(above).to(torch.int32)).view(torch.float32)
+    logits[1::3, ::2] *= -1
+    tokens = torch.full((1, 15), 1031)
+    for top_k, top_p in ((0, 0.5), (0, 1e-9), (1, 1.0), (500, 1.0), (1030, 0.9)):
+        plain, cpp = (
+            decode(tokens, logits[None], mask_token=1031, policy="top_k", count=15, temperature=1.0, top_k=top_k,
+                   top_p=top_p, seed=top_k, return_log_probabilities=True, backend=backend)
+            for backend in ("plain", "cpp")
+        )  # fmt: skip
+        for want, got in zip(plain[:3], cpp[:3], strict=True):
+            assert torch.equal(want, got), (top_k, top_p, want, got)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 @NEEDS_CPP

@@ -14,6 +14,7 @@
 #include "add_layer_norm/add_layer_norm.h"
 #include "common/threads.h"
 #include "group_norm_silu/group_norm_silu.h"
+#include "int8_linear/int8_linear.h"
 #include "masked_attention/masked_attention.h"
 #include "masked_decode/masked_decode.h"
 #include "maskgit_decode/maskgit_decode.h"
@@ -91,6 +92,31 @@ Case layer_norm(int64_t rows, int64_t width, DType dtype, bool add) {
             args.width = width;
             args.eps = 1e-5f;
             launch_add_layer_norm(args);
+            return out;
+          }};
+}
+
+Case int8_linear(int64_t rows, int64_t inputs, int64_t outputs, DType dtype) {
+  return {"int8_linear", [=] {
+            const int64_t padded = int8_panels(outputs) * kInt8Panel;
+            const Buffer x = normal(rows * inputs, dtype, 1), bias = normal(outputs, dtype, 2);
+            const Buffer scale = normal(padded, DType::kFloat32, 3), total = normal(padded, DType::kFloat32, 4);
+            const Buffer weight = normal(padded * inputs / 4, DType::kFloat32, 5);  // any bytes
+            Outputs out;
+            out.emplace_back(rows * outputs * bytes_of(dtype));
+            Int8LinearArgs args{};
+            args.x = x.as<void>();
+            args.weight = weight.as<int8_t>();
+            args.scale = scale.as<float>();
+            args.total = total.as<float>();
+            args.bias = bias.as<void>();
+            args.out = out[0].as<void>();
+            args.dtype = dtype;
+            args.rows = rows;
+            args.inputs = inputs;
+            args.outputs = outputs;
+            args.gelu = true;
+            launch_int8_linear(args);
             return out;
           }};
 }
@@ -340,6 +366,7 @@ std::vector<Case> all_cases() {
   for (const DType dtype : {kFloat, kHalf}) {
     for (const bool flag : {false, true}) {
       cases.push_back(layer_norm(700, 130, dtype, flag));
+      cases.push_back(int8_linear(flag ? 1300 : 70, 104, 130, dtype));
       cases.push_back(group_norm(1, 900, 96, dtype, flag));   // chunks of an image are shared
       cases.push_back(group_norm_backward(1, 900, 96, dtype, flag));
       cases.push_back(group_norm(3, 1500, 64, dtype, flag));  // or, with 3 threads, images are

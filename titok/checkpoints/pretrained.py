@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titok.checkpoints.files import (
     HubOptions,
@@ -25,6 +25,7 @@ from titok.checkpoints.files import (
     write_safetensors,
 )
 from titok.checkpoints.lazy import LazyTensor, open_weights
+from titok.inference.int8 import check_int8
 from titok.inference.prepared import PreparableLayer, PreparableModel, own_memory, readable
 
 M = TypeVar("M", bound="Pretrained")
@@ -43,6 +44,16 @@ class Pretrained(PreparableModel):
     """
 
     config: Any
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the networks compute in."""
+        raise NotImplementedError
+
+    @property
+    def precision(self) -> str:
+        """The name of `dtype`, or "int8" where layers were quantised to 8 bits."""
+        return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
 
     @staticmethod
     def convert_official(weights: Mapping[str, LazyTensor], config: Any = None) -> dict[str, LazyTensor]:
@@ -76,6 +87,7 @@ class Pretrained(PreparableModel):
         local_files_only: bool = False,
         subfolder: str | None = None,
         prepare: bool = False,
+        int8: bool = False,
     ) -> M:
         """Loads a model, in eval mode, from a folder, from one weights file, or from a Hugging Face repository.
 
@@ -93,6 +105,7 @@ class Pretrained(PreparableModel):
             subfolder: of the repository or folder, in which the files of the model are.
             prepare: prepare the model for inference (`prepare()`), layer by layer while it is loaded, so that the
                 weights are never in memory twice.
+            int8: prepare the model with the linear layers of its transformers in 8 bits (`prepare(int8=True)`).
 
         Warns:
             UserWarning: weights are not finite.
@@ -101,8 +114,12 @@ class Pretrained(PreparableModel):
             FileNotFoundError: there is no such folder, file or repository, or it holds no weights.
             ValueError: the file is damaged or carries code, or the configuration and the weights contradict each
                 other; lists missing, unexpected and misshapen names. Or there is no such preset, or both `preset`
-                and `config` are given.
+                and `config` are given; or `dtype` is not floating; or `int8` on a CPU without AVX-512 VNNI or on a GPU.
         """
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
+        if int8:
+            check_int8(device)
         if preset is not None and config is not None:
             raise ValueError(f"preset: expected None beside config={os.fspath(config)!r}, got {preset!r}")
         hub = HubOptions(revision, token, cache_dir, local_files_only, subfolder)
@@ -135,20 +152,22 @@ class Pretrained(PreparableModel):
             codebook = name == "quantizer.codebook" and dtype != torch.float64
             stored = weights.pop(name)
             tensor = stored.load().to(device=device, dtype=torch.float32 if codebook else dtype)
-            if not tensor.isfinite().all():
+            if not _is_finite(tensor):
                 broken.append(name)
             path, _, leaf = name.rpartition(".")
             layer = model.get_submodule(path)
             setattr(layer, leaf, nn.Parameter(tensor))
             del tensor  # so that the parameter is the only owner of its memory
-            if prepare and isinstance(layer, PreparableLayer) and layer.prepared_alone:
+            if int8 and isinstance(layer, PreparableLayer):
+                layer.quantize_weights()
+            if (prepare or int8) and isinstance(layer, PreparableLayer) and layer.prepared_alone:
                 layer.prepare_weights()
             if stored.mapped:
                 own_memory(getattr(layer, leaf))
         if broken:
             warnings.warn(f"{weights_file}: values that are not finite in {', '.join(broken[:5])}", stacklevel=2)
         logger.debug("%s: read a %s of %d parameters", weights_file, cls.__name__, count)
-        return model.prepare() if prepare else model
+        return model.prepare(int8=int8) if prepare or int8 else model
 
     @classmethod
     def preset_config(cls, name: str) -> Any:
@@ -213,6 +232,11 @@ class Pretrained(PreparableModel):
         from titok.checkpoints.hub import upload
 
         return upload({subfolder or "": self}, repo, private=private, token=token)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, by the smallest and the largest: that needs no memory."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _has_other_names(model: nn.Module, weights: Mapping[str, LazyTensor]) -> bool:

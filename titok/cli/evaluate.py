@@ -113,7 +113,7 @@ def reconstruction(
             return
         settings: dict[str, Any] = {
             "tokenizer": tokenizer, "images": str(images), "processes": world, "device": str(torch_device),
-            "dtype": str(model.dtype).removeprefix("torch."), "batch_size": batch_size,
+            "dtype": model.precision, "batch_size": batch_size,
             "features": None if extractor is None else extractor.name,
             "feature_dtype": None if extractor is None else feature_dtype,
             "inception_score_splits": None if extractor is None else 1,

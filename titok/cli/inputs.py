@@ -39,7 +39,7 @@ def _load(model_class: Any, config_class: Any, source: str, device: str, dtype: 
     import torch
 
     torch_device = select_device(device)
-    torch_dtype = parse_dtype(dtype, torch_device)
+    torch_dtype, int8 = parse_dtype(dtype, torch_device), dtype == "int8"
     name, _, weights = source.removeprefix("preset:").partition(":")
     if weights or not source.startswith("preset:"):
         options: dict[str, Any] = {"preset": name, "path_or_repo": weights}
@@ -47,13 +47,15 @@ def _load(model_class: Any, config_class: Any, source: str, device: str, dtype: 
             # A path may hold an @; what exists is never read as a repository.
             repo, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
             options = {"path_or_repo": repo, "revision": revision or None}
-        return model_class.from_pretrained(dtype=torch_dtype, device=torch_device, prepare=True, **options)
+        return model_class.from_pretrained(
+            dtype=torch_dtype, device=torch_device, prepare=True, int8=int8, **options
+        )
     config = config_class.preset(name)
     note(f"WARNING: {source} has random weights: its tokens mean nothing and its pictures are noise")
     # One seed, so that two commands with the same preset use the same weights.
     with torch.random.fork_rng(), torch.device(torch_device):
         torch.manual_seed(0)
-        return model_class(config).to(torch_dtype).eval().prepare()
+        return model_class(config).to(torch_dtype).eval().prepare(int8=int8)
 
 
 class SourceOptions(NamedTuple):

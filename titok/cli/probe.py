@@ -148,7 +148,7 @@ def probe(
         counts = {"training": len(one.labels), "held_out": len(other.labels), "classes": len(folder.classes)}
         described: dict[str, Any] = {
             "tokenizer": tokenizer, "images": str(images), "held_out": held_out, "processes": world,
-            "device": str(torch_device), "dtype": str(model.dtype).removeprefix("torch."), "flip": flip,
+            "device": str(torch_device), "dtype": model.precision, "flip": flip,
             "features": {name: FEATURES[name] for name in names}, "ignore_orientation": ignore_orientation,
             "ignore_transparency": ignore_transparency, **dataclasses.asdict(settings),
         }  # fmt: skip

@@ -42,11 +42,16 @@ class Pipeline:
         engine: "fast", or "plain" to compute as the models do in training, without prepared weights, kernels of
             titok and CUDA graphs. "plain" is slower, and is there to check "fast" against.
         prepare: False leaves the models as they are, for `torch.compile` and for weights that are to be changed.
+        dtype: "int8" quantises the linear layers of the transformers to 8 bits (`TiTok.prepare(int8=True)`), on CPUs
+            with AVX-512 VNNI. It is faster than bfloat16 and less exact; the original weights of both models are lost.
+            None computes in the dtype of the models.
 
     Raises:
         TypeError: tokenizer or generator is another kind of object.
+        RuntimeError: `dtype="int8"` with a model in training mode, or with weights that somebody else holds too.
         ValueError: tokenizer and generator differ in token count, codebook size or device; the tokenizer cannot
-            decode to pictures; or there is no such engine.
+            decode to pictures; there is no such engine; or 8 bits are asked for where they cannot be computed fast, or
+            together with `engine="plain"` or `prepare=False`.
     """
 
     tokenizer: TiTok
@@ -59,8 +64,10 @@ class Pipeline:
         *,
         engine: Literal["fast", "plain"] = "fast",
         prepare: bool = True,
+        dtype: Literal["int8"] | None = None,
     ) -> None:
         select(engine)  # checks the name
+        _check_precision(dtype, engine, prepare)
         for name, model, kind in (("tokenizer", tokenizer, TiTok), ("generator", generator, MaskGIT)):
             if not isinstance(getattr(model, "_orig_mod", model), kind):  # torch.compile wraps a model
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(model).__name__}")
@@ -81,6 +88,9 @@ class Pipeline:
         self._picture_graphs = GraphCache()  # from tokens to pictures
         self._workspace = Workspace()
         self._prepares = prepare and engine == "fast"
+        if dtype == "int8":
+            for model in (tokenizer, generator):
+                model.prepare(int8=True)
         self._prepare()
         self._stopwatch = Stopwatch(tokenizer.device)
 
@@ -107,15 +117,18 @@ class Pipeline:
                 which `Pipeline.save_pretrained` or `Pipeline.push_to_hub` wrote.
             revision, token, cache_dir, local_files_only: of the repositories, as `TiTok.from_pretrained` takes them.
             dtype: of the networks; "auto" is bfloat16 on a GPU that multiplies it, and float32 on any other device.
+                "int8" is as for `Pipeline`, with the rest in bfloat16 on a CPU that multiplies it, else in float32.
             device: of both models.
 
         Raises:
-            TypeError: `dtype` is neither a dtype nor "auto".
+            TypeError: `dtype` is neither a dtype nor "auto" nor "int8".
             As `TiTok.from_pretrained` and `Pipeline`.
         """
+        _check_precision("int8" if dtype == "int8" else None, engine, prepare)
         subfolders = (None, None) if generator is not None else ("tokenizer", "generator")
         options: dict[str, Any] = {
             "dtype": choose_dtype(dtype, device), "device": device, "prepare": prepare and engine == "fast",
+            "int8": dtype == "int8",
             "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
         }  # fmt: skip
         return cls(
@@ -304,12 +317,16 @@ class Pipeline:
             with self._stopwatch.stage("decoder"):
                 return pictures_captured(PictureDecoder(self.tokenizer, rounding), tokens, self._picture_graphs)
 
-    def stats(self) -> dict[str, dict[str, Any]]:
+    def stats(self) -> dict[str, Any]:
         """About the latest call: `"seconds"` by stage, and `"backends"`, the back end that each op ran on last.
+
+        `"dtype"` is that of the models, or "int8" where layers of them were quantised.
 
         With CUDA graphs, "generate" is the only stage. On a GPU this waits for the call to end.
         """
-        return {"seconds": self._stopwatch.seconds(), "backends": last_backends()}
+        precisions = [self.generator.precision, self.tokenizer.precision]
+        dtype = "int8" if "int8" in precisions else precisions[0]
+        return {"seconds": self._stopwatch.seconds(), "backends": last_backends(), "dtype": dtype}
 
     def release(self) -> None:
         """Frees the memory that calls share: on a CPU that of feature maps, on a GPU the captured CUDA graphs.
@@ -321,3 +338,13 @@ class Pipeline:
         self._graphs.clear()
         self._picture_graphs.clear()
         self.generator.graphs.clear()
+
+
+def _check_precision(dtype: str | None, engine: str, prepare: bool) -> None:
+    """Raises where 8 bits are asked for, or something else is by that argument, and the pipeline may not prepare."""
+    if dtype not in (None, "int8"):
+        raise ValueError(f"dtype: expected None or 'int8', got {dtype!r}")
+    if dtype == "int8" and (engine != "fast" or not prepare):
+        raise ValueError(
+            f"dtype: expected 'int8' with engine='fast' and prepare=True, got engine={engine!r} and prepare={prepare}"
+        )

@@ -32,6 +32,7 @@ from titok.config import Rounding, SamplingConfig
 from titok.generation.batches import BatchSize, check_batch_size
 from titok.generation.pipeline import Pipeline
 from titok.generation.request import GenerationRequest
+from titok.inference.prepared import stored_values
 from titok.processes import in_first_process, is_distributed, wait_for_all
 
 CHECKSUM_BYTES = 32  # of SHA-256, at the end of a part
@@ -98,7 +99,7 @@ def _settings(pipe: Pipeline, request: GenerationRequest) -> dict[str, Any]:
         "labels": hashlib.sha256(request.labels.numpy().data).hexdigest(),
         "rounding": request.rounding,
         **{f"sampling.{name}": value for name, value in request.sampling.to_dict().items()},
-        "dtype": str(pipe.generator.dtype).removeprefix("torch."),
+        "dtype": pipe.generator.precision,
         "tokenizer": _fingerprint(pipe.tokenizer),
         "generator": _fingerprint(pipe.generator),
     }
@@ -318,7 +319,7 @@ def _printable(value: Any) -> str:
 def _fingerprint(model: nn.Module) -> str:
     """A hash of all names, shapes, dtypes and values of a model's weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(stored_values(model)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The dtype that the networks compute in where the caller leaves the choice to titok."""
+"""The dtype that the networks compute in, as callers name it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ from typing import Literal
 
 import torch
 
-Dtype = torch.dtype | Literal["auto"]
+from titok.inference.int8 import check_int8
+from titok.inference.prepared import bfloat16_is_native
+
+Dtype = torch.dtype | Literal["auto", "int8"]
 
 
 def choose_dtype(dtype: Dtype, device: str | torch.device) -> torch.dtype:
-    """`dtype`, or for "auto" bfloat16 on a GPU that multiplies it, and float32 on any other device.
+    """The dtype that weights and activations have for `dtype`.
 
-    GPUs multiply bfloat16 from compute capability 8.0 on, at least twice as fast as float32.
+    "auto" is bfloat16 on a GPU that multiplies it, and float32 on any other device. GPUs multiply bfloat16 from compute
+    capability 8.0 on, at least twice as fast as float32. For "int8" it is the dtype of whatever is not quantised:
+    bfloat16 on a CPU that multiplies it, else float32.
 
     Raises:
-        TypeError: `dtype` is neither a dtype nor "auto".
+        TypeError: `dtype` is neither a dtype nor "auto" nor "int8".
+        ValueError: "int8" where it cannot be computed fast.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype != "auto":
-        raise TypeError(f"dtype: expected a torch.dtype or 'auto', got {dtype!r}")
+    if dtype not in ("auto", "int8"):
+        raise TypeError(f"dtype: expected a torch.dtype, 'auto' or 'int8', got {dtype!r}")
     device = torch.device(device)
+    if dtype == "int8":
+        check_int8(device)
+        return torch.bfloat16 if bfloat16_is_native() else torch.float32
     on_new_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if on_new_gpu else torch.float32

@@ -8,6 +8,8 @@ holds no values any more: what reads or writes them raises `PreparedError`. So n
 
 - `unprepare()`, and whatever needs the values (`train`, `to`, `state_dict`, `load_state_dict`, `copy.deepcopy`,
   pickling), gives the original values back, bit for bit.
+- `prepare(int8=True)` quantises the linear layers of transformers to 8 bits (`titok.inference.int8`). Their original
+  values are gone then, and what needs them raises `PreparedError`.
 - A weight whose memory somebody else holds too (a view, a numpy array, another process) is not prepared, because it
   could be changed from there. Its layer computes from the weight itself. Of memory on a GPU, PyTorch does not say
   whether another process holds it.
@@ -24,7 +26,7 @@ import operator
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from titok.inference.int8 import check_int8
 from titok.ops import is_ordinary, is_plain, only_plain
 
 M = TypeVar("M", bound="PreparableModel")
@@ -71,6 +74,7 @@ class _Preparation(NamedTuple):
     form: Any  # what the layer computes from; weights that were prepared together share it
     original: Callable[[], Tensor]  # computes the original values, in memory of their own
     described: Tensor  # on the meta device, with the shape and dtype of the weight
+    lossy: bool = False  # `original` raises, because the values cannot be computed
 
 
 class PreparedParameter(nn.Parameter):
@@ -142,7 +146,11 @@ _DESCRIBING = _properties("shape", "dtype", "ndim", "layout", "itemsize", "nbyte
 
 
 def replace_weights(
-    weights: Iterable[Tensor], prepare: Callable[[], Any], original: Callable[[Any, int], Tensor] | None = None
+    weights: Iterable[Tensor],
+    prepare: Callable[[], Any],
+    original: Callable[[Any, int], Tensor] | None = None,
+    *,
+    lossy: bool = False,
 ) -> None:
     """Replaces the values of weights by what is prepared from them.
 
@@ -152,6 +160,7 @@ def replace_weights(
         prepare: computes what is prepared from the weights.
         original: computes the values of a weight from what was prepared and the weight's index; None keeps the
             weights beside what was prepared from them.
+        lossy: the values cannot be computed and are given up.
     """
     weights = list(weights)
     if not all(map(_is_sole_owner, weights)):
@@ -161,14 +170,22 @@ def replace_weights(
     with torch.no_grad(), torch.inference_mode(False):  # what is prepared in inference mode is used outside it too
         form = prepare()
     for i, weight in enumerate(weights):
-        values = functools.partial(original, form, i) if original is not None else weight.detach().clone
+        values: Callable[[], Tensor] = _raise_lost
+        if not lossy:
+            values = functools.partial(original, form, i) if original is not None else weight.detach().clone
         described = torch.empty_like(weight, device="meta")
         # A thread that reads the weight meanwhile meets either the values, whose memory `readable` keeps alive, or
         # the complete `PreparedParameter`.
-        weight.preparation = _Preparation(form, values, described)  # type: ignore[attr-defined]
+        weight.preparation = _Preparation(form, values, described, lossy)  # type: ignore[attr-defined]
         weight.__class__ = PreparedParameter
         with torch._C.DisableTorchFunctionSubclass():
             weight.data = weight.data.new_empty(0)
+
+
+def _raise_lost() -> Tensor:
+    raise PreparedError(
+        "this model was quantized to 8 bits and its original weights are gone: load it again for anything but inference"
+    )
 
 
 def prepared_form(weight: Tensor, x: Tensor) -> Any:
@@ -276,6 +293,13 @@ class PreparableLayer(nn.Module):
         """Prepares the weights that are not prepared yet, as far as that makes the layer faster where they are."""
         raise NotImplementedError
 
+    def weight_to_quantize(self) -> Tensor | None:
+        """The weight that `quantize_weights` quantises to 8 bits; None for a layer that is not quantised."""
+        return None
+
+    def quantize_weights(self) -> None:
+        """Quantises that weight, unless it is quantised."""
+
 
 # Held while a model is prepared or given its weights back. Computing takes no lock.
 _PREPARING = threading.RLock()
@@ -347,20 +371,32 @@ class PreparableModel(nn.Module):
         """Whether the model is prepared for inference."""
         return self._frozen is not None
 
-    def prepare(self: M) -> M:
+    @property
+    def quantized(self) -> bool:
+        """Whether layers of the model were quantised to 8 bits."""
+        return any(preparation.lossy for p in self.parameters() if (preparation := _preparation(p)) is not None)
+
+    def prepare(self: M, *, int8: bool = False) -> M:
         """Prepares the model for inference and returns it.
 
         No parameter requires a gradient until the model is given back its weights, by `unprepare` or by anything
         that needs their values. A prepared model can be prepared again: then weights are prepared that could not be
         before, because somebody held their memory.
 
+        Args:
+            int8: quantise the linear layers of the transformers to 8 bits. The original weights are lost.
+
         Raises:
-            RuntimeError: the model is in training mode.
+            RuntimeError: the model is in training mode, or with `int8` somebody else holds the memory of a weight.
+            ValueError: `int8` on a CPU without AVX-512 VNNI or on a GPU.
         """
         if self.training:
             raise RuntimeError(
                 "prepare: expected a model in eval mode, got one in training mode: call eval() first"
             )
+        if int8 and not self.quantized:
+            with _PREPARING:
+                self._quantize()
         known = self._prepared  # another thread may give the weights back, and this attribute with them
         if known is not None and known.is_of(_parts_of(self)):
             return self
@@ -379,10 +415,32 @@ class PreparableModel(nn.Module):
                 self._prepared.parts = _parts_of(self)
         return self
 
+    def _quantize(self) -> None:
+        """Quantises every layer that can be, or raises before it changes one."""
+        layers = [module for module in self.modules() if isinstance(module, PreparableLayer)]
+        for parameter in self.parameters():
+            check_int8(parameter.device)
+        self.unprepare()
+        for layer in layers:
+            weight = layer.weight_to_quantize()
+            if weight is not None and not _is_sole_owner(weight):
+                raise RuntimeError(
+                    "prepare: expected weights whose memory nobody else holds, because 8 bits replace them; got one "
+                    f"of shape {tuple(weight.shape)} that a view, a state dict or another model holds too"
+                )
+        for layer in layers:
+            layer.quantize_weights()
+
     def unprepare(self: M) -> M:
-        """Gives the model its original weights back, bit for bit, and returns it."""
+        """Gives the model its original weights back, bit for bit, and returns it.
+
+        Raises:
+            PreparedError: the weights were quantised to 8 bits.
+        """
         with _PREPARING:
             if self._frozen is not None:
+                if self.quantized:
+                    _raise_lost()
                 for parameter in self.parameters():
                     give_back(parameter)
                 self._thaw()
@@ -429,6 +487,17 @@ class PreparableModel(nn.Module):
         super().__setstate__(state)
         if self._frozen is not None:
             self._thaw()
+
+
+def stored_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of every parameter. One in 8 bits gives the tensors that its layer computes from, numbered."""
+    for name, parameter in model.named_parameters():
+        preparation = _preparation(parameter)
+        if preparation is not None and preparation.lossy:
+            leaves = (leaf for leaf in tree_leaves(preparation.form) if isinstance(leaf, Tensor))
+            yield from ((f"{name}.{i}", leaf) for i, leaf in enumerate(leaves))
+        else:
+            yield name, readable(parameter).detach()
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:

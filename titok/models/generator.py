@@ -18,7 +18,7 @@ from titok.checkpoints.pretrained import Pretrained
 from titok.checks import check_labels, check_tokens
 from titok.config import GeneratorConfig
 from titok.inference.cuda_graphs import GraphCache
-from titok.models.layers import Linear
+from titok.models.layers import Embedding, Linear
 from titok.models.transformer import PostNormTransformer, UViT, init_weights
 from titok.profiling import ranged
 
@@ -37,7 +37,7 @@ class MaskGIT(Pretrained):
         super().__init__()
         self.config = config
         c = config
-        self.embedding: nn.Embedding = nn.Embedding(c.codebook_size + c.num_classes + 2, c.width)
+        self.embedding: Embedding = Embedding(c.codebook_size + c.num_classes + 2, c.width)
         self.positions: nn.Parameter = nn.Parameter(torch.empty(1 + c.num_latent_tokens, c.width))
         self.trunk: nn.Module
         if c.architecture == "vit":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok.checkpoints.quirks import fold_shortcut_of_result, shortcut_of_result
-from titok.inference import cudnn, fused_linear, onednn
+from titok.inference import cudnn, fused_linear, int8, onednn
 from titok.inference.folded_upsample import FoldedUpsampleConv, fold_upsample_conv, upsample_conv
 from titok.inference.prepared import PreparableLayer, prepared_form, prepared_with, readable, replace_weights
 from titok.models.conv_gradient import conv3x3
@@ -38,9 +38,11 @@ class Linear(nn.Linear, PreparableLayer):
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x (..., inputs) -> (..., outputs), with the GELU of it when `gelu` is set."""
-        packed = prepared_form(self.weight, x)
-        if packed is not None:
-            return onednn.packed_linear(x, packed, self.bias, gelu)
+        prepared = prepared_form(self.weight, x)
+        if isinstance(prepared, int8.Int8Weight):
+            return int8.linear(x, prepared, self.bias, gelu)
+        if prepared is not None:
+            return onednn.packed_linear(x, prepared, self.bias, gelu)
         weight = readable(self.weight)
         fused = fused_linear.gelu(x, weight, self.bias) if gelu else None
         if fused is not None:
@@ -59,12 +61,36 @@ class Linear(nn.Linear, PreparableLayer):
         return fused_linear.add_norm(x, readable(self.weight), self.bias, residual, *parameters)
 
 
+class BlockLinear(Linear):
+    """A linear layer of a transformer block, which can be quantised to 8 bits."""
+
+    def weight_to_quantize(self) -> Tensor | None:
+        return self.weight if int8.takes(self.weight) else None
+
+    def quantize_weights(self) -> None:
+        if self.weight_to_quantize() is not None:
+            weight = self.weight
+            replace_weights([weight], lambda: int8.quantize(weight), lossy=True)
+
+
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm over the last dimension, computed by `titok.ops.layer_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)"""
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, which draws no weights on the meta device.
+
+    Models whose weights are loaded are made there first. Drawing normally distributed numbers on it, and arithmetic,
+    would import PyTorch's compiler, which takes 0.9 s and 80 MB.
+    """
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Conv1x1(nn.Conv2d):

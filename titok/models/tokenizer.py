@@ -27,6 +27,12 @@ from titok.ops import code_mixture
 from titok.profiling import ranged
 
 
+def token_table(*shape: int) -> nn.Parameter:
+    """Normally distributed vectors, of length 1 on average; on the meta device none, as in `Embedding`."""
+    table = torch.empty(shape)
+    return nn.Parameter(table if table.is_meta else table.normal_() * shape[-1] ** -0.5)
+
+
 class Encoder(nn.Module):
     """Images (B, channels, H, W) -> latents (B, K, C), of a VAE (B, K, 2C).
 
@@ -38,15 +44,12 @@ class Encoder(nn.Module):
         super().__init__()
         vit, tokens = config.encoder, config.num_latent_tokens
         h, w = config.grid("encoder")
-        scale = vit.width**-0.5
         self.reread_latents: bool = config.reread_latents
         self.patch_embed: nn.Conv2d = nn.Conv2d(config.channels, vit.width, vit.patch_size, stride=vit.patch_size)
-        self.class_token: nn.Parameter = nn.Parameter(scale * torch.randn(1, vit.width))
-        self.patch_positions: nn.Parameter = nn.Parameter(
-            scale * torch.randn(1 + h * w, vit.width)
-        )  # row 0: the class token
-        self.latent_tokens: nn.Parameter = nn.Parameter(scale * torch.randn(tokens, vit.width))
-        self.latent_positions: nn.Parameter = nn.Parameter(scale * torch.randn(tokens, vit.width))
+        self.class_token: nn.Parameter = token_table(1, vit.width)
+        self.patch_positions: nn.Parameter = token_table(1 + h * w, vit.width)  # row 0: the class token
+        self.latent_tokens: nn.Parameter = token_table(tokens, vit.width)
+        self.latent_positions: nn.Parameter = token_table(tokens, vit.width)
         self.trunk: Transformer = Transformer(vit.width, vit.layers, vit.heads, vit.mlp_ratio * vit.width)
         outputs = 2 * config.code_dim if config.bottleneck == "vae" else config.code_dim
         self.project: Linear = Linear(vit.width, outputs)
@@ -83,14 +86,11 @@ class Decoder(nn.Module):
         super().__init__()
         vit, tokens = config.decoder, config.num_latent_tokens
         self.grid = h, w = config.grid("decoder")
-        scale = vit.width**-0.5
         self.embed: Linear = Linear(config.code_dim, vit.width)
-        self.class_token: nn.Parameter = nn.Parameter(scale * torch.randn(1, vit.width))
-        self.mask_token: nn.Parameter = nn.Parameter(scale * torch.randn(1, 1, vit.width))
-        self.patch_positions: nn.Parameter = nn.Parameter(
-            scale * torch.randn(1 + h * w, vit.width)
-        )  # row 0: the class token
-        self.latent_positions: nn.Parameter = nn.Parameter(scale * torch.randn(tokens, vit.width))
+        self.class_token: nn.Parameter = token_table(1, vit.width)
+        self.mask_token: nn.Parameter = token_table(1, 1, vit.width)
+        self.patch_positions: nn.Parameter = token_table(1 + h * w, vit.width)  # row 0: the class token
+        self.latent_positions: nn.Parameter = token_table(tokens, vit.width)
         self.trunk: Transformer = Transformer(vit.width, vit.layers, vit.heads, vit.mlp_ratio * vit.width)
         self.smooth: nn.Conv2d | None = None
         if config.head == "proxy":

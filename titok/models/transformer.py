@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from titok.models.layers import LayerNorm, Linear
+from titok.models.layers import BlockLinear, LayerNorm
 from titok.ops import add_layer_norm, layer_norm_of_sum, masked_attention
 
 T = TypeVar("T")
@@ -35,10 +35,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv: Linear = Linear(
-            width, 3 * width, bias=qkv_bias
-        )  # rows: queries, keys, values; heads within each
-        self.proj: Linear = Linear(width, width)
+        # Rows of the weight: queries, keys, values; heads within each.
+        self.qkv: BlockLinear = BlockLinear(width, 3 * width, bias=qkv_bias)
+        self.proj: BlockLinear = BlockLinear(width, width)
 
     def attend(self, qkv: Tensor, query_range: tuple[int, int] | None = None, *, dropout: float = 0.0) -> Tensor:
         """Attention, before the output projection.
@@ -64,8 +63,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1: Linear = Linear(width, hidden)
-        self.fc2: Linear = Linear(hidden, width)
+        self.fc1: BlockLinear = BlockLinear(width, hidden)
+        self.fc2: BlockLinear = BlockLinear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)"""
@@ -115,7 +114,7 @@ class Block(nn.Module):
         return linear_norm_of_sum(self.mlp.fc2, self.mlp.hidden(x), x, self.norm2, dropout=dropout)
 
 
-def linear_add_norm(linear: Linear, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def linear_add_norm(linear: BlockLinear, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """linear(x) + residual, and norm of it.
 
     x (B, N, inputs), residual (B, N, D) -> two tensors (B, N, D).
@@ -125,7 +124,7 @@ def linear_add_norm(linear: Linear, x: Tensor, residual: Tensor, norm: nn.LayerN
 
 
 def linear_norm_of_sum(
-    linear: Linear, x: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropout: float = 0.0
+    linear: BlockLinear, x: Tensor, residual: Tensor, norm: nn.LayerNorm, *, dropout: float = 0.0
 ) -> Tensor:
     """norm(dropout(linear(x)) + residual), where nobody reads the sum.
 
@@ -232,7 +231,7 @@ class UViT(Stack):
         self.in_blocks: nn.ModuleList = nn.ModuleList(block() for _ in range(layers // 2))
         self.mid_block: Block = block()
         self.out_blocks: nn.ModuleList = nn.ModuleList(block() for _ in range(layers // 2))
-        self.skips: nn.ModuleList = nn.ModuleList(Linear(2 * width, width) for _ in range(layers // 2))
+        self.skips: nn.ModuleList = nn.ModuleList(BlockLinear(2 * width, width) for _ in range(layers // 2))
         self.norm: LayerNorm = LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:

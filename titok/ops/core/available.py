@@ -23,6 +23,7 @@ EXTENSION_FUNCTIONS = frozenset(
         "add_layer_norm_chunks",
         "group_norm_silu",
         "group_norm_silu_backward",
+        "int8_linear",
         "masked_attention",
         "masked_attention_backward",
         "masked_decode_partial",
