@@ -58,7 +58,7 @@ docs: $(STAMP)  ## build the documentation into site/; a broken link or an undoc
 	$(BIN)/python -m pytest -q tests/test_docs.py -k api
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# PyTorch 2.11, which pyproject.toml allows too, brings Triton 3.6.0. It lies in a folder of its own and is downloaded once.
+# The extra `triton` allows Triton 3.6.0 too. It lies in a folder of its own and is downloaded once.
 SECOND_TRITON := build/triton-3.6.0
 kernels: $(STAMP)  ## compile every Triton kernel for six GPU generations without a GPU, check it, write kernels/RESOURCES.md
 	$(BIN)/python -m titok.kernels.aot --write

@@ -108,6 +108,7 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tensors_for_triton() -> Iterator[None]:
+    pytest.importorskip("triton")  # a PyTorch without CUDA does not bring it
     with torch.device("cuda") if torch.cuda.is_available() else contextlib.nullcontext():
         yield
 

@@ -140,7 +140,13 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def _with_triton() -> None:
+    pytest.importorskip("triton")
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_with_triton")
 @pytest.mark.parametrize("kernel", list(tune.TUNABLES))
 def test_tiles_take_the_place_of_those_of_the_table(kernel: str) -> None:
     """In Triton's interpreter: the launch changes, the result does not, and the table is as before afterwards."""
@@ -169,6 +175,7 @@ def test_tiles_take_the_place_of_those_of_the_table(kernel: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_with_triton")
 def test_tuning_writes_a_row_for_each_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +196,7 @@ def test_tuning_writes_a_row_for_each_shape(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_with_triton")
 def test_choices_that_are_off_give_the_same(
     monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any, tiny_generator: Any
 ) -> None:

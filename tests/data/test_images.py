@@ -376,7 +376,10 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
     write_image(path, torch.zeros(4, 4, 3, dtype=torch.uint8))
     before = path.read_bytes()
 
-    def full_disk(self: Path, _: Any) -> None:
+    given = []
+
+    def full_disk(self: Path, content: Any) -> None:
+        given.append(content)
         with self.open("wb") as file:
             file.write(b"half")
         raise OSError(28, "No space left on device")
@@ -386,6 +389,8 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
         write_image(path, torch.ones(4, 4, 3, dtype=torch.uint8))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+    # The error keeps the frame of `write_bytes`: see test_no_view_of_a_bytesio_is_handed_out in test_writing.py.
+    assert [type(content) for content in given] == [bytes]
 
 
 def test_write_image_bad_input(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from maskgit_cases import random_case
 from titok import ops
 from titok.inference import fused_linear
 
+pytest.importorskip("triton")
+
 ON_THE_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles where there is a GPU")
 DEVICES = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=ON_THE_CPU), pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -338,6 +338,6 @@ def write_image(path: str | os.PathLike[str], image: Tensor) -> None:
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(encoded, format=kind, **quality)
     try:
         with atomic_path(path) as temporary:
-            temporary.write_bytes(encoded.getbuffer())
+            temporary.write_bytes(encoded.getvalue())
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error

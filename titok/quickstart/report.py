@@ -57,7 +57,7 @@ def save_picture(path: Path, picture: Image.Image) -> None:
     encoded = io.BytesIO()  # written by us, because Pillow's encoders do not all report a full disk
     picture.save(encoded, format="PNG", optimize=True)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(encoded.getbuffer())
+        temporary.write_bytes(encoded.getvalue())
 
 
 def reconstruction_rows(images: Tensor, reconstructions: Tensor, labels: Tensor) -> list[tuple[str, Tensor]]:
