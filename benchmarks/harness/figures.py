@@ -174,7 +174,7 @@ def published(rows: Sequence[Row]) -> Figures:
     """The comparisons with TiTok as published."""
     found: Figures = {}
     for dtype in ("bf16", "fp32"):
-        for batch in (1, 4):
+        for batch in (1, 4, 16) if dtype == "bf16" else (1, 4):
             row = measures.latest(rows, "engine", preset="titok-l-32", dtype=dtype, batch=batch)
             found[f"published_table_{dtype}_{batch}"] = tables.with_source(
                 [row], tables.engine_table(row), tables.describe(row)

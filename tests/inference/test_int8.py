@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cli_runner import NAMES, SIZE, pixels, titok
 from titok import MaskGIT, Pipeline, TiTok, engine
+from titok.cli.info import collect_facts
 from titok.data.images import read_image
 from titok.generation.request import GenerationRequest
 from titok.generation.sample_sets import _settings
@@ -213,6 +214,13 @@ def test_what_does_not_go_together() -> None:
 def test_a_dtype_of_integers_is_refused(models: Path) -> None:
     with pytest.raises(ValueError, match=r"dtype: expected a floating dtype, got torch\.int8"):
         Pipeline.from_pretrained(models / "tokenizer", models / "generator", dtype=torch.int8)
+
+
+def test_info_says_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert collect_facts()["devices"]["dtype int8"] == "on cpu"
+    monkeypatch.undo()
+    monkeypatch.setattr(extension(), "multiplies_int8", lambda: False)
+    assert collect_facts()["devices"]["dtype int8"] == "not here: this CPU has no AVX-512 VNNI"
 
 
 def test_a_machine_without_the_instructions(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:

@@ -69,6 +69,7 @@ def _devices() -> dict[str, str]:
     import torch
 
     from titok.inference.dtypes import choose_dtype
+    from titok.inference.int8 import why_no_int8
     from titok.ops.core.available import extension
 
     try:
@@ -80,6 +81,8 @@ def _devices() -> dict[str, str]:
         gpu = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}"
     chosen = {device: choose_dtype("auto", device) for device in devices if device != "waiting"}
+    reason = why_no_int8("cpu")
     names = (f"{str(dtype).removeprefix('torch.')} on {device}" for device, dtype in chosen.items())
     devices["dtype auto"] = ", ".join(names)
+    devices["dtype int8"] = "on cpu" if reason is None else f"not here: {reason}"
     return devices
