@@ -162,6 +162,35 @@ def test_weights_that_somebody_else_holds_are_refused() -> None:
     assert model.prepare().prepare(int8=True).quantized
 
 
+def test_weights_that_are_prepared_or_quantised_in_part() -> None:
+    model = wide_generator().prepare()
+    first = next(iter(block_layers(model).values()))
+    prepared.give_back(first.weight)
+    first.quantize_weights()
+    forms = [prepared.prepared_with(layer.weight) for layer in block_layers(model.prepare(int8=True)).values()]
+    assert all(isinstance(form, int8.Int8Weight) for form in forms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    model = wide_generator().to(dtype)
+    with pytest.raises(ValueError, match="prepare: expected layers in float32 or bfloat16"):
+        model.prepare(int8=True)
+    assert not model.prepared
+
+
+def test_every_layer_of_a_pickled_checkpoint_is_quantised(tmp_path: Path) -> None:
+    """Its weights are mapped into memory until somebody needs them."""
+    model = wide_generator()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    loaded = MaskGIT.from_pretrained(tmp_path, int8=True)
+    forms = [prepared.prepared_with(layer.weight) for layer in block_layers(loaded).values()]
+    assert forms
+    assert all(isinstance(form, int8.Int8Weight) for form in forms)
+
+
 def test_loading(models: Path) -> None:
     pipe = Pipeline.from_pretrained(models / "tokenizer", models / "generator", dtype="int8")
     assert pipe.stats()["dtype"] == "int8"

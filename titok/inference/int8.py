@@ -1,8 +1,8 @@
 """Linear layers that compute on 8-bit integers, on CPUs with AVX-512 VNNI (csrc/int8_linear).
 
 Weights are quantised once, symmetrically, with one scale for each output; inputs in each call, with one scale and one
-zero point for each row. So is a layer for which nothing has to be measured beforehand ("dynamic" quantisation). What it
-changes in pictures and what it gains is in docs/performance.md.
+zero point for each row ("dynamic" quantisation), so that nothing has to be measured beforehand. docs/performance.md
+says what this gains and how it changes pictures.
 """
 
 from __future__ import annotations

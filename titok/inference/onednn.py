@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from titok.inference.prepared import bfloat16_is_native
+from titok.inference.dtypes import bfloat16_is_native
 
 # Padding, stride, dilation and groups of every convolution here.
 _GEOMETRY: Any = ([1, 1], [1, 1], [1, 1], 1)

@@ -23,11 +23,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -215,6 +213,12 @@ def _preparation(weight: object) -> _Preparation | None:
     return weight.preparation if type(weight) is PreparedParameter else None
 
 
+def _is_lossy(weight: Tensor) -> bool:
+    """Whether a weight was quantised, so that its original values are gone."""
+    preparation = _preparation(weight)
+    return preparation is not None and preparation.lossy
+
+
 def give_back(weight: Tensor) -> None:
     """Makes a prepared parameter an ordinary one with its original values; leaves an ordinary one as it is."""
     preparation = _preparation(weight)
@@ -374,7 +378,7 @@ class PreparableModel(nn.Module):
     @property
     def quantized(self) -> bool:
         """Whether layers of the model were quantised to 8 bits."""
-        return any(preparation.lossy for p in self.parameters() if (preparation := _preparation(p)) is not None)
+        return any(map(_is_lossy, self.parameters()))
 
     def prepare(self: M, *, int8: bool = False) -> M:
         """Prepares the model for inference and returns it.
@@ -388,13 +392,14 @@ class PreparableModel(nn.Module):
 
         Raises:
             RuntimeError: the model is in training mode, or with `int8` somebody else holds the memory of a weight.
-            ValueError: `int8` on a CPU without AVX-512 VNNI or on a GPU.
+            ValueError: `int8` on a CPU without AVX-512 VNNI or on a GPU, or for a model in another dtype than float32
+                and bfloat16 or without transformers.
         """
         if self.training:
             raise RuntimeError(
                 "prepare: expected a model in eval mode, got one in training mode: call eval() first"
             )
-        if int8 and not self.quantized:
+        if int8:
             with _PREPARING:
                 self._quantize()
         known = self._prepared  # another thread may give the weights back, and this attribute with them
@@ -416,19 +421,25 @@ class PreparableModel(nn.Module):
         return self
 
     def _quantize(self) -> None:
-        """Quantises every layer that can be, or raises before it changes one."""
-        layers = [module for module in self.modules() if isinstance(module, PreparableLayer)]
-        for parameter in self.parameters():
-            check_int8(parameter.device)
-        self.unprepare()
-        for layer in layers:
-            weight = layer.weight_to_quantize()
-            if weight is not None and not _is_sole_owner(weight):
+        """Quantises every layer that can be and is not yet, or raises before it changes the values of one."""
+        check_int8(next(self.parameters()).device)
+        layers = [
+            (module, weight)
+            for module in self.modules()
+            if isinstance(module, PreparableLayer) and (weight := module.weight_to_quantize()) is not None
+        ]
+        if not layers:
+            raise ValueError("prepare: expected layers in float32 or bfloat16, which 8 bits can replace, got none")
+        for _, weight in layers:
+            if not _is_lossy(weight):
+                give_back(weight)
+        for _, weight in layers:
+            if not _is_lossy(weight) and not _is_sole_owner(weight):
                 raise RuntimeError(
                     "prepare: expected weights whose memory nobody else holds, because 8 bits replace them; got one "
                     f"of shape {tuple(weight.shape)} that a view, a state dict or another model holds too"
                 )
-        for layer in layers:
+        for layer, _ in layers:
             layer.quantize_weights()
 
     def unprepare(self: M) -> M:
@@ -492,9 +503,8 @@ class PreparableModel(nn.Module):
 def stored_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and values of every parameter. One in 8 bits gives the tensors that its layer computes from, numbered."""
     for name, parameter in model.named_parameters():
-        preparation = _preparation(parameter)
-        if preparation is not None and preparation.lossy:
-            leaves = (leaf for leaf in tree_leaves(preparation.form) if isinstance(leaf, Tensor))
+        if _is_lossy(parameter):
+            leaves = (leaf for leaf in tree_leaves(prepared_with(parameter)) if isinstance(leaf, Tensor))
             yield from ((f"{name}.{i}", leaf) for i, leaf in enumerate(leaves))
         else:
             yield name, readable(parameter).detach()
@@ -520,23 +530,3 @@ def weights_of(model: nn.Module) -> list[Tensor]:
         known.parts, known.weights = parts, tensors
         model._listed = known
     return [*tensors]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# bfloat16 on CPUs
-
-# Values of ONEDNN_MAX_CPU_ISA that forbid oneDNN the instructions for bfloat16.
-_ISA_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
-
-
-@functools.cache
-def bfloat16_is_native() -> bool:
-    """Whether this CPU has instructions for bfloat16 products, and `ONEDNN_MAX_CPU_ISA` allows them."""
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _ISA_WITHOUT_BFLOAT16:
-        return False
-    names = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")
-    if (capabilities := getattr(torch.cpu, "get_capabilities", None)) is not None:
-        return any(capabilities().get(name, False) for name in names)
-    with contextlib.suppress(OSError):  # PyTorch releases without that function
-        return not set(names).isdisjoint(Path("/proc/cpuinfo").read_text().split())
-    return False
