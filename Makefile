@@ -82,7 +82,7 @@ bench: $(STAMP)  ## TiTok against DiT-XL/2 at 512 pixels, then every op against 
 	for op in $(OPS); do $(BIN)/python -m benchmarks.bench_$$op --seconds 2 || exit 1; done
 
 # Goes on where it stopped. Options, e.g. make bench-tables SESSION='--limit 1800 --only engine': see --help
-bench-tables: $(STAMP)  ## measure every table of the documents on a quiet machine, row by row; 95 minutes on two cores
+bench-tables: $(STAMP)  ## measure every table of the documents on a quiet machine, row by row; 110 minutes on two cores
 	$(BIN)/python -m benchmarks.session $(SESSION)
 
 bench-documents: $(STAMP)  ## write docs/performance.md and its plots from benchmarks/results

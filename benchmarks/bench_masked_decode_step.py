@@ -1,23 +1,26 @@
 """`masked_decode_step` against the schedulers of diffusers: `python -m benchmarks.bench_masked_decode_step`.
 
 Each scheduler's step runs on the same float32 logits as titok's, in turns in one process. Peak extra memory is the
-growth of the process's largest resident set over one call, measured once before the timings. On a busy machine
-`--cpu-time` counts the seconds that the process ran, which suits one thread.
+growth of the process's resident set over one call, measured once before the timings (Linux). Results are not compared
+here, because both sides draw other random numbers;
+`tests/ops/test_masked_decode_diffusers.py` compares the greedy steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness.memory import peak_growth
+from benchmarks.harness.results import Results, quantiles
+from benchmarks.harness.timing import measure
 from titok.ops import masked_decode_step
+
+GREEDY = "BlockRefinementScheduler"
 
 
 def pairs(tokens: Tensor, logits: Tensor) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
@@ -41,7 +44,7 @@ def pairs(tokens: Tensor, logits: Tensor) -> dict[str, tuple[Callable[[], Any], 
             ours(policy="count", count=tokens.shape[1] // 2, mask_token=mask, **noisy),
             lambda: amused.step(logits, 7, tokens),
         ),
-        "BlockRefinementScheduler": (
+        GREEDY: (
             ours(policy="threshold", threshold=0.9, count=4, mask_token=mask),
             lambda: refinement.step(logits, 0, tokens, mask_token_id=mask, threshold=0.9),
         ),
@@ -65,55 +68,56 @@ def pairs(tokens: Tensor, logits: Tensor) -> dict[str, tuple[Callable[[], Any], 
     }
 
 
-def peak_growth(run: Callable[[], Any]) -> float:
-    """MiB by which a call raises the largest resident set; 0 where an earlier call of the process used more."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
-    start = clock()
-    run()
-    return clock() - start
-
-
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     options.add_argument("--codes", type=int, nargs="+", default=[4096, 126_464])
     options.add_argument("--tokens", type=int, default=32)
-    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--seconds", type=float, default=4.0, help="for each case (default: %(default)s)")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--only", help="only this scheduler, by its name in the table")
-    options.add_argument(
-        "--decided", type=int, default=0, help="tokens of each row that are decided before the step"
-    )
-    options.add_argument("--cpu-time", action="store_true", help="time of the process in place of wall-clock time")
+    options.add_argument("--json", metavar="FILE", help="results file to append to (default: none)")
     return options
 
 
 def main() -> None:
     options = parser().parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    print("codes, batch, scheduler: titok ms, scheduler ms, ratio; titok MiB, scheduler MiB beyond the inputs")
+    results = Results(options.json)
+    print(
+        "codes, batch, decided, scheduler: titok ms, scheduler ms, ratio, calls; titok MiB, scheduler MiB of memory"
+    )
     for codes in options.codes:
         for batch in options.batch:
             logits = 3 * torch.randn(batch, options.tokens, codes)
-            tokens = torch.full((batch, options.tokens), codes)
-            tokens[:, : options.decided] = 1
-            for name, (ours, theirs) in pairs(tokens, logits).items():
-                if options.only not in (None, name):
-                    continue
-                memory = peak_growth(ours), peak_growth(theirs)
-                times = [(seconds(ours, clock), seconds(theirs, clock)) for _ in range(options.repeats)]
-                mine, others = (1e3 * statistics.median(side) for side in zip(*times, strict=True))
-                print(
-                    f"{codes}, {batch}, {name}: {mine:.2f}, {others:.2f}, {others / mine:.1f}; "
-                    f"{memory[0]:.1f}, {memory[1]:.1f}",
-                    flush=True,
-                )
+            for decided in (0, options.tokens // 2):
+                tokens = torch.full((batch, options.tokens), codes)
+                tokens[:, :decided] = 1
+                for name, (ours, theirs) in pairs(tokens, logits).items():
+                    # Of the greedy step alone: how much is saved where half of the tokens are decided.
+                    if options.only not in (None, name) or (decided and name != GREEDY):
+                        continue
+                    growth = {"titok": peak_growth(ours, "cpu"), "diffusers": peak_growth(theirs, "cpu")}
+                    runs = {"titok": ours, "diffusers": theirs}
+                    measured = measure(runs, options.seconds, warm=True, rounds=2)
+                    case = {
+                        "scheduler": name,
+                        "codes": codes,
+                        "batch": batch,
+                        "tokens": options.tokens,
+                        "decided": decided,
+                        "dtype": "float32",
+                        "threads": options.threads,
+                    }
+                    numbers = {"peak_growth_bytes": growth, "conditions": measured.conditions}
+                    results.row("masked_decode_step", case, measured.samples, **numbers)
+                    mine, others = (1e3 * quantiles(measured.samples[side])[0] for side in runs)
+                    memory = ("not known" if size is None else f"{size / 2**20:.1f}" for size in growth.values())
+                    print(
+                        f"{codes}, {batch}, {decided}, {name}: {mine:.2f}, {others:.2f}, {others / mine:.1f}, "
+                        f"{len(measured.samples['titok'])}; {', '.join(memory)}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -43,17 +43,22 @@ class Step(NamedTuple):
     out: str = "--out"
 
 
-def steps(dtype: str) -> list[Step]:
-    """All steps, in the order of measuring."""
+def steps(dtype: str, quickstart: Path | None = None) -> list[Step]:
+    """All steps, in the order of measuring.
+
+    Args:
+        dtype: "fp32" or "bf16".
+        quickstart: a folder of `titok quickstart`, whose models `benchmarks.precision` measures in each precision.
+    """
     found = [_rival(resolution, dtype, *row) for resolution in (512, 256) for row in _RIVALS]
     preset = ("--preset", "titok-l-32", "--dtype", dtype)
     large = ("--preset", "titok-l-64-512", "--dtype", dtype)
+    trained = () if quickstart is None else ("--quickstart", str(quickstart.resolve()))
     of_op = ("--dtype", "float32" if dtype == "fp32" else "bfloat16")
     found += [
         Step("engine 1", 1.5, "engine", (*preset, "--batch", "1", "--seconds", "40")),
         Step("engine 4", 3, "engine", (*preset, "--batch", "4", "--seconds", "60")),
         Step("ladder", 5, "speedup", ("--ladder", "titok-l-32", "--dtype", dtype, "--seconds", "1")),
-        *([Step("precision", 2, "precision", ("--preset", "titok-l-32"))] if dtype == "bf16" else []),
         Step("roofline l-64", 4, "roofline", (*large, "--seconds", "25")),
         Step("roofline l-32", 1.5, "roofline", (*preset, "--seconds", "15")),
         Step("memory l-32", 1, "memory", preset),
@@ -66,6 +71,18 @@ def steps(dtype: str) -> list[Step]:
         Step("layer norm", 1, "bench_add_layer_norm", (*of_op, "--batch", "1", "8", "--seconds", "1"), "--json"),
         Step("decode step", 1, "bench_maskgit_decode_step", ("--seconds", "3"), "--json"),
     ]
+    # What is measured in one dtype alone.
+    if dtype == "bf16":
+        rows = ("--rows", "native,=titok,int8")
+        found += [
+            Step("engine 16", 4, "engine", (*preset, "--batch", "16", "--seconds", "90", *rows)),
+            Step("precision", 2, "precision", ("--preset", "titok-l-32", *trained)),
+        ]
+    else:
+        found += [
+            Step("masked decode step", 6, "bench_masked_decode_step", (), "--json"),
+            Step("training", 11, "training", ("--limit", "600")),
+        ]
     return found
 
 
@@ -113,6 +130,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--list", action="store_true", help="print the steps with their commands, and run nothing")
     p.add_argument(
+        "--quickstart",
+        type=Path,
+        help="a folder of `titok quickstart`, whose models are measured in each precision",
+    )
+    p.add_argument(
         "--out", type=Path, help="results file (default: benchmarks/results/<machine>-cpu-<date>.jsonl)"
     )
     return p
@@ -133,7 +155,7 @@ def done(out: Path, commit: str | None) -> set[str]:
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     out = arguments.out or default_file("cpu")
-    table = {step.name: step for step in steps(arguments.dtype)}
+    table = {step.name: step for step in steps(arguments.dtype, arguments.quickstart)}
     chosen = [table[name] for name in matching(table, arguments.only)]
     if arguments.list:
         for step in chosen:
