@@ -1,19 +1,21 @@
 """Adversarial training against squared error alone: stage 2 of `titok quickstart --colour`, continued with both.
 
     python examples/adversarial_training.py runs/colour -o runs/adversarial
-    python examples/adversarial_training.py runs/colour -o runs/adversarial --weights 0 0.01 --steps 200
+    python examples/adversarial_training.py runs/colour -o runs/adversarial --weights 0 0.01 --steps 600 --seeds 0 1 2
     python examples/adversarial_training.py runs/colour -o runs/adversarial --weights 0 0.01 --perceptual 0.1
 
-Every run starts from the same tokenizer, takes the same number of steps, and sees the same pictures in the same order.
-One of weight 0 has no discriminator. The table compares held-out emoji with their reconstructions: the PSNR in dB, and
-the Frechet distance between features of EfficientNet-Lite0. With `--perceptual` the runs minimise a distance between
-feature maps of that same network as well. Their Frechet distances are then not independent of the training.
+Every run starts from the same tokenizer and takes the same number of steps. Runs of one seed see the same pictures in
+the same order. One of weight 0 has no discriminator. The table compares held-out emoji with their reconstructions: the
+PSNR in dB, and the Frechet distance between features of EfficientNet-Lite0. With `--perceptual` the runs minimise a
+distance between feature maps of that same network as well. Their Frechet distances are then not independent of the
+training.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -33,10 +35,10 @@ from titok.training import DecoderTraining, train_decoder
 SHOWN = 12  # held-out emoji in a row of the picture
 
 
-def settings(start: TiTok, options: argparse.Namespace, weight: float) -> DecoderTraining:
+def settings(start: TiTok, options: argparse.Namespace, weight: float, seed: int) -> DecoderTraining:
     """The settings of a run with this weight of the adversarial term."""
     return dataclasses.replace(
-        decoder_training(options.steps, options.seed),
+        decoder_training(options.steps, seed),
         model=start.config,
         learning_rate=options.learning_rate,
         betas=tuple(options.betas),
@@ -49,7 +51,7 @@ def settings(start: TiTok, options: argparse.Namespace, weight: float) -> Decode
         discriminator_warmup_steps=10,
         discriminator_width=options.width,
         discriminator_stages=options.stages,
-        discriminator_grid=8,
+        discriminator_grid=options.grid,
         picture_every=0,
     )
 
@@ -93,7 +95,8 @@ def main(arguments: list[str] | None = None, emoji: Emoji | None = None) -> list
     )
     parser.add_argument("--width", type=int, default=32, help="channels of the discriminator (%(default)s)")
     parser.add_argument("--stages", type=int, default=2, help="of the discriminator (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grid", type=int, default=8, help="side of its logits (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs (%(default)s)")
     options = parser.parse_args(arguments)
 
     emoji = emoji or load_emoji(SIZE)
@@ -117,9 +120,10 @@ def main(arguments: list[str] | None = None, emoji: Emoji | None = None) -> list
 
     add("start", start, {})
     perceptual = feature_map_distance(extractor) if options.perceptual else None
-    for weight in options.weights:
-        name = f"adversarial {weight:g}" + (f", perceptual {options.perceptual:g}" if perceptual else "")
-        config = settings(start, options, weight)
+    for seed, weight in itertools.product(options.seeds, options.weights):
+        name = f"adversarial {weight:g}, seed {seed}"
+        name += f", perceptual {options.perceptual:g}" if perceptual else ""
+        config = settings(start, options, weight, seed)
         folder = options.output / name.replace(", ", " ").replace(" ", "-")
         model = train_decoder(emoji.train_images, start, vqgan, config, folder, perceptual=perceptual, resume=True)
         add(name, model, {"settings": config.to_dict()})

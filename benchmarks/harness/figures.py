@@ -74,6 +74,7 @@ def figures(rows: Sequence[Row]) -> Figures:
         int8,
         roofline,
         ops,
+        masked_decode,
         dispatcher,
     )
     for part in parts:
@@ -344,6 +345,25 @@ def _commands(rows: Sequence[Row], benches: Iterable[str]) -> str:
         for row in measures.select(rows, bench):
             found[tables.command(row["environment"])] = None
     return "\n".join(f"- `{command}`" for command in found)
+
+
+def masked_decode(rows: Sequence[Row]) -> Figures:
+    """How many times as fast as the steps of diffusers' schedulers `masked_decode_step` is, and its own time."""
+    run = measures.latest_run(rows, "masked_decode_step")
+    names = {(row["case"]["scheduler"], row["case"]["decided"]): None for row in run}
+    titles = [f"{name}; {decided} tokens decided" if decided else name for name, decided in names]
+    sizes = dict.fromkeys((row["case"]["codes"], row["case"]["batch"]) for row in run)
+    lines = []
+    for codes, batch in sizes:
+        cells = []
+        for name, decided in names:
+            case = {"codes": codes, "batch": batch, "scheduler": name, "decided": decided}
+            row = measures.latest(run, "masked_decode_step", **case)
+            median = row["median_s"]
+            ratio, ms = number(median["diffusers"] / median["titok"]), number(1e3 * median["titok"])
+            cells.append(f"{ratio} ({ms} ms){tables.mark(row)}")
+        lines.append([f"{codes:,}", str(batch), *cells])
+    return {"masked_decode_table": tables.with_source(run, (["codes", "batch", *titles], lines))}
 
 
 def dispatcher(rows: Sequence[Row]) -> Figures:

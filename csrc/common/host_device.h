@@ -27,7 +27,7 @@ TITOK_HD To bit_cast(const From& from) {
 // For templates over F, which is float or a GCC vector of floats: the 32-bit integers of the same number of lanes,
 // conversions lane by lane, `a > b ? a : b` and `a < b ? a : b`, which GCC does not make one instruction for vectors, and
 // `fuse`: a * b + c, rounded once or twice, for products that are exact.
-// masked_decode_simd.cpp specialises it for its vectors.
+// masked_decode/logit_lanes.h specialises it for its vectors.
 template <class F>
 struct Lanes;
 template <>

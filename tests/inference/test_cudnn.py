@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from titok import VQGANConfig
 from titok.inference import cudnn
-from titok.inference.prepared import PreparedParameter
+from titok.inference.prepared_weights import PreparedParameter
 from titok.models import vqgan
 from titok.models.vqgan import MaskGITVQGAN
 

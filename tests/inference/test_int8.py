@@ -18,9 +18,9 @@ from titok.cli.info import collect_facts
 from titok.data.images import read_image
 from titok.generation.request import GenerationRequest
 from titok.generation.sample_sets import _settings
-from titok.inference import int8, prepared
+from titok.inference import int8, prepared, prepared_weights
 from titok.inference.dtypes import choose_dtype
-from titok.inference.prepared import PreparedError
+from titok.inference.prepared_weights import PreparedError
 from titok.models.layers import BlockLinear, Linear
 from titok.ops.core.available import extension, why_no_cpp
 from wide_models import wide_generator, wide_tokenizer
@@ -65,7 +65,7 @@ def test_a_layer_is_near_the_exact_one(dtype: torch.dtype, gelu: bool) -> None:
     want = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
     want = torch.nn.functional.gelu(want) if gelu else want
     layer.quantize_weights()
-    assert isinstance(prepared.prepared_with(layer.weight), int8.Int8Weight)
+    assert isinstance(prepared_weights.prepared_with(layer.weight), int8.Int8Weight)
     got = layer(x, gelu)
     assert got.dtype == dtype
     assert float((got - want).norm() / want.norm()) < 0.015
@@ -83,7 +83,7 @@ def test_the_layers_of_transformers_are_quantised(make: Any) -> None:
     assert layers
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            form = prepared.prepared_with(module.weight)
+            form = prepared_weights.prepared_with(module.weight)
             assert isinstance(form, int8.Int8Weight) == (name in layers), name
     assert model.prepare() is model
     assert model.prepare(int8=True).quantized
@@ -165,9 +165,11 @@ def test_weights_that_somebody_else_holds_are_refused() -> None:
 def test_weights_that_are_prepared_or_quantised_in_part() -> None:
     model = wide_generator().prepare()
     first = next(iter(block_layers(model).values()))
-    prepared.give_back(first.weight)
+    prepared_weights.give_back(first.weight)
     first.quantize_weights()
-    forms = [prepared.prepared_with(layer.weight) for layer in block_layers(model.prepare(int8=True)).values()]
+    forms = [
+        prepared_weights.prepared_with(layer.weight) for layer in block_layers(model.prepare(int8=True)).values()
+    ]
     assert all(isinstance(form, int8.Int8Weight) for form in forms)
 
 
@@ -186,7 +188,7 @@ def test_every_layer_of_a_pickled_checkpoint_is_quantised(tmp_path: Path) -> Non
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     loaded = MaskGIT.from_pretrained(tmp_path, int8=True)
-    forms = [prepared.prepared_with(layer.weight) for layer in block_layers(loaded).values()]
+    forms = [prepared_weights.prepared_with(layer.weight) for layer in block_layers(loaded).values()]
     assert forms
     assert all(isinstance(form, int8.Int8Weight) for form in forms)
 

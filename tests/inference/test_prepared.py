@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from titok import engine
 from titok.inference import onednn
-from titok.inference.prepared import PreparableModel, PreparedError, PreparedParameter
+from titok.inference.prepared import PreparableModel
+from titok.inference.prepared_weights import PreparedError, PreparedParameter
 from titok.models.layers import Conv1x1, Conv3x3, Linear, UpsampleConv
 
 needs_onednn = pytest.mark.skipif(not onednn.packs(torch.ones(1)), reason="this PyTorch lacks oneDNN's ops")

@@ -15,8 +15,8 @@ from torch import nn
 
 from titok import Pipeline, TiTok
 from titok.checkpoints.pretrained import Pretrained
-from titok.inference import onednn, prepared
-from titok.inference.prepared import PreparedParameter
+from titok.inference import onednn, prepared, prepared_weights
+from titok.inference.prepared_weights import PreparedParameter
 from titok.inference.workspace import Buffers, Workspace
 from titok.models.layers import Linear
 from wide_models import wide_generator, wide_tokenizer
@@ -123,7 +123,7 @@ def test_models_are_prepared_while_they_are_loaded(
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
     ordinary: list[set[str]] = []  # large weights of linear layers that hold values, after each preparation
-    replace = prepared.replace_weights
+    replace = prepared_weights.replace_weights
 
     def counted(*args: Any) -> None:
         replace(*args)
@@ -269,7 +269,7 @@ def test_preparing_again_looks_at_no_layer_and_misses_no_change(monkeypatch: pyt
     blocks[0].mlp.fc2 = Linear(*reversed(blocks[0].mlp.fc2.weight.shape))
     assert prepare() == (whole, True), "another layer"
     assert prepare() == (whole, False)
-    prepared.give_back(blocks[0].mlp.fc2.weight)
+    prepared_weights.give_back(blocks[0].mlp.fc2.weight)
     assert prepare() == (whole, True), "a weight that was given back"
     model.unprepare()
     assert held(model) == set()

@@ -19,7 +19,7 @@ from titok import (
     TiTok,
     sample_tokens,
 )
-from titok.inference.prepared import PreparedError
+from titok.inference.prepared_weights import PreparedError
 from wide_models import wide_generator, wide_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

@@ -32,8 +32,8 @@ def test_runs_with_and_without_a_discriminator(tmp_path: Path) -> None:
     few = Emoji(images[:8], labels[:8], [""] * 8, images[8:], labels[8:], [""] * 12)
     out = tmp_path / "out"
     arguments = [str(tmp_path / "run"), "-o", str(out), "--steps", "2", "--batch", "2", "--weights", "0", "0.1"]
-    lines = example.main([*arguments, "--perceptual", "0.1"], few)
-    names = ["start", "adversarial 0, perceptual 0.1", "adversarial 0.1, perceptual 0.1"]
+    lines = example.main([*arguments, "--seeds", "3", "--perceptual", "0.1"], few)
+    names = ["start", "adversarial 0, seed 3, perceptual 0.1", "adversarial 0.1, seed 3, perceptual 0.1"]
     assert [line["run"] for line in lines] == names
     assert [json.loads(text) for text in (out / "figures.jsonl").read_text().splitlines()] == json.loads(
         json.dumps(lines)

@@ -26,7 +26,8 @@ from titok.checkpoints.files import (
 )
 from titok.checkpoints.lazy import LazyTensor, open_weights
 from titok.inference.int8 import check_int8
-from titok.inference.prepared import PreparableLayer, PreparableModel, own_memory, readable
+from titok.inference.prepared import PreparableLayer, PreparableModel
+from titok.inference.prepared_weights import own_memory, readable
 
 M = TypeVar("M", bound="Pretrained")
 

@@ -107,7 +107,7 @@ def hash_of_pictures(paths: list[Path]) -> dict[str, str]:
 def hash_of_model(model: Any) -> str:
     """A hash of a model's weights, which does not depend on how they are prepared for inference."""
     from titok.evaluation.features import hash_of_tensors
-    from titok.inference.prepared import readable
+    from titok.inference.prepared_weights import readable
 
     return hash_of_tensors({name: readable(weight) for name, weight in model.named_parameters()})
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from titok.checkpoints.quirks import fold_shortcut_of_result, shortcut_of_result
 from titok.inference import cudnn, fused_linear, int8, onednn
 from titok.inference.folded_upsample import FoldedUpsampleConv, fold_upsample_conv, upsample_conv
-from titok.inference.prepared import PreparableLayer, prepared_form, prepared_with, readable, replace_weights
+from titok.inference.prepared import PreparableLayer
+from titok.inference.prepared_weights import prepared_form, prepared_with, readable, replace_weights
 from titok.models.conv_gradient import conv3x3
 from titok.ops import layer_norm
 

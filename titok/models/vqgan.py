@@ -22,7 +22,8 @@ from titok.checks import check_images, check_tensor, check_tokens
 from titok.config import VQGANConfig
 from titok.inference import cudnn, onednn
 from titok.inference.folded_upsample import FoldedUpsampleConv, upsample_conv_in
-from titok.inference.prepared import PreparableLayer, prepared_form, readable
+from titok.inference.prepared import PreparableLayer
+from titok.inference.prepared_weights import prepared_form, readable
 from titok.inference.workspace import Buffers, Workspace
 from titok.models.layers import Conv1x1, Conv3x3, UpsampleConv
 from titok.ops import group_norm_silu, nearest_codebook
