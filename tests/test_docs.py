@@ -308,11 +308,12 @@ def test_measured_figures_of_the_first_page_are_those_of_the_report() -> None:
     report = (ROOT / "docs" / "performance.md").read_text()
     readme = (ROOT / "README.md").read_text()
     table = readme.split("\n## I measure")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| TiTok.*\| ([\d.]+) \|.*\| (\w{10}) \|$", table, flags=re.M)
-    assert len(rows) == 4
-    for ratio, commit in rows:
+    rows = re.findall(r"^\| TiTok[^|]*\|[^|]*\|([^|]*)\|([^|]*)\|[^|]*\|$", table, flags=re.M)
+    ratios = [cell.strip() for row in rows for cell in row if cell.strip()]
+    assert len(ratios) == 7
+    for ratio in ratios:
         assert re.search(rf"\b{re.escape(ratio)}(x|\b)", report), ratio
-        assert f"commit {commit}" in report
+    assert re.search(r"commit \w{10}\b", table)
     for commit in re.findall(r"\b[0-9a-f]{10}\b", readme):
         assert commit in report
 
