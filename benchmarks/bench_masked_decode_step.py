@@ -2,13 +2,14 @@
 
 Each scheduler's step runs on the same float32 logits as titok's, in turns in one process. Peak extra memory is the
 growth of the process's resident set over one call, measured once before the timings (Linux). Results are not compared
-here, because both sides draw other random numbers;
-`tests/ops/test_masked_decode_diffusers.py` compares the greedy steps.
+here, because both sides draw other random numbers; `tests/ops/test_masked_decode_diffusers.py` compares the greedy
+steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,21 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+def compare(case: dict[str, Any], runs: dict[str, Callable[[], Any]], seconds: float, results: Results) -> None:
+    """Measures one case, writes it, and prints its line."""
+    growth = {side: peak_growth(run, "cpu") for side, run in runs.items()}
+    measured = measure(runs, seconds, warm=True, rounds=2)
+    numbers = {"peak_growth_bytes": growth, "conditions": measured.conditions}
+    results.row("masked_decode_step", case, measured.samples, **numbers)
+    mine, others = (1e3 * quantiles(measured.samples[side])[0] for side in runs)
+    memory = ("not known" if size is None else f"{size / 2**20:.1f}" for size in growth.values())
+    print(
+        f"{case['codes']}, {case['batch']}, {case['decided']}, {case['scheduler']}: {mine:.2f}, {others:.2f}, "
+        f"{others / mine:.1f}, {len(measured.samples['titok'])}; {', '.join(memory)}",
+        flush=True,
+    )
+
+
 def main() -> None:
     options = parser().parse_args()
     torch.set_num_threads(options.threads)
@@ -87,37 +103,18 @@ def main() -> None:
     print(
         "codes, batch, decided, scheduler: titok ms, scheduler ms, ratio, calls; titok MiB, scheduler MiB of memory"
     )
-    for codes in options.codes:
-        for batch in options.batch:
-            logits = 3 * torch.randn(batch, options.tokens, codes)
-            for decided in (0, options.tokens // 2):
-                tokens = torch.full((batch, options.tokens), codes)
-                tokens[:, :decided] = 1
-                for name, (ours, theirs) in pairs(tokens, logits).items():
-                    # Of the greedy step alone: how much is saved where half of the tokens are decided.
-                    if options.only not in (None, name) or (decided and name != GREEDY):
-                        continue
-                    growth = {"titok": peak_growth(ours, "cpu"), "diffusers": peak_growth(theirs, "cpu")}
-                    runs = {"titok": ours, "diffusers": theirs}
-                    measured = measure(runs, options.seconds, warm=True, rounds=2)
-                    case = {
-                        "scheduler": name,
-                        "codes": codes,
-                        "batch": batch,
-                        "tokens": options.tokens,
-                        "decided": decided,
-                        "dtype": "float32",
-                        "threads": options.threads,
-                    }
-                    numbers = {"peak_growth_bytes": growth, "conditions": measured.conditions}
-                    results.row("masked_decode_step", case, measured.samples, **numbers)
-                    mine, others = (1e3 * quantiles(measured.samples[side])[0] for side in runs)
-                    memory = ("not known" if size is None else f"{size / 2**20:.1f}" for size in growth.values())
-                    print(
-                        f"{codes}, {batch}, {decided}, {name}: {mine:.2f}, {others:.2f}, {others / mine:.1f}, "
-                        f"{len(measured.samples['titok'])}; {', '.join(memory)}",
-                        flush=True,
-                    )
+    for codes, batch in itertools.product(options.codes, options.batch):
+        logits = 3 * torch.randn(batch, options.tokens, codes)
+        for decided in (0, options.tokens // 2):
+            tokens = torch.full((batch, options.tokens), codes)
+            tokens[:, :decided] = 1
+            for name, (ours, theirs) in pairs(tokens, logits).items():
+                # Of the greedy step alone: how much is saved where half of the tokens are decided.
+                if options.only not in (None, name) or (decided and name != GREEDY):
+                    continue
+                case = {"scheduler": name, "codes": codes, "batch": batch, "tokens": options.tokens}
+                case |= {"decided": decided, "dtype": "float32", "threads": options.threads}
+                compare(case, {"titok": ours, "diffusers": theirs}, options.seconds, results)
 
 
 if __name__ == "__main__":

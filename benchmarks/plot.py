@@ -86,7 +86,7 @@ def speed(rows: Sequence[Row], figure: Figure) -> bool:
         _tidy(axes, f"{shown[0]['case']['resolution']} pixels, {shown[0]['case']['dtype']}")
     _credit(figure, sides)
     for axes, shown in panels:  # after all panels have their points, because they share the axes' limits
-        named = [row for row in shown if not row["case"]["name"].endswith("eager")]  # light blue says it
+        named = [row for row in shown if not row["case"]["name"].endswith("eager")]  # the colour names the others
         _label(axes, [(row["flops"] / 1e9, measures.rate(row)[0], _side_name(row)) for row in named])
     return True
 

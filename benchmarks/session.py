@@ -53,7 +53,7 @@ def steps(dtype: str, quickstart: Path | None = None) -> list[Step]:
     found = [_rival(resolution, dtype, *row) for resolution in (512, 256) for row in _RIVALS]
     preset = ("--preset", "titok-l-32", "--dtype", dtype)
     large = ("--preset", "titok-l-64-512", "--dtype", dtype)
-    trained = () if quickstart is None else ("--quickstart", str(quickstart.resolve()))
+    trained = () if quickstart is None else ("--quickstart", _from_root(quickstart))
     of_op = ("--dtype", "float32" if dtype == "fp32" else "bfloat16")
     found += [
         Step("B-64", 1.5, "speedup", _ours(256, dtype, "=titok-b-64 eager,=titok-b-64", "--seconds", "30")),
@@ -80,8 +80,8 @@ def steps(dtype: str, quickstart: Path | None = None) -> list[Step]:
         found += [
             # Whole images: a single step of these models takes the most likely codes, which random weights give to all
             # labels alike, so that the check of results could not tell two calls apart.
-            Step("S-128", 4, "speedup", _ours(256, dtype, "=titok-s-128", *whole)),
-            Step("B-128", 4, "speedup", _ours(512, dtype, "=titok-b-128-512", *whole)),
+            Step("S-128", 6, "speedup", _ours(256, dtype, "=titok-s-128", *whole)),
+            Step("B-128", 6, "speedup", _ours(512, dtype, "=titok-b-128-512", *whole)),
             Step("engine 16", 8, "engine", (*preset, "--batch", "16", "--seconds", "90", *rows)),
             Step("precision", 2, "precision", ("--preset", "titok-l-32", *trained)),
         ]
@@ -154,8 +154,12 @@ def parser() -> argparse.ArgumentParser:
 
 def command(step: Step, out: Path) -> list[str]:
     """The command of a step, which runs in the root of the repository."""
-    file = os.path.relpath(out.resolve(), ROOT)  # so that results name no folder outside the repository
-    return [sys.executable, "-m", f"benchmarks.{step.module}", *step.arguments, step.out, file]
+    return [sys.executable, "-m", f"benchmarks.{step.module}", *step.arguments, step.out, _from_root(out)]
+
+
+def _from_root(path: Path) -> str:
+    """A path relative to the repository, so that results name no folder outside it where they need not."""
+    return os.path.relpath(path.resolve(), ROOT)
 
 
 def done(out: Path, commit: str | None, dtype: str) -> set[str]:
