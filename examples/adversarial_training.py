@@ -68,7 +68,12 @@ def squared_error_settings(start: TiTok, options: argparse.Namespace) -> Decoder
     """The settings of the run that comes before all others."""
     config = settings(start, options, perceptual=0.0, adversarial=0.0, seed=0)
     return dataclasses.replace(
-        config, steps=options.first_steps, learning_rate=1e-3, final_learning_rate=1e-4, betas=(0.9, 0.99)
+        config,
+        steps=options.first_steps,
+        warmup_steps=min(20, options.first_steps - 1),
+        learning_rate=1e-3,
+        final_learning_rate=1e-4,
+        betas=(0.9, 0.99),
     )
 
 
