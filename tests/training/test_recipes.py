@@ -133,6 +133,17 @@ def test_a_run_starts_from_weights(kind: str, tmp_path: Path) -> None:
         train(kind, tmp_path / "third", initial=other)
 
 
+@pytest.mark.slow
+def test_stage_1_starts_from_a_whole_tokenizer(tmp_path: Path) -> None:
+    whole = seeded(TiTok, WHOLE)
+    still = {"learning_rate": 0.0, "final_learning_rate": 0.0, "ema_decay": 0.0, "restart_every": 0}
+    first = train("proxy", tmp_path, still, initial=whole)
+    assert first.config == FIRST
+    expected, weights = whole.state_dict(), first.state_dict()
+    assert set(expected) - set(weights) == {name for name in expected if name.startswith("pixel_")}
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
 def second_model(kind: str) -> Any:
     """A model with other weights."""
     return seeded(TiTok if kind == "tokenizer" else MaskGIT, config_of(kind).model)  # type: ignore[attr-defined]

@@ -162,15 +162,18 @@ def drawing_weights(seed: int) -> Iterator[None]:
         yield
 
 
-def load_initial(model: nn.Module, initial: nn.Module | None) -> dict[str, str]:
+def load_initial(model: nn.Module, initial: nn.Module | None, *, without: tuple[str, ...] = ()) -> dict[str, str]:
     """Copies the weights of `initial`, if any, into `model`. Returns their hash, as an entry of a run's data.
+
+    Args:
+        without: beginnings of the names of weights that are left out.
 
     Raises:
         ValueError: the models have different parameters.
     """
     if initial is None:
         return {}
-    weights = initial.state_dict()
+    weights = {name: value for name, value in initial.state_dict().items() if not name.startswith(without)}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -21,6 +21,8 @@ from titok.training.reconstruction import augment, compared, first_images
 from titok.training.run import train_on_images
 from titok.training.starting import quantize_latents, start_tokenizer
 
+_PIXEL_DECODER = ("pixel_decoder.", "pixel_codebook")  # the weights of a tokenizer that only stage 2 adds
+
 
 def train_proxy(
     images: Images | Tensor,
@@ -38,8 +40,10 @@ def train_proxy(
     """Trains the first stage of a tokenizer, and saves it in `out_dir` with `TiTok.save_pretrained`.
 
     Args:
-        images, config, out_dir, initial, held_out, resume, progress, trackers, device: as `train_tokenizer` takes them.
+        images, config, out_dir, held_out, resume, progress, trackers, device: as `train_tokenizer` takes them.
         proxy: whose codes are predicted. It is moved to the device and put in eval mode.
+        initial: whose weights the training starts from, such as a published tokenizer, of which the pixel decoder is
+            left out; None starts from random ones.
 
     Returns:
         the model, in eval mode, which ends at logits of the codes. `train_decoder` trains the second stage.
@@ -55,7 +59,7 @@ def train_proxy(
         with drawing_weights(config.seed):
             model = TiTok(config.model)
             start_tokenizer(model, config)
-        data = {**data_of(images), **load_initial(model, initial)}
+        data = {**data_of(images), **load_initial(model, initial, without=_PIXEL_DECODER)}
         data["proxy"] = fingerprint.of_weights(proxy.state_dict())
         model.to(device=device, dtype=torch.float32)
         proxy.to(device).eval()
